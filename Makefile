@@ -1,0 +1,25 @@
+# `make demo` and `make test` work on a machine with Python >= 3.11, git and make: they set up .venv first.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint
+
+# Made anew when the declared dependencies change
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev,quantization]'
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/lightreasoner demo --output_dir lightreasoner-demo
+
+# One thread a process: two processes on two cores
+test: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --quiet tests
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

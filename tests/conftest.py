@@ -1,0 +1,115 @@
+"""Tiny models, made on the spot: everything here runs offline on a CPU in seconds."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import pytest
+import torch
+from datasets import Dataset, disable_progress_bars
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
+
+
+# Two processes of pytest-xdist share two cores
+torch.set_num_threads(1)
+disable_progress_bars()
+
+QUESTIONS = [
+    "Ann has 3 apples and buys 4 more. How many has she?",
+    "What is 2+2?",
+    "Ben had 17 coins, lost 5, and found 9. How many coins has Ben now?",
+    "A train runs 60 miles an hour for 3 hours. How far is that?",
+    "Name a prime.",
+    "If $x^{2} = 49$ and x > 0, what is \\frac{x}{7}?",
+]
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 3, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(QUESTIONS * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int = 0, hidden_size: int = 32, padding: int = 12, **kwargs
+) -> Qwen2ForCausalLM:
+    """A random Qwen2 whose logits have `padding` columns that no token owns."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer) + padding,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.3,  # sharp enough that two random models disagree
+        **kwargs,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def _pair_folders(tmp_path_factory, tokenizer) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("pair")
+    for name, seed, hidden_size, padding in (("expert", 0, 32, 12), ("amateur", 1, 16, 4)):
+        make_model(tokenizer, seed, hidden_size, padding).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return str(folder / "expert"), str(folder / "amateur")
+
+
+@pytest.fixture(scope="session")
+def expert_path(_pair_folders) -> str:
+    return _pair_folders[0]
+
+
+@pytest.fixture(scope="session")
+def amateur_path(_pair_folders) -> str:
+    return _pair_folders[1]
+
+
+@pytest.fixture
+def expert(expert_path) -> Qwen2ForCausalLM:
+    return Qwen2ForCausalLM.from_pretrained(expert_path)
+
+
+@pytest.fixture
+def amateur(amateur_path) -> Qwen2ForCausalLM:
+    return Qwen2ForCausalLM.from_pretrained(amateur_path)
+
+
+@pytest.fixture(scope="session")
+def prompts() -> Dataset:
+    return Dataset.from_dict({"prompt": QUESTIONS, "id": list(range(len(QUESTIONS)))})
+
+
+@pytest.fixture(scope="session")
+def steps(tmp_path_factory, expert_path, amateur_path, prompts) -> Dataset:
+    """A Dataset of kept steps of the tiny pair, with rows of unequal lengths and numbers of kept steps."""
+    args = ContrastiveSamplingConfig(str(tmp_path_factory.mktemp("steps")), max_new_tokens=12, beta=1.95)
+    return ContrastiveStepSampler(expert_path, amateur_path, args).sample(prompts)

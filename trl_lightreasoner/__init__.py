@@ -1,0 +1,45 @@
+"""LightReasoner for TRL: contrastive step selection with an expert and an amateur, and training on the kept steps."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0.dev0"
+
+# Where each public name lives. PyTorch and transformers are imported when a name is first used, so that importing the
+# package costs nothing and `lightreasoner --help` answers at once.
+_MODULES = {
+    "ContrastiveSamplingConfig": "contrastive_sampling_config",
+    "ContrastiveStepSampler": "contrastive_step_sampler",
+    "DataCollatorForLightReasoner": "data_collator",
+    "LightReasonerConfig": "lightreasoner_config",
+    "LightReasonerTrainer": "lightreasoner_trainer",
+    "sampling_metadata": "step_dataset",
+}
+
+__all__ = [
+    "ContrastiveSamplingConfig",
+    "ContrastiveStepSampler",
+    "DataCollatorForLightReasoner",
+    "LightReasonerConfig",
+    "LightReasonerTrainer",
+    "sampling_metadata",
+]
+
+if TYPE_CHECKING:
+    from .contrastive_sampling_config import ContrastiveSamplingConfig
+    from .contrastive_step_sampler import ContrastiveStepSampler
+    from .data_collator import DataCollatorForLightReasoner
+    from .lightreasoner_config import LightReasonerConfig
+    from .lightreasoner_trainer import LightReasonerTrainer
+    from .step_dataset import sampling_metadata
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,127 @@
+"""What the commands share: a parser that answers a mistake in one sentence, and how a dataset is named."""
+
+import argparse
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from trl import TrlParser
+
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+
+
+class ArgumentParser(TrlParser):
+    """
+    [`~trl.TrlParser`] whose mistakes are `ValueError`s of one sentence: unknown flags and keys are refused with the
+    name that was probably meant, and a value in a YAML file must be what the flag would take.
+
+    Args:
+        dataclass_types (`Iterable[type]`): Dataclasses whose fields become flags.
+        kwargs: For [`argparse.ArgumentParser`].
+
+    Example:
+
+    ```python
+    >>> from trl_lightreasoner.contrastive_sampling_config import ContrastiveSamplingConfig
+    >>> (args,) = ArgumentParser([ContrastiveSamplingConfig]).parse(["--output_dir", "steps", "--beta", "5e-1"])
+    >>> args.beta
+    0.5
+    >>> ArgumentParser([ContrastiveSamplingConfig]).parse(["--output_dir", "steps", "--bta", "0.5"])
+    Traceback (most recent call last):
+    ValueError: There is no flag `--bta`. Did you mean `--beta`?
+
+    ```
+    """
+
+    def __init__(self, dataclass_types: Iterable[type], **kwargs: Any):
+        super().__init__(dataclass_types=list(dataclass_types), allow_abbrev=False, **kwargs)
+        # TrlParser takes `--config` out before argparse sees it; declared for `--help`
+        self.add_argument("--config", help="YAML file whose keys are the flags below. Flags override it.")
+
+    def parse(self, args: Sequence[str]) -> tuple:
+        """Instances of the dataclasses, from flags and from the YAML file that `--config` names."""
+        args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+        if "--config" in args:
+            index = args.index("--config") + 1
+            if index == len(args) or args[index].startswith("--"):
+                raise ValueError("`--config` needs the path of a YAML file.")
+            if not os.path.isfile(args[index]):
+                raise ValueError(f"The config file {args[index]!r} does not exist.")
+        try:
+            *parsed, unknown_keys, unknown_flags = self.parse_args_and_config(
+                args, return_remaining_strings=True, separate_remaining_strings=True
+            )
+        except yaml.YAMLError as error:
+            raise ValueError(f"The config file is not valid YAML: {' '.join(str(error).split())}.") from None
+        for kind, unknown in (("key", unknown_keys), ("flag", unknown_flags)):
+            if unknown:
+                raise ValueError(self._unknown(kind, unknown[0]))
+        return tuple(value for value in parsed if not isinstance(value, argparse.Namespace))
+
+    def error(self, message: str):
+        raise ValueError(f"{message[:1].upper()}{message[1:]}.")
+
+    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        for action in self._actions:
+            value = kwargs.get(action.dest)
+            if value is not None and not isinstance(value, dict):
+                kwargs[action.dest] = self._as_flag_would(action, value)
+        return super().set_defaults_with_config(**kwargs)
+
+    def _as_flag_would(self, action: argparse.Action, value: Any) -> Any:
+        takes_list = action.nargs in ("+", "*")
+        if isinstance(value, list) != takes_list:
+            raise ValueError(
+                f"`{action.dest}` in the config file must be {'a list' if takes_list else 'one value'}, got {value!r}."
+            )
+        values = [self._get_value_of(action, item) for item in (value if takes_list else [value])]
+        return values if takes_list else values[0]
+
+    def _get_value_of(self, action: argparse.Action, value: Any) -> Any:
+        try:
+            converted = self._get_value(action, str(value))
+            self._check_value(action, converted)
+        except argparse.ArgumentError as error:
+            raise ValueError(f"`{action.dest}` in the config file: {error.message}.") from None
+        return converted
+
+    def _unknown(self, kind: str, name: str) -> str:
+        if not name.startswith("--"):
+            return f"Unexpected argument {name!r}. Settings are given as flags, such as `--output_dir DIR`."
+        flags = [option for action in self._actions for option in action.option_strings]
+        close = difflib.get_close_matches(name.split("=")[0], flags, n=1)
+        if kind == "key":
+            name, close = name.removeprefix("--"), [flag.removeprefix("--") for flag in close]
+        hint = f"Did you mean `{close[0]}`?" if close else "`--help` lists them all."
+        return f"There is no {kind} `{name}`. {hint}"
+
+
+def load_split(name: str, config: str | None, split: str) -> Dataset:
+    """
+    One split of a dataset.
+
+    Args:
+        name (`str`): Id on the Hub, a folder, or a file (JSON lines, Parquet, CSV, text).
+        config (`str`, *optional*): Configuration of the dataset.
+        split (`str`): Such as `"train"` or `"train[:1000]"`.
+
+    Raises:
+        `ValueError`: If there is no such split or the file is of another kind.
+    """
+    path = Path(name)
+    if path.is_file():
+        if path.suffix not in _BUILDERS:
+            raise ValueError(f"{name!r} is not a dataset file. Known endings are {', '.join(_BUILDERS)}.")
+        return load_dataset(_BUILDERS[path.suffix], data_files=name, split=split)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # written by save_to_disk
+        dataset = load_from_disk(name)
+        dataset = dataset if isinstance(dataset, DatasetDict) else DatasetDict({"train": dataset})
+        if split not in dataset:
+            raise ValueError(f"There is no split {split!r} in {name!r}. It has {list(dataset)}.")
+        return dataset[split]
+    return load_dataset(name, name=config, split=split)

@@ -1,0 +1,265 @@
+"""The method as pure tensor functions: logits in, kept steps and loss out. No models, no files.
+
+Names and equations are the paper's (LightReasoner, arXiv 2510.07962, section 3): at a step t the expert pi_E and the
+amateur pi_A give two distributions over one vocabulary. `step_divergence` says how much they disagree,
+`plausibility_mask` which tokens the expert takes seriously, `contrastive_label` what the expert knows there that the
+amateur does not (v_C), and `contrastive_loss` how far a model is from that label. `contrast_steps` runs the first
+three over many steps.
+
+Everything from the log-softmax on is fp32 and in log space, whatever the dtype of the logits, and works on a few rows
+at a time, so that the memory it needs beside its inputs does not grow with the number of steps.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+
+# Elements of one fp32 chunk (rows x vocabulary): 2**25 is 128 MiB, 220 rows of Qwen2.5's vocabulary
+CHUNK_ELEMENTS = 2**25
+
+
+class ContrastedSteps(NamedTuple):
+    """
+    What [`contrast_steps`] returns for N steps, K of them kept.
+
+    Attributes:
+        kl_divergence (`torch.Tensor` of shape `(N,)`, fp32):
+            D_KL(pi_E || pi_A) in nats at every step, kept or not.
+        kept (`torch.Tensor` of shape `(N,)`, bool):
+            Whether the divergence is at least beta.
+        label_ids (`torch.Tensor` of shape `(K, S)`, int64):
+            Columns of the vocabulary in v_C's support, most probable first; S is the largest support.
+        label_probs (`torch.Tensor` of shape `(K, S)`, fp32):
+            v_C there. Columns beyond a step's own support hold probability 0.
+    """
+
+    kl_divergence: torch.Tensor
+    kept: torch.Tensor
+    label_ids: torch.Tensor
+    label_probs: torch.Tensor
+
+
+class ContrastiveLoss(NamedTuple):
+    """
+    What [`contrastive_loss`] returns for N steps.
+
+    Attributes:
+        kl_divergence (`torch.Tensor` of shape `(N,)`, fp32):
+            D_KL(v_C || pi_theta) in nats, differentiable with respect to the logits.
+        entropy (`torch.Tensor` of shape `(N,)`, fp32):
+            Entropy of pi_theta in nats, detached.
+        agreement (`torch.Tensor` of shape `(N,)`, bool):
+            Whether pi_theta's most probable token is v_C's.
+    """
+
+    kl_divergence: torch.Tensor
+    entropy: torch.Tensor
+    agreement: torch.Tensor
+
+
+class NonFiniteLogitsError(ValueError):
+    """Logits of `model` ("expert" or "amateur") at `row` hold NaN or infinity, so no probability can be trusted."""
+
+    def __init__(self, model: str, row: int, place: str | None = None):
+        self.model, self.row = model, row
+        super().__init__(
+            f"The {model}'s logits at {place or f'row {row}'} are not finite. Load the {model} in bfloat16 or "
+            "float32, and check its weights for NaN."
+        )
+
+
+def step_divergence(expert_logps: torch.Tensor, amateur_logps: torch.Tensor) -> torch.Tensor:
+    """
+    D_KL(pi_E || pi_A) of each step, the measure of how informative it is (section 3.1).
+
+    Args:
+        expert_logps (`torch.Tensor` of shape `(N, V)`): Log-probabilities of the expert.
+        amateur_logps (`torch.Tensor` of shape `(N, V)`): Log-probabilities of the amateur.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: Nats, never negative; exactly 0 where the two are the same.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> expert, amateur = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    >>> step_divergence(expert, amateur)
+    tensor([0.1438])
+
+    ```
+    """
+    return (expert_logps.exp() * (expert_logps - amateur_logps)).sum(-1).clamp_min(0)
+
+
+def plausibility_mask(expert_logps: torch.Tensor, alpha: float) -> torch.Tensor:
+    """
+    V_mask: the tokens that the expert holds at least alpha times as probable as its favourite (section 3.2).
+
+    Args:
+        expert_logps (`torch.Tensor` of shape `(N, V)`): Log-probabilities of the expert, or its logits: the normaliser
+            cancels, and on logits a tie at the edge is not lost to rounding.
+        alpha (`float`): Share of the largest probability, in (0, 1]. A token exactly at the edge is in.
+
+    Returns:
+        `torch.Tensor` of shape `(N, V)`, bool. The favourite is always in.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> plausibility_mask(torch.tensor([[0.7, 0.2, 0.1]]).log(), alpha=0.2)
+    tensor([[ True,  True, False]])
+
+    ```
+    """
+    return expert_logps >= expert_logps.amax(-1, keepdim=True) + math.log(alpha)
+
+
+def contrastive_label(expert_logps: torch.Tensor, amateur_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    v_C: the softmax of log pi_E - log pi_A over the plausible tokens (section 3.2).
+
+    Args:
+        expert_logps (`torch.Tensor` of shape `(N, V)`): Log-probabilities of the expert.
+        amateur_logps (`torch.Tensor` of shape `(N, V)`): Log-probabilities of the amateur.
+        mask (`torch.Tensor` of shape `(N, V)`, bool): V_mask, see [`plausibility_mask`].
+
+    Returns:
+        `torch.Tensor` of shape `(N, V)`: Rows sum to 1, and are 0 outside the mask.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> expert, amateur = torch.tensor([[0.6, 0.3, 0.1]]).log(), torch.tensor([[0.6, 0.1, 0.3]]).log()
+    >>> contrastive_label(expert, amateur, torch.tensor([[True, True, False]]))
+    tensor([[0.2500, 0.7500, 0.0000]])
+
+    ```
+    """
+    return (expert_logps - amateur_logps).masked_fill(~mask, -math.inf).softmax(-1)
+
+
+def contrast_steps(
+    expert_logits: torch.Tensor, amateur_logits: torch.Tensor, alpha: float, beta: float
+) -> ContrastedSteps:
+    """
+    Find the informative steps among N and the label of each.
+
+    Args:
+        expert_logits (`torch.Tensor` of shape `(N, V)`): Raw logits of the expert, any floating dtype.
+        amateur_logits (`torch.Tensor` of shape `(N, V)`): Raw logits of the amateur over the same V tokens.
+        alpha (`float`): Plausibility threshold, in (0, 1].
+        beta (`float`): A step is kept if its divergence is at least this many nats.
+
+    Returns:
+        [`ContrastedSteps`]
+
+    Raises:
+        [`NonFiniteLogitsError`]: If a logit is NaN or infinite. It is a `ValueError` that names the model and the row.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> expert = torch.tensor([[4.0, 3.0, 0.0], [1.0, 0.0, 0.0]])
+    >>> amateur = torch.tensor([[4.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    >>> steps = contrast_steps(expert, amateur, alpha=0.2, beta=0.4)
+    >>> steps.kept.tolist(), steps.label_ids.tolist()
+    ([True, False], [[1, 0]])
+
+    ```
+    """
+    rows = _rows_per_chunk(expert_logits)
+    divergences, labels = [], []
+    for start in range(0, len(expert_logits), rows):
+        expert = expert_logits[start : start + rows].float()
+        amateur = amateur_logits[start : start + rows].to(expert.device).float()
+        _check_finite("expert", expert, start)
+        _check_finite("amateur", amateur, start)
+        mask = plausibility_mask(expert, alpha)
+        expert, amateur = expert.log_softmax(-1), amateur.log_softmax(-1)
+        divergence = step_divergence(expert, amateur)
+        divergences.append(divergence)
+        kept = divergence >= beta
+        if kept.any():
+            mask = mask[kept]
+            label = contrastive_label(expert[kept], amateur[kept], mask)
+            # topk keeps the dense rows no longer than the chunk lives; outside a row's own support it picks zeros
+            labels.append(label.topk(int(mask.sum(-1).max())))
+    divergence = torch.cat(divergences) if divergences else expert_logits.new_zeros(0, dtype=torch.float32)
+    support = max((label.values.shape[1] for label in labels), default=0)
+    empty = divergence.new_zeros(0, support)
+    return ContrastedSteps(
+        kl_divergence=divergence,
+        kept=divergence >= beta,
+        label_ids=torch.cat([_widen(label.indices, support) for label in labels] or [empty.long()]),
+        label_probs=torch.cat([_widen(label.values, support) for label in labels] or [empty]),
+    )
+
+
+def contrastive_loss(logits: torch.Tensor, label_ids: torch.Tensor, label_probs: torch.Tensor) -> ContrastiveLoss:
+    """
+    D_KL(v_C || pi_theta) of each step, the fine-tuning objective (section 3.3).
+
+    Args:
+        logits (`torch.Tensor` of shape `(N, V)`): Raw logits of pi_theta at the kept steps, any floating dtype.
+        label_ids (`torch.Tensor` of shape `(N, S)`, int64): Columns of v_C's support, most probable first, padded with
+            any valid column.
+        label_probs (`torch.Tensor` of shape `(N, S)`, fp32): v_C there; 0 marks padding.
+
+    Returns:
+        [`ContrastiveLoss`]
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> loss = contrastive_loss(torch.zeros(1, 4), torch.tensor([[2, 1]]), torch.tensor([[0.75, 0.25]]))
+    >>> loss.kl_divergence
+    tensor([0.8240])
+
+    ```
+    """
+    rows = _rows_per_chunk(logits)
+    parts = []
+    # `split` rather than slices: its backward writes the gradient once instead of adding up one full tensor a chunk
+    for chunk in zip(logits.split(rows), label_ids.split(rows), label_probs.split(rows), strict=True):
+        if torch.is_grad_enabled() and logits.requires_grad and len(logits) > rows:
+            # The fp32 copy of a chunk is made again in the backward pass, so that one chunk is alive at a time
+            parts.append(checkpoint(_chunk_loss, *chunk, use_reentrant=False))
+        else:
+            parts.append(_chunk_loss(*chunk))
+    return ContrastiveLoss(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _chunk_loss(
+    logits: torch.Tensor, label_ids: torch.Tensor, label_probs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logps = logits.float().log_softmax(-1)
+    # xlogy is 0 where the probability is 0, so padding adds nothing
+    negative_entropy = torch.special.xlogy(label_probs, label_probs).sum(-1)
+    divergence = negative_entropy - (label_probs * logps.gather(-1, label_ids)).sum(-1)
+    with torch.no_grad():
+        entropy = -(logps.exp() * logps).sum(-1)
+        favourite = label_ids.gather(-1, label_probs.argmax(-1, keepdim=True)).squeeze(-1)
+        agreement = logps.argmax(-1) == favourite
+    return divergence, entropy, agreement
+
+
+def _rows_per_chunk(logits: torch.Tensor) -> int:
+    return max(1, CHUNK_ELEMENTS // max(1, logits.shape[-1]))
+
+
+def _check_finite(name: str, logits: torch.Tensor, start: int) -> None:
+    finite = logits.isfinite().all(-1)
+    if not finite.all():
+        raise NonFiniteLogitsError(name, start + int(finite.logical_not().nonzero()[0]))
+
+
+def _widen(values: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.nn.functional.pad(values, (0, width - values.shape[1]))

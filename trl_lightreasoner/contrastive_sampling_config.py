@@ -1,0 +1,164 @@
+"""Settings of `ContrastiveStepSampler`."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class ContrastiveSamplingConfig:
+    r"""
+    Configuration class for the [`ContrastiveStepSampler`]. Defaults are the paper's (arXiv 2510.07962) where it has
+    one.
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the output
+
+        output_dir (`str`):
+            Folder for the Dataset. Rows are written there as they are made.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether to delete sampled steps that `output_dir` already holds. Otherwise they are never touched.
+
+        > Parameters that control the models
+
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Data type of the weights of models given by id or path: `"auto"` (the checkpoint's own), `"bfloat16"`,
+            `"float16"` or `"float32"`.
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used when the expert is given
+            by id or path. The `revision` value is also used when loading its tokenizer.
+        amateur_model_init_kwargs (`dict[str, Any]`, *optional*):
+            The same for the amateur.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to allow loading models and tokenizers that ship custom Python code.
+
+        > Parameters that control the contrast
+
+        alpha (`float`, *optional*, defaults to `0.2`):
+            Plausibility threshold in (0, 1]: a token can be in a label if the expert holds it at least `alpha` times
+            as probable as its favourite.
+        beta (`float`, *optional*, defaults to `0.4`):
+            Informativeness threshold in nats: a step is kept if the expert's distribution diverges from the amateur's
+            by at least this much.
+        include_first_step (`bool`, *optional*, defaults to `True`):
+            Whether the first token of a completion can be a kept step. `False` reproduces the published scripts, which
+            skip it.
+
+        > Parameters that control the generation
+
+        max_new_tokens (`int`, *optional*, defaults to `128`):
+            Longest completion to generate. Unused for datasets with a `completion` column.
+        max_prompt_length (`int`, *optional*):
+            Prompts of more tokens than this are skipped and counted; none is ever cut. If `None`, only prompts that
+            leave no room in the models' context are skipped.
+        per_device_batch_size (`int`, *optional*, defaults to `16`):
+            Number of prompts processed together. It is halved when memory runs out.
+    """
+
+    output_dir: str = field(
+        metadata={"help": "Folder for the Dataset. Rows are written there as they are made."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to delete sampled steps that `output_dir` already holds. Otherwise they are never "
+            "touched."
+        },
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Data type of the weights of models given by id or path: 'auto' (the checkpoint's own), "
+            "'bfloat16', 'float16' or 'float32'.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used when the expert is given by "
+            "id or path. The `revision` value is also used when loading its tokenizer."
+        },
+    )
+    amateur_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "The same for the amateur."},
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Whether to allow loading models and tokenizers that ship custom Python code."},
+    )
+    alpha: float = field(
+        default=0.2,
+        metadata={
+            "help": "Plausibility threshold in (0, 1]: a token can be in a label if the expert holds it at least "
+            "`alpha` times as probable as its favourite."
+        },
+    )
+    beta: float = field(
+        default=0.4,
+        metadata={
+            "help": "Informativeness threshold in nats: a step is kept if the expert's distribution diverges from the "
+            "amateur's by at least this much."
+        },
+    )
+    include_first_step: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the first token of a completion can be a kept step. `False` reproduces the published "
+            "scripts, which skip it."
+        },
+    )
+    max_new_tokens: int = field(
+        default=128,
+        metadata={"help": "Longest completion to generate. Unused for datasets with a `completion` column."},
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts of more tokens than this are skipped and counted; none is ever cut. If `None`, only "
+            "prompts that leave no room in the models' context are skipped."
+        },
+    )
+    per_device_batch_size: int = field(
+        default=16,
+        metadata={"help": "Number of prompts processed together. It is halved when memory runs out."},
+    )
+
+    def __post_init__(self):
+        for name in ("model_init_kwargs", "amateur_model_init_kwargs"):  # JSON on the command line
+            setattr(self, name, _as_dict(name, getattr(self, name)))
+        dtypes = self.__dataclass_fields__["dtype"].metadata["choices"]
+        if self.dtype not in dtypes:
+            raise ValueError(f"`dtype` must be one of {dtypes}, got {self.dtype!r}.")
+        for name in ("alpha", "beta"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"`{name}` must be a number, got {getattr(self, name)!r}.")
+        if not 0 < self.alpha <= 1:
+            raise ValueError(f"`alpha` must be in (0, 1], got {self.alpha}. The paper uses 0.2.")
+        if not 0 <= self.beta < float("inf"):
+            raise ValueError(
+                f"`beta` must be a finite number of nats, 0 or more, got {self.beta}. The paper uses 0.4."
+            )
+        for name in ("max_new_tokens", "max_prompt_length", "per_device_batch_size"):
+            value = getattr(self, name)
+            if value is None and name == "max_prompt_length":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a whole number, 1 or more, got {value!r}.")
+
+
+def _as_dict(name: str, value: Any) -> dict[str, Any] | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            example = '{"revision": "main"}'
+            raise ValueError(f"`{name}` must be a JSON object, such as '{example}', got {value!r}.") from None
+    if not isinstance(value, dict | None):
+        raise ValueError(f"`{name}` must be a dict, got {value!r}.")
+    return value

@@ -1,0 +1,300 @@
+"""`ContrastiveStepSampler`: from prompts, an expert and an amateur to a Dataset of kept steps."""
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from datasets import Dataset
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, logging
+
+from .contrastive_sampling_config import ContrastiveSamplingConfig
+from .generation import find_eos_ids, generate_greedy
+from .models import get_base_model, load_config, load_model, load_tokenizer
+from .prompts import check_prompts, encode_row
+from .scoring import Trajectory, TrajectoryScores, score_trajectories
+from .step_dataset import StepWriter, kl_quantiles
+from .vocabulary import model_vocabulary, shared_vocabulary
+
+
+logger = logging.get_logger(__name__)
+
+
+class ContrastiveStepSampler:
+    """
+    Finds the steps at which an expert knows what an amateur does not (LightReasoner, arXiv 2510.07962, section 3).
+
+    For every prompt the expert decodes greedily; both models then read prompt and completion once; the steps whose
+    distributions diverge by at least `args.beta` are kept, each with its contrastive label.
+
+    Args:
+        expert (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The stronger model, which is to be fine-tuned afterwards: a model id on the Hub, a path, or a model. PEFT
+            adapters are loaded on their base model.
+        amateur (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The weaker model of the same vocabulary.
+        args ([`ContrastiveSamplingConfig`]):
+            Settings.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The expert's tokenizer, which also applies the chat template. If `None`, it is loaded from beside the
+            expert.
+        amateur_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The amateur's tokenizer. If `None`, it is loaded from beside the amateur.
+
+    Raises:
+        `ValueError`: If the two vocabularies do not fit, or a model has no next-token distribution.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
+
+    >>> sampler = ContrastiveStepSampler(
+    ...     expert="Qwen/Qwen2.5-Math-1.5B",
+    ...     amateur="Qwen/Qwen2.5-0.5B",
+    ...     args=ContrastiveSamplingConfig(output_dir="steps"),
+    ... )
+    >>> dataset = sampler.sample(Dataset.from_dict({"prompt": ["What is 17 * 3?"]}))
+    ```
+    """
+
+    def __init__(
+        self,
+        expert: str | PreTrainedModel | PeftModel,
+        amateur: str | PreTrainedModel | PeftModel,
+        args: ContrastiveSamplingConfig,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        amateur_processing_class: PreTrainedTokenizerBase | None = None,
+    ):
+        self.args = args
+        self.expert = expert
+        self.amateur = amateur
+        common = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+        self._expert_kwargs = expert_kwargs = {**common, **(args.model_init_kwargs or {})}
+        self._amateur_kwargs = amateur_kwargs = {**common, **(args.amateur_model_init_kwargs or {})}
+
+        # Weights are loaded by `sample`, when nothing is left that could be refused before
+        expert_config = load_config(expert, "expert", **expert_kwargs)
+        amateur_config = load_config(amateur, "amateur", **amateur_kwargs)
+        if processing_class is None:
+            processing_class = load_tokenizer(expert, "expert", **_tokenizer_kwargs(expert_kwargs))
+        if amateur_processing_class is None:
+            amateur_processing_class = load_tokenizer(
+                amateur, "amateur", "amateur_processing_class", **_tokenizer_kwargs(amateur_kwargs)
+            )
+        expert_width = expert_config.get_text_config().vocab_size
+        amateur_width = amateur_config.get_text_config().vocab_size
+        self.processing_class = processing_class
+        self.shared_vocabulary = shared_vocabulary(
+            processing_class, amateur_processing_class, expert_width, amateur_width
+        )
+        self.expert_vocabulary = model_vocabulary(processing_class, expert_width, "expert")
+        contexts = [
+            getattr(config.get_text_config(), "max_position_embeddings", None)
+            for config in (expert_config, amateur_config)
+        ]
+        self.max_length = min((context for context in contexts if context is not None), default=None)
+
+    def sample(self, dataset: Dataset) -> Dataset:
+        """
+        Sample and score every prompt of a dataset.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                A prompt-only dataset, standard (`"prompt": text`) or conversational (`"prompt": [messages]`); or a
+                prompt-completion dataset, whose completions are scored instead of generated. Other columns are carried
+                along.
+
+        Returns:
+            [`~datasets.Dataset`] with one row a trajectory, in the order of the prompts, memory-mapped from the
+            Parquet files under `args.output_dir`; for the columns see `trl_lightreasoner.step_dataset`.
+
+        Raises:
+            `ValueError`: If the dataset is malformed or every prompt has to be skipped.
+        """
+        check_prompts(dataset, self.processing_class)
+        writer = StepWriter(self.args.output_dir, dataset, self.args.overwrite_output_dir)
+        self.expert = load_model(self.expert, **self._expert_kwargs)
+        self.amateur = load_model(self.amateur, **self._amateur_kwargs)
+        self.eos_ids = find_eos_ids(self.expert, self.processing_class)
+
+        scoring_only = "completion" in dataset.column_names
+        encoded = dataset.map(
+            self._encode, with_indices=True, remove_columns=dataset.column_names, desc="Tokenizing prompts"
+        )
+        order = self._plan(encoded, scoring_only)
+        writer.open(self._metadata())
+
+        num_steps = num_kept = 0
+        batch_size, start = self.args.per_device_batch_size, 0
+        with (
+            _evaluating(self.expert, self.amateur),
+            tqdm(total=len(order), desc="Sampling", unit="prompt") as progress,
+        ):
+            while start < len(order):
+                # One call generates up to one length, so that a batch holds prompts with the same room
+                room = order[start][1]
+                batch = order[start : start + batch_size]
+                indices = [index for index, other_room in batch if other_room == room]
+                rows = encoded[indices]
+                try:
+                    trajectories, scores = self._run(indices, rows, None if scoring_only else room)
+                except RuntimeError as error:
+                    if not should_reduce_batch_size(error):
+                        raise
+                    if len(indices) == 1:
+                        raise ValueError(
+                            f"Memory ran out for row {indices[0]} alone ({len(rows['prompt_ids'][0])} prompt tokens). "
+                            "Lower `max_new_tokens` or `max_prompt_length`, or load the models in a smaller `dtype`."
+                        ) from error
+                    clear_device_cache(garbage_collection=True)
+                    batch_size = (len(indices) + 1) // 2
+                    logger.warning(f"Memory ran out with {len(indices)} prompts together; going on with {batch_size}.")
+                    continue
+                writer.write(indices, self._columns(trajectories, scores, scoring_only))
+                start += len(indices)
+                num_steps += sum(len(score.kl_divergence) for score in scores)
+                num_kept += sum(len(score.step_positions) for score in scores)
+                progress.set_postfix_str(f"{num_kept:,} of {num_steps:,} steps kept", refresh=False)
+                progress.update(len(indices))
+
+        sampled = writer.finish()
+        if num_kept == 0:
+            low, high, tenth = kl_quantiles(sampled, [0.5, 0.99, 0.9])
+            logger.warning(
+                f"No step reached beta = {self.args.beta}: of {num_steps:,} steps, half have a divergence below "
+                f"{low:.3g} and 99 % below {high:.3g} nats. beta = {tenth:.3g} would keep 10 %; if that is near 0, "
+                "the amateur is too close to the expert: choose a weaker one."
+            )
+        return sampled
+
+    def _encode(self, row: dict[str, Any], index: int) -> dict[str, list[int]]:
+        try:
+            return encode_row(row, self.processing_class, set(self.eos_ids))
+        except ValueError as error:
+            raise ValueError(f"Row {index}: {error}") from None
+
+    def _plan(self, encoded: Dataset, scoring_only: bool) -> list[tuple[int, int]]:
+        """
+        `(row, room)` of every prompt that can be sampled, longest first, so that a batch that is too large for the
+        memory shows at once. Room is the number of tokens to generate at most; for given completions it is 0.
+        """
+        args = self.args
+        skipped = {"empty": 0, f"longer than max_prompt_length={args.max_prompt_length}": 0, "no room": 0}
+        empty, too_long, no_room = skipped
+        plan = []
+        for index, row in enumerate(encoded):
+            prompt_length, completion_length = len(row["prompt_ids"]), len(row.get("completion_ids") or [])
+            room = args.max_new_tokens
+            if self.max_length is not None:
+                room = min(room, self.max_length - prompt_length)
+            if prompt_length == 0 or (scoring_only and completion_length == 0):
+                skipped[empty] += 1
+            elif args.max_prompt_length is not None and prompt_length > args.max_prompt_length:
+                skipped[too_long] += 1
+            elif room < 1 or (self.max_length is not None and prompt_length + completion_length > self.max_length):
+                skipped[no_room] += 1
+            else:
+                plan.append((prompt_length + completion_length, index, 0 if scoring_only else room))
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items() if count)
+        if not plan:
+            raise ValueError(
+                f"Every prompt of the dataset had to be skipped ({reasons}; the models' context is {self.max_length} "
+                "tokens). Shorten the prompts, or raise `max_prompt_length`."
+            )
+        if reasons:
+            logger.warning(
+                f"Skipped {len(encoded) - len(plan):,} of {len(encoded):,} prompts: {reasons} (the models' context is "
+                f"{self.max_length} tokens)."
+            )
+        plan.sort(key=lambda item: (-item[0], item[1]))
+        return [(index, room) for _, index, room in plan]
+
+    def _run(
+        self, indices: list[int], rows: dict[str, list], room: int | None
+    ) -> tuple[list[Trajectory], list[TrajectoryScores]]:
+        completions = (
+            rows["completion_ids"]
+            if room is None
+            else generate_greedy(self.expert, rows["prompt_ids"], self.expert_vocabulary, self.eos_ids, room)
+        )
+        trajectories = [Trajectory(*ids) for ids in zip(rows["prompt_ids"], completions, strict=True)]
+        scores = score_trajectories(
+            self.expert,
+            self.amateur,
+            trajectories,
+            self.shared_vocabulary,
+            alpha=self.args.alpha,
+            beta=self.args.beta,
+            include_first_step=self.args.include_first_step,
+            names=[f"row {index}" for index in indices],
+        )
+        return trajectories, scores
+
+    def _columns(
+        self, trajectories: list[Trajectory], scores: list[TrajectoryScores], scoring_only: bool
+    ) -> dict[str, list]:
+        columns = {
+            "prompt_ids": [trajectory.prompt_ids for trajectory in trajectories],
+            "completion_ids": [trajectory.completion_ids for trajectory in trajectories],
+            **{field: [getattr(score, field) for score in scores] for field in TrajectoryScores._fields},
+        }
+        if not scoring_only:
+            columns["completion"] = self.processing_class.batch_decode(
+                columns["completion_ids"], skip_special_tokens=True
+            )
+        return columns
+
+    def _metadata(self) -> dict[str, Any]:
+        settings = ("alpha", "beta", "max_new_tokens", "max_prompt_length", "include_first_step")
+        packages = ("trl-lightreasoner", "trl", "transformers", "peft", "datasets", "torch")
+        return {
+            "method": "LightReasoner (arXiv 2510.07962)",
+            "expert": _describe(self.expert),
+            "amateur": _describe(self.amateur),
+            "settings": {name: getattr(self.args, name) for name in settings},
+            "shared_tokens": len(self.shared_vocabulary),
+            "eos_token_ids": self.eos_ids,
+            "chat_template": self.processing_class.chat_template,
+            "versions": {
+                "python": platform.python_version(),
+                **{package: importlib.metadata.version(package) for package in packages},
+            },
+        }
+
+
+def _tokenizer_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: model_kwargs[key] for key in ("revision", "trust_remote_code") if key in model_kwargs}
+
+
+def _describe(model: torch.nn.Module) -> dict[str, Any]:
+    base = get_base_model(model)
+    quantization = getattr(base.config, "quantization_config", None)
+    if quantization is not None and not isinstance(quantization, dict):
+        quantization = quantization.to_diff_dict()
+    return {
+        "model": base.config._name_or_path,
+        "revision": getattr(base.config, "_commit_hash", None),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "quantization": quantization and {key: str(value) for key, value in quantization.items()},
+        "adapters": list(model.active_adapters) if isinstance(model, PeftModel) else None,
+    }
+
+
+@contextmanager
+def _evaluating(*models: torch.nn.Module) -> Iterator[None]:
+    """Dropout off, as long as it lasts."""
+    training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, was_training in zip(models, training, strict=True):
+            model.train(was_training)

@@ -1,0 +1,122 @@
+"""Settings of `LightReasonerTrainer`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+
+@dataclass
+class LightReasonerConfig(TrainingArguments):
+    r"""
+    Configuration class for the [`LightReasonerTrainer`].
+
+    This class includes only the parameters that are specific to LightReasoner training. For a full list of training
+    arguments, please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this
+    class may differ from those in [`~transformers.TrainingArguments`]: they are the paper's (arXiv 2510.07962) where
+    it has one.
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used when the `model`
+            argument of the [`LightReasonerTrainer`] is provided as a string. The `revision` value is also used when
+            loading the processing class.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to allow loading models and tokenizers that ship custom Python code from the Hub.
+
+        > Parameters that control the data preprocessing
+
+        max_length (`int` or `None`, *optional*, defaults to `1024`):
+            Longest context of a step in tokens. Steps beyond it are dropped and counted, nothing is cut. If `None`,
+            every step is trained on.
+        one_step_per_row (`bool`, *optional*, defaults to `False`):
+            Whether to train on rows of one kept step each, as the paper does, instead of on whole trajectories, whose
+            steps share one forward pass.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `gradient_accumulation_steps`: Defaults to `2` instead of `1`, so that an update holds 16 rows.
+    > - `num_train_epochs`: Defaults to `None` instead of `3.0`. If neither it nor `max_steps` is set, training takes
+    >   the paper's 1,000 updates where every row holds one step, and 2 epochs where rows are whole trajectories.
+    > - `bf16`: Defaults to `None` instead of `False`: `True` on an accelerator that has it, unless `fp16` is set.
+    > - `logging_steps`: Defaults to `10` instead of `500`.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    # Parameters whose default values are overridden from TrainingArguments
+    learning_rate: float = field(
+        default=5e-5,
+        metadata={"help": "The initial learning rate for AdamW."},
+    )
+    gradient_accumulation_steps: int = field(
+        default=2,
+        metadata={
+            "help": "Number of batches an update is accumulated over. The mean is over the kept steps of all of them."
+        },
+    )
+    num_train_epochs: float | None = field(
+        default=None,
+        metadata={
+            "help": "Total number of training epochs. If neither it nor `max_steps` is set, training takes 1,000 "
+            "updates where every row holds one step, and 2 epochs where rows are whole trajectories."
+        },
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to use bf16 (mixed) precision instead of 32-bit. If not set, it is `True` on an "
+            "accelerator that has it, unless `fp16` is set."
+        },
+    )
+    logging_steps: float = field(
+        default=10,
+        metadata={
+            "help": "Log every X updates steps. Should be an integer or a float in range `[0,1)`. If smaller than 1, "
+            "will be interpreted as ratio of total training steps."
+        },
+    )
+
+    # Parameters that control the model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used when the `model` argument of "
+            "the `LightReasonerTrainer` is provided as a string. The `revision` value is also used when loading the "
+            "processing class."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Whether to allow loading models and tokenizers that ship custom Python code from the Hub."},
+    )
+
+    # Parameters that control the data preprocessing
+    max_length: int | None = field(
+        default=1024,
+        metadata={
+            "help": "Longest context of a step in tokens. Steps beyond it are dropped and counted, nothing is cut. If "
+            "`None`, every step is trained on."
+        },
+    )
+    one_step_per_row: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to train on rows of one kept step each, as the paper does, instead of on whole "
+            "trajectories, whose steps share one forward pass."
+        },
+    )
+
+    def __post_init__(self):
+        if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 1):
+            raise ValueError(f"`max_length` must be a whole number, 1 or more, or `None`, got {self.max_length!r}.")
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        super().__post_init__()

@@ -1,0 +1,414 @@
+"""`LightReasonerTrainer`: fine-tunes an expert on the kept steps of a Dataset, `D_KL(v_C || pi_theta)` at each."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    logging,
+    set_seed,
+)
+from transformers.trainer_utils import EvalLoopOutput
+
+from .contrast import contrastive_loss
+from .data_collator import DataCollatorForLightReasoner
+from .lightreasoner_config import LightReasonerConfig
+from .models import accepts_logits_to_keep, forward_at, get_base_model, load_config, load_model, load_tokenizer
+from .step_dataset import STEP_COLUMNS
+from .training_rows import prepare_rows
+from .vocabulary import model_vocabulary
+
+
+logger = logging.get_logger(__name__)
+
+# The paper's budget where a row is a step; for whole trajectories see the training page of the documentation
+_UPDATES_ONE_STEP_PER_ROW = 1000
+_EPOCHS_WHOLE_TRAJECTORIES = 2.0
+
+
+class SkipNonFiniteUpdates(TrainerCallback):
+    """
+    Leaves out every update whose gradient is NaN or infinite, on all processes alike, and counts them.
+
+    Args:
+        trainer ([`LightReasonerTrainer`]): Knows the processes and the gradient scaler.
+        patience (`int`, *optional*, defaults to `3`): Updates in a row after which training stops.
+
+    Raises:
+        `FloatingPointError`: From the `patience`-th in a row on, with the likely cause. The weights are those before.
+    """
+
+    def __init__(self, trainer: "LightReasonerTrainer", patience: int = 3):
+        self.trainer = trainer
+        self.patience = patience
+        self.count = self.in_a_row = 0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+    ):
+        accelerator = self.trainer.accelerator
+        if accelerator.scaler is not None:  # fp16: the scaler skips such updates itself and lowers its scale
+            return
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        grads = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
+        broken = sum((~grad.isfinite().all()).to(accelerator.device, torch.float32) for grad in grads)
+        broken = accelerator.reduce(torch.as_tensor(broken, device=accelerator.device), reduction="sum")
+        if not broken:
+            self.in_a_row = 0
+            return
+        for parameter in model.parameters():
+            parameter.grad = None
+        self.count += 1
+        self.in_a_row += 1
+        logger.warning(
+            f"The gradient of update {state.global_step + 1} is not finite; the update is left out ({self.count} so "
+            "far)."
+        )
+        if self.in_a_row == self.patience:
+            raise FloatingPointError(
+                f"The gradient was not finite {self.patience} times in a row, so training stopped at update "
+                f"{state.global_step + 1}; no such update was applied. The likely causes are NaN in the base model's "
+                "weights, float16 where bfloat16 or float32 is needed, or a learning rate that is too high "
+                f"({args.learning_rate:g})."
+            )
+
+
+class LightReasonerTrainer(Trainer):
+    """
+    Trainer for LightReasoner (arXiv 2510.07962): minimises `D_KL(v_C || pi_theta)` at the kept steps of a Dataset.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model to be trained, which must be the expert that the Dataset was sampled with. Can be either:
+
+            - A string, being the id of a model or an adapter on the Hub, or a path. It is loaded with
+              `args.model_init_kwargs`. Its `dtype` is by default the checkpoint's own with a `peft_config`, and
+              `"float32"` without one.
+            - A [`~transformers.PreTrainedModel`].
+            - A [`~peft.PeftModel`], which is trained as it is.
+        args ([`LightReasonerConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        data_collator ([`~transformers.DataCollator`], *optional*):
+            Function to form a batch. Defaults to [`DataCollatorForLightReasoner`].
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows as [`ContrastiveStepSampler`] makes them, with one kept step or several.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict[str, Dataset]`, *optional*):
+            Rows of the same kind, for `eval_loss`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The model's tokenizer, which is saved with it. If `None`, it is loaded from beside the model.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            List of callbacks to customize the training loop.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            A tuple containing the optimizer and the scheduler to use.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization configuration used when loading the model from a string.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            PEFT configuration used to wrap the model. If `None`, the model is trained as it is.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from peft import LoraConfig
+    >>> from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
+
+    >>> trainer = LightReasonerTrainer(
+    ...     model="Qwen/Qwen2.5-Math-1.5B",
+    ...     args=LightReasonerConfig(output_dir="adapter"),
+    ...     train_dataset=load_dataset("steps", split="train"),
+    ...     peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    ... )
+    >>> trainer.train()
+    >>> trainer.save_model()
+    ```
+    """
+
+    _tag_names = ["trl", "light-reasoner"]
+    _name = "LightReasoner"
+    _paper = {
+        "title": "LightReasoner: Can Small Language Models Teach Large Language Models Reasoning?",
+        "id": "2510.07962",
+    }
+
+    # `compute_loss` divides by the kept steps of the whole update, so that nothing is left for `Trainer` to scale
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: LightReasonerConfig | TrainingArguments | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        # Args
+        if args is None:
+            model_name = model if isinstance(model, str) else get_base_model(model).config._name_or_path
+            args = LightReasonerConfig(f"{model_name.split('/')[-1]}-LightReasoner")
+        elif not isinstance(args, LightReasonerConfig):
+            dict_args = args.to_dict()
+            dict_args["hub_token"] = args.hub_token  # to_dict hides the hub_token
+            args = LightReasonerConfig(**dict_args)
+
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required")
+        if not isinstance(train_dataset, Dataset | IterableDataset):
+            raise TypeError(
+                f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(train_dataset).__name__}`."
+            )
+        if isinstance(train_dataset, IterableDataset):
+            # Processes pad their batches to different lengths, which dispatching would try to concatenate
+            args.accelerator_config.dispatch_batches = False
+
+        # Processing class and vocabulary, before any weights are loaded
+        model_init_kwargs = dict(args.model_init_kwargs or {})
+        model_init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+        config = load_config(model, **model_init_kwargs).get_text_config()
+        if processing_class is None:
+            hub_kwargs = {
+                key: model_init_kwargs[key] for key in ("revision", "trust_remote_code") if key in model_init_kwargs
+            }
+            processing_class = load_tokenizer(model, **hub_kwargs)
+        elif not isinstance(processing_class, PreTrainedTokenizerBase):
+            raise TypeError("The `processing_class` must be a `PreTrainedTokenizerBase`")
+        self.vocabulary = model_vocabulary(processing_class, config.vocab_size)
+
+        # Dataset
+        def prepare(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+            return prepare_rows(
+                dataset, name, self.vocabulary, config.vocab_size, args.max_length, args.one_step_per_row
+            )
+
+        with args.main_process_first():
+            train_dataset = prepare(train_dataset, "train")
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {name: prepare(dataset, name) for name, dataset in eval_dataset.items()}
+            elif eval_dataset is not None:
+                eval_dataset = prepare(eval_dataset, "eval")
+        if args.num_train_epochs is None:
+            args.num_train_epochs = _EPOCHS_WHOLE_TRAJECTORIES
+            if args.max_steps < 0 and isinstance(train_dataset, Dataset) and _one_step_each(train_dataset):
+                args.max_steps = _UPDATES_ONE_STEP_PER_ROW
+
+        # Model
+        # PEFT initializes the adapter weights randomly, so set_seed must be done before creating the model to ensure
+        # reproducibility.
+        set_seed(args.seed)
+        if isinstance(model, str):
+            if quantization_config is not None:
+                if "quantization_config" in model_init_kwargs:
+                    raise ValueError(
+                        "You set `quantization_config` both as a trainer argument and in `args.model_init_kwargs`. "
+                        "Please set it in only one place, preferably as a trainer argument."
+                    )
+                model_init_kwargs["quantization_config"] = quantization_config
+            # All weights are trained in fp32; frozen ones stay as they were when the expert was sampled
+            model_init_kwargs.setdefault("dtype", "float32" if peft_config is None else "auto")
+            model_init_kwargs.setdefault("device_map", None)  # `Trainer` places the model
+            model = load_model(model, is_trainable=True, **model_init_kwargs)
+        else:
+            if args.model_init_kwargs is not None:
+                logger.warning(
+                    "You passed `model_init_kwargs` to the `LightReasonerConfig`, but your model is already "
+                    "instantiated. The `model_init_kwargs` will be ignored."
+                )
+            if quantization_config is not None:
+                logger.warning(
+                    "You passed `quantization_config` to the trainer, but your model is already instantiated. The "
+                    "`quantization_config` will be ignored."
+                )
+        is_quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+
+        # PEFT
+        if peft_config is not None:
+            if not isinstance(peft_config, PeftConfig):
+                raise TypeError(
+                    f"`peft_config` must be a `peft.PeftConfig` instance (e.g. `peft.LoraConfig`), got "
+                    f"{type(peft_config).__name__}."
+                )
+            if isinstance(model, PeftModel):
+                raise ValueError(
+                    "You passed a `PeftModel` instance together with a `peft_config` to the trainer. Please first "
+                    "merge and unload the existing adapter, save the resulting base model, and then pass that base "
+                    "model along with the new `peft_config` to the trainer."
+                )
+            model = get_peft_model(model, peft_config)
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"{model.active_peft_config.peft_type.value} is not supported: it adds positions in front of the "
+                "prompt. Use LoRA or another method that changes weights."
+            )
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "The model has no trainable parameter. Load the adapter with `is_trainable=True`, or pass a "
+                "`peft_config`."
+            )
+        # When using gradient checkpointing with PEFT, we need to enable input gradients.
+        if isinstance(model, PeftModel) and (
+            args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
+        ):
+            model.enable_input_require_grads()
+        # QLoRA's adapter weights are bf16, as in its paper; DoRA's magnitude vector would freeze in bf16.
+        if is_quantized:
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+
+        # Data collator
+        if data_collator is None:
+            data_collator = DataCollatorForLightReasoner(pad_token_id=processing_class.pad_token_id or 0)
+
+        self._accepts_logits_to_keep = accepts_logits_to_keep(model)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{type(self).__name__} does not support `nn.DataParallel`, which `Trainer` uses when several GPUs "
+                "are visible to a single process. Launch the script with `accelerate launch` or `torchrun`, or make a "
+                "single GPU visible with `CUDA_VISIBLE_DEVICES`."
+            )
+        self.skip_nonfinite_updates = SkipNonFiniteUpdates(self)
+        self.add_callback(self.skip_nonfinite_updates)
+
+        # Sums over the kept steps since the last log: entropy, agreement, steps. Seen: steps, tokens, since the start.
+        self._sums = torch.zeros(3, dtype=torch.float64)
+        self._seen = torch.zeros(2, dtype=torch.float64)
+        self._eval_sums: torch.Tensor | None = None
+
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(self._tag_names)
+
+    def _set_signature_columns_if_needed(self):
+        # What `Trainer` keeps of a dataset under `remove_unused_columns=True`
+        if self._signature_columns is None:
+            self._signature_columns = list(STEP_COLUMNS)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device):
+        # The items of an update are its kept steps, of every batch and process
+        num_steps = torch.as_tensor(sum(batch["step_mask"].sum() for batch in batch_samples), device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            num_steps = self.accelerator.gather(num_steps).sum()
+        return num_steps
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ):
+        """
+        Mean of `D_KL(v_C || pi_theta)` over kept steps, in nats.
+
+        Args:
+            model (`torch.nn.Module`): The model as `Trainer` wraps it.
+            inputs (`dict`): A batch of [`DataCollatorForLightReasoner`].
+            return_outputs (`bool`, *optional*, defaults to `False`): Whether to return the model's outputs as well.
+            num_items_in_batch (`torch.Tensor`, *optional*): Kept steps of the whole update. If `None`, the mean is
+                over the batch.
+
+        Returns:
+            The loss, or the loss and the outputs: `outputs.logits` holds the logits at the N kept steps, `(N, W)`, and
+            `outputs.steps` the [`ContrastiveLoss`] of each, in the order of the rows.
+        """
+        label_probs = inputs["label_probs"]
+        is_step = label_probs.sum(-1) > 0
+        model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
+        outputs = forward_at(model, inputs["step_mask"], self._accepts_logits_to_keep, **model_inputs)
+        outputs.steps = contrastive_loss(
+            self.vocabulary.select(outputs.logits),
+            self.vocabulary.columns_of(inputs["label_ids"][is_step]),
+            label_probs[is_step],
+        )
+        divergence = outputs.steps.kl_divergence
+        if num_items_in_batch is None:
+            loss = divergence.sum() / max(len(divergence), 1)
+        else:
+            loss = divergence.sum() / num_items_in_batch.clamp_min(1)
+            if self.args.average_tokens_across_devices:  # DDP takes the mean of the processes' gradients
+                loss = loss * self.accelerator.num_processes
+        if model.training:
+            steps = outputs.steps
+            sums = torch.stack([steps.entropy.sum(), steps.agreement.sum(), is_step.sum()]).double()
+            self._sums = self._sums.to(sums.device) + sums
+            seen = torch.stack([is_step.sum(), inputs["attention_mask"].sum()]).double()
+            self._seen = self._seen.to(seen.device) + seen
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args, **kwargs):
+        # cuDNN's attention can return NaN from the backward pass of a padded batch, for a loss that is finite (seen
+        # with torch 2.11 on an H100, bf16)
+        backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        with sdpa_kernel(backends) if self.accelerator.device.type == "cuda" else nullcontext():
+            return super().training_step(*args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        row, _ = (inputs["label_probs"].sum(-1) > 0).nonzero(as_tuple=True)
+        steps = outputs.steps
+        # A subclass may add to the loss; what it adds counts for every step of the batch alike
+        added = loss - steps.kl_divergence.mean()
+        values = [steps.kl_divergence + added, steps.entropy, steps.agreement, torch.ones_like(steps.entropy)]
+        sums = torch.zeros(len(inputs["input_ids"]), len(values), dtype=torch.float64, device=loss.device)
+        sums.index_add_(0, row, torch.stack(values, dim=1).double())
+        # Row by row, since the last batches of several processes hold rows twice, which `gather_for_metrics` takes out
+        self._eval_sums = self._eval_sums + self.accelerator.gather_for_metrics(sums).sum(0)
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        self._eval_sums = torch.zeros(4, dtype=torch.float64, device=self.accelerator.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, entropy, agreement, num_steps = self._eval_sums.tolist()
+        # `Trainer` takes the mean of the batches' means, which is not the mean over the steps
+        for name, value in {"loss": loss, "entropy": entropy, "mean_token_accuracy": agreement}.items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value / max(num_steps, 1)
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            sums = self.accelerator.reduce(torch.cat([self._sums, self._seen]).to(self.accelerator.device), "sum")
+            entropy, agreement, num_steps, seen_steps, seen_tokens = sums.tolist()
+            logs["entropy"] = entropy / max(num_steps, 1)
+            logs["mean_token_accuracy"] = agreement / max(num_steps, 1)
+            logs["num_kept_steps"] = seen_steps
+            logs["num_tokens"] = seen_tokens
+            logs["num_nonfinite_updates"] = self.skip_nonfinite_updates.count
+            self._sums = torch.zeros_like(self._sums)
+        super().log(logs, start_time)
+
+
+def _one_step_each(dataset: Dataset) -> bool:
+    return all(len(positions) == 1 for positions in dataset["step_positions"])

@@ -1,0 +1,158 @@
+"""Loading an expert or an amateur, whichever way the user names it, and calling it at chosen positions only."""
+
+import inspect
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftConfig, PeftModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.peft_utils import find_adapter_config_file
+
+
+def load_model(
+    model: str | PreTrainedModel | PeftModel, is_trainable: bool = False, **kwargs: Any
+) -> PreTrainedModel | PeftModel:
+    """
+    The model itself, loaded if it is named by an id or a path (of a model or of a PEFT adapter).
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What the user passed.
+        is_trainable (`bool`): Whether an adapter that is loaded is to be trained further.
+        kwargs: For [`~transformers.AutoModelForCausalLM.from_pretrained`]. `dtype` defaults to `"auto"`, the
+            checkpoint's own; the device is the process's own.
+    """
+    if not isinstance(model, str):
+        return model
+    kwargs.setdefault("dtype", "auto")
+    device = PartialState().device
+    if "device_map" not in kwargs and device.type != "cpu":
+        kwargs["device_map"] = {"": device}
+    adapter = None
+    if (base := _adapter_base(model, kwargs.get("revision"))) is not None:
+        adapter, model, revision = model, base, kwargs.pop("revision", None)
+    loaded = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    if adapter is None:
+        return loaded
+    return PeftModel.from_pretrained(loaded, adapter, is_trainable=is_trainable, revision=revision)
+
+
+def load_config(
+    model: str | PreTrainedModel | PeftModel, name: str = "model", revision: str | None = None, **kwargs: Any
+) -> PretrainedConfig:
+    """
+    The model's configuration, without loading the model.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What the user passed.
+        name (`str`): What to call it in an error message: "expert", "amateur", "model".
+        revision (`str`, *optional*): Of the model or adapter that `model` names.
+        kwargs: `trust_remote_code` counts, everything else is for the weights.
+
+    Raises:
+        `TypeError`: If it is none of the accepted types.
+        `ValueError`: If it is an encoder-decoder model or an encoder, which have no next-token distribution.
+    """
+    if isinstance(model, PreTrainedModel | PeftModel):
+        config = get_base_model(model).config
+    elif isinstance(model, str):
+        if (base := _adapter_base(model, revision)) is not None:
+            model, revision = base, None
+        trust_remote_code = kwargs.get("trust_remote_code", False)
+        try:
+            config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        except OSError as error:
+            raise ValueError(
+                f"The {name} {model!r} cannot be found. It must be a folder with a config.json, or the id of a model "
+                "on the Hub; private and gated models need `hf auth login`, offline ones must be in the cache."
+            ) from error
+    else:
+        raise TypeError(
+            f"The {name} must be a model id, a path, a `PreTrainedModel` or a `PeftModel`, got "
+            f"`{type(model).__name__}`."
+        )
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"The {name} is an encoder-decoder model (`{config.model_type}`). LightReasoner needs a causal language "
+            "model, such as Qwen2.5."
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"The {name} (`{config.model_type}`) has no next-token distribution. LightReasoner needs a causal "
+            "language model, such as Qwen2.5."
+        )
+    return config
+
+
+def load_tokenizer(
+    model: str | torch.nn.Module, name: str = "model", argument: str = "processing_class", **kwargs: Any
+) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer that lies beside a model; for an adapter, beside its base model.
+
+    Args:
+        model (`str` or `torch.nn.Module`): Id or path, or a loaded model that knows where it came from.
+        name (`str`): What to call the model in an error message.
+        argument (`str`): The argument by which the user can pass a tokenizer instead.
+        kwargs: For [`~transformers.AutoTokenizer.from_pretrained`].
+
+    Raises:
+        `ValueError`: If the model does not know where it came from.
+    """
+    if not isinstance(model, str):
+        source = get_base_model(model).config._name_or_path
+    elif (source := _adapter_base(model, kwargs.get("revision"))) is not None:
+        kwargs.pop("revision", None)  # it is the adapter's
+    else:
+        source = model
+    if not source:
+        raise ValueError(f"The {name} does not say where its tokenizer is. Pass the tokenizer as `{argument}`.")
+    return AutoTokenizer.from_pretrained(source, **kwargs)
+
+
+def _adapter_base(model: str, revision: str | None) -> str | None:
+    """Id or path of the base model if `model` is a PEFT adapter."""
+    if find_adapter_config_file(model, revision=revision) is None:
+        return None
+    return PeftConfig.from_pretrained(model, revision=revision).base_model_name_or_path
+
+
+def get_base_model(model: torch.nn.Module) -> torch.nn.Module:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def accepts_logits_to_keep(model: torch.nn.Module) -> bool:
+    """Whether the forward can leave out the positions whose logits nobody reads."""
+    return "logits_to_keep" in inspect.signature(get_base_model(model).forward).parameters
+
+
+def forward_at(model: torch.nn.Module, positions: torch.Tensor, to_keep: bool, **inputs: torch.Tensor) -> Any:
+    """
+    Run `model` and keep the logits of chosen positions only.
+
+    Args:
+        model (`torch.nn.Module`): The model as it is called, wrapped by DDP or not.
+        positions (`torch.Tensor` of shape `(batch, length)`, bool): True where logits are wanted.
+        to_keep (`bool`): What [`accepts_logits_to_keep`] says of the model. If False, all logits are computed and the
+            rest is dropped afterwards.
+        inputs: `input_ids`, `attention_mask` and so on.
+
+    Returns:
+        The model's output with `logits` of shape `(positions.sum(), W)`, in the order of the batch's rows.
+    """
+    if to_keep:
+        outputs = model(**inputs, logits_to_keep=positions, use_cache=False)
+        outputs.logits = outputs.logits.reshape(-1, outputs.logits.shape[-1])
+    else:
+        outputs = model(**inputs, use_cache=False)
+        outputs.logits = outputs.logits[positions.to(outputs.logits.device)]
+    return outputs

@@ -1,0 +1,122 @@
+"""From a row of a prompt-only or prompt-completion dataset to the token ids that both models see.
+
+TRL's conventions hold: `prompt` is text, taken verbatim, or a list of messages, to which the expert's chat template is
+applied once. BOS comes once, wherever it comes from. A `completion` is the answer to score instead of one generated.
+"""
+
+from typing import Any
+
+from datasets import Dataset, Value
+from transformers import PreTrainedTokenizerBase
+from trl import apply_chat_template, is_conversational
+
+
+def check_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Refuse a dataset that is not a prompt-only or prompt-completion dataset, before a model is loaded.
+
+    Raises:
+        `ValueError`: If the `prompt` column is missing, or messages come without a chat template.
+        `TypeError`: If it is not a [`~datasets.Dataset`].
+    """
+    if not isinstance(dataset, Dataset):
+        hint = " Choose a split, such as `dataset['train']`." if hasattr(dataset, "keys") else ""
+        raise TypeError(f"`dataset` must be a `datasets.Dataset`, got `{type(dataset).__name__}`.{hint}")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"The dataset has no `prompt` column; it has {dataset.column_names}. Map your rows to "
+            '`{"prompt": text}` or `{"prompt": [{"role": "user", "content": text}]}`.'
+        )
+    if len(dataset) == 0:
+        raise ValueError("The dataset is empty: there is no prompt to sample.")
+    if not isinstance(dataset.features["prompt"], Value) and tokenizer.chat_template is None:
+        raise ValueError(
+            "The prompts are conversational, but the expert's tokenizer has no chat template. Set "
+            "`tokenizer.chat_template` and pass it as `processing_class`, or give the prompts as text."
+        )
+
+
+def encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos_ids: set[int]) -> dict[str, list[int]]:
+    """
+    Token ids of one row.
+
+    Args:
+        row (`dict`): A row with `prompt` and, if there is one to score, `completion`; text or messages.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's.
+        eos_ids (`set[int]`): Tokens that end a completion. What a chat template puts behind the last of them is no
+            part of the answer and is left out.
+
+    Returns:
+        `dict` with `prompt_ids`, empty for an empty prompt, and `completion_ids` if there is a completion.
+
+    Raises:
+        `ValueError`: If the row is not as TRL's conventions say.
+
+    Example:
+
+    ```python
+    >>> encode_row({"prompt": "2+2=", "completion": "4"}, tokenizer, eos_ids={0})
+    {'prompt_ids': [17, 10, 17, 28], 'completion_ids': [19]}
+
+    ```
+    """
+    prompt, completion = row["prompt"], row.get("completion")
+    if not isinstance(prompt, str | list):
+        raise ValueError(
+            f"`prompt` must be text or a list of messages, got {prompt!r}. Filter such rows out, or convert them."
+        )
+    if "completion" in row and not isinstance(completion, str | list):
+        raise ValueError(
+            f"`completion` must be text or a list of one message, got {completion!r}. Filter such rows out, or remove "
+            "the column to let the expert answer."
+        )
+    if len(prompt) == 0:
+        return {"prompt_ids": []} if completion is None else {"prompt_ids": [], "completion_ids": []}
+    keys = [key for key in ("prompt", "completion", "chat_template_kwargs") if row.get(key) is not None]
+    text = {key: row[key] for key in keys}
+    conversational = is_conversational({"prompt": prompt})
+    if isinstance(prompt, list) != conversational or isinstance(completion, list) != (
+        conversational and "completion" in row
+    ):
+        raise ValueError(
+            "`prompt` and `completion` must both be text or both be lists of messages with `role` and `content`, got "
+            f"{prompt!r}" + (f" and {completion!r}." if "completion" in row else ".")
+        )
+    if conversational:
+        if completion is not None and len(completion) != 1:
+            raise ValueError(f"`completion` must be one assistant message, got {len(completion)} of them.")
+        text = apply_chat_template(text, tokenizer, tools=row.get("tools"))
+    prompt_ids = tokenizer(text["prompt"], add_special_tokens=False)["input_ids"]
+    # A template brings its own BOS, so that only plain text needs one
+    encoded = {"prompt_ids": prompt_ids if conversational else with_bos(prompt_ids, tokenizer)}
+    if completion is not None:
+        completion_ids = encode_continuation(text["prompt"], prompt_ids, text["completion"], tokenizer)
+        if conversational:
+            last_eos = max((i for i, token_id in enumerate(completion_ids) if token_id in eos_ids), default=None)
+            completion_ids = completion_ids[: None if last_eos is None else last_eos + 1]
+        encoded["completion_ids"] = completion_ids
+    return encoded
+
+
+def encode_continuation(
+    prompt: str, prompt_ids: list[int], continuation: str, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """
+    Token ids of a text that follows a prompt.
+
+    Both texts are tokenized together, since a text alone can get a leading space (SentencePiece). Where that would
+    merge the last token of the prompt with the first of the continuation, the continuation is tokenized alone: the
+    prompt's tokens are those that a generation would have started from.
+    """
+    together = tokenizer(prompt + continuation, add_special_tokens=False)["input_ids"]
+    if together[: len(prompt_ids)] == prompt_ids:
+        return together[len(prompt_ids) :]
+    return tokenizer(continuation, add_special_tokens=False)["input_ids"]
+
+
+def with_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`ids` with BOS before them where the tokenizer puts one before a text, unless the text brought its own."""
+    bos = tokenizer.bos_token_id
+    if bos is None or ids[:1] == [bos] or tokenizer("")["input_ids"][:1] != [bos]:
+        return ids
+    return [bos, *ids]

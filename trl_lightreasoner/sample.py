@@ -1,0 +1,110 @@
+"""`lightreasoner sample`: prompts to a Dataset of kept steps."""
+
+from dataclasses import dataclass, field
+
+from datasets import Dataset, Value
+
+from .arguments import ArgumentParser, load_split
+from .contrastive_sampling_config import ContrastiveSamplingConfig
+
+
+@dataclass
+class SampleArguments:
+    """
+    Models and prompts of `lightreasoner sample`.
+
+    Parameters:
+        expert (`str`):
+            Id or path of the stronger model, which is to be fine-tuned afterwards.
+        amateur (`str`):
+            Id or path of the weaker model of the same vocabulary.
+        dataset_name (`str`):
+            Prompts: a dataset on the Hub, a folder, or a file (JSON lines, Parquet, CSV).
+        dataset_config (`str`, *optional*):
+            Configuration of the dataset.
+        dataset_split (`str`, *optional*, defaults to `"train"`):
+            Split to use, such as `"train[:1000]"`.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column that holds the prompts, as text or as lists of messages.
+        conversational (`bool`, *optional*, defaults to `False`):
+            Whether to make each text prompt a user's message, so that the expert's chat template is applied.
+        system_prompt (`str`, *optional*):
+            System message before each prompt. Implies `conversational`.
+    """
+
+    expert: str = field(
+        metadata={"help": "Id or path of the stronger model, which is to be fine-tuned afterwards."},
+    )
+    amateur: str = field(
+        metadata={"help": "Id or path of the weaker model of the same vocabulary."},
+    )
+    dataset_name: str = field(
+        metadata={"help": "Prompts: a dataset on the Hub, a folder, or a file (JSON lines, Parquet, CSV)."},
+    )
+    dataset_config: str | None = field(
+        default=None,
+        metadata={"help": "Configuration of the dataset."},
+    )
+    dataset_split: str = field(
+        default="train",
+        metadata={"help": "Split to use, such as 'train[:1000]'."},
+    )
+    prompt_column: str = field(
+        default="prompt",
+        metadata={"help": "Column that holds the prompts, as text or as lists of messages."},
+    )
+    conversational: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to make each text prompt a user's message, so that the expert's chat template is applied."
+        },
+    )
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "System message before each prompt. Implies `conversational`."},
+    )
+
+
+def make_parser(prog: str | None = None) -> ArgumentParser:
+    return ArgumentParser([SampleArguments, ContrastiveSamplingConfig], prog=prog, description=__doc__)
+
+
+def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig) -> None:
+    from .contrastive_step_sampler import ContrastiveStepSampler
+    from .step_dataset import count_steps
+
+    prompts = load_split(script_args.dataset_name, script_args.dataset_config, script_args.dataset_split)
+    prompts = as_prompts(prompts, script_args)
+    sampler = ContrastiveStepSampler(script_args.expert, script_args.amateur, sampling_args)
+    dataset = sampler.sample(prompts)
+    num_steps, num_kept = sum(map(len, dataset["completion_ids"])), count_steps(dataset)
+    print(
+        f"{len(dataset):,} trajectories with {num_kept:,} of {num_steps:,} steps kept ({num_kept / num_steps:.1%}) "
+        f"are in {sampling_args.output_dir}. Next: lightreasoner train --model_name_or_path {script_args.expert} "
+        f"--dataset_name {sampling_args.output_dir} --output_dir ADAPTER"
+    )
+
+
+def as_prompts(dataset: Dataset, args: SampleArguments) -> Dataset:
+    """The dataset with a `prompt` column, as `args` asks for it."""
+    if args.prompt_column not in dataset.column_names:
+        raise ValueError(
+            f"The dataset has no column {args.prompt_column!r}; it has {dataset.column_names}. Name the one that "
+            "holds the prompts with `--prompt_column`."
+        )
+    if args.prompt_column != "prompt":
+        if "prompt" in dataset.column_names:
+            raise ValueError(
+                f"The dataset has a column 'prompt' beside {args.prompt_column!r}. Rename or remove one of them."
+            )
+        dataset = dataset.rename_column(args.prompt_column, "prompt")
+    if not (args.conversational or args.system_prompt is not None):
+        return dataset
+    if not isinstance(dataset.features["prompt"], Value):
+        raise ValueError("The prompts are messages already: put the system prompt into them, or give them as text.")
+    system = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
+
+    def converse(row: dict) -> dict:
+        return {"prompt": [*system, {"role": "user", "content": row["prompt"]}] if row["prompt"] else []}
+
+    return dataset.map(converse, desc="Making conversations")

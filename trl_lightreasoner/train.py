@@ -1,0 +1,95 @@
+"""`lightreasoner train`: a Dataset of kept steps to an adapter."""
+
+from dataclasses import dataclass, field
+
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+
+from .arguments import ArgumentParser, load_split
+from .lightreasoner_config import LightReasonerConfig
+from .lightreasoner_trainer import LightReasonerTrainer
+
+
+@dataclass
+class LightReasonerModelConfig(ModelConfig):
+    """
+    [`~trl.ModelConfig`] with the paper's adapter as the default: LoRA of rank 8 on q_proj and v_proj.
+
+    Parameters:
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Data type of the model's weights: `"auto"` (the checkpoint's own, as when the expert was sampled),
+            `"bfloat16"`, `"float16"` or `"float32"`.
+        use_peft (`bool`, *optional*, defaults to `True`):
+            Whether to train an adapter instead of all weights.
+        lora_r (`int`, *optional*, defaults to `8`):
+            LoRA R value.
+        lora_alpha (`int`, *optional*, defaults to `16`):
+            LoRA alpha.
+        lora_target_modules (`list[str]`, *optional*, defaults to `["q_proj", "v_proj"]`):
+            LoRA target modules.
+    """
+
+    dtype: str | None = field(
+        default="auto",
+        metadata={
+            "help": "Data type of the model's weights: 'auto' (the checkpoint's own, as when the expert was sampled), "
+            "'bfloat16', 'float16' or 'float32'.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    use_peft: bool = field(
+        default=True,
+        metadata={"help": "Whether to train an adapter instead of all weights."},
+    )
+    lora_r: int = field(
+        default=8,
+        metadata={"help": "LoRA R value."},
+    )
+    lora_alpha: int = field(
+        default=16,
+        metadata={"help": "LoRA alpha."},
+    )
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: ["q_proj", "v_proj"],
+        metadata={"help": "LoRA target modules."},
+    )
+
+
+def make_parser(prog: str | None = None) -> ArgumentParser:
+    types = [ScriptArguments, LightReasonerConfig, LightReasonerModelConfig]
+    return ArgumentParser(types, prog=prog, description=__doc__)
+
+
+def main(
+    script_args: ScriptArguments, training_args: LightReasonerConfig, model_args: LightReasonerModelConfig
+) -> None:
+    if model_args.model_name_or_path is None:
+        raise ValueError("`--model_name_or_path` is required: the expert that the dataset was sampled with.")
+    if script_args.dataset_name is None:
+        raise ValueError(
+            "`--dataset_name` is required: a dataset on the Hub, or the folder of `lightreasoner sample`."
+        )
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    evaluates = training_args.eval_strategy != "no"
+    trainer = LightReasonerTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=load_split(
+            script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split
+        ),
+        eval_dataset=load_split(script_args.dataset_name, script_args.dataset_config, script_args.dataset_test_split)
+        if evaluates
+        else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"The model is in {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)

@@ -1,0 +1,142 @@
+"""Which columns of the logits are tokens, and which of them two models share.
+
+A model's logits can be wider than its tokenizer (Qwen2.5 pads 151,665 tokens to 151,936 or 152,064 columns), and two
+models of one family can be padded differently. So what is shared is found by comparing tokens and ids, never sizes,
+and a column that no token owns takes no part in any probability, whatever value it holds.
+"""
+
+import torch
+from transformers import PreTrainedTokenizerBase, logging
+
+
+logger = logging.get_logger(__name__)
+
+
+class Vocabulary:
+    """
+    The token ids over which probabilities are taken.
+
+    Args:
+        ids (`list[int]`): Token ids, in any order.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> vocabulary = Vocabulary([0, 1, 3])
+    >>> vocabulary.select(torch.tensor([[1.0, 2.0, float("nan"), 4.0]]))
+    tensor([[1., 2., 4.]])
+    >>> vocabulary.ids_of(torch.tensor([2]))
+    tensor([3])
+
+    ```
+    """
+
+    def __init__(self, ids: list[int]):
+        self.ids = torch.tensor(sorted(ids), dtype=torch.long)
+        # The usual case: real tokens come first, so that a view does what a copy would
+        self._is_prefix = len(ids) > 0 and int(self.ids[-1]) == len(ids) - 1
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, logits: torch.Tensor) -> torch.Tensor:
+        """Columns of `logits` `(..., W)` in the vocabulary, `(..., len(self))`: a view where that is possible."""
+        if self._is_prefix:
+            return logits[..., : len(self)]
+        return logits.index_select(-1, self.ids.to(logits.device))
+
+    def ids_of(self, columns: torch.Tensor) -> torch.Tensor:
+        """Token ids of columns of what [`~Vocabulary.select`] returns."""
+        return columns if self._is_prefix else self.ids.to(columns.device)[columns]
+
+    def columns_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """Columns of token ids, the inverse of [`~Vocabulary.ids_of`]. The ids must be in the vocabulary."""
+        return ids if self._is_prefix else torch.searchsorted(self.ids.to(ids.device), ids)
+
+    def contains(self, ids: torch.Tensor) -> torch.Tensor:
+        """Whether each token id is in the vocabulary."""
+        return torch.isin(ids, self.ids.to(ids.device))
+
+
+def model_vocabulary(tokenizer: PreTrainedTokenizerBase, width: int, name: str = "model") -> Vocabulary:
+    """
+    Every token of one tokenizer, EOS and added tokens included.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
+        width (`int`): Number of columns of the model's logits.
+        name (`str`): What to call the model in an error message.
+
+    Raises:
+        `ValueError`: If a token has no column in the logits.
+    """
+    vocabulary = tokenizer.get_vocab()
+    token, token_id = max(vocabulary.items(), key=lambda item: item[1])
+    if token_id >= width:
+        raise ValueError(
+            f"The {name}'s tokenizer is larger than its logits: token {token!r} has id {token_id}, but the {name} has "
+            f"{width} logits. Pass the tokenizer that belongs to the {name}, or resize the model's embeddings."
+        )
+    return Vocabulary(list(set(vocabulary.values())))
+
+
+def shared_vocabulary(
+    expert_tokenizer: PreTrainedTokenizerBase,
+    amateur_tokenizer: PreTrainedTokenizerBase,
+    expert_width: int,
+    amateur_width: int,
+) -> Vocabulary:
+    """
+    The tokens that two models hold under the same id.
+
+    One tokenizer may have tokens that the other lacks (they are not shared), and special tokens of one may stand where
+    the other has differently named ones (DeepSeek-R1-Distill-Qwen beside Qwen2.5; neither is shared, with a warning).
+    Any other difference means that the amateur would read another text than the expert wrote, and is refused.
+
+    Args:
+        expert_tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's tokenizer.
+        amateur_tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The amateur's tokenizer.
+        expert_width (`int`): Number of columns of the expert's logits.
+        amateur_width (`int`): Number of columns of the amateur's logits.
+
+    Returns:
+        [`Vocabulary`]
+
+    Raises:
+        `ValueError`: If the tokenizers give one id to two tokens or two ids to one token. The message names the first.
+    """
+    model_vocabulary(expert_tokenizer, expert_width, "expert")
+    model_vocabulary(amateur_tokenizer, amateur_width, "amateur")
+    expert, amateur = expert_tokenizer.get_vocab(), amateur_tokenizer.get_vocab()
+    amateur_token = {token_id: token for token, token_id in amateur.items()}
+    expert_special, amateur_special = _special_ids(expert_tokenizer), _special_ids(amateur_tokenizer)
+    shared, renamed = [], []
+    for token, token_id in sorted(expert.items(), key=lambda item: item[1]):
+        other = amateur_token.get(token_id)
+        if amateur.get(token) == token_id:
+            shared.append(token_id)
+        elif token in amateur:
+            raise ValueError(
+                f"The expert's and the amateur's tokenizers differ: token {token!r} has id {token_id} for the expert "
+                f"and id {amateur[token]} for the amateur. Choose two models of one family."
+            )
+        elif other is not None:
+            if not (token_id in expert_special and token_id in amateur_special and other not in expert):
+                raise ValueError(
+                    f"The expert's and the amateur's tokenizers differ: id {token_id} is token {token!r} for the "
+                    f"expert and {other!r} for the amateur. Choose two models of one family."
+                )
+            renamed.append(token_id)
+    if not shared:
+        raise ValueError("The expert's and the amateur's tokenizers share no token. Choose two models of one family.")
+    if renamed:
+        logger.warning(
+            f"{len(renamed)} special tokens have another name for the amateur than for the expert (the first is id "
+            f"{renamed[0]}). They take no part in any probability, and the amateur reads them under its own name."
+        )
+    return Vocabulary(shared)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
