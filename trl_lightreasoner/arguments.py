@@ -3,12 +3,14 @@
 import argparse
 import difflib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from trl import TrlParser
 
 
@@ -39,7 +41,9 @@ class ArgumentParser(TrlParser):
     """
 
     def __init__(self, dataclass_types: Iterable[type], **kwargs: Any):
-        super().__init__(dataclass_types=list(dataclass_types), allow_abbrev=False, **kwargs)
+        dataclass_types = list(dataclass_types)
+        self._hints = {name: str(hint) for each in dataclass_types for name, hint in get_type_hints(each).items()}
+        super().__init__(dataclass_types=dataclass_types, allow_abbrev=False, **kwargs)
         # TrlParser takes `--config` out before argparse sees it; declared for `--help`
         self.add_argument("--config", help="YAML file whose keys are the flags below. Flags override it.")
 
@@ -50,35 +54,39 @@ class ArgumentParser(TrlParser):
             index = args.index("--config") + 1
             if index == len(args) or args[index].startswith("--"):
                 raise ValueError("`--config` needs the path of a YAML file.")
-            if not os.path.isfile(args[index]):
-                raise ValueError(f"The config file {args[index]!r} does not exist.")
-        try:
-            *parsed, unknown_keys, unknown_flags = self.parse_args_and_config(
-                args, return_remaining_strings=True, separate_remaining_strings=True
-            )
-        except yaml.YAMLError as error:
-            raise ValueError(f"The config file is not valid YAML: {' '.join(str(error).split())}.") from None
+            if "--config" in args[index:]:
+                raise ValueError("`--config` can be given once.")
+            _check_config(args[index])
+        *parsed, unknown_keys, unknown_flags = self.parse_args_and_config(
+            args, return_remaining_strings=True, separate_remaining_strings=True
+        )
         for kind, unknown in (("key", unknown_keys), ("flag", unknown_flags)):
             if unknown:
                 raise ValueError(self._unknown(kind, unknown[0]))
         return tuple(value for value in parsed if not isinstance(value, argparse.Namespace))
 
     def error(self, message: str):
-        raise ValueError(f"{message[:1].upper()}{message[1:]}.")
+        raise ValueError(f"{message[:1].upper()}{message[1:].rstrip('.')}.")
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         for action in self._actions:
             value = kwargs.get(action.dest)
-            if value is not None and not isinstance(value, dict):
+            if action.dest not in ("help", "config") and value is not None:
                 kwargs[action.dest] = self._as_flag_would(action, value)
-        return super().set_defaults_with_config(**kwargs)
+        unknown = [key for key in ("help", "config") if key in kwargs]  # flags, but not settings
+        return [f"--{key} {kwargs.pop(key)}" for key in unknown] + super().set_defaults_with_config(**kwargs)
 
     def _as_flag_would(self, action: argparse.Action, value: Any) -> Any:
-        takes_list = action.nargs in ("+", "*")
-        if isinstance(value, list) != takes_list:
+        takes_list, hint = action.nargs in ("+", "*"), self._hints[action.dest]
+        # What a flag can only hold as text
+        if isinstance(value, dict) and "dict" in hint or isinstance(value, list) and "list" in hint and not takes_list:
+            return value
+        if isinstance(value, dict) or isinstance(value, list) != takes_list:
             raise ValueError(
                 f"`{action.dest}` in the config file must be {'a list' if takes_list else 'one value'}, got {value!r}."
             )
+        if value is False and "no" in (action.choices or ()):  # how YAML reads a bare `no`
+            value = "no"
         values = [self._get_value_of(action, item) for item in (value if takes_list else [value])]
         return values if takes_list else values[0]
 
@@ -87,18 +95,31 @@ class ArgumentParser(TrlParser):
             converted = self._get_value(action, str(value))
             self._check_value(action, converted)
         except argparse.ArgumentError as error:
-            raise ValueError(f"`{action.dest}` in the config file: {error.message}.") from None
+            raise ValueError(f"`{action.dest}` in the config file: {error.message.rstrip('.')}.") from None
         return converted
 
     def _unknown(self, kind: str, name: str) -> str:
         if not name.startswith("--"):
             return f"Unexpected argument {name!r}. Settings are given as flags, such as `--output_dir DIR`."
-        flags = [option for action in self._actions for option in action.option_strings]
-        close = difflib.get_close_matches(name.split("=")[0], flags, n=1)
+        name = re.split("[ =]", name)[0]
+        names = [option for action in self._actions for option in action.option_strings]
         if kind == "key":
-            name, close = name.removeprefix("--"), [flag.removeprefix("--") for flag in close]
+            name, names = name.removeprefix("--"), [action.dest for action in self._actions]
+        close = [each for each in difflib.get_close_matches(name, names) if each not in ("help", "config")][:1]
         hint = f"Did you mean `{close[0]}`?" if close else "`--help` lists them all."
         return f"There is no {kind} `{name}`. {hint}"
+
+
+def _check_config(path: str) -> None:
+    if not os.path.isfile(path):
+        raise ValueError(f"The config file {path!r} does not exist.")
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = yaml.safe_load(file)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The config file is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+        raise ValueError(f"The config file {path!r} must hold lines of the form `name: value`.")
 
 
 def load_split(name: str, config: str | None, split: str) -> Dataset:
@@ -111,12 +132,30 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
         split (`str`): Such as `"train"` or `"train[:1000]"`.
 
     Raises:
-        `ValueError`: If there is no such split or the file is of another kind.
+        `ValueError`: If there is no such dataset or split, or the file is of another kind or damaged.
     """
+    if Path(name).is_file() and Path(name).suffix not in _BUILDERS:
+        raise ValueError(f"{name!r} is not a dataset file. Known endings are {', '.join(_BUILDERS)}.")
+    try:
+        return _load_split(name, config, split)
+    except OSError as error:
+        raise ValueError(
+            f"The dataset {name!r} cannot be loaded: {_first_line(error)}. It must be a file "
+            f"({', '.join(_BUILDERS)}), a folder, or the id of a dataset on the Hub; private and gated ones need "
+            "`hf auth login`, offline ones must be in the cache."
+        ) from error
+    except (DatasetsError, StopIteration) as error:  # StopIteration: an empty JSON file
+        reason = _first_line(error.__cause__ or error) or "it is empty"
+        raise ValueError(f"The dataset {name!r} cannot be read: {reason}. Repair or replace the file.") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+def _load_split(name: str, config: str | None, split: str) -> Dataset:
     path = Path(name)
     if path.is_file():
-        if path.suffix not in _BUILDERS:
-            raise ValueError(f"{name!r} is not a dataset file. Known endings are {', '.join(_BUILDERS)}.")
         return load_dataset(_BUILDERS[path.suffix], data_files=name, split=split)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # written by save_to_disk
         dataset = load_from_disk(name)
@@ -124,4 +163,7 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
         if split not in dataset:
             raise ValueError(f"There is no split {split!r} in {name!r}. It has {list(dataset)}.")
         return dataset[split]
-    return load_dataset(name, name=config, split=split)
+    # A bare name could also be that of another folder in the cache of `datasets`, hence builders and absolute paths
+    if list((path / "data").glob("*.parquet")):  # written by `lightreasoner sample`
+        return load_dataset("parquet", data_dir=str(path / "data"), split=split)
+    return load_dataset(str(path.resolve()) if path.is_dir() else name, name=config, split=split)

@@ -246,8 +246,8 @@ def _chunk_loss(
     divergence = negative_entropy - (label_probs * logps.gather(-1, label_ids)).sum(-1)
     with torch.no_grad():
         entropy = -(logps.exp() * logps).sum(-1)
-        favourite = label_ids.gather(-1, label_probs.argmax(-1, keepdim=True)).squeeze(-1)
-        agreement = logps.argmax(-1) == favourite
+        # The first column is the favourite; there is none where there is no step at all
+        agreement = (logps.argmax(-1, keepdim=True) == label_ids[:, :1]).any(-1)
     return divergence, entropy, agreement
 
 

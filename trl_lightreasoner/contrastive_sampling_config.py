@@ -1,6 +1,7 @@
 """Settings of `ContrastiveStepSampler`."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,6 +136,11 @@ class ContrastiveSamplingConfig:
         dtypes = self.__dataclass_fields__["dtype"].metadata["choices"]
         if self.dtype not in dtypes:
             raise ValueError(f"`dtype` must be one of {dtypes}, got {self.dtype!r}.")
+        if not self.output_dir or not isinstance(self.output_dir, str | os.PathLike):
+            raise ValueError(f"`output_dir` must name a folder, got {self.output_dir!r}.")
+        for name in ("overwrite_output_dir", "trust_remote_code", "include_first_step"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
         for name in ("alpha", "beta"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
                 raise ValueError(f"`{name}` must be a number, got {getattr(self, name)!r}.")

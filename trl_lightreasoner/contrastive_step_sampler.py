@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, logging
 
+from . import __version__
 from .contrastive_sampling_config import ContrastiveSamplingConfig
 from .generation import find_eos_ids, generate_greedy
 from .models import get_base_model, load_config, load_model, load_tokenizer
@@ -125,8 +126,15 @@ class ContrastiveStepSampler:
         self.eos_ids = find_eos_ids(self.expert, self.processing_class)
 
         scoring_only = "completion" in dataset.column_names
-        encoded = dataset.map(
-            self._encode, with_indices=True, remove_columns=dataset.column_names, desc="Tokenizing prompts"
+        columns = ["prompt_ids", "completion_ids"] if scoring_only else ["prompt_ids"]
+        # A function of the module: `map` pickles what it is given to find its cache, which must not hold the models
+        encoded = dataset.with_format(None).map(
+            _encode,
+            with_indices=True,
+            fn_kwargs={"tokenizer": self.processing_class, "eos_ids": set(self.eos_ids)},
+            remove_columns=dataset.column_names,
+            features=Features({column: List(Value("int32")) for column in columns}),
+            desc="Tokenizing prompts",
         )
         order = self._plan(encoded, scoring_only)
         writer.open(self._metadata())
@@ -173,12 +181,6 @@ class ContrastiveStepSampler:
                 "the amateur is too close to the expert: choose a weaker one."
             )
         return sampled
-
-    def _encode(self, row: dict[str, Any], index: int) -> dict[str, list[int]]:
-        try:
-            return encode_row(row, self.processing_class, set(self.eos_ids))
-        except ValueError as error:
-            raise ValueError(f"Row {index}: {error}") from None
 
     def _plan(self, encoded: Dataset, scoring_only: bool) -> list[tuple[int, int]]:
         """
@@ -253,7 +255,7 @@ class ContrastiveStepSampler:
 
     def _metadata(self) -> dict[str, Any]:
         settings = ("alpha", "beta", "max_new_tokens", "max_prompt_length", "include_first_step")
-        packages = ("trl-lightreasoner", "trl", "transformers", "peft", "datasets", "torch")
+        packages = ("trl", "transformers", "peft", "datasets", "torch")
         return {
             "method": "LightReasoner (arXiv 2510.07962)",
             "expert": _describe(self.expert),
@@ -264,9 +266,19 @@ class ContrastiveStepSampler:
             "chat_template": self.processing_class.chat_template,
             "versions": {
                 "python": platform.python_version(),
+                "trl-lightreasoner": __version__,
                 **{package: importlib.metadata.version(package) for package in packages},
             },
         }
+
+
+def _encode(
+    row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, eos_ids: set[int]
+) -> dict[str, list[int]]:
+    try:
+        return encode_row(row, tokenizer, eos_ids)
+    except ValueError as error:
+        raise ValueError(f"Row {index}: {error}") from None
 
 
 def _tokenizer_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Settings of `LightReasonerTrainer`."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +74,10 @@ class LightReasonerConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Whether to use bf16 (mixed) precision instead of 32-bit. If not set, it is `True` on an "
-            "accelerator that has it, unless `fp16` is set."
+            "accelerator that has it, unless `fp16` is set.",
+            # So that a bare `--bf16` means True
+            "nargs": "?",
+            "const": True,
         },
     )
     logging_steps: float = field(
@@ -115,8 +119,20 @@ class LightReasonerConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 1):
-            raise ValueError(f"`max_length` must be a whole number, 1 or more, or `None`, got {self.max_length!r}.")
+        length = self.max_length
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+            raise ValueError(f"`max_length` must be a whole number, 1 or more, or `None`, got {length!r}.")
+        if isinstance(self.model_init_kwargs, str):  # JSON on the command line
+            try:
+                self.model_init_kwargs = json.loads(self.model_init_kwargs)
+            except json.JSONDecodeError:
+                pass
+        if not isinstance(self.model_init_kwargs, dict | None):
+            example = '{"attn_implementation": "sdpa"}'
+            raise ValueError(
+                f"`model_init_kwargs` must be a dict or a JSON object, such as '{example}', got "
+                f"{self.model_init_kwargs!r}."
+            )
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()

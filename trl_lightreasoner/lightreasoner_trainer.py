@@ -21,6 +21,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .contrast import contrastive_loss
 from .data_collator import DataCollatorForLightReasoner
@@ -76,7 +77,7 @@ class SkipNonFiniteUpdates(TrainerCallback):
             f"The gradient of update {state.global_step + 1} is not finite; the update is left out ({self.count} so "
             "far)."
         )
-        if self.in_a_row == self.patience:
+        if self.in_a_row >= self.patience:
             raise FloatingPointError(
                 f"The gradient was not finite {self.patience} times in a row, so training stopped at update "
                 f"{state.global_step + 1}; no such update was applied. The likely causes are NaN in the base model's "
@@ -94,8 +95,8 @@ class LightReasonerTrainer(Trainer):
             Model to be trained, which must be the expert that the Dataset was sampled with. Can be either:
 
             - A string, being the id of a model or an adapter on the Hub, or a path. It is loaded with
-              `args.model_init_kwargs`. Its `dtype` is by default the checkpoint's own with a `peft_config`, and
-              `"float32"` without one.
+              `args.model_init_kwargs`. Its `dtype` is by default `"float32"` if all weights are trained, and the
+              checkpoint's own if only an adapter is.
             - A [`~transformers.PreTrainedModel`].
             - A [`~peft.PeftModel`], which is trained as it is.
         args ([`LightReasonerConfig`], *optional*):
@@ -196,6 +197,7 @@ class LightReasonerTrainer(Trainer):
                 dataset, name, self.vocabulary, config.vocab_size, args.max_length, args.one_step_per_row
             )
 
+        self._prepare_rows = prepare
         with args.main_process_first():
             train_dataset = prepare(train_dataset, "train")
             if isinstance(eval_dataset, dict):
@@ -220,7 +222,8 @@ class LightReasonerTrainer(Trainer):
                     )
                 model_init_kwargs["quantization_config"] = quantization_config
             # All weights are trained in fp32; frozen ones stay as they were when the expert was sampled
-            model_init_kwargs.setdefault("dtype", "float32" if peft_config is None else "auto")
+            is_adapter = find_adapter_config_file(model, revision=model_init_kwargs.get("revision")) is not None
+            model_init_kwargs.setdefault("dtype", "float32" if peft_config is None and not is_adapter else "auto")
             model_init_kwargs.setdefault("device_map", None)  # `Trainer` places the model
             model = load_model(model, is_trainable=True, **model_init_kwargs)
         else:
@@ -267,6 +270,10 @@ class LightReasonerTrainer(Trainer):
             model.enable_input_require_grads()
         # QLoRA's adapter weights are bf16, as in its paper; DoRA's magnitude vector would freeze in bf16.
         if is_quantized:
+            for module in model.modules():
+                # On some CPUs an evaluation would repack the weights for inference, which no training survives
+                if hasattr(module, "support_avx512bf16_for_cpu"):
+                    module.support_avx512bf16_for_cpu = False
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad and "lora_magnitude_vector" not in name:
                     parameter.data = parameter.data.to(torch.bfloat16)
@@ -388,6 +395,18 @@ class LightReasonerTrainer(Trainer):
         self._eval_sums = self._eval_sums + self.accelerator.gather_for_metrics(sums).sum(0)
         return loss.detach(), None, None
 
+    def evaluate(
+        self,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        # A dataset that comes only now is as the sampler made it; the trainer's own come by name or not at all
+        if isinstance(eval_dataset, Dataset | IterableDataset):
+            with self.args.main_process_first():
+                eval_dataset = self._prepare_rows(eval_dataset, metric_key_prefix)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         self._eval_sums = torch.zeros(4, dtype=torch.float64, device=self.accelerator.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -408,6 +427,21 @@ class LightReasonerTrainer(Trainer):
             logs["num_nonfinite_updates"] = self.skip_nonfinite_updates.count
             self._sums = torch.zeros_like(self._sums)
         super().log(logs, start_time)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """
+        Draft of a model card in `args.output_dir`, as [`~transformers.Trainer`] makes it, with TRL's arguments.
+
+        Args:
+            model_name (`str`, *optional*): Name of the model.
+            dataset_name (`str`, *optional*): Name of the dataset used for training.
+            tags (`str` or `list[str]`, *optional*): Tags beside the method's own.
+        """
+        tags = [tags] if isinstance(tags, str) else tags or []
+        tags = list(dict.fromkeys([*tags, *self._tag_names]))
+        super().create_model_card(model_name=model_name, dataset=dataset_name, tags=tags)
 
 
 def _one_step_each(dataset: Dataset) -> bool:

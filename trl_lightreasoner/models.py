@@ -8,6 +8,7 @@ from accelerate import PartialState
 from peft import PeftConfig, PeftModel
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -59,21 +60,28 @@ def load_config(
 
     Raises:
         `TypeError`: If it is none of the accepted types.
-        `ValueError`: If it is an encoder-decoder model or an encoder, which have no next-token distribution.
+        `ValueError`: If it is an encoder-decoder model or an encoder, which have no next-token distribution, or an
+            adapter of virtual tokens.
     """
     if isinstance(model, PreTrainedModel | PeftModel):
+        if isinstance(model, PeftModel):
+            _check_adapter(model.active_peft_config, name)
         config = get_base_model(model).config
+        is_causal = get_base_model(model).can_generate()
     elif isinstance(model, str):
-        if (base := _adapter_base(model, revision)) is not None:
-            model, revision = base, None
         trust_remote_code = kwargs.get("trust_remote_code", False)
         try:
+            if (base := _adapter_base(model, revision, name)) is not None:
+                model, revision = base, None
             config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
         except OSError as error:
             raise ValueError(
                 f"The {name} {model!r} cannot be found. It must be a folder with a config.json, or the id of a model "
                 "on the Hub; private and gated models need `hf auth login`, offline ones must be in the cache."
             ) from error
+        is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
+            getattr(config, "auto_map", None) or {}  # code of its own
+        )
     else:
         raise TypeError(
             f"The {name} must be a model id, a path, a `PreTrainedModel` or a `PeftModel`, got "
@@ -84,7 +92,9 @@ def load_config(
             f"The {name} is an encoder-decoder model (`{config.model_type}`). LightReasoner needs a causal language "
             "model, such as Qwen2.5."
         )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not isinstance(model, torch.nn.Module):
+    # The mapping of causal models holds encoders too, which are causal with `is_decoder` only
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if is_encoder or not is_causal:
         raise ValueError(
             f"The {name} (`{config.model_type}`) has no next-token distribution. LightReasoner needs a causal "
             "language model, such as Qwen2.5."
@@ -118,11 +128,22 @@ def load_tokenizer(
     return AutoTokenizer.from_pretrained(source, **kwargs)
 
 
-def _adapter_base(model: str, revision: str | None) -> str | None:
+def _adapter_base(model: str, revision: str | None, name: str = "model") -> str | None:
     """Id or path of the base model if `model` is a PEFT adapter."""
     if find_adapter_config_file(model, revision=revision) is None:
         return None
-    return PeftConfig.from_pretrained(model, revision=revision).base_model_name_or_path
+    config = PeftConfig.from_pretrained(model, revision=revision)
+    _check_adapter(config, name)
+    return config.base_model_name_or_path
+
+
+def _check_adapter(config: PeftConfig, name: str) -> None:
+    # Virtual tokens shift the positions at which logits are read, and the base model that generates does not see them
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"The {name} is an adapter of virtual tokens (`{config.peft_type.value}`), which is not supported. Use "
+            "one that changes the weights, such as LoRA."
+        )
 
 
 def get_base_model(model: torch.nn.Module) -> torch.nn.Module:

@@ -7,6 +7,7 @@ applied once. BOS comes once, wherever it comes from. A `completion` is the answ
 from typing import Any
 
 from datasets import Dataset, Value
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational
 
@@ -85,7 +86,12 @@ def encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos_ids:
     if conversational:
         if completion is not None and len(completion) != 1:
             raise ValueError(f"`completion` must be one assistant message, got {len(completion)} of them.")
-        text = apply_chat_template(text, tokenizer, tools=row.get("tools"))
+        if any(message.get("content") is None for message in prompt if message["role"] in ("system", "user")):
+            raise ValueError(f"A message of `prompt` has no content: {prompt!r}. Filter such rows out.")
+        try:
+            text = apply_chat_template(text, tokenizer, tools=row.get("tools"))
+        except TemplateError as error:
+            raise ValueError(f"The chat template refuses the messages {prompt!r}: {error}.") from None
     prompt_ids = tokenizer(text["prompt"], add_special_tokens=False)["input_ids"]
     # A template brings its own BOS, so that only plain text needs one
     encoded = {"prompt_ids": prompt_ids if conversational else with_bos(prompt_ids, tokenizer)}

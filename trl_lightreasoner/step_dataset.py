@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, List, Value, load_dataset
+from datasets import Dataset, Features, List, Value
 
 
 STEP_FEATURES = {
@@ -87,7 +87,8 @@ class StepWriter:
         overwrite (`bool`): Whether a dataset that is there already may be deleted.
 
     Raises:
-        `ValueError`: If the folder holds a dataset already, or an input column has the name of one of ours.
+        `ValueError`: If the folder is a file or holds a dataset already, or an input column has the name of one of
+            ours.
     """
 
     def __init__(self, output_dir: str, dataset: Dataset, overwrite: bool = False):
@@ -99,6 +100,8 @@ class StepWriter:
         self.folder = Path(output_dir)
         self.shards = self.folder / "shards"
         self.data = self.folder / "data"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{output_dir!r} is a file. Choose another `output_dir`.")
         if (self.shards.exists() or self.data.exists()) and not overwrite:
             raise ValueError(
                 f"{output_dir!r} already holds sampled steps. Choose another `output_dir`, or set "
@@ -147,4 +150,4 @@ class StepWriter:
                 path = self.data / f"train-{i:05d}-of-{num_files:05d}.parquet"
                 made.shard(num_files, i, contiguous=True).to_parquet(path)
         shutil.rmtree(self.shards)
-        return load_dataset(str(self.folder), split="train")
+        return Dataset.from_parquet([str(path) for path in sorted(self.data.glob("*.parquet"))])

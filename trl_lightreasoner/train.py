@@ -1,12 +1,15 @@
 """`lightreasoner train`: a Dataset of kept steps to an adapter."""
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 
+from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from .arguments import ArgumentParser, load_split
 from .lightreasoner_config import LightReasonerConfig
 from .lightreasoner_trainer import LightReasonerTrainer
+from .models import load_config
 
 
 @dataclass
@@ -15,11 +18,12 @@ class LightReasonerModelConfig(ModelConfig):
     [`~trl.ModelConfig`] with the paper's adapter as the default: LoRA of rank 8 on q_proj and v_proj.
 
     Parameters:
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Data type of the model's weights: `"auto"` (the checkpoint's own, as when the expert was sampled),
-            `"bfloat16"`, `"float16"` or `"float32"`.
+        dtype (`str`, *optional*):
+            Data type of the model's weights: `"auto"` (the checkpoint's own), `"bfloat16"`, `"float16"` or
+            `"float32"`. If not set, it is the checkpoint's own, as when the expert was sampled, if an adapter is
+            trained, and `"float32"` if all weights are.
         use_peft (`bool`, *optional*, defaults to `True`):
-            Whether to train an adapter instead of all weights.
+            Whether to train an adapter instead of all weights. A model that is an adapter already is trained further.
         lora_r (`int`, *optional*, defaults to `8`):
             LoRA R value.
         lora_alpha (`int`, *optional*, defaults to `16`):
@@ -29,16 +33,20 @@ class LightReasonerModelConfig(ModelConfig):
     """
 
     dtype: str | None = field(
-        default="auto",
+        default=None,
         metadata={
-            "help": "Data type of the model's weights: 'auto' (the checkpoint's own, as when the expert was sampled), "
-            "'bfloat16', 'float16' or 'float32'.",
+            "help": "Data type of the model's weights: 'auto' (the checkpoint's own), 'bfloat16', 'float16' or "
+            "'float32'. If not set, it is the checkpoint's own, as when the expert was sampled, if an adapter is "
+            "trained, and 'float32' if all weights are.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
     use_peft: bool = field(
         default=True,
-        metadata={"help": "Whether to train an adapter instead of all weights."},
+        metadata={
+            "help": "Whether to train an adapter instead of all weights. A model that is an adapter already is "
+            "trained further."
+        },
     )
     lora_r: int = field(
         default=8,
@@ -71,9 +79,14 @@ def main(
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
+        **({} if model_args.dtype is None else {"dtype": model_args.dtype}),
         **(training_args.model_init_kwargs or {}),
     }
+    hub_kwargs = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    load_config(model_args.model_name_or_path, **hub_kwargs)  # refuses what is no model
+    is_adapter = find_adapter_config_file(model_args.model_name_or_path, revision=model_args.model_revision)
+    # TRL takes the dtype for the one to compute in as well, which has to be named
+    compute_args = replace(model_args, dtype="bfloat16") if model_args.dtype in (None, "auto") else model_args
     evaluates = training_args.eval_strategy != "no"
     trainer = LightReasonerTrainer(
         model=model_args.model_name_or_path,
@@ -84,12 +97,13 @@ def main(
         eval_dataset=load_split(script_args.dataset_name, script_args.dataset_config, script_args.dataset_test_split)
         if evaluates
         else None,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(compute_args),
+        peft_config=None if is_adapter else get_peft_config(model_args),
     )
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"The model is in {training_args.output_dir}.")
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        on_hub = not os.path.exists(script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=script_args.dataset_name if on_hub else None)

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from datasets import Dataset, IterableDataset, List, Value
+from datasets import Dataset, IterableDataset, LargeList, List, Value
 from transformers import logging
 
 from .step_dataset import STEP_COLUMNS, count_steps
@@ -44,9 +44,12 @@ def check_row(row: dict[str, Any], vocabulary: set[int], width: int) -> None:
 
     ```
     """
-    missing = [column for column in STEP_COLUMNS if row[column] is None]
-    if missing:
-        raise ValueError(f"{missing[0]} is missing")
+    for column in STEP_COLUMNS:
+        values = row.get(column)
+        if values is None:
+            raise ValueError(f"{column} is missing")
+        if None in values or any(None in part for part in values if isinstance(part, list)):
+            raise ValueError(f"{column} has a gap (null)")
     prompt, completion, positions = row["prompt_ids"], row["completion_ids"], row["step_positions"]
     if not len(positions) == len(row["label_ids"]) == len(row["label_probs"]):
         raise ValueError(
@@ -109,13 +112,16 @@ def prepare_rows(
     features = dataset.features
     for column in () if features is None else STEP_COLUMNS:
         depth, feature = (2 if column.startswith("label") else 1), features[column]
-        while isinstance(feature, List):
+        while isinstance(feature, List | LargeList):
             depth, feature = depth - 1, feature.feature
-        if depth != 0 or not isinstance(feature, Value) or not feature.dtype.startswith(("int", "uint", "float")):
+        whole = column != "label_probs"
+        dtypes = ("int", "uint") if whole else ("int", "uint", "float")
+        if depth != 0 or not isinstance(feature, Value) or not feature.dtype.startswith(dtypes):
             raise ValueError(
-                f"The column {column!r} of the {name} dataset must hold lists of numbers, got {features[column]}. "
-                "Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
+                f"The column {column!r} of the {name} dataset must hold lists of {'whole ' if whole else ''}numbers, "
+                f"got {features[column]}. Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
             )
+    dataset = dataset.with_format(None)  # lists, whatever the user looked at it as
     tokens = set(vocabulary.ids.tolist())
 
     def prepare(batch: dict[str, list], indices: list[int]) -> dict[str, list]:

@@ -17,7 +17,7 @@ class Vocabulary:
     The token ids over which probabilities are taken.
 
     Args:
-        ids (`list[int]`): Token ids, in any order.
+        ids (`list[int]`): Token ids, in any order. Two tokens of one id count once.
 
     Example:
 
@@ -33,9 +33,9 @@ class Vocabulary:
     """
 
     def __init__(self, ids: list[int]):
-        self.ids = torch.tensor(sorted(ids), dtype=torch.long)
+        self.ids = torch.tensor(sorted(set(ids)), dtype=torch.long)
         # The usual case: real tokens come first, so that a view does what a copy would
-        self._is_prefix = len(ids) > 0 and int(self.ids[-1]) == len(ids) - 1
+        self._is_prefix = len(self) > 0 and int(self.ids[-1]) == len(self) - 1
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -78,7 +78,7 @@ def model_vocabulary(tokenizer: PreTrainedTokenizerBase, width: int, name: str =
             f"The {name}'s tokenizer is larger than its logits: token {token!r} has id {token_id}, but the {name} has "
             f"{width} logits. Pass the tokenizer that belongs to the {name}, or resize the model's embeddings."
         )
-    return Vocabulary(list(set(vocabulary.values())))
+    return Vocabulary(list(vocabulary.values()))
 
 
 def shared_vocabulary(

@@ -1,0 +1,28 @@
+# /// script
+# dependencies = ["trl-lightreasoner"]
+# ///
+"""
+Train an adapter on a Dataset of kept steps. The same as `lightreasoner train`, for `accelerate launch`.
+
+```bash
+accelerate launch examples/train.py \
+    --model_name_or_path Qwen/Qwen2.5-Math-1.5B \
+    --dataset_name steps \
+    --output_dir adapter
+```
+
+With the paper's recipe, a step a row:
+
+```bash
+accelerate launch examples/train.py --config examples/paper.yaml --dataset_name steps --output_dir adapter
+```
+"""
+
+import sys
+
+from trl_lightreasoner.cli import run
+from trl_lightreasoner.train import main, make_parser
+
+
+if __name__ == "__main__":
+    sys.exit(run("train.py", make_parser, main, sys.argv[1:]))

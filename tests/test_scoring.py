@@ -1,0 +1,186 @@
+import math
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+
+from trl_lightreasoner.contrast import NonFiniteLogitsError
+from trl_lightreasoner.scoring import Trajectory, score_trajectories
+from trl_lightreasoner.vocabulary import Vocabulary
+
+
+# Lengths of prompts and completions: one token each, a long prompt, a long completion, and some in between
+SHAPES = [(1, 1), (20, 3), (2, 14), (6, 6), (9, 1)]
+ALPHA, BETA = 0.2, 1.9
+EVERYTHING = Vocabulary(list(range(300)))
+
+
+def make_trajectories(shapes=SHAPES, seed=0):
+    torch.manual_seed(seed)
+    return [Trajectory(*(torch.randint(300, (length,)).tolist() for length in shape)) for shape in shapes]
+
+
+@torch.no_grad()
+def naive_scores(expert, amateur, trajectory, ids, alpha=ALPHA, beta=BETA, include_first_step=True):
+    """One prefix at a time, in float64: divergences, and the label of every kept step by its position."""
+    divergences, labels = [], {}
+    for t, token_id in enumerate(trajectory.completion_ids):
+        prefix = torch.tensor([trajectory.prompt_ids + trajectory.completion_ids[:t]])
+        pi_expert, pi_amateur = (
+            model(prefix).logits[0, -1, ids].double().softmax(-1).tolist() for model in (expert, amateur)
+        )
+        divergences.append(sum(p * math.log(p / q) for p, q in zip(pi_expert, pi_amateur, strict=True)))
+        if divergences[-1] < beta or token_id not in ids or (t == 0 and not include_first_step):
+            continue
+        plausible = [k for k, p in enumerate(pi_expert) if p >= alpha * max(pi_expert)]
+        ratios = {ids[k]: pi_expert[k] / pi_amateur[k] for k in plausible}
+        labels[t] = {i: ratio / sum(ratios.values()) for i, ratio in ratios.items()}
+    return divergences, labels
+
+
+def assert_equal(scores, divergences, labels):
+    assert scores.kl_divergence == pytest.approx(divergences, rel=1e-4)
+    assert scores.step_positions == list(labels)
+    for ids, probs, label in zip(scores.label_ids, scores.label_probs, labels.values(), strict=True):
+        assert dict(zip(ids, probs, strict=True)) == pytest.approx(label, rel=1e-3, abs=1e-6)
+        assert probs == sorted(probs, reverse=True)
+
+
+def score(expert, amateur, trajectories, vocabulary=EVERYTHING, **kwargs):
+    return score_trajectories(expert, amateur, trajectories, vocabulary, **{"alpha": ALPHA, "beta": BETA, **kwargs})
+
+
+@pytest.mark.parametrize("beta", [0.0, BETA, 100.0])
+def test_scores_equal_a_naive_loop(expert, amateur, beta):
+    trajectories = make_trajectories()
+    for trajectory, scores in zip(trajectories, score(expert, amateur, trajectories, beta=beta), strict=True):
+        assert_equal(scores, *naive_scores(expert, amateur, trajectory, list(range(300)), beta=beta))
+
+
+def test_scores_over_a_part_of_the_vocabulary_equal_a_naive_loop(expert, amateur):
+    ids = [i for i in range(300) if i % 7]
+    trajectories = make_trajectories()
+    for trajectory, scores in zip(
+        trajectories, score(expert, amateur, trajectories, Vocabulary(ids), beta=0.0), strict=True
+    ):
+        assert_equal(scores, *naive_scores(expert, amateur, trajectory, ids, beta=0.0))
+
+
+def test_both_kept_and_dropped_steps_are_tested(expert, amateur):
+    scores = score(expert, amateur, make_trajectories())
+    num_kept = sum(len(row.step_positions) for row in scores)
+    assert 0 < num_kept < sum(len(row.kl_divergence) for row in scores)
+
+
+def test_rows_do_not_depend_on_the_batch(expert, amateur):
+    trajectories = make_trajectories()
+    together = score(expert, amateur, trajectories)
+    reversed_ = score(expert, amateur, trajectories[::-1])[::-1]
+    alone = [score(expert, amateur, [trajectory])[0] for trajectory in trajectories]
+    for others in (reversed_, alone):
+        for one, other in zip(together, others, strict=True):
+            assert one.step_positions == other.step_positions and one.label_ids == other.label_ids
+            assert one.kl_divergence == pytest.approx(other.kl_divergence, rel=1e-5)
+            for probs, other_probs in zip(one.label_probs, other.label_probs, strict=True):
+                assert probs == pytest.approx(other_probs, rel=1e-4, abs=1e-6)
+
+
+def test_trajectories_are_scored_in_their_order(expert, amateur):
+    scores = score(expert, amateur, make_trajectories())
+    assert [len(row.kl_divergence) for row in scores] == [length for _, length in SHAPES]
+
+
+@pytest.mark.parametrize("value", [1e4, math.nan, math.inf])
+def test_padded_columns_change_nothing(expert, amateur, value):
+    trajectories = make_trajectories()
+    before = score(expert, amateur, trajectories)
+    with torch.no_grad():
+        expert.lm_head.weight[300:] = value
+        amateur.lm_head.weight[300:] = value
+    assert score(expert, amateur, trajectories) == before
+
+
+def test_the_first_step_can_be_left_out(expert, amateur):
+    trajectories = make_trajectories()
+    with_first = score(expert, amateur, trajectories, beta=0.0)
+    without = score(expert, amateur, trajectories, beta=0.0, include_first_step=False)
+    for one, other in zip(with_first, without, strict=True):
+        assert one.step_positions[0] == 0
+        assert other.step_positions == one.step_positions[1:]
+        assert other.label_ids == one.label_ids[1:] and other.label_probs == one.label_probs[1:]
+        assert other.kl_divergence == one.kl_divergence  # of every step, kept or not
+
+
+def test_a_step_whose_own_token_is_not_shared_is_never_kept(expert, amateur):
+    (trajectory,) = make_trajectories([(3, 8)])
+    missing = trajectory.completion_ids[4]
+    vocabulary = Vocabulary([i for i in range(300) if i != missing])
+    (scores,) = score(expert, amateur, [trajectory], vocabulary, beta=0.0)
+    kept = [t for t, token_id in enumerate(trajectory.completion_ids) if token_id != missing]
+    assert 4 not in kept and scores.step_positions == kept
+    assert len(scores.label_ids) == len(scores.label_probs) == len(kept)
+    assert len(scores.kl_divergence) == 8
+    assert all(missing not in ids for ids in scores.label_ids)
+    # The labels are those of their own steps, not shifted by the one that is missing
+    _, labels = naive_scores(expert, amateur, trajectory, vocabulary.ids.tolist(), beta=0.0)
+    assert [dict.fromkeys(ids) for ids in scores.label_ids] == [
+        dict.fromkeys(sorted(label, key=label.get, reverse=True)) for label in labels.values()
+    ]
+
+
+def test_a_prompt_token_that_is_not_shared_is_no_obstacle(expert, amateur):
+    (trajectory,) = make_trajectories([(3, 4)])
+    vocabulary = Vocabulary([i for i in range(300) if i != trajectory.prompt_ids[1]])
+    (scores,) = score(expert, amateur, [trajectory], vocabulary, beta=0.0)
+    assert scores.step_positions == [
+        t for t, token_id in enumerate(trajectory.completion_ids) if token_id != trajectory.prompt_ids[1]
+    ]
+
+
+def test_a_model_does_not_diverge_from_itself(expert):
+    for scores in score(expert, expert, make_trajectories(), beta=1e-9):
+        assert set(scores.kl_divergence) == {0.0} and scores.step_positions == []
+
+
+@pytest.mark.parametrize("name", ["expert", "amateur"])
+@pytest.mark.parametrize("names, place", [(None, "step 3 of trajectory 1"), (["row 8", "row 5"], "step 3 of row 5")])
+def test_logits_that_are_not_finite_name_the_model_and_the_step(expert, amateur, name, names, place):
+    trajectories = [Trajectory([1, 2, 3], [4, 5]), Trajectory([1, 2], [4, 5, 6, 7, 8])]
+    model = {"expert": expert, "amateur": amateur}[name]
+
+    def break_step(module, args, logits):
+        # Steps 0 and 1 of the first trajectory come before those of the second
+        logits.view(-1, logits.shape[-1])[2 + 3, 7] = math.nan
+
+    model.lm_head.register_forward_hook(break_step)
+    with pytest.raises(NonFiniteLogitsError, match=f"The {name}'s logits at {place} are not finite"):
+        score(expert, amateur, trajectories, names=names)
+
+
+def test_models_that_compute_all_logits_give_the_same(expert, amateur, monkeypatch):
+    trajectories = make_trajectories()
+    expected = score(expert, amateur, trajectories)
+    monkeypatch.setattr("trl_lightreasoner.scoring.accepts_logits_to_keep", lambda model: False)
+    for one, other in zip(expected, score(expert, amateur, trajectories), strict=True):
+        assert one.label_ids == other.label_ids
+        assert one.kl_divergence == pytest.approx(other.kl_divergence, rel=1e-5)
+
+
+def test_each_model_runs_once_a_batch_and_computes_the_logits_of_steps_only(expert, amateur):
+    calls = []
+    for name, model in (("expert", expert), ("amateur", amateur)):
+
+        def record(module, args, kwargs, output, name=name):
+            calls.append((name, tuple(kwargs["input_ids"].shape), output.logits.numel() // output.logits.shape[-1]))
+
+        model.register_forward_hook(record, with_kwargs=True)
+    score(expert, amateur, make_trajectories())
+    longest = max(prompt + completion - 1 for prompt, completion in SHAPES)
+    num_steps = sum(completion for _, completion in SHAPES)
+    assert calls == [(name, (len(SHAPES), longest), num_steps) for name in ("expert", "amateur")]
+
+
+def test_models_of_two_dtypes_can_be_compared(expert):
+    amateur = make_model(make_tokenizer(), seed=1, hidden_size=16, padding=4).bfloat16()
+    (scores,) = score(expert, amateur, make_trajectories([(3, 5)]), beta=0.0)
+    assert scores.step_positions == [0, 1, 2, 3, 4] and all(map(math.isfinite, scores.kl_divergence))

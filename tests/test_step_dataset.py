@@ -1,0 +1,311 @@
+import json
+
+import pyarrow.parquet as pq
+import pytest
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
+
+from trl_lightreasoner import sampling_metadata, step_dataset
+from trl_lightreasoner.step_dataset import STEP_FEATURES, StepWriter, count_steps, kl_quantiles
+
+
+METADATA = {"expert": {"model": "größer", "revision": None}, "settings": {"alpha": 0.2, "beta": 0.4}}
+INPUT_FEATURES = Features(
+    {
+        "prompt": List({"role": Value("string"), "content": Value("string")}),
+        "level": ClassLabel(names=["easy", "hard"]),
+        "source": {"name": Value("string"), "pages": List(Value("int16"))},
+        "answer": Value("float64"),
+    }
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def make_input(rows=6):
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": f"{i} {{}} \\frac{{1}}{{2}}"}],
+                "level": i % 2 if i else None,
+                "source": {"name": None if i == 1 else f"book {i}", "pages": list(range(i))} if i != 2 else None,
+                "answer": None if i == 3 else i / 3,
+            }
+            for i in range(rows)
+        ],
+        features=INPUT_FEATURES,
+    )
+
+
+def columns_of(indices):
+    """Made-up results of some rows, each of them telling its row; row 0 has no kept step."""
+    return {
+        "prompt_ids": [[100 + i, 5] for i in indices],
+        "completion_ids": [[i, i + 1, i + 2] for i in indices],
+        "kl_divergence": [[i + 0.25, 0.5, 0.125] for i in indices],
+        "step_positions": [[0, 2][: min(i, 2)] for i in indices],
+        "label_ids": [[[i, 7], [9]][: min(i, 2)] for i in indices],
+        "label_probs": [[[0.75, 0.25], [1.0]][: min(i, 2)] for i in indices],
+        "completion": [f"answer {i}" for i in indices],
+    }
+
+
+def write(folder, dataset, batches, **kwargs):
+    writer = StepWriter(str(folder), dataset, **kwargs)
+    writer.open(METADATA)
+    for indices in batches:
+        writer.write(indices, columns_of(indices))
+    return writer.finish()
+
+
+@pytest.fixture
+def made(tmp_path):
+    return write(tmp_path / "steps", make_input(), [[4, 1], [5], [0, 2, 3]])
+
+
+def test_rows_come_back_in_the_order_of_the_input(made):
+    assert made["completion"][:] == [f"answer {i}" for i in range(6)]
+    assert made["prompt_ids"][:] == [[100 + i, 5] for i in range(6)]
+    assert [row[0]["content"][0] for row in made["prompt"]] == list("012345")
+
+
+def test_columns_and_types_are_those_of_the_contract(made):
+    assert made.features == Features(
+        {
+            **INPUT_FEATURES,
+            "completion": Value("string"),
+            "prompt_ids": List(Value("int32")),
+            "completion_ids": List(Value("int32")),
+            "kl_divergence": List(Value("float32")),
+            "step_positions": List(Value("int32")),
+            "label_ids": List(List(Value("int32"))),
+            "label_probs": List(List(Value("float32"))),
+            "sampling_metadata": Value("string"),
+        }
+    )
+
+
+def test_what_is_written_comes_back(made):
+    for name, values in columns_of(range(6)).items():
+        assert made[name][:] == values
+
+
+def test_types_do_not_depend_on_the_rows(tmp_path):
+    # Nothing but empty lists, from which no type can be read off
+    writer = StepWriter(str(tmp_path / "steps"), Dataset.from_dict({"prompt": ["a"]}))
+    writer.open(METADATA)
+    writer.write([0], {name: [[]] for name in STEP_FEATURES if name != "sampling_metadata"} | {"completion": [""]})
+    features = writer.finish().features
+    assert {name: features[name] for name in STEP_FEATURES} == STEP_FEATURES
+
+
+def test_other_columns_are_carried_along(made):
+    dataset = make_input()
+    for name in dataset.column_names:
+        assert made[name][:] == dataset[name][:]
+    assert made.features["level"].int2str(1) == "hard"
+
+
+def test_a_given_completion_stays_as_it_is(tmp_path):
+    messages = [[{"role": "assistant", "content": f"{i}"}] for i in range(2)]
+    dataset = Dataset.from_dict({"completion": messages, "prompt": ["a", "b"]})
+    writer = StepWriter(str(tmp_path / "steps"), dataset)
+    writer.open(METADATA)
+    columns = columns_of([1, 0])
+    del columns["completion"]
+    writer.write([1, 0], columns)
+    made = writer.finish()
+    assert made["completion"][:] == messages and made.features["completion"] == dataset.features["completion"]
+
+
+def test_rows_that_were_left_out_are_left_out(tmp_path):
+    made = write(tmp_path / "steps", make_input(), [[5, 2]])
+    assert made["completion"][:] == ["answer 2", "answer 5"]
+
+
+def test_no_rows_still_have_the_columns(tmp_path):
+    made = write(tmp_path / "steps", make_input(), [])
+    assert len(made) == 0 and set(STEP_FEATURES) < set(made.column_names)
+
+
+def test_a_view_of_a_dataset_is_written_as_it_is_seen(tmp_path):
+    dataset = make_input().select([3, 5, 1]).with_format("numpy", columns=["level"])
+    made = write(tmp_path / "steps", dataset, [[2, 0], [1]])
+    assert [row[0]["content"][0] for row in made["prompt"]] == list("351")
+
+
+def test_the_dataset_is_read_from_its_files(made, tmp_path):
+    assert made.cache_files  # memory-mapped
+    assert [path.name for path in (tmp_path / "steps").iterdir()] == ["data"]
+    assert [path.name for path in (tmp_path / "steps" / "data").iterdir()] == ["train-00000-of-00001.parquet"]
+
+
+def test_a_large_dataset_is_several_files(tmp_path, monkeypatch, made):
+    monkeypatch.setattr(step_dataset, "_MAX_FILE_BYTES", 500)
+    split = write(tmp_path / "split", make_input(), [[4, 1], [5], [0, 2, 3]])
+    assert len(list((tmp_path / "split" / "data").iterdir())) > 2
+    assert split.to_list() == made.to_list()
+    assert load_dataset(str(tmp_path / "split"), split="train").to_list() == made.to_list()
+
+
+def through_disk(dataset, folder):
+    dataset.save_to_disk(folder)
+    return load_from_disk(folder)
+
+
+def through_a_dict_on_disk(dataset, folder):
+    DatasetDict({"train": dataset}).save_to_disk(folder)
+    return load_from_disk(folder)["train"]
+
+
+def through_parquet(dataset, folder):
+    folder.mkdir()
+    dataset.to_parquet(folder / "steps.parquet")
+    return Dataset.from_parquet(str(folder / "steps.parquet"))
+
+
+def through_a_repository(dataset, folder):
+    (folder / "data").mkdir(parents=True)
+    dataset.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    return load_dataset(str(folder), split="train")
+
+
+JOURNEYS = {
+    "save_to_disk": through_disk,
+    "DatasetDict.save_to_disk": through_a_dict_on_disk,
+    "parquet": through_parquet,
+    "repository": through_a_repository,
+}
+
+
+@pytest.mark.parametrize("journey", JOURNEYS.values(), ids=JOURNEYS.keys())
+def test_rows_types_and_metadata_survive_files(made, tmp_path, journey):
+    loaded = journey(made, tmp_path / "elsewhere")
+    assert loaded.to_list() == made.to_list()
+    assert loaded.features == made.features
+    assert sampling_metadata(loaded) == METADATA
+
+
+def test_the_folder_itself_can_be_loaded(made, tmp_path):
+    loaded = load_dataset(str(tmp_path / "steps"), split="train")
+    assert loaded.to_list() == made.to_list() and loaded.features == made.features
+    assert sampling_metadata(loaded) == METADATA
+
+
+CHANGES = {
+    "filter": lambda dataset: dataset.filter(lambda row: len(row["step_positions"]) > 1),
+    "select": lambda dataset: dataset.select([4, 2]),
+    "shuffle": lambda dataset: dataset.shuffle(seed=0),
+    "concatenate": lambda dataset: concatenate_datasets([dataset.select([1]), dataset.select([0])]),
+    "map": lambda dataset: dataset.map(lambda row: {"length": len(row["completion_ids"])}),
+    "train_test_split": lambda dataset: dataset.train_test_split(test_size=2, seed=0)["test"],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_metadata_survives_changes(made, change):
+    assert sampling_metadata(change(made)) == METADATA
+
+
+def test_metadata_of_another_dataset_is_none(made):
+    assert sampling_metadata(make_input()) is None
+    assert sampling_metadata(made.select([])) is None
+
+
+def test_metadata_is_one_json_text_in_every_row(made):
+    assert set(made["sampling_metadata"]) == {json.dumps(METADATA)}
+
+
+@pytest.mark.parametrize("folder", ["data", "shards"])
+def test_a_folder_that_holds_a_dataset_is_refused(tmp_path, folder):
+    (tmp_path / "steps" / folder).mkdir(parents=True)
+    with pytest.raises(ValueError, match="steps' already holds sampled steps.*overwrite_output_dir=True"):
+        StepWriter(str(tmp_path / "steps"), make_input())
+
+
+def test_a_refused_folder_is_left_as_it_was(made, tmp_path):
+    before = (tmp_path / "steps" / "data" / "train-00000-of-00001.parquet").read_bytes()
+    with pytest.raises(ValueError, match="already holds"):
+        StepWriter(str(tmp_path / "steps"), make_input())
+    assert (tmp_path / "steps" / "data" / "train-00000-of-00001.parquet").read_bytes() == before
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "steps").write_text("mine")
+    with pytest.raises(ValueError, match="steps' is a file. Choose another `output_dir`"):
+        StepWriter(str(tmp_path / "steps"), make_input(), overwrite=True)
+
+
+def test_a_folder_with_other_files_is_used_and_keeps_them(tmp_path):
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / "notes.txt").write_text("mine")
+    assert len(write(tmp_path / "steps", make_input(), [[1]])) == 1
+    assert (tmp_path / "steps" / "notes.txt").read_text() == "mine"
+
+
+def test_overwriting_replaces_the_rows(made, tmp_path):
+    again = write(tmp_path / "steps", make_input(), [[3]], overwrite=True)
+    assert again["completion"][:] == ["answer 3"]
+
+
+def test_overwriting_deletes_nothing_before_it_is_opened(made, tmp_path):
+    StepWriter(str(tmp_path / "steps"), make_input(), overwrite=True)
+    assert (tmp_path / "steps" / "data" / "train-00000-of-00001.parquet").exists()
+
+
+@pytest.mark.parametrize("name", [*STEP_FEATURES, "_row"])
+def test_input_columns_with_our_names_are_refused(tmp_path, name):
+    dataset = Dataset.from_dict({"prompt": ["a"], name: [1]})
+    with pytest.raises(ValueError, match=rf"columns named \['{name}'\]"):
+        StepWriter(str(tmp_path / "steps"), dataset)
+    assert not (tmp_path / "steps").exists()
+
+
+def test_a_batch_that_breaks_off_leaves_no_half_written_file(tmp_path, monkeypatch):
+    def break_off(table, file):
+        file.write(b"PAR1")
+        raise OSError("No space left on device")
+
+    writer = StepWriter(str(tmp_path / "steps"), make_input())
+    writer.open(METADATA)
+    writer.write([4, 1], columns_of([4, 1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", break_off)
+        with pytest.raises(OSError, match="No space left"):
+            writer.write([0], columns_of([0]))
+    (shard,) = (tmp_path / "steps" / "shards").glob("*.parquet")
+    assert pq.read_table(shard)["completion"].to_pylist() == ["answer 4", "answer 1"]
+    # And writing can go on
+    writer.write([0], columns_of([0]))
+    assert writer.finish()["completion"][:] == ["answer 0", "answer 1", "answer 4"]
+
+
+def test_every_batch_is_on_disk_when_it_is_written(tmp_path):
+    writer = StepWriter(str(tmp_path / "steps"), make_input())
+    writer.open(METADATA)
+    for number, indices in enumerate([[4, 1], [5]], start=1):
+        writer.write(indices, columns_of(indices))
+        shards = sorted((tmp_path / "steps" / "shards").glob("*.parquet"))
+        assert len(shards) == number
+        assert pq.read_table(shards[-1])["completion"].to_pylist() == [f"answer {i}" for i in indices]
+
+
+def test_steps_are_counted(made):
+    assert count_steps(made) == 0 + 1 + 4 * 2
+
+
+def test_quantiles_are_over_every_step(made):
+    values = sorted(value for row in columns_of(range(6))["kl_divergence"] for value in row)
+    assert kl_quantiles(made, [0.0, 0.5, 1.0]) == [values[0], (values[8] + values[9]) / 2, values[-1]]
