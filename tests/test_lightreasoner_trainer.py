@@ -496,6 +496,32 @@ def test_whole_trajectories_take_two_epochs_by_default(expert, steps, tmp_path):
     assert (trainer.state.epoch, trainer.state.global_step) == (2.0, 6)
 
 
+def update_size(args):
+    return args.per_device_train_batch_size, args.gradient_accumulation_steps
+
+
+def test_an_update_holds_sixteen_rows_of_one_step_by_default(expert, steps, tmp_path):
+    trainer = LightReasonerTrainer(expert, config(tmp_path), train_dataset=one_step_rows(steps))
+    assert update_size(trainer.args) == (8, 2)
+
+
+def test_an_update_holds_two_whole_trajectories_by_default(expert, steps, tmp_path):
+    args = config(tmp_path)
+    assert update_size(LightReasonerTrainer(expert, args, train_dataset=steps).args) == (2, 1)
+
+
+@pytest.mark.parametrize("kwargs", [{"per_device_train_batch_size": 8}, {"gradient_accumulation_steps": 2}])
+def test_an_update_size_that_is_set_is_kept(kwargs, expert, steps, tmp_path):
+    trainer = LightReasonerTrainer(expert, config(tmp_path, **kwargs), train_dataset=steps)
+    assert update_size(trainer.args) == (8, 2)
+
+
+def test_the_config_passed_in_is_left_as_it_was(expert, steps, tmp_path):
+    args = config(tmp_path, max_steps=-1)
+    LightReasonerTrainer(expert, args, train_dataset=steps)
+    assert (update_size(args), args.num_train_epochs, args.max_steps) == ((8, 2), None, -1)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "expected"),
     [

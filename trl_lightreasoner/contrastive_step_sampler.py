@@ -76,6 +76,7 @@ class ContrastiveStepSampler:
         self.args = args
         self.expert = expert
         self.amateur = amateur
+        self._names = [model if isinstance(model, str) else None for model in (expert, amateur)]
         common = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
         self._expert_kwargs = expert_kwargs = {**common, **(args.model_init_kwargs or {})}
         self._amateur_kwargs = amateur_kwargs = {**common, **(args.amateur_model_init_kwargs or {})}
@@ -84,11 +85,9 @@ class ContrastiveStepSampler:
         expert_config = load_config(expert, "expert", **expert_kwargs)
         amateur_config = load_config(amateur, "amateur", **amateur_kwargs)
         if processing_class is None:
-            processing_class = load_tokenizer(expert, "expert", **_tokenizer_kwargs(expert_kwargs))
+            processing_class = load_tokenizer(expert, "expert", **expert_kwargs)
         if amateur_processing_class is None:
-            amateur_processing_class = load_tokenizer(
-                amateur, "amateur", "amateur_processing_class", **_tokenizer_kwargs(amateur_kwargs)
-            )
+            amateur_processing_class = load_tokenizer(amateur, "amateur", "amateur_processing_class", **amateur_kwargs)
         expert_width = expert_config.get_text_config().vocab_size
         amateur_width = amateur_config.get_text_config().vocab_size
         self.processing_class = processing_class
@@ -258,8 +257,8 @@ class ContrastiveStepSampler:
         packages = ("trl", "transformers", "peft", "datasets", "torch")
         return {
             "method": "LightReasoner (arXiv 2510.07962)",
-            "expert": _describe(self.expert),
-            "amateur": _describe(self.amateur),
+            "expert": _describe(self.expert, self._names[0]),
+            "amateur": _describe(self.amateur, self._names[1]),
             "settings": {name: getattr(self.args, name) for name in settings},
             "shared_tokens": len(self.shared_vocabulary),
             "eos_token_ids": self.eos_ids,
@@ -281,11 +280,7 @@ def _encode(
         raise ValueError(f"Row {index}: {error}") from None
 
 
-def _tokenizer_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: model_kwargs[key] for key in ("revision", "trust_remote_code") if key in model_kwargs}
-
-
-def _describe(model: torch.nn.Module) -> dict[str, Any]:
+def _describe(model: torch.nn.Module, name: str | None) -> dict[str, Any]:
     base = get_base_model(model)
     quantization = getattr(base.config, "quantization_config", None)
     if quantization is not None and not isinstance(quantization, dict):
@@ -295,7 +290,7 @@ def _describe(model: torch.nn.Module) -> dict[str, Any]:
         "revision": getattr(base.config, "_commit_hash", None),
         "dtype": str(base.dtype).removeprefix("torch."),
         "quantization": quantization and {key: str(value) for key, value in quantization.items()},
-        "adapters": list(model.active_adapters) if isinstance(model, PeftModel) else None,
+        "adapter": (name or list(model.active_adapters)) if isinstance(model, PeftModel) else None,
     }
 
 

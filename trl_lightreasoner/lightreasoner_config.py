@@ -43,7 +43,10 @@ class LightReasonerConfig(TrainingArguments):
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
-    > - `gradient_accumulation_steps`: Defaults to `2` instead of `1`, so that an update holds 16 rows.
+    > - `per_device_train_batch_size`: Defaults to `None` instead of `8`. If neither it nor
+    >   `gradient_accumulation_steps` is set, an update holds the paper's 8 x 2 rows where every row holds one step,
+    >   and 2 x 1 rows where rows are whole trajectories.
+    > - `gradient_accumulation_steps`: Defaults to `None` instead of `1`.
     > - `num_train_epochs`: Defaults to `None` instead of `3.0`. If neither it nor `max_steps` is set, training takes
     >   the paper's 1,000 updates where every row holds one step, and 2 epochs where rows are whole trajectories.
     > - `bf16`: Defaults to `None` instead of `False`: `True` on an accelerator that has it, unless `fp16` is set.
@@ -57,8 +60,16 @@ class LightReasonerConfig(TrainingArguments):
         default=5e-5,
         metadata={"help": "The initial learning rate for AdamW."},
     )
-    gradient_accumulation_steps: int = field(
-        default=2,
+    per_device_train_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of rows in a batch. If neither it nor `gradient_accumulation_steps` is set, an update "
+            "holds the paper's 8 x 2 rows where every row holds one step, and 2 x 1 rows where rows are whole "
+            "trajectories."
+        },
+    )
+    gradient_accumulation_steps: int | None = field(
+        default=None,
         metadata={
             "help": "Number of batches an update is accumulated over. The mean is over the kept steps of all of them."
         },
@@ -133,6 +144,14 @@ class LightReasonerConfig(TrainingArguments):
                 f"`model_init_kwargs` must be a dict or a JSON object, such as '{example}', got "
                 f"{self.model_init_kwargs!r}."
             )
+        # The paper's, unless the trainer finds whole trajectories
+        self.update_size_is_default = (
+            self.per_device_train_batch_size is None and self.gradient_accumulation_steps is None
+        )
+        if self.per_device_train_batch_size is None:
+            self.per_device_train_batch_size = 8
+        if self.gradient_accumulation_steps is None:
+            self.gradient_accumulation_steps = 2
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()

@@ -1,5 +1,6 @@
 """`LightReasonerTrainer`: fine-tunes an expert on the kept steps of a Dataset, `D_KL(v_C || pi_theta)` at each."""
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,12 +22,20 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from .contrast import contrastive_loss
 from .data_collator import DataCollatorForLightReasoner
 from .lightreasoner_config import LightReasonerConfig
-from .models import accepts_logits_to_keep, forward_at, get_base_model, load_config, load_model, load_tokenizer
+from .models import (
+    accepts_logits_to_keep,
+    adapter_base,
+    forward_at,
+    get_base_model,
+    hub_kwargs,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from .step_dataset import STEP_COLUMNS
 from .training_rows import prepare_rows
 from .vocabulary import model_vocabulary
@@ -34,8 +43,10 @@ from .vocabulary import model_vocabulary
 
 logger = logging.get_logger(__name__)
 
-# The paper's budget where a row is a step; for whole trajectories see the training page of the documentation
+# The paper's number of updates where a row is a step. For whole trajectories, two rows an update (batch, accumulation)
+# hold about as many kept steps, and two epochs over the paper's 1,000 problems are as many updates (docs/training.md)
 _UPDATES_ONE_STEP_PER_ROW = 1000
+_UPDATE_WHOLE_TRAJECTORIES = (2, 1)
 _EPOCHS_WHOLE_TRAJECTORIES = 2.0
 
 
@@ -162,11 +173,12 @@ class LightReasonerTrainer(Trainer):
         # Args
         if args is None:
             model_name = model if isinstance(model, str) else get_base_model(model).config._name_or_path
-            args = LightReasonerConfig(f"{model_name.split('/')[-1]}-LightReasoner")
+            args = LightReasonerConfig(f"{model_name.rstrip('/').split('/')[-1]}-LightReasoner")
         elif not isinstance(args, LightReasonerConfig):
             dict_args = args.to_dict()
             dict_args["hub_token"] = args.hub_token  # to_dict hides the hub_token
             args = LightReasonerConfig(**dict_args)
+        args = copy.copy(args)  # what depends on the rows is filled in below
 
         if train_dataset is None:
             raise ValueError("`train_dataset` is required")
@@ -183,10 +195,7 @@ class LightReasonerTrainer(Trainer):
         model_init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
         config = load_config(model, **model_init_kwargs).get_text_config()
         if processing_class is None:
-            hub_kwargs = {
-                key: model_init_kwargs[key] for key in ("revision", "trust_remote_code") if key in model_init_kwargs
-            }
-            processing_class = load_tokenizer(model, **hub_kwargs)
+            processing_class = load_tokenizer(model, **model_init_kwargs)
         elif not isinstance(processing_class, PreTrainedTokenizerBase):
             raise TypeError("The `processing_class` must be a `PreTrainedTokenizerBase`")
         self.vocabulary = model_vocabulary(processing_class, config.vocab_size)
@@ -204,10 +213,14 @@ class LightReasonerTrainer(Trainer):
                 eval_dataset = {name: prepare(dataset, name) for name, dataset in eval_dataset.items()}
             elif eval_dataset is not None:
                 eval_dataset = prepare(eval_dataset, "eval")
+        one_step_each = args.one_step_per_row or (isinstance(train_dataset, Dataset) and _one_step_each(train_dataset))
         if args.num_train_epochs is None:
             args.num_train_epochs = _EPOCHS_WHOLE_TRAJECTORIES
-            if args.max_steps < 0 and isinstance(train_dataset, Dataset) and _one_step_each(train_dataset):
+            if args.max_steps < 0 and one_step_each:
                 args.max_steps = _UPDATES_ONE_STEP_PER_ROW
+        # DeepSpeed's configuration was made with the sizes that `args` had
+        if args.update_size_is_default and not one_step_each and args.deepspeed is None:
+            args.per_device_train_batch_size, args.gradient_accumulation_steps = _UPDATE_WHOLE_TRAJECTORIES
 
         # Model
         # PEFT initializes the adapter weights randomly, so set_seed must be done before creating the model to ensure
@@ -222,8 +235,10 @@ class LightReasonerTrainer(Trainer):
                     )
                 model_init_kwargs["quantization_config"] = quantization_config
             # All weights are trained in fp32; frozen ones stay as they were when the expert was sampled
-            is_adapter = find_adapter_config_file(model, revision=model_init_kwargs.get("revision")) is not None
-            model_init_kwargs.setdefault("dtype", "float32" if peft_config is None and not is_adapter else "auto")
+            trains_adapter = (
+                peft_config is not None or adapter_base(model, **hub_kwargs(model_init_kwargs)) is not None
+            )
+            model_init_kwargs.setdefault("dtype", "auto" if trains_adapter else "float32")
             model_init_kwargs.setdefault("device_map", None)  # `Trainer` places the model
             model = load_model(model, is_trainable=True, **model_init_kwargs)
         else:
@@ -303,8 +318,8 @@ class LightReasonerTrainer(Trainer):
         self.add_callback(self.skip_nonfinite_updates)
 
         # Sums over the kept steps since the last log: entropy, agreement, steps. Seen: steps, tokens, since the start.
-        self._sums = torch.zeros(3, dtype=torch.float64)
-        self._seen = torch.zeros(2, dtype=torch.float64)
+        self._sums = torch.zeros(3, dtype=_sum_dtype(args.device), device=args.device)
+        self._seen = torch.zeros(2, dtype=_sum_dtype(args.device), device=args.device)
         self._eval_sums: torch.Tensor | None = None
 
         if hasattr(self.model, "add_model_tags"):
@@ -361,10 +376,10 @@ class LightReasonerTrainer(Trainer):
                 loss = loss * self.accelerator.num_processes
         if model.training:
             steps = outputs.steps
-            sums = torch.stack([steps.entropy.sum(), steps.agreement.sum(), is_step.sum()]).double()
-            self._sums = self._sums.to(sums.device) + sums
-            seen = torch.stack([is_step.sum(), inputs["attention_mask"].sum()]).double()
-            self._seen = self._seen.to(seen.device) + seen
+            sums = torch.stack([steps.entropy.sum(), steps.agreement.sum(), is_step.sum()]).to(_sum_dtype(loss.device))
+            self._sums = self._sums + sums
+            seen = torch.stack([is_step.sum(), inputs["attention_mask"].sum()]).to(sums.dtype)
+            self._seen = self._seen + seen
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args, **kwargs):
@@ -389,8 +404,8 @@ class LightReasonerTrainer(Trainer):
         # A subclass may add to the loss; what it adds counts for every step of the batch alike
         added = loss - steps.kl_divergence.mean()
         values = [steps.kl_divergence + added, steps.entropy, steps.agreement, torch.ones_like(steps.entropy)]
-        sums = torch.zeros(len(inputs["input_ids"]), len(values), dtype=torch.float64, device=loss.device)
-        sums.index_add_(0, row, torch.stack(values, dim=1).double())
+        sums = torch.zeros(len(inputs["input_ids"]), len(values), dtype=_sum_dtype(loss.device), device=loss.device)
+        sums.index_add_(0, row, torch.stack(values, dim=1).to(sums.dtype))
         # Row by row, since the last batches of several processes hold rows twice, which `gather_for_metrics` takes out
         self._eval_sums = self._eval_sums + self.accelerator.gather_for_metrics(sums).sum(0)
         return loss.detach(), None, None
@@ -408,7 +423,8 @@ class LightReasonerTrainer(Trainer):
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        self._eval_sums = torch.zeros(4, dtype=torch.float64, device=self.accelerator.device)
+        device = self.accelerator.device
+        self._eval_sums = torch.zeros(4, dtype=_sum_dtype(device), device=device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, entropy, agreement, num_steps = self._eval_sums.tolist()
         # `Trainer` takes the mean of the batches' means, which is not the mean over the steps
@@ -418,7 +434,7 @@ class LightReasonerTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            sums = self.accelerator.reduce(torch.cat([self._sums, self._seen]).to(self.accelerator.device), "sum")
+            sums = self.accelerator.reduce(torch.cat([self._sums, self._seen]), "sum")
             entropy, agreement, num_steps, seen_steps, seen_tokens = sums.tolist()
             logs["entropy"] = entropy / max(num_steps, 1)
             logs["mean_token_accuracy"] = agreement / max(num_steps, 1)
@@ -442,6 +458,10 @@ class LightReasonerTrainer(Trainer):
         tags = [tags] if isinstance(tags, str) else tags or []
         tags = list(dict.fromkeys([*tags, *self._tag_names]))
         super().create_model_card(model_name=model_name, dataset=dataset_name, tags=tags)
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
 
 
 def _one_step_each(dataset: Dataset) -> bool:

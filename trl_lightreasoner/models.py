@@ -37,26 +37,24 @@ def load_model(
     device = PartialState().device
     if "device_map" not in kwargs and device.type != "cpu":
         kwargs["device_map"] = {"": device}
-    adapter = None
-    if (base := _adapter_base(model, kwargs.get("revision"))) is not None:
-        adapter, model, revision = model, base, kwargs.pop("revision", None)
-    loaded = AutoModelForCausalLM.from_pretrained(model, **kwargs)
-    if adapter is None:
-        return loaded
-    return PeftModel.from_pretrained(loaded, adapter, is_trainable=is_trainable, revision=revision)
+    repository = hub_kwargs(kwargs)
+    base = adapter_base(model, **repository)
+    if base is None:
+        return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    kwargs.pop("revision", None)  # it is the adapter's
+    loaded = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+    repository.pop("trust_remote_code", None)
+    return PeftModel.from_pretrained(loaded, model, is_trainable=is_trainable, **repository)
 
 
-def load_config(
-    model: str | PreTrainedModel | PeftModel, name: str = "model", revision: str | None = None, **kwargs: Any
-) -> PretrainedConfig:
+def load_config(model: str | PreTrainedModel | PeftModel, name: str = "model", **kwargs: Any) -> PretrainedConfig:
     """
     The model's configuration, without loading the model.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What the user passed.
         name (`str`): What to call it in an error message: "expert", "amateur", "model".
-        revision (`str`, *optional*): Of the model or adapter that `model` names.
-        kwargs: `trust_remote_code` counts, everything else is for the weights.
+        kwargs: As for [`load_model`]; of them, those count that say where the model is found.
 
     Raises:
         `TypeError`: If it is none of the accepted types.
@@ -69,11 +67,12 @@ def load_config(
         config = get_base_model(model).config
         is_causal = get_base_model(model).can_generate()
     elif isinstance(model, str):
-        trust_remote_code = kwargs.get("trust_remote_code", False)
+        repository = hub_kwargs(kwargs)
         try:
-            if (base := _adapter_base(model, revision, name)) is not None:
-                model, revision = base, None
-            config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+            if (base := adapter_base(model, name, **repository)) is not None:
+                model = base
+                repository.pop("revision", None)  # it is the adapter's
+            config = AutoConfig.from_pretrained(model, **repository)
         except OSError as error:
             raise ValueError(
                 f"The {name} {model!r} cannot be found. It must be a folder with a config.json, or the id of a model "
@@ -112,27 +111,35 @@ def load_tokenizer(
         model (`str` or `torch.nn.Module`): Id or path, or a loaded model that knows where it came from.
         name (`str`): What to call the model in an error message.
         argument (`str`): The argument by which the user can pass a tokenizer instead.
-        kwargs: For [`~transformers.AutoTokenizer.from_pretrained`].
+        kwargs: As for [`load_model`]; of them, those count that say where the model is found.
 
     Raises:
         `ValueError`: If the model does not know where it came from.
     """
+    repository = hub_kwargs(kwargs)
     if not isinstance(model, str):
         source = get_base_model(model).config._name_or_path
-    elif (source := _adapter_base(model, kwargs.get("revision"))) is not None:
-        kwargs.pop("revision", None)  # it is the adapter's
+    elif (source := adapter_base(model, name, **repository)) is not None:
+        repository.pop("revision", None)  # it is the adapter's
     else:
         source = model
     if not source:
         raise ValueError(f"The {name} does not say where its tokenizer is. Pass the tokenizer as `{argument}`.")
-    return AutoTokenizer.from_pretrained(source, **kwargs)
+    return AutoTokenizer.from_pretrained(source, **repository)
 
 
-def _adapter_base(model: str, revision: str | None, name: str = "model") -> str | None:
-    """Id or path of the base model if `model` is a PEFT adapter."""
-    if find_adapter_config_file(model, revision=revision) is None:
+def hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments of `from_pretrained` that say where a model is found, not how its weights are loaded."""
+    names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def adapter_base(model: str, name: str = "model", **kwargs: Any) -> str | None:
+    """Id or path of the base model if `model` is a PEFT adapter, else `None`; `kwargs` as of [`hub_kwargs`]."""
+    kwargs.pop("trust_remote_code", None)  # an adapter has no code of its own
+    if find_adapter_config_file(model, **kwargs) is None:
         return None
-    config = PeftConfig.from_pretrained(model, revision=revision)
+    config = PeftConfig.from_pretrained(model, **kwargs)
     _check_adapter(config, name)
     return config.base_model_name_or_path
 

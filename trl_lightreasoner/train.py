@@ -3,13 +3,12 @@
 import os
 from dataclasses import dataclass, field, replace
 
-from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from .arguments import ArgumentParser, load_split
 from .lightreasoner_config import LightReasonerConfig
 from .lightreasoner_trainer import LightReasonerTrainer
-from .models import load_config
+from .models import adapter_base, load_config
 
 
 @dataclass
@@ -84,7 +83,7 @@ def main(
     }
     hub_kwargs = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     load_config(model_args.model_name_or_path, **hub_kwargs)  # refuses what is no model
-    is_adapter = find_adapter_config_file(model_args.model_name_or_path, revision=model_args.model_revision)
+    is_adapter = adapter_base(model_args.model_name_or_path, **hub_kwargs) is not None
     # TRL takes the dtype for the one to compute in as well, which has to be named
     compute_args = replace(model_args, dtype="bfloat16") if model_args.dtype in (None, "auto") else model_args
     evaluates = training_args.eval_strategy != "no"
