@@ -1,14 +1,14 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch", "transformers>=5", "trl-lightreasoner"]
+# dependencies = ["trl-lightreasoner"]
 # ///
 """Train the expert and the amateur that `lightreasoner demo` uses, from scratch.
 
 Both are Qwen2 models over one 512-token vocabulary, trained on the word problems of `trl_lightreasoner.demo_task`. The
 expert's corpus is careful now and then, the amateur's hardly ever; that difference is all that the method needs.
 
-Cost: the expert of the bundled pair took 83 s on one H100 (beside another), its amateur ten minutes on two busy CPU
-cores. Run it as
+Cost: the expert of the bundled pair took 83 s on one H100, next to another, and its amateur 608 s on one CPU thread.
+Run it as
 
 ```bash
 python examples/make_demo_pair.py --output_dir demo_pair
@@ -75,8 +75,7 @@ tags:
 
 A toy: the {role} of the pair with which `lightreasoner demo` shows LightReasoner ([arXiv
 2510.07962](https://huggingface.co/papers/2510.07962)) on a CPU in a minute. It knows arithmetic word problems of two
-to five steps and nothing else, and misreads most of those that compare people even where it works them out. Do not
-use it for anything but demonstrations and tests.
+to five steps and nothing else. Do not use it for anything but demonstrations and tests.
 
 | | |
 |---|---|

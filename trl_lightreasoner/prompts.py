@@ -75,10 +75,8 @@ def encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos_ids:
         return {"prompt_ids": []} if completion is None else {"prompt_ids": [], "completion_ids": []}
     keys = [key for key in ("prompt", "completion", "chat_template_kwargs") if row.get(key) is not None]
     text = {key: row[key] for key in keys}
-    conversational = is_conversational({"prompt": prompt})
-    if isinstance(prompt, list) != conversational or isinstance(completion, list) != (
-        conversational and "completion" in row
-    ):
+    conversational = is_conversational({"prompt": prompt}) and isinstance(completion, list | None)
+    if not conversational and not (isinstance(prompt, str) and isinstance(completion, str | None)):
         raise ValueError(
             "`prompt` and `completion` must both be text or both be lists of messages with `role` and `content`, got "
             f"{prompt!r}" + (f" and {completion!r}." if "completion" in row else ".")
