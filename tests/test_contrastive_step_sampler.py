@@ -157,9 +157,9 @@ def test_a_model_does_not_diverge_from_itself(sample, prompts, expert_path):
 def test_no_kept_step_is_a_warning_with_quantiles(sample, prompts, caplog):
     made = sample(prompts, beta=50.0)
     divergences = torch.tensor([kl for row in made["kl_divergence"] for kl in row])
-    assert f"No step reached beta = 50.0: of {len(divergences)} steps" in caplog.text
+    assert "No step reached beta = 50.0" in caplog.text
     half, most, tenth = (f"{divergences.quantile(q):.3g}" for q in (0.5, 0.99, 0.9))
-    assert f"half have a divergence below {half} and 99 % below {most} nats" in caplog.text
+    assert f"half of the divergences are below {half} and 99 % below {most} nats" in caplog.text
     assert f"beta = {tenth} would keep 10 %" in caplog.text
 
 
@@ -496,7 +496,7 @@ def test_a_column_of_ours_is_found_first(sample, unloadable):
 
 def test_a_folder_that_is_taken_is_found_first(sample, unloadable, prompts, tmp_path):
     (tmp_path / "folder" / "data").mkdir(parents=True)
-    with pytest.raises(ValueError, match="already holds sampled steps"):
+    with pytest.raises(ValueError, match="holds files that no run of this version left there"):
         sample(prompts, output_dir=str(tmp_path / "folder"))
 
 

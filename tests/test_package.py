@@ -68,7 +68,15 @@ ONLINE = {"contrastive_step_sampler", "lightreasoner_trainer"}
 def example_globals() -> dict:
     """What an example may take for granted."""
     tokenizer = make_tokenizer()
-    steps = Dataset.from_dict({"sampling_metadata": ['{"settings": {"beta": 0.4}}']})
+    steps = Dataset.from_dict(
+        {
+            "kl_divergence": [[0.1, 0.9, 0.5, 0.2, 0.7]],
+            "step_positions": [[1, 2, 4]],
+            "label_ids": [[[1], [2], [3]]],
+            "label_probs": [[[1.0], [1.0], [1.0]]],
+            "sampling_metadata": ['{"settings": {"beta": 0.4}}'],
+        }
+    )
     return {"torch": torch, "tokenizer": tokenizer, "dataset": steps}
 
 

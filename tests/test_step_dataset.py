@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,8 +16,9 @@ from datasets import (
     load_from_disk,
 )
 
-from trl_lightreasoner import sampling_metadata, step_dataset
-from trl_lightreasoner.step_dataset import STEP_FEATURES, StepWriter, count_steps, kl_quantiles
+from trl_lightreasoner import sampling_metadata, step_writer
+from trl_lightreasoner.step_dataset import STEP_FEATURES, count_steps, kl_quantiles, raise_beta
+from trl_lightreasoner.step_writer import StepWriter
 
 
 METADATA = {"expert": {"model": "größer", "revision": None}, "settings": {"alpha": 0.2, "beta": 0.4}}
@@ -64,10 +67,12 @@ def columns_of(indices):
 
 def write(folder, dataset, batches, **kwargs):
     writer = StepWriter(str(folder), dataset, **kwargs)
-    writer.open(METADATA)
+    writer.open({}, METADATA)
     for indices in batches:
         writer.write(indices, columns_of(indices))
-    return writer.finish()
+    made = writer.finish()
+    writer.close()
+    return made
 
 
 @pytest.fixture
@@ -105,7 +110,7 @@ def test_what_is_written_comes_back(made):
 def test_types_do_not_depend_on_the_rows(tmp_path):
     # Nothing but empty lists, from which no type can be read off
     writer = StepWriter(str(tmp_path / "steps"), Dataset.from_dict({"prompt": ["a"]}))
-    writer.open(METADATA)
+    writer.open({}, METADATA)
     writer.write([0], {name: [[]] for name in STEP_FEATURES if name != "sampling_metadata"} | {"completion": [""]})
     features = writer.finish().features
     assert {name: features[name] for name in STEP_FEATURES} == STEP_FEATURES
@@ -122,7 +127,7 @@ def test_a_given_completion_stays_as_it_is(tmp_path):
     messages = [[{"role": "assistant", "content": f"{i}"}] for i in range(2)]
     dataset = Dataset.from_dict({"completion": messages, "prompt": ["a", "b"]})
     writer = StepWriter(str(tmp_path / "steps"), dataset)
-    writer.open(METADATA)
+    writer.open({}, METADATA)
     columns = columns_of([1, 0])
     del columns["completion"]
     writer.write([1, 0], columns)
@@ -148,12 +153,12 @@ def test_a_view_of_a_dataset_is_written_as_it_is_seen(tmp_path):
 
 def test_the_dataset_is_read_from_its_files(made, tmp_path):
     assert made.cache_files  # memory-mapped
-    assert [path.name for path in (tmp_path / "steps").iterdir()] == ["data"]
+    assert {path.name for path in (tmp_path / "steps").iterdir()} == {"data", "run.json", ".lock"}
     assert [path.name for path in (tmp_path / "steps" / "data").iterdir()] == ["train-00000-of-00001.parquet"]
 
 
 def test_a_large_dataset_is_several_files(tmp_path, monkeypatch, made):
-    monkeypatch.setattr(step_dataset, "_MAX_FILE_BYTES", 500)
+    monkeypatch.setattr(step_writer, "_MAX_FILE_BYTES", 500)
     split = write(tmp_path / "split", make_input(), [[4, 1], [5], [0, 2, 3]])
     assert len(list((tmp_path / "split" / "data").iterdir())) > 2
     assert split.to_list() == made.to_list()
@@ -231,14 +236,14 @@ def test_metadata_is_one_json_text_in_every_row(made):
 @pytest.mark.parametrize("folder", ["data", "shards"])
 def test_a_folder_that_holds_a_dataset_is_refused(tmp_path, folder):
     (tmp_path / "steps" / folder).mkdir(parents=True)
-    with pytest.raises(ValueError, match="steps' already holds sampled steps.*overwrite_output_dir=True"):
+    with pytest.raises(ValueError, match="steps' holds files that no run.*overwrite_output_dir=True"):
         StepWriter(str(tmp_path / "steps"), make_input())
 
 
 def test_a_refused_folder_is_left_as_it_was(made, tmp_path):
     before = (tmp_path / "steps" / "data" / "train-00000-of-00001.parquet").read_bytes()
-    with pytest.raises(ValueError, match="already holds"):
-        StepWriter(str(tmp_path / "steps"), make_input())
+    with pytest.raises(ValueError, match="was begun with beta = None, but it is now 0.4"):
+        StepWriter(str(tmp_path / "steps"), make_input()).open({"beta": 0.4}, METADATA)
     assert (tmp_path / "steps" / "data" / "train-00000-of-00001.parquet").read_bytes() == before
 
 
@@ -274,16 +279,15 @@ def test_input_columns_with_our_names_are_refused(tmp_path, name):
 
 
 def test_a_batch_that_breaks_off_leaves_no_half_written_file(tmp_path, monkeypatch):
-    def break_off(table, file):
-        file.write(b"PAR1")
-        raise OSError("No space left on device")
+    def break_off(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     writer = StepWriter(str(tmp_path / "steps"), make_input())
-    writer.open(METADATA)
+    writer.open({}, METADATA)
     writer.write([4, 1], columns_of([4, 1]))
     with monkeypatch.context() as patch:
-        patch.setattr(pq, "write_table", break_off)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, "fsync", break_off)
+        with pytest.raises(OSError, match="shards' \\(No space left on device\\). What was sampled before is kept"):
             writer.write([0], columns_of([0]))
     (shard,) = (tmp_path / "steps" / "shards").glob("*.parquet")
     assert pq.read_table(shard)["completion"].to_pylist() == ["answer 4", "answer 1"]
@@ -294,12 +298,13 @@ def test_a_batch_that_breaks_off_leaves_no_half_written_file(tmp_path, monkeypat
 
 def test_every_batch_is_on_disk_when_it_is_written(tmp_path):
     writer = StepWriter(str(tmp_path / "steps"), make_input())
-    writer.open(METADATA)
+    writer.open({}, METADATA)
     for number, indices in enumerate([[4, 1], [5]], start=1):
         writer.write(indices, columns_of(indices))
-        shards = sorted((tmp_path / "steps" / "shards").glob("*.parquet"))
+        shards = list((tmp_path / "steps" / "shards").glob("*.parquet"))
         assert len(shards) == number
-        assert pq.read_table(shards[-1])["completion"].to_pylist() == [f"answer {i}" for i in indices]
+        (shard,) = (shard for shard in shards if shard.name.startswith(f"{min(indices):09d}"))
+        assert pq.read_table(shard)["completion"].to_pylist() == [f"answer {i}" for i in indices]
 
 
 def test_steps_are_counted(made):
@@ -309,3 +314,23 @@ def test_steps_are_counted(made):
 def test_quantiles_are_over_every_step(made):
     values = sorted(value for row in columns_of(range(6))["kl_divergence"] for value in row)
     assert kl_quantiles(made, [0.0, 0.5, 1.0]) == [values[0], (values[8] + values[9]) / 2, values[-1]]
+
+
+@pytest.mark.parametrize("beta", [0.4, 0.5, 0.6, 9.0])
+def test_raising_beta_keeps_the_steps_that_reach_it(made, beta):
+    raised = raise_beta(made, beta)
+    for row, before in zip(raised, made, strict=True):
+        kept = [t for t in before["step_positions"] if before["kl_divergence"][t] >= beta]
+        assert row["step_positions"] == kept
+        place = {t: k for k, t in enumerate(before["step_positions"])}
+        for name in ("label_ids", "label_probs"):
+            assert row[name] == [before[name][place[t]] for t in kept]
+
+
+def test_raising_beta_is_told_by_the_metadata(made):
+    assert sampling_metadata(raise_beta(made, 0.6))["settings"]["beta"] == 0.6
+
+
+def test_beta_cannot_be_lowered(made):
+    with pytest.raises(ValueError, match="sampled with beta = 0.4; steps below it have no label"):
+        raise_beta(made, 0.3)

@@ -14,6 +14,7 @@ _MODULES = {
     "DataCollatorForLightReasoner": "data_collator",
     "LightReasonerConfig": "lightreasoner_config",
     "LightReasonerTrainer": "lightreasoner_trainer",
+    "raise_beta": "step_dataset",
     "sampling_metadata": "step_dataset",
 }
 
@@ -23,6 +24,7 @@ __all__ = [
     "DataCollatorForLightReasoner",
     "LightReasonerConfig",
     "LightReasonerTrainer",
+    "raise_beta",
     "sampling_metadata",
 ]
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from .data_collator import DataCollatorForLightReasoner
     from .lightreasoner_config import LightReasonerConfig
     from .lightreasoner_trainer import LightReasonerTrainer
-    from .step_dataset import sampling_metadata
+    from .step_dataset import raise_beta, sampling_metadata
 
 
 def __getattr__(name: str):

@@ -47,6 +47,8 @@ def run(prog: str, make_parser: Callable, command: Callable, argv: Sequence[str]
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -20,9 +20,10 @@ class ContrastiveSamplingConfig:
         > Parameters that control the output
 
         output_dir (`str`):
-            Folder for the Dataset. Rows are written there as they are made.
+            Folder for the Dataset. Rows are written there as they are made. A run that was broken off goes on there.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
-            Whether to delete sampled steps that `output_dir` already holds. Otherwise they are never touched.
+            Whether to delete sampled steps that `output_dir` already holds. Otherwise they are kept, and only a run
+            with the same models, settings and prompts may go on.
 
         > Parameters that control the models
 
@@ -61,13 +62,16 @@ class ContrastiveSamplingConfig:
     """
 
     output_dir: str = field(
-        metadata={"help": "Folder for the Dataset. Rows are written there as they are made."},
+        metadata={
+            "help": "Folder for the Dataset. Rows are written there as they are made. A run that was broken off goes "
+            "on there."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Whether to delete sampled steps that `output_dir` already holds. Otherwise they are never "
-            "touched."
+            "help": "Whether to delete sampled steps that `output_dir` already holds. Otherwise they are kept, and "
+            "only a run with the same models, settings and prompts may go on."
         },
     )
     dtype: str = field(

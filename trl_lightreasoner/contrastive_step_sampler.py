@@ -3,10 +3,13 @@
 import hashlib
 import importlib.metadata
 import platform
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset, Features, List, Value
@@ -17,14 +20,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, logging
 from . import __version__
 from .contrastive_sampling_config import ContrastiveSamplingConfig
 from .generation import find_eos_ids, generate_greedy
-from .models import get_base_model, load_config, load_model, load_tokenizer
+from .models import get_base_model, load_config, load_model, load_tokenizer, weight_fingerprint
 from .prompts import check_prompts, encode_row
 from .scoring import Trajectory, TrajectoryScores, score_trajectories
-from .step_dataset import StepWriter, kl_quantiles
+from .step_dataset import kl_quantiles
+from .step_writer import StepWriter
 from .vocabulary import model_vocabulary, shared_vocabulary
 
 
 logger = logging.get_logger(__name__)
+
+_SETTINGS = ("alpha", "beta", "max_new_tokens", "max_prompt_length", "include_first_step")
 
 
 class ContrastiveStepSampler:
@@ -136,13 +142,31 @@ class ContrastiveStepSampler:
             features=Features({column: List(Value("int32")) for column in columns}),
             desc="Tokenizing prompts",
         )
-        order = self._plan(encoded, scoring_only)
-        writer.open(self._metadata())
+        plan = self._plan(encoded, scoring_only)
+        done = writer.open(self._identity(encoded), self._metadata())
+        try:
+            order = [item for item in plan if item[0] not in done]
+            if len(order) < len(plan):
+                logger.warning(f"{len(plan) - len(order):,} of {len(plan):,} prompts are sampled already.")
+            self._sample(encoded, order, writer, scoring_only)
+            sampled = writer.finish()
+        finally:
+            writer.close()
+        if not any(sampled["step_positions"]):
+            low, high, tenth = kl_quantiles(sampled, [0.5, 0.99, 0.9])
+            logger.warning(
+                f"No step reached beta = {self.args.beta}: half of the divergences are below {low:.3g} and 99 % below "
+                f"{high:.3g} nats. beta = {tenth:.3g} would keep 10 %; if that is near 0, the amateur is too close to "
+                "the expert: choose a weaker one."
+            )
+        return sampled
 
-        num_steps = num_kept = 0
-        batch_size, start = self.args.per_device_batch_size, 0
+    def _sample(self, encoded: Dataset, order: list[tuple[int, int]], writer: StepWriter, scoring_only: bool) -> None:
+        num_steps = num_kept = start = 0
+        batch_size = self.args.per_device_batch_size
         with (
             _evaluating(self.expert, self.amateur),
+            _stop_between_batches() as received,
             tqdm(total=len(order), desc="Sampling", unit="prompt") as progress,
         ):
             while start < len(order):
@@ -171,16 +195,9 @@ class ContrastiveStepSampler:
                 num_kept += sum(len(score.step_positions) for score in scores)
                 progress.set_postfix_str(f"{num_kept:,} of {num_steps:,} steps kept", refresh=False)
                 progress.update(len(indices))
-
-        sampled = writer.finish()
-        if num_kept == 0:
-            low, high, tenth = kl_quantiles(sampled, [0.5, 0.99, 0.9])
-            logger.warning(
-                f"No step reached beta = {self.args.beta}: of {num_steps:,} steps, half have a divergence below "
-                f"{low:.3g} and 99 % below {high:.3g} nats. beta = {tenth:.3g} would keep 10 %; if that is near 0, "
-                "the amateur is too close to the expert: choose a weaker one."
-            )
-        return sampled
+                if received and start < len(order):
+                    logger.warning(f"Stopped with {len(order) - start:,} prompts to go. Run the same again to go on.")
+                    raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
 
     def _plan(self, encoded: Dataset, scoring_only: bool) -> list[tuple[int, int]]:
         """
@@ -253,14 +270,32 @@ class ContrastiveStepSampler:
             )
         return columns
 
+    def _identity(self, encoded: Dataset) -> dict[str, Any]:
+        """Everything that the rows depend on, by the names that a user knows."""
+        prompts = hashlib.sha256()
+        for row in encoded:
+            for ids in row.values():
+                prompts.update(np.array([len(ids), *ids], dtype=np.int32).tobytes())
+        args = self.args
+        return {
+            **{name: getattr(args, name) for name in _SETTINGS},
+            "expert dtype": str(self.expert.dtype),
+            "amateur dtype": str(self.amateur.dtype),
+            "expert weights": weight_fingerprint(self.expert),
+            "amateur weights": weight_fingerprint(self.amateur),
+            "shared vocabulary": hashlib.sha256(self.shared_vocabulary.ids.numpy().tobytes()).hexdigest(),
+            "EOS tokens": self.eos_ids,
+            "number of prompts": len(encoded),
+            "prompts (tokens)": prompts.hexdigest(),
+        }
+
     def _metadata(self) -> dict[str, Any]:
-        settings = ("alpha", "beta", "max_new_tokens", "max_prompt_length", "include_first_step")
         packages = ("trl", "transformers", "peft", "datasets", "torch")
         return {
             "method": "LightReasoner (arXiv 2510.07962)",
             "expert": _describe(self.expert, self._names[0]),
             "amateur": _describe(self.amateur, self._names[1]),
-            "settings": {name: getattr(self.args, name) for name in settings},
+            "settings": {name: getattr(self.args, name) for name in _SETTINGS},
             "shared_tokens": len(self.shared_vocabulary),
             "eos_token_ids": self.eos_ids,
             "chat_template_sha256": hashlib.sha256((self.processing_class.chat_template or "").encode()).hexdigest(),
@@ -306,3 +341,26 @@ def _evaluating(*models: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in was_training.items():
             module.training = training
+
+
+@contextmanager
+def _stop_between_batches() -> Iterator[list[int]]:
+    """
+    Collects the first SIGINT or SIGTERM, to be answered when the batch in flight is on the disk; a second one acts at
+    once, as it would without.
+    """
+    received, before = [], {}
+
+    def note(signum: int, frame: Any) -> None:
+        received.append(signum)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

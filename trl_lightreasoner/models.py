@@ -1,5 +1,6 @@
 """Loading an expert or an amateur, whichever way the user names it, and calling it at chosen positions only."""
 
+import hashlib
 import inspect
 from typing import Any
 
@@ -156,6 +157,17 @@ def _check_adapter(config: PeftConfig, name: str) -> None:
 def get_base_model(model: torch.nn.Module) -> torch.nn.Module:
     """The transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def weight_fingerprint(model: torch.nn.Module) -> str:
+    """A checksum over the names, shapes, dtypes and bytes of all weights, wherever they are."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        content = tensor.detach().contiguous().flatten().view(torch.uint8)
+        # The sum sees a change anywhere, the sample sees two values that change places
+        summary = [content.sum(dtype=torch.int64).item(), *content[:: max(1, len(content) // 64)].tolist()]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {summary}".encode())
+    return digest.hexdigest()
 
 
 def accepts_logits_to_keep(model: torch.nn.Module) -> bool:

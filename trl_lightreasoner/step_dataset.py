@@ -1,7 +1,4 @@
-"""The Dataset of kept steps: its columns, what it remembers of its making, and its files.
-
-One row is one trajectory. A folder written by [`StepWriter`] looks like a dataset repository on the Hub, so that
-`load_dataset(folder)` reads it anywhere.
+"""The Dataset of kept steps: its columns and what it remembers of its making. One row is one trajectory.
 
 | column | type | meaning |
 |---|---|---|
@@ -17,17 +14,10 @@ One row is one trajectory. A folder written by [`StepWriter`] looks like a datas
 """
 
 import json
-import os
-import shutil
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, List, Value
 
 
 STEP_FEATURES = {
@@ -41,9 +31,6 @@ STEP_FEATURES = {
 }
 # What training needs of a row
 STEP_COLUMNS = ("prompt_ids", "completion_ids", "step_positions", "label_ids", "label_probs")
-
-_MAX_FILE_BYTES = 500 * 2**20
-_ROW = "_row"  # place of a row in the input, while rows are written in the order they are made
 
 
 def sampling_metadata(dataset: Dataset) -> dict[str, Any] | None:
@@ -74,80 +61,39 @@ def kl_quantiles(dataset: Dataset, quantiles: list[float]) -> list[float]:
     return pc.quantile(divergence, q=quantiles).to_pylist()
 
 
-class StepWriter:
+def raise_beta(dataset: Dataset, beta: float) -> Dataset:
     """
-    Writes rows to Parquet files under a folder as they are made and gives them back in the order of the input.
-
-    While sampling goes on, each batch is a file under `output_dir/shards`, complete or not there at all. At the end
-    they become `output_dir/data/train-*.parquet`. Memory holds one batch.
+    The Dataset that a higher `beta` would have given, without sampling again.
 
     Args:
-        output_dir (`str`): The folder; made if it is missing.
-        dataset ([`~datasets.Dataset`]): The input, whose columns are carried along.
-        overwrite (`bool`): Whether a dataset that is there already may be deleted.
+        dataset ([`~datasets.Dataset`]): Rows as [`ContrastiveStepSampler`] makes them.
+        beta (`float`): Threshold in nats, at least the one that the dataset was sampled with.
 
     Raises:
-        `ValueError`: If the folder is a file or holds a dataset already, or an input column has the name of one of
-            ours.
+        `ValueError`: If the dataset was sampled with a higher threshold, so that labels would be missing.
+
+    Example:
+
+    ```python
+    >>> raise_beta(dataset, 0.6)["step_positions"][0]
+    [1, 4]
+
+    ```
     """
+    metadata = sampling_metadata(dataset)
+    if metadata is not None and beta < metadata["settings"]["beta"]:
+        raise ValueError(
+            f"The dataset was sampled with beta = {metadata['settings']['beta']}; steps below it have no label. "
+            "Sample again to lower it."
+        )
 
-    def __init__(self, output_dir: str, dataset: Dataset, overwrite: bool = False):
-        taken = [name for name in (*STEP_FEATURES, _ROW) if name in dataset.column_names]
-        if taken:
-            raise ValueError(
-                f"The input already has columns named {taken}, which sampling writes. Rename or remove them first."
-            )
-        self.folder = Path(output_dir)
-        self.shards = self.folder / "shards"
-        self.data = self.folder / "data"
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{output_dir!r} is a file. Choose another `output_dir`.")
-        if (self.shards.exists() or self.data.exists()) and not overwrite:
-            raise ValueError(
-                f"{output_dir!r} already holds sampled steps. Choose another `output_dir`, or set "
-                "`overwrite_output_dir=True` to delete them."
-            )
-        self.input = dataset.with_format("arrow")
-        completion = {} if "completion" in dataset.column_names else {"completion": Value("string")}
-        self.features = Features({**dataset.features, **completion, **STEP_FEATURES})
-        self.schema = Features({**self.features, _ROW: Value("int64")}).arrow_schema
-        self.num_shards = 0
+    def keep(row: dict[str, Any]) -> dict[str, Any]:
+        kept = [k for k, t in enumerate(row["step_positions"]) if row["kl_divergence"][t] >= beta]
+        row.update({name: [row[name][k] for k in kept] for name in ("step_positions", "label_ids", "label_probs")})
+        if metadata is not None:
+            made = json.loads(row["sampling_metadata"])
+            made["settings"]["beta"] = beta
+            row["sampling_metadata"] = json.dumps(made)
+        return row
 
-    def open(self, metadata: dict[str, Any]) -> None:
-        """Start the folder afresh; `metadata` is what [`sampling_metadata`] is to return."""
-        self.metadata = json.dumps(metadata)
-        for folder in (self.shards, self.data):
-            shutil.rmtree(folder, ignore_errors=True)
-        self.shards.mkdir(parents=True)
-
-    def write(self, indices: list[int], columns: dict[str, list]) -> None:
-        """Write the rows `indices` of the input, with the new `columns` beside their own."""
-        table = self.input[indices]
-        columns = {**columns, "sampling_metadata": [self.metadata] * len(indices), _ROW: indices}
-        for name, values in columns.items():
-            table = table.append_column(name, pa.array(values, self.schema.field(name).type))
-        table = table.select(self.schema.names).cast(self.schema)
-        path = self.shards / f"{self.num_shards:06d}.parquet"
-        with open(f"{path}.tmp", "wb") as file:
-            pq.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
-        self.num_shards += 1
-
-    def finish(self) -> Dataset:
-        """Put the rows in the order of the input and return them, memory-mapped."""
-        if self.num_shards == 0:
-            return Dataset.from_dict({name: [] for name in self.features}, features=self.features)
-        with tempfile.TemporaryDirectory(dir=self.folder) as cache:
-            made = Dataset.from_parquet(
-                [str(path) for path in sorted(self.shards.glob("*.parquet"))], cache_dir=cache, keep_in_memory=False
-            )
-            made = made.select(np.argsort(made.data[_ROW].to_numpy(), kind="stable")).remove_columns(_ROW)
-            num_files = 1 + made.data.nbytes // _MAX_FILE_BYTES
-            self.data.mkdir()
-            for i in range(num_files):
-                path = self.data / f"train-{i:05d}-of-{num_files:05d}.parquet"
-                made.shard(num_files, i, contiguous=True).to_parquet(path)
-        shutil.rmtree(self.shards)
-        return Dataset.from_parquet([str(path) for path in sorted(self.data.glob("*.parquet"))])
+    return dataset.with_format(None).map(keep, desc=f"Keeping steps of {beta} nats or more")
