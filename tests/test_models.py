@@ -22,6 +22,7 @@ from trl_lightreasoner.models import (
     load_config,
     load_model,
     load_tokenizer,
+    weight_fingerprint,
 )
 
 
@@ -219,3 +220,30 @@ def test_forward_at_no_position_gives_no_logits(expert, ids, to_keep):
 
 def test_a_forward_without_logits_to_keep_is_noticed(expert_path):
     assert not accepts_logits_to_keep(Qwen2Model.from_pretrained(expert_path))
+
+
+def test_the_fingerprint_is_the_same_after_loading_again(expert, expert_path):
+    assert weight_fingerprint(expert) == weight_fingerprint(load_model(expert_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("index", [0, 1, 4, -1])
+def test_the_fingerprint_sees_one_changed_value(dtype, index):
+    model = torch.nn.Linear(1, 13, bias=False, dtype=dtype)  # 13 values, not a whole number of words
+    before = weight_fingerprint(model)
+    with torch.no_grad():
+        model.weight[index] += 1
+    assert weight_fingerprint(model) != before
+
+
+def test_the_fingerprint_sees_two_values_that_change_places():
+    model = torch.nn.Linear(1, 8, bias=False)
+    before = weight_fingerprint(model)
+    with torch.no_grad():
+        model.weight.copy_(model.weight[[2, 3, 0, 1, 4, 5, 6, 7]])
+    assert weight_fingerprint(model) != before
+
+
+def test_the_fingerprint_sees_the_dtype(expert):
+    before = weight_fingerprint(expert)
+    assert weight_fingerprint(expert.to(torch.bfloat16)) != before

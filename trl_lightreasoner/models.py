@@ -160,12 +160,15 @@ def get_base_model(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def weight_fingerprint(model: torch.nn.Module) -> str:
-    """A checksum over the names, shapes, dtypes and bytes of all weights, wherever they are."""
+    """A checksum over the names, shapes, dtypes and bytes of all weights, the same on every device."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         content = tensor.detach().contiguous().flatten().view(torch.uint8)
-        # The sum sees a change anywhere, the sample sees two values that change places
-        summary = [content.sum(dtype=torch.int64).item(), *content[:: max(1, len(content) // 64)].tolist()]
+        whole = len(content) // 8 * 8
+        words = content[:whole].view(torch.int64)
+        # The sum (modulo 2**64) sees a change anywhere, the sample sees values that change places
+        sample = words[:: max(1, len(words) // 64)].tolist()
+        summary = [words.sum().item(), *sample, *content[whole:].tolist()]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {summary}".encode())
     return digest.hexdigest()
 
