@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ScriptArguments
 
-from trl_lightreasoner import ContrastiveSamplingConfig, LightReasonerConfig, __version__, sampling_metadata
+from trl_lightreasoner import ContrastiveSamplingConfig, LightReasonerConfig, __version__, arguments, sampling_metadata
 from trl_lightreasoner.arguments import load_split
 from trl_lightreasoner.cli import COMMANDS, main
 from trl_lightreasoner.sample import SampleArguments
@@ -285,9 +285,15 @@ def test_a_dataset_without_steps_is_refused(refused, train, prompts_file):
     assert message.endswith("Make it with `ContrastiveStepSampler` or `lightreasoner sample`.")
 
 
-@pytest.mark.parametrize("name", ["nowhere", "no/where", "{tmp_path}/nowhere"])
-def test_a_dataset_that_does_not_exist_is_refused(name, refused, train, tmp_path):
+@pytest.mark.parametrize("name", ["{tmp_path}/nowhere", "./nowhere", "nowhere.jsonl"])
+def test_a_file_that_does_not_exist_is_refused_without_asking_the_hub(name, refused, train, tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments, "load_dataset", None)
     name = name.format(tmp_path=tmp_path)
+    assert refused(*train, "--dataset_name", name) == f"There is no file or folder '{name}'."
+
+
+@pytest.mark.parametrize("name", ["nowhere", "no/where"])
+def test_a_dataset_that_does_not_exist_is_refused(name, refused, train):
     message = refused(*train, "--dataset_name", name)
     assert message.startswith(f"The dataset '{name}' cannot be loaded: ")
     assert "It must be a file (.json, .jsonl, .parquet, .csv, .txt), a folder, or the id of a dataset" in message

@@ -134,7 +134,10 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
     Raises:
         `ValueError`: If there is no such dataset or split, or the file is of another kind or damaged.
     """
-    if Path(name).is_file() and Path(name).suffix not in _BUILDERS:
+    path = Path(name)
+    if not path.exists() and (path.suffix in _BUILDERS or path.is_absolute() or name.startswith(".")):
+        raise ValueError(f"There is no file or folder {name!r}.")  # which the Hub need not be asked for
+    if path.is_file() and path.suffix not in _BUILDERS:
         raise ValueError(f"{name!r} is not a dataset file. Known endings are {', '.join(_BUILDERS)}.")
     try:
         return _load_split(name, config, split)
