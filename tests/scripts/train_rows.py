@@ -1,0 +1,57 @@
+"""Train a few updates of plain SGD and save weights, logged losses and world size: one process or several."""
+
+import json
+import sys
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
+
+
+def main(settings: dict) -> None:
+    torch.set_num_threads(1)
+    steps = Dataset.from_parquet(settings["rows"])
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = LightReasonerTrainer(
+        AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32),
+        LightReasonerConfig(
+            settings["output_dir"],
+            max_steps=3,
+            learning_rate=0.05,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            max_grad_norm=0.0,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            per_device_eval_batch_size=2,
+            **settings["args"],
+        ),
+        train_dataset=steps,
+        eval_dataset=steps.select(range(settings["num_eval_rows"])),
+        peft_config=lora if settings["lora"] else None,
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        weights = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        torch.save(weights, f"{settings['output_dir']}/weights.pt")
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        result = {
+            "world_size": trainer.args.world_size,
+            "losses": [log["loss"] for log in logs],
+            "num_kept_steps": [log["num_kept_steps"] for log in logs],
+            "eval_loss": metrics["eval_loss"],
+        }
+        with open(f"{settings['output_dir']}/result.json", "w") as file:
+            json.dump(result, file)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
