@@ -109,15 +109,16 @@ def test_a_run_killed_at_any_moment_ends_as_one_left_alone(in_a_process, sampler
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-@pytest.mark.parametrize("number", [1, 2, 7, 20, 22, 23, 41])
+@pytest.mark.parametrize("number", [1, 2, 7, 20, 22, 23, 41, 46])
 def test_a_run_killed_inside_a_write_ends_as_one_left_alone(
-    call, number, in_a_process, sampler, many_prompts, left_alone
+    call, number, in_a_process, sampler, many_prompts, left_alone, tmp_path
 ):
     process = in_a_process(call, number)
     process.join(60)
     # There are 23 renames: of the run file twice, of 20 batches, and of the folder of the result
     assert process.exitcode == (0 if call == "replace" and number > 23 else -signal.SIGKILL)
     assert equal(sampler().sample(many_prompts), left_alone)
+    assert {path.name for path in (tmp_path / "steps").iterdir()} == {"data", "run.json", ".lock"}
 
 
 def cut(content: bytes) -> bytes:

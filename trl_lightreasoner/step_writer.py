@@ -2,6 +2,7 @@
 
     output_dir/run.json           what is being made: models, settings, prompts
     output_dir/shards/            a batch a file, NUMBER-SHA256.parquet, complete or not there at all
+    output_dir/merging/           the shards on their way to the finished Dataset
     output_dir/data/              the finished Dataset, in the order of the input
 
 A file is written under another name, flushed to the disk and renamed, so that a process may be killed at any moment: a
@@ -13,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ class StepWriter:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{output_dir!r} is a file. Choose another `output_dir`.")
         self.overwrite = overwrite
-        self.shards, self.data, self.run = self.folder / "shards", self.folder / "data", self.folder / "run.json"
+        self.run = self.folder / "run.json"
+        self.shards, self.merging, self.data = (self.folder / name for name in ("shards", "merging", "data"))
         if (self.shards.exists() or self.data.exists()) and not self.run.exists() and not overwrite:
             raise ValueError(
                 f"{output_dir!r} holds files that no run of this version left there. Choose another `output_dir`, or "
@@ -90,7 +91,7 @@ class StepWriter:
                 f"Another run is sampling into {str(self.folder)!r}. Wait for it, or choose another `output_dir`."
             ) from None
         if self.overwrite:
-            for path in (self.shards, self.data):
+            for path in (self.shards, self.merging, self.data):
                 shutil.rmtree(path, ignore_errors=True)
             self.run.unlink(missing_ok=True)
         if self.run.exists():
@@ -130,23 +131,27 @@ class StepWriter:
         if not self.data.exists() and not list(self.shards.glob("*.parquet")):
             return Dataset.from_dict({name: [] for name in self.features}, features=self.features)
         if not self.data.exists():
-            with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
-                shards = [str(path) for path in sorted(self.shards.glob("*.parquet"))]
-                made = Dataset.from_parquet(shards, cache_dir=scratch)
-                made = made.select(np.argsort(made.data[_ROW].to_numpy(), kind="stable")).remove_columns(_ROW)
-                num_files = 1 + made.data.nbytes // _MAX_FILE_BYTES
-                data = Path(scratch) / "data"
-                data.mkdir()
-                for i in range(num_files):
-                    path = data / f"train-{i:05d}-of-{num_files:05d}.parquet"
-                    made.shard(num_files, i, contiguous=True).to_parquet(path)
-                    _sync(path)
-                self.begun["files"] = self._checksums(data)
-                self._write(self.run, json.dumps(self.begun, indent=2).encode())
-                os.replace(data, self.data)
-                _sync(self.folder)
+            self._merge()
         shutil.rmtree(self.shards, ignore_errors=True)
+        shutil.rmtree(self.merging, ignore_errors=True)
         return Dataset.from_parquet([str(path) for path in sorted(self.data.glob("*.parquet"))])
+
+    def _merge(self) -> None:
+        shutil.rmtree(self.merging, ignore_errors=True)  # of a run that was killed here
+        data = self.merging / "data"
+        data.mkdir(parents=True)
+        shards = [str(path) for path in sorted(self.shards.glob("*.parquet"))]
+        made = Dataset.from_parquet(shards, cache_dir=str(self.merging / "cache"))
+        made = made.select(np.argsort(made.data[_ROW].to_numpy(), kind="stable")).remove_columns(_ROW)
+        num_files = 1 + made.data.nbytes // _MAX_FILE_BYTES
+        for i in range(num_files):
+            path = data / f"train-{i:05d}-of-{num_files:05d}.parquet"
+            made.shard(num_files, i, contiguous=True).to_parquet(path)
+            _sync(path)
+        self.begun["files"] = self._checksums(data)
+        self._write(self.run, json.dumps(self.begun, indent=2).encode())
+        os.replace(data, self.data)
+        _sync(self.folder)
 
     def _check_identity(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         for name in [*new, *(name for name in old if name not in new)]:
