@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 
 SCRIPT = Path(__file__).parent / "scripts" / "train_rows.py"
@@ -35,7 +36,7 @@ def train(tmp_path, steps, expert_path):
         assert process.returncode == 0, process.stderr[-3000:]
         result = json.loads((folder / "result.json").read_text())
         assert result["world_size"] == num_processes
-        return result | {"weights": torch.load(folder / "weights.pt", weights_only=True)}
+        return result | {"weights": load_file(folder / "weights.safetensors")}
 
     return run
 

@@ -6,6 +6,7 @@ import sys
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
@@ -40,8 +41,8 @@ def main(settings: dict) -> None:
     trainer.train()
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
-        weights = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
-        torch.save(weights, f"{settings['output_dir']}/weights.pt")
+        weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        save_file(weights, f"{settings['output_dir']}/weights.safetensors")
         logs = [log for log in trainer.state.log_history if "loss" in log]
         result = {
             "world_size": trainer.args.world_size,
