@@ -208,6 +208,26 @@ def test_other_prompts_are_refused(stopped, sampler, many_prompts):
         sampler().sample(many_prompts.select(range(NUM_PROMPTS - 1, -1, -1)))
 
 
+def test_other_columns_are_refused(stopped, sampler, many_prompts):
+    with pytest.raises(ValueError, match="begun with columns = .*but it is now .*'id'"):
+        sampler().sample(many_prompts.add_column("id", list(range(NUM_PROMPTS))))
+
+
+def test_a_refused_run_does_not_keep_the_folder(stopped, sampler, many_prompts, left_alone):
+    with pytest.raises(ValueError, match="begun with alpha") as error:
+        sampler(alpha=0.3).sample(many_prompts)
+    assert equal(sampler().sample(many_prompts), left_alone)
+    assert error.value.__traceback__ is not None  # as a notebook keeps it, and with it all that the run held
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(sampler, many_prompts, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(
+        OSError, match=r"^Cannot write to '.*file/steps' \(Not a directory\). Choose another `output_dir`"
+    ):
+        sampler(output_dir=str(tmp_path / "file" / "steps")).sample(many_prompts)
+
+
 def test_fewer_prompts_are_refused(stopped, sampler, many_prompts):
     with pytest.raises(ValueError, match="begun with number of prompts = 40, but it is now 39"):
         sampler().sample(many_prompts.select(range(NUM_PROMPTS - 1)))

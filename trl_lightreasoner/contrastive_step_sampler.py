@@ -143,8 +143,9 @@ class ContrastiveStepSampler:
             desc="Tokenizing prompts",
         )
         plan = self._plan(encoded, scoring_only)
-        done = writer.open(self._identity(encoded), self._metadata())
         try:
+            columns = {name: str(feature) for name, feature in dataset.features.items()}
+            done = writer.open({**self._identity(encoded), "columns": columns}, self._metadata())
             order = [item for item in plan if item[0] not in done]
             if len(order) < len(plan):
                 logger.warning(f"{len(plan) - len(order):,} of {len(plan):,} prompts are sampled already.")

@@ -90,6 +90,11 @@ class StepWriter:
             raise ValueError(
                 f"Another run is sampling into {str(self.folder)!r}. Wait for it, or choose another `output_dir`."
             ) from None
+        except OSError as error:
+            raise OSError(
+                f"Cannot write to {str(self.folder)!r} ({error.strerror}). Choose another `output_dir`, or see to the "
+                "permissions."
+            ) from error
         if self.overwrite:
             for path in (self.shards, self.merging, self.data):
                 shutil.rmtree(path, ignore_errors=True)
@@ -113,6 +118,7 @@ class StepWriter:
         return done
 
     def close(self) -> None:
+        """Leave the folder to others. Does nothing if this process does not have it."""
         self.lock.release()
 
     def write(self, indices: list[int], columns: dict[str, list]) -> None:
