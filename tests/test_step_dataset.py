@@ -70,9 +70,9 @@ def write(folder, dataset, batches, **kwargs):
     writer.open({}, METADATA)
     for indices in batches:
         writer.write(indices, columns_of(indices))
-    made = writer.finish()
+    writer.finish({row for indices in batches for row in indices})
     writer.close()
-    return made
+    return writer.load()
 
 
 @pytest.fixture
@@ -112,7 +112,8 @@ def test_types_do_not_depend_on_the_rows(tmp_path):
     writer = StepWriter(str(tmp_path / "steps"), Dataset.from_dict({"prompt": ["a"]}))
     writer.open({}, METADATA)
     writer.write([0], {name: [[]] for name in STEP_FEATURES if name != "sampling_metadata"} | {"completion": [""]})
-    features = writer.finish().features
+    writer.finish({0})
+    features = writer.load().features
     assert {name: features[name] for name in STEP_FEATURES} == STEP_FEATURES
 
 
@@ -131,18 +132,14 @@ def test_a_given_completion_stays_as_it_is(tmp_path):
     columns = columns_of([1, 0])
     del columns["completion"]
     writer.write([1, 0], columns)
-    made = writer.finish()
+    writer.finish({0, 1})
+    made = writer.load()
     assert made["completion"][:] == messages and made.features["completion"] == dataset.features["completion"]
 
 
 def test_rows_that_were_left_out_are_left_out(tmp_path):
     made = write(tmp_path / "steps", make_input(), [[5, 2]])
     assert made["completion"][:] == ["answer 2", "answer 5"]
-
-
-def test_no_rows_still_have_the_columns(tmp_path):
-    made = write(tmp_path / "steps", make_input(), [])
-    assert len(made) == 0 and set(STEP_FEATURES) < set(made.column_names)
 
 
 def test_a_view_of_a_dataset_is_written_as_it_is_seen(tmp_path):
@@ -293,7 +290,22 @@ def test_a_batch_that_breaks_off_leaves_no_half_written_file(tmp_path, monkeypat
     assert pq.read_table(shard)["completion"].to_pylist() == ["answer 4", "answer 1"]
     # And writing can go on
     writer.write([0], columns_of([0]))
-    assert writer.finish()["completion"][:] == ["answer 0", "answer 1", "answer 4"]
+    writer.finish({0, 1, 4})
+    assert writer.load()["completion"][:] == ["answer 0", "answer 1", "answer 4"]
+
+
+def test_rows_that_are_missing_at_the_end_are_refused(tmp_path):
+    writer = StepWriter(str(tmp_path / "steps"), make_input())
+    writer.open({}, METADATA)
+    writer.write([4, 1], columns_of([4, 1]))
+    with pytest.raises(ValueError, match="2 of 4 rows are missing in .*shards', first row 0. Choose an `output_dir`"):
+        writer.finish({0, 1, 3, 4})
+    assert len(list((tmp_path / "steps" / "shards").glob("*.parquet"))) == 1
+
+
+def test_a_folder_that_the_main_process_did_not_open_cannot_be_joined(tmp_path):
+    with pytest.raises(ValueError, match="There is no .*run.json', which the main process has made"):
+        StepWriter(str(tmp_path / "steps"), make_input()).join()
 
 
 def test_every_batch_is_on_disk_when_it_is_written(tmp_path):

@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset, Features, List, Value
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import __version__
 from .contrastive_sampling_config import ContrastiveSamplingConfig
 from .generation import find_eos_ids, generate_greedy
 from .models import get_base_model, load_config, load_model, load_tokenizer, weight_fingerprint
+from .processes import Processes
 from .prompts import check_prompts, encode_row
 from .scoring import Trajectory, TrajectoryScores, score_trajectories
 from .step_dataset import kl_quantiles
@@ -28,7 +30,7 @@ from .step_writer import StepWriter
 from .vocabulary import model_vocabulary, shared_vocabulary
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 _SETTINGS = ("alpha", "beta", "max_new_tokens", "max_prompt_length", "include_first_step")
 
@@ -81,6 +83,7 @@ class ContrastiveStepSampler:
         amateur_processing_class: PreTrainedTokenizerBase | None = None,
     ):
         self.args = args
+        self.processes = Processes()
         self.expert = expert
         self.amateur = amateur
         self._names = [model if isinstance(model, str) else None for model in (expert, amateur)]
@@ -110,7 +113,8 @@ class ContrastiveStepSampler:
 
     def sample(self, dataset: Dataset) -> Dataset:
         """
-        Sample and score every prompt of a dataset.
+        Sample and score every prompt of a dataset. Under `accelerate launch` or `torchrun` the processes share the
+        prompts, and each returns the whole.
 
         Args:
             dataset ([`~datasets.Dataset`]):
@@ -145,12 +149,17 @@ class ContrastiveStepSampler:
         plan = self._plan(encoded, scoring_only)
         try:
             columns = {name: str(feature) for name, feature in dataset.features.items()}
-            done = writer.open({**self._identity(encoded), "columns": columns}, self._metadata())
+            done = self.processes.on_main(
+                lambda: writer.open({**self._identity(encoded), "columns": columns}, self._metadata())
+            )
+            if not self.processes.is_main:
+                writer.join()
             order = [item for item in plan if item[0] not in done]
             if len(order) < len(plan):
                 logger.warning(f"{len(plan) - len(order):,} of {len(plan):,} prompts are sampled already.")
-            self._sample(encoded, order, writer, scoring_only)
-            sampled = writer.finish()
+            self._sample(encoded, self._share(order), writer, scoring_only)
+            self.processes.on_main(lambda: writer.finish({index for index, _ in plan}))
+            sampled = writer.load()
         finally:
             writer.close()
         if not any(sampled["step_positions"]):
@@ -162,13 +171,23 @@ class ContrastiveStepSampler:
             )
         return sampled
 
+    def _share(self, order: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """What this process samples: every batch as a single process would form it, dealt out one by one."""
+        batches = []
+        for item in order:
+            if not batches or batches[-1][0][1] != item[1] or len(batches[-1]) == self.args.per_device_batch_size:
+                batches.append([])
+            batches[-1].append(item)
+        return [item for batch in self.processes.share(batches) for item in batch]
+
     def _sample(self, encoded: Dataset, order: list[tuple[int, int]], writer: StepWriter, scoring_only: bool) -> None:
         num_steps = num_kept = start = 0
         batch_size = self.args.per_device_batch_size
+        own = {"main_process_only": self.processes.count == 1}  # what each process says for itself
         with (
             _evaluating(self.expert, self.amateur),
             _stop_between_batches() as received,
-            tqdm(total=len(order), desc="Sampling", unit="prompt") as progress,
+            tqdm(total=len(order), desc="Sampling", unit="prompt", disable=not self.processes.is_main) as progress,
         ):
             while start < len(order):
                 # One call generates up to one length, so that a batch holds prompts with the same room
@@ -188,7 +207,9 @@ class ContrastiveStepSampler:
                         ) from error
                     clear_device_cache(garbage_collection=True)
                     batch_size = (len(indices) + 1) // 2
-                    logger.warning(f"Memory ran out with {len(indices)} prompts together; going on with {batch_size}.")
+                    logger.warning(
+                        f"Memory ran out with {len(indices)} prompts together; going on with {batch_size}.", **own
+                    )
                     continue
                 writer.write(indices, self._columns(trajectories, scores, scoring_only))
                 start += len(indices)
@@ -197,7 +218,9 @@ class ContrastiveStepSampler:
                 progress.set_postfix_str(f"{num_kept:,} of {num_steps:,} steps kept", refresh=False)
                 progress.update(len(indices))
                 if received and start < len(order):
-                    logger.warning(f"Stopped with {len(order) - start:,} prompts to go. Run the same again to go on.")
+                    logger.warning(
+                        f"Stopped with {len(order) - start:,} prompts to go. Run the same again to go on.", **own
+                    )
                     raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
 
     def _plan(self, encoded: Dataset, scoring_only: bool) -> list[tuple[int, int]]:

@@ -77,6 +77,8 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
     prompts = as_prompts(prompts, script_args)
     sampler = ContrastiveStepSampler(script_args.expert, script_args.amateur, sampling_args)
     dataset = sampler.sample(prompts)
+    if not sampler.processes.is_main:
+        return
     num_steps, num_kept = sum(map(len, dataset["completion_ids"])), count_steps(dataset)
     print(
         f"{len(dataset):,} trajectories with {num_kept:,} of {num_steps:,} steps kept ({num_kept / num_steps:.1%}) "

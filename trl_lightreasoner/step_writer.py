@@ -7,7 +7,7 @@
 
 A file is written under another name, flushed to the disk and renamed, so that a process may be killed at any moment: a
 later run with the same models, settings and prompts goes on behind the last complete batch. A shard whose content does
-not match the checksum in its name is sampled again.
+not match the checksum in its name is sampled again. Where several processes write, one opens and finishes the run.
 """
 
 import hashlib
@@ -105,7 +105,7 @@ class StepWriter:
         else:
             self.begun = {"identity": identity, "metadata": metadata}
             self._write(self.run, json.dumps(self.begun, indent=2).encode())
-        self.metadata = json.dumps(self.begun["metadata"])  # of the first run, the same in every row
+        self._set_metadata()
         if self.data.exists():
             if self._checksums(self.data) == self.begun.get("files"):
                 return set(range(len(self.input)))
@@ -116,6 +116,24 @@ class StepWriter:
         for path in self._sound_shards():
             done.update(pq.read_table(path, columns=[_ROW])[_ROW].to_pylist())
         return done
+
+    def join(self) -> None:
+        """
+        Write into the folder that another process of the same run has opened.
+
+        Raises:
+            `ValueError`: If the folder is not there.
+        """
+        if not self.run.exists():
+            raise ValueError(
+                f"There is no {str(self.run)!r}, which the main process has made. Choose an `output_dir` that all "
+                "processes share."
+            )
+        self.begun = json.loads(self.run.read_text(encoding="utf-8"))
+        self._set_metadata()
+
+    def _set_metadata(self) -> None:
+        self.metadata = json.dumps(self.begun["metadata"])  # of the first run, the same in every row
 
     def close(self) -> None:
         """Leave the folder to others. Does nothing if this process does not have it."""
@@ -132,21 +150,36 @@ class StepWriter:
         content = buffer.getvalue().to_pybytes()
         self._write(self.shards / f"{min(indices):09d}-{hashlib.sha256(content).hexdigest()}.parquet", content)
 
-    def finish(self) -> Dataset:
-        """Put the rows in the order of the input and return them, memory-mapped."""
-        if not self.data.exists() and not list(self.shards.glob("*.parquet")):
-            return Dataset.from_dict({name: [] for name in self.features}, features=self.features)
+    def finish(self, rows: set[int]) -> None:
+        """
+        Put the rows in the order of the input.
+
+        Args:
+            rows (`set[int]`): Rows of the input that must be there.
+
+        Raises:
+            `ValueError`: If some are not.
+        """
         if not self.data.exists():
-            self._merge()
+            self._merge(rows)
         shutil.rmtree(self.shards, ignore_errors=True)
         shutil.rmtree(self.merging, ignore_errors=True)
+
+    def load(self) -> Dataset:
+        """The finished Dataset, memory-mapped."""
         return Dataset.from_parquet([str(path) for path in sorted(self.data.glob("*.parquet"))])
 
-    def _merge(self) -> None:
+    def _merge(self, rows: set[int]) -> None:
         shutil.rmtree(self.merging, ignore_errors=True)  # of a run that was killed here
         data = self.merging / "data"
         data.mkdir(parents=True)
         shards = [str(path) for path in sorted(self.shards.glob("*.parquet"))]
+        missing = rows - {row for shard in shards for row in pq.read_table(shard, columns=[_ROW])[_ROW].to_pylist()}
+        if missing:
+            raise ValueError(
+                f"{len(missing):,} of {len(rows):,} rows are missing in {str(self.shards)!r}, first row "
+                f"{min(missing)}. Choose an `output_dir` that all processes share."
+            )
         made = Dataset.from_parquet(shards, cache_dir=str(self.merging / "cache"))
         made = made.select(np.argsort(made.data[_ROW].to_numpy(), kind="stable")).remove_columns(_ROW)
         num_files = 1 + made.data.nbytes // _MAX_FILE_BYTES
