@@ -6,11 +6,12 @@ import pytest
 from transformers import TrainingArguments
 
 from trl_lightreasoner import ContrastiveSamplingConfig, LightReasonerConfig
+from trl_lightreasoner.merge import MergeArguments
 from trl_lightreasoner.sample import SampleArguments
 from trl_lightreasoner.train import LightReasonerModelConfig
 
 
-CONFIGS = [LightReasonerConfig, ContrastiveSamplingConfig, SampleArguments, LightReasonerModelConfig]
+CONFIGS = [LightReasonerConfig, ContrastiveSamplingConfig, SampleArguments, LightReasonerModelConfig, MergeArguments]
 # What this package declares of each, without what is inherited from transformers and TRL
 FIELDS = [
     (config, field)

@@ -9,6 +9,7 @@ COMMANDS = {
     "demo": "see the method work on the bundled pair: offline, on a CPU, in a minute",
     "sample": "prompts to a Dataset of kept steps",
     "train": "a Dataset of kept steps to an adapter",
+    "merge": "an adapter to a plain model",
 }
 
 USAGE = f"""usage: lightreasoner COMMAND [--flag VALUE ...] [--config FILE.yaml]
