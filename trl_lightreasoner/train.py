@@ -68,7 +68,7 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 
 def main(
     script_args: ScriptArguments, training_args: LightReasonerConfig, model_args: LightReasonerModelConfig
-) -> None:
+) -> LightReasonerTrainer:
     if model_args.model_name_or_path is None:
         raise ValueError("`--model_name_or_path` is required: the expert that the dataset was sampled with.")
     if script_args.dataset_name is None:
@@ -106,3 +106,4 @@ def main(
     if training_args.push_to_hub:
         on_hub = not os.path.exists(script_args.dataset_name)
         trainer.push_to_hub(dataset_name=script_args.dataset_name if on_hub else None)
+    return trainer
