@@ -5,13 +5,19 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from trl import TrlParser
+
+
+if TYPE_CHECKING:  # slow to import, and `--help` needs none of them
+    from transformers import BitsAndBytesConfig
+    from trl import ModelConfig
 
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
@@ -120,6 +126,15 @@ def _check_config(path: str) -> None:
         raise ValueError(f"The config file is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise ValueError(f"The config file {path!r} must hold lines of the form `name: value`.")
+
+
+def quantization_of(model_args: "ModelConfig") -> "BitsAndBytesConfig | None":
+    """The quantization that TRL's flags ask for; where no dtype is named, it computes in bfloat16."""
+    from trl import get_quantization_config
+
+    # TRL takes the dtype for the one to compute in as well, which has to be named
+    dtype = "bfloat16" if model_args.dtype in (None, "auto") else model_args.dtype
+    return get_quantization_config(replace(model_args, dtype=dtype))
 
 
 def load_split(name: str, config: str | None, split: str) -> Dataset:

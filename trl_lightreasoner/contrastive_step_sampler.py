@@ -16,12 +16,12 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset, Features, List, Value
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import __version__
 from .contrastive_sampling_config import ContrastiveSamplingConfig
 from .generation import find_eos_ids, generate_greedy
-from .models import get_base_model, load_config, load_model, load_tokenizer, weight_fingerprint
+from .models import add_quantization, describe_model, load_config, load_model, load_tokenizer, weight_fingerprint
 from .processes import Processes
 from .prompts import check_prompts, encode_row
 from .scoring import Trajectory, TrajectoryScores, score_trajectories
@@ -55,9 +55,14 @@ class ContrastiveStepSampler:
             expert.
         amateur_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The amateur's tokenizer. If `None`, it is loaded from beside the amateur.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization configuration used when loading the expert from a string.
+        amateur_quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            The same for the amateur.
 
     Raises:
         `ValueError`: If the two vocabularies do not fit, or a model has no next-token distribution.
+        `ImportError`: If a model is to be loaded in 4 or 8 bits and bitsandbytes is not installed.
 
     Example:
 
@@ -81,6 +86,8 @@ class ContrastiveStepSampler:
         args: ContrastiveSamplingConfig,
         processing_class: PreTrainedTokenizerBase | None = None,
         amateur_processing_class: PreTrainedTokenizerBase | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        amateur_quantization_config: BitsAndBytesConfig | None = None,
     ):
         self.args = args
         self.processes = Processes()
@@ -88,8 +95,13 @@ class ContrastiveStepSampler:
         self.amateur = amateur
         self._names = [model if isinstance(model, str) else None for model in (expert, amateur)]
         common = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-        self._expert_kwargs = expert_kwargs = {**common, **(args.model_init_kwargs or {})}
-        self._amateur_kwargs = amateur_kwargs = {**common, **(args.amateur_model_init_kwargs or {})}
+        expert_kwargs = {**common, **(args.model_init_kwargs or {})}
+        expert_kwargs = add_quantization(expert_kwargs, expert, quantization_config, "sampler")
+        amateur_kwargs = {**common, **(args.amateur_model_init_kwargs or {})}
+        amateur_kwargs = add_quantization(
+            amateur_kwargs, amateur, amateur_quantization_config, "sampler", prefix="amateur_"
+        )
+        self._expert_kwargs, self._amateur_kwargs = expert_kwargs, amateur_kwargs
 
         # Weights are loaded by `sample`, when nothing is left that could be refused before
         expert_config = load_config(expert, "expert", **expert_kwargs)
@@ -317,8 +329,8 @@ class ContrastiveStepSampler:
         packages = ("trl", "transformers", "peft", "datasets", "torch")
         return {
             "method": "LightReasoner (arXiv 2510.07962)",
-            "expert": _describe(self.expert, self._names[0]),
-            "amateur": _describe(self.amateur, self._names[1]),
+            "expert": describe_model(self.expert, self._names[0]),
+            "amateur": describe_model(self.amateur, self._names[1]),
             "settings": {name: getattr(self.args, name) for name in _SETTINGS},
             "shared_tokens": len(self.shared_vocabulary),
             "eos_token_ids": self.eos_ids,
@@ -338,20 +350,6 @@ def _encode(
         return encode_row(row, tokenizer, eos_ids)
     except ValueError as error:
         raise ValueError(f"Row {index}: {error}") from None
-
-
-def _describe(model: torch.nn.Module, name: str | None) -> dict[str, Any]:
-    base = get_base_model(model)
-    quantization = getattr(base.config, "quantization_config", None)
-    if quantization is not None and not isinstance(quantization, dict):
-        quantization = quantization.to_diff_dict()
-    return {
-        "model": base.config._name_or_path,
-        "revision": getattr(base.config, "_commit_hash", None),
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "quantization": quantization and {key: str(value) for key, value in quantization.items()},
-        "adapter": (name or list(model.active_adapters)) if isinstance(model, PeftModel) else None,
-    }
 
 
 @contextmanager

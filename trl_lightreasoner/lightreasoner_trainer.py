@@ -29,13 +29,16 @@ from .lightreasoner_config import LightReasonerConfig
 from .models import (
     accepts_logits_to_keep,
     adapter_base,
+    add_quantization,
     forward_at,
     get_base_model,
     hub_kwargs,
     load_config,
     load_model,
     load_tokenizer,
+    settle_4bit_layers,
 )
+from .provenance import warn_of_another_expert
 from .step_dataset import STEP_COLUMNS
 from .training_rows import prepare_rows
 from .vocabulary import model_vocabulary
@@ -193,6 +196,7 @@ class LightReasonerTrainer(Trainer):
         # Processing class and vocabulary, before any weights are loaded
         model_init_kwargs = dict(args.model_init_kwargs or {})
         model_init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+        model_init_kwargs = add_quantization(model_init_kwargs, model, quantization_config, "trainer")
         config = load_config(model, **model_init_kwargs).get_text_config()
         if processing_class is None:
             processing_class = load_tokenizer(model, **model_init_kwargs)
@@ -226,14 +230,8 @@ class LightReasonerTrainer(Trainer):
         # PEFT initializes the adapter weights randomly, so set_seed must be done before creating the model to ensure
         # reproducibility.
         set_seed(args.seed)
+        name = model if isinstance(model, str) else None
         if isinstance(model, str):
-            if quantization_config is not None:
-                if "quantization_config" in model_init_kwargs:
-                    raise ValueError(
-                        "You set `quantization_config` both as a trainer argument and in `args.model_init_kwargs`. "
-                        "Please set it in only one place, preferably as a trainer argument."
-                    )
-                model_init_kwargs["quantization_config"] = quantization_config
             # All weights are trained in fp32; frozen ones stay as they were when the expert was sampled
             trains_adapter = (
                 peft_config is not None or adapter_base(model, **hub_kwargs(model_init_kwargs)) is not None
@@ -247,11 +245,8 @@ class LightReasonerTrainer(Trainer):
                     "You passed `model_init_kwargs` to the `LightReasonerConfig`, but your model is already "
                     "instantiated. The `model_init_kwargs` will be ignored."
                 )
-            if quantization_config is not None:
-                logger.warning(
-                    "You passed `quantization_config` to the trainer, but your model is already instantiated. The "
-                    "`quantization_config` will be ignored."
-                )
+            settle_4bit_layers(model)
+        warn_of_another_expert(train_dataset, model, name)
         is_quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
 
         # PEFT
@@ -285,12 +280,8 @@ class LightReasonerTrainer(Trainer):
             model.enable_input_require_grads()
         # QLoRA's adapter weights are bf16, as in its paper; DoRA's magnitude vector would freeze in bf16.
         if is_quantized:
-            for module in model.modules():
-                # On some CPUs an evaluation would repack the weights for inference, which no training survives
-                if hasattr(module, "support_avx512bf16_for_cpu"):
-                    module.support_avx512bf16_for_cpu = False
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad and "lora_magnitude_vector" not in name:
+            for parameter_name, parameter in model.named_parameters():
+                if parameter.requires_grad and "lora_magnitude_vector" not in parameter_name:
                     parameter.data = parameter.data.to(torch.bfloat16)
 
         # Data collator

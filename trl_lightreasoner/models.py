@@ -13,11 +13,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    logging,
 )
+from transformers.utils import is_bitsandbytes_available
 from transformers.utils.peft_utils import find_adapter_config_file
+
+
+logger = logging.get_logger(__name__)
 
 
 def load_model(
@@ -33,7 +39,7 @@ def load_model(
             checkpoint's own; the device is the process's own.
     """
     if not isinstance(model, str):
-        return model
+        return settle_4bit_layers(model)
     kwargs.setdefault("dtype", "auto")
     device = PartialState().device
     if "device_map" not in kwargs and device.type != "cpu":
@@ -41,9 +47,9 @@ def load_model(
     repository = hub_kwargs(kwargs)
     base = adapter_base(model, **repository)
     if base is None:
-        return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        return settle_4bit_layers(AutoModelForCausalLM.from_pretrained(model, **kwargs))
     kwargs.pop("revision", None)  # it is the adapter's
-    loaded = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+    loaded = settle_4bit_layers(AutoModelForCausalLM.from_pretrained(base, **kwargs))
     repository.pop("trust_remote_code", None)
     return PeftModel.from_pretrained(loaded, model, is_trainable=is_trainable, **repository)
 
@@ -55,10 +61,11 @@ def load_config(model: str | PreTrainedModel | PeftModel, name: str = "model", *
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What the user passed.
         name (`str`): What to call it in an error message: "expert", "amateur", "model".
-        kwargs: As for [`load_model`]; of them, those count that say where the model is found.
+        kwargs: As for [`load_model`]; of them, those count that say where the model is found and how it is quantized.
 
     Raises:
         `TypeError`: If it is none of the accepted types.
+        `ImportError`: If it is to be loaded in 4 or 8 bits and bitsandbytes is not installed.
         `ValueError`: If it is an encoder-decoder model or an encoder, which have no next-token distribution, or an
             adapter of virtual tokens.
     """
@@ -79,6 +86,7 @@ def load_config(model: str | PreTrainedModel | PeftModel, name: str = "model", *
                 f"The {name} {model!r} cannot be found. It must be a folder with a config.json, or the id of a model "
                 "on the Hub; private and gated models need `hf auth login`, offline ones must be in the cache."
             ) from error
+        _check_bitsandbytes(kwargs.get("quantization_config") or getattr(config, "quantization_config", None), name)
         is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
             getattr(config, "auto_map", None) or {}  # code of its own
         )
@@ -152,6 +160,93 @@ def _check_adapter(config: PeftConfig, name: str) -> None:
             f"The {name} is an adapter of virtual tokens (`{config.peft_type.value}`), which is not supported. Use "
             "one that changes the weights, such as LoRA."
         )
+
+
+def _check_bitsandbytes(quantization: Any, name: str) -> None:
+    if quantization is None or is_bitsandbytes_available():
+        return
+    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+        raise ImportError(
+            f"Loading the {name} in 4 or 8 bits needs bitsandbytes: `pip install 'trl-lightreasoner[quantization]'`."
+        )
+
+
+def add_quantization(
+    kwargs: dict[str, Any], model: Any, quantization_config: BitsAndBytesConfig | None, owner: str, prefix: str = ""
+) -> dict[str, Any]:
+    """
+    The keyword arguments of [`load_model`] with the quantization that the user asked for beside them.
+
+    Args:
+        kwargs (`dict[str, Any]`): From the user's `model_init_kwargs`.
+        model (`str` or `torch.nn.Module`): What the user passed. A loaded model stays as it is, with a warning.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*): What the user passed.
+        owner (`str`): Who took it: "trainer", "sampler".
+        prefix (`str`): Of the arguments' names, such as "amateur_".
+
+    Raises:
+        `ValueError`: If `kwargs` has one too.
+    """
+    if quantization_config is None:
+        return kwargs
+    if not isinstance(model, str):
+        logger.warning(
+            f"You passed `{prefix}quantization_config` to the {owner}, but your model is already instantiated. The "
+            f"`{prefix}quantization_config` will be ignored."
+        )
+        return kwargs
+    if "quantization_config" in kwargs:
+        raise ValueError(
+            f"You set `{prefix}quantization_config` both as a {owner} argument and in "
+            f"`args.{prefix}model_init_kwargs`. Please set it in only one place, preferably as a {owner} argument."
+        )
+    return {**kwargs, "quantization_config": quantization_config}
+
+
+def settle_4bit_layers(model: torch.nn.Module) -> torch.nn.Module:
+    """
+    The model itself, whose 4-bit layers no forward pass changes any more. To be called before the first one.
+
+    On a CPU with AVX512-BF16 bitsandbytes repacks the weights for inference in the first pass in evaluation mode;
+    training then gets wrong gradients, and saving wrong weights. On any device it casts the biases.
+
+    Raises:
+        `ValueError`: If the weights are repacked already.
+    """
+    for module in model.modules():
+        if not hasattr(module, "compute_type_is_set"):  # which bitsandbytes' `Linear4bit` alone has
+            continue
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                "The 4-bit weights of the model were repacked for inference on this CPU by a forward pass; it can no "
+                "longer be trained or saved. Load it again and pass it before its first use, or give its path."
+            )
+        module.support_avx512bf16_for_cpu = False
+        if module.bias is not None and module.compute_dtype is not None:
+            module.bias.data = module.bias.data.to(module.compute_dtype)
+    return model
+
+
+def describe_model(model: torch.nn.Module, name: str | None = None) -> dict[str, Any]:
+    """
+    What tells one expert from another, in values that JSON can hold.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.
+        name (`str`, *optional*): Id or path that the user gave; of an adapter, the model itself does not know it.
+    """
+    base = get_base_model(model)
+    quantization = getattr(base.config, "quantization_config", None)
+    if quantization is not None and not isinstance(quantization, dict):
+        quantization = quantization.to_diff_dict()
+    return {
+        "model": base.config._name_or_path,
+        "revision": getattr(base.config, "_commit_hash", None),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "quantization": quantization and {key: str(value) for key, value in quantization.items()},
+        "adapter": (name or list(model.active_adapters)) if isinstance(model, PeftModel) else None,
+    }
 
 
 def get_base_model(model: torch.nn.Module) -> torch.nn.Module:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from datasets import Dataset, Value
 
-from .arguments import ArgumentParser, load_split
+from .arguments import ArgumentParser, load_split, quantization_of
 from .contrastive_sampling_config import ContrastiveSamplingConfig
 
 
@@ -30,6 +30,18 @@ class SampleArguments:
             Whether to make each text prompt a user's message, so that the expert's chat template is applied.
         system_prompt (`str`, *optional*):
             System message before each prompt. Implies `conversational`.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether to load the expert in 4 bits.
+        load_in_8bit (`bool`, *optional*, defaults to `False`):
+            Whether to load the expert in 8 bits.
+        amateur_load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether to load the amateur in 4 bits.
+        amateur_load_in_8bit (`bool`, *optional*, defaults to `False`):
+            Whether to load the amateur in 8 bits.
+        bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`):
+            Quantization type of models in 4 bits: `"nf4"` or `"fp4"`.
+        use_bnb_nested_quant (`bool`, *optional*, defaults to `False`):
+            Whether to use nested quantization for models in 4 bits.
     """
 
     expert: str = field(
@@ -63,6 +75,35 @@ class SampleArguments:
         default=None,
         metadata={"help": "System message before each prompt. Implies `conversational`."},
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Whether to load the expert in 4 bits."},
+    )
+    load_in_8bit: bool = field(
+        default=False,
+        metadata={"help": "Whether to load the expert in 8 bits."},
+    )
+    amateur_load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Whether to load the amateur in 4 bits."},
+    )
+    amateur_load_in_8bit: bool = field(
+        default=False,
+        metadata={"help": "Whether to load the amateur in 8 bits."},
+    )
+    bnb_4bit_quant_type: str = field(
+        default="nf4",
+        metadata={"help": "Quantization type of models in 4 bits: 'nf4' or 'fp4'.", "choices": ["nf4", "fp4"]},
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False,
+        metadata={"help": "Whether to use nested quantization for models in 4 bits."},
+    )
+
+    def __post_init__(self):
+        for prefix in ("", "amateur_"):
+            if getattr(self, f"{prefix}load_in_4bit") and getattr(self, f"{prefix}load_in_8bit"):
+                raise ValueError(f"`{prefix}load_in_4bit` and `{prefix}load_in_8bit` exclude each other.")
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
@@ -70,12 +111,25 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 
 
 def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig) -> None:
+    from trl import ModelConfig
+
     from .contrastive_step_sampler import ContrastiveStepSampler
     from .step_dataset import count_steps
 
+    def quantization(prefix: str):
+        bits = {name: getattr(script_args, prefix + name) for name in ("load_in_4bit", "load_in_8bit")}
+        bnb = {name: getattr(script_args, name) for name in ("bnb_4bit_quant_type", "use_bnb_nested_quant")}
+        return quantization_of(ModelConfig(dtype=sampling_args.dtype, **bits, **bnb))
+
     prompts = load_split(script_args.dataset_name, script_args.dataset_config, script_args.dataset_split)
     prompts = as_prompts(prompts, script_args)
-    sampler = ContrastiveStepSampler(script_args.expert, script_args.amateur, sampling_args)
+    sampler = ContrastiveStepSampler(
+        script_args.expert,
+        script_args.amateur,
+        sampling_args,
+        quantization_config=quantization(""),
+        amateur_quantization_config=quantization("amateur_"),
+    )
     dataset = sampler.sample(prompts)
     if not sampler.processes.is_main:
         return
@@ -83,8 +137,18 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
     print(
         f"{len(dataset):,} trajectories with {num_kept:,} of {num_steps:,} steps kept ({num_kept / num_steps:.1%}) "
         f"are in {sampling_args.output_dir}. Next: lightreasoner train --model_name_or_path {script_args.expert} "
-        f"--dataset_name {sampling_args.output_dir} --output_dir ADAPTER"
+        f"--dataset_name {sampling_args.output_dir} {_quantization_flags(script_args)}--output_dir ADAPTER"
     )
+
+
+def _quantization_flags(args: SampleArguments) -> str:
+    """The flags of `lightreasoner train` that load the expert as it was sampled, each with a blank behind."""
+    if args.load_in_8bit:
+        return "--load_in_8bit "
+    if not args.load_in_4bit:
+        return ""
+    quant_type = "" if args.bnb_4bit_quant_type == "nf4" else f"--bnb_4bit_quant_type {args.bnb_4bit_quant_type} "
+    return f"--load_in_4bit {quant_type}{'--use_bnb_nested_quant ' if args.use_bnb_nested_quant else ''}"
 
 
 def as_prompts(dataset: Dataset, args: SampleArguments) -> Dataset:

@@ -1,11 +1,11 @@
 """`lightreasoner train`: a Dataset of kept steps to an adapter."""
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, get_peft_config
 
-from .arguments import ArgumentParser, load_split
+from .arguments import ArgumentParser, load_split, quantization_of
 from .lightreasoner_config import LightReasonerConfig
 from .lightreasoner_trainer import LightReasonerTrainer
 from .models import adapter_base, load_config
@@ -84,8 +84,6 @@ def main(
     hub_kwargs = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     load_config(model_args.model_name_or_path, **hub_kwargs)  # refuses what is no model
     is_adapter = adapter_base(model_args.model_name_or_path, **hub_kwargs) is not None
-    # TRL takes the dtype for the one to compute in as well, which has to be named
-    compute_args = replace(model_args, dtype="bfloat16") if model_args.dtype in (None, "auto") else model_args
     evaluates = training_args.eval_strategy != "no"
     trainer = LightReasonerTrainer(
         model=model_args.model_name_or_path,
@@ -96,7 +94,7 @@ def main(
         eval_dataset=load_split(script_args.dataset_name, script_args.dataset_config, script_args.dataset_test_split)
         if evaluates
         else None,
-        quantization_config=get_quantization_config(compute_args),
+        quantization_config=quantization_of(model_args),
         peft_config=None if is_adapter else get_peft_config(model_args),
     )
     resume = training_args.resume_from_checkpoint
