@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", required=True, help="The expert that the steps were sampled with.")
     parser.add_argument("--dataset_name", required=True, help="Dataset of steps.")
     parser.add_argument("--output_dir", required=True, type=Path, help="Folder for sizes.json.")
-    parser.add_argument("--rows", type=int, nargs="+", default=[2, 4, 16], help="Whole trajectories an update.")
+    parser.add_argument("--rows", type=int, nargs="*", default=[2, 4, 16], help="Whole trajectories an update.")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[5e-5, 2e-4], help="Of AdamW.")
     parser.add_argument("--epochs", type=float, nargs="+", default=[1, 2], help="Over the whole trajectories.")
     parser.add_argument("--one_step_updates", type=int, default=1000, help="Updates of 16 rows of one step; 0: none.")
