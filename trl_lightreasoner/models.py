@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -68,11 +69,8 @@ def load_config(model: str | PreTrainedModel | PeftModel, name: str = "model", *
         config = get_base_model(model).config
         is_causal = get_base_model(model).can_generate()
     elif isinstance(model, str):
-        repository = hub_kwargs(kwargs)
         try:
-            if (base := adapter_base(model, name, **repository)) is not None:
-                model = base
-                repository.pop("revision", None)  # it is the adapter's
+            model, repository = _locate(model, name, kwargs)
             config = AutoConfig.from_pretrained(model, **repository)
         except OSError as error:
             raise ValueError(
@@ -117,16 +115,41 @@ def load_tokenizer(
     Raises:
         `ValueError`: If the model does not know where it came from.
     """
-    repository = hub_kwargs(kwargs)
-    if not isinstance(model, str):
-        source = get_base_model(model).config._name_or_path
-    elif (source := adapter_base(model, name, **repository)) is not None:
-        repository.pop("revision", None)  # it is the adapter's
+    if isinstance(model, str):
+        source, repository = _locate(model, name, kwargs)
     else:
-        source = model
+        source, repository = get_base_model(model).config._name_or_path, hub_kwargs(kwargs)
     if not source:
         raise ValueError(f"The {name} does not say where its tokenizer is. Pass the tokenizer as `{argument}`.")
     return AutoTokenizer.from_pretrained(source, **repository)
+
+
+def load_generation_config(model: str | PreTrainedModel | PeftModel, **kwargs: Any) -> GenerationConfig:
+    """
+    The model's generation_config, or what its config says where it has none, without loading the model.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What the user passed.
+        kwargs: As for [`load_model`]; of them, those count that say where the model is found.
+    """
+    if not isinstance(model, str):
+        return get_base_model(model).generation_config
+    source, repository = _locate(model, "model", kwargs)
+    config = AutoConfig.from_pretrained(source, **repository)
+    repository.pop("trust_remote_code", None)  # it has no code
+    try:
+        return GenerationConfig.from_pretrained(source, **repository)
+    except OSError:  # as `from_pretrained` of the model does
+        return GenerationConfig.from_model_config(config)
+
+
+def _locate(model: str, name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Id or path of the model, or of the base model of an adapter, and the arguments with which it is found."""
+    repository = hub_kwargs(kwargs)
+    if (base := adapter_base(model, name, **repository)) is None:
+        return model, repository
+    repository.pop("revision", None)  # it is the adapter's
+    return base, repository
 
 
 def hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
