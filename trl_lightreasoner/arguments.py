@@ -2,12 +2,14 @@
 
 import argparse
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import pyarrow as pa
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
@@ -57,9 +59,12 @@ class ArgumentParser(TrlParser):
             if "--config" in args[index:]:
                 raise ValueError("`--config` can be given once.")
             _check_config(args[index])
-        *parsed, unknown_keys, unknown_flags = self.parse_args_and_config(
-            args, return_remaining_strings=True, separate_remaining_strings=True
-        )
+        try:
+            *parsed, unknown_keys, unknown_flags = self.parse_args_and_config(
+                args, return_remaining_strings=True, separate_remaining_strings=True
+            )
+        except json.JSONDecodeError as error:
+            raise ValueError(f"A setting is not the JSON that it must be: {error.doc!r} ({error}).") from None
         for kind, unknown in (("key", unknown_keys), ("flag", unknown_flags)):
             if unknown:
                 raise ValueError(self._unknown(kind, unknown[0]))
@@ -112,7 +117,7 @@ class ArgumentParser(TrlParser):
 
 def _check_config(path: str) -> None:
     if not os.path.isfile(path):
-        raise ValueError(f"The config file {path!r} does not exist.")
+        raise ValueError(f"The config file {path!r} {'is a folder' if os.path.isdir(path) else 'does not exist'}.")
     try:
         with open(path, encoding="utf-8") as file:
             config = yaml.safe_load(file)
@@ -135,7 +140,7 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
         `ValueError`: If there is no such dataset or split, or the file is of another kind or damaged.
     """
     path = Path(name)
-    if not path.exists() and (path.suffix in _BUILDERS or path.is_absolute() or name.startswith(".")):
+    if not name or not path.exists() and (path.suffix in _BUILDERS or path.is_absolute() or name.startswith(".")):
         raise ValueError(f"There is no file or folder {name!r}.")  # which the Hub need not be asked for
     if path.is_file() and path.suffix not in _BUILDERS:
         raise ValueError(f"{name!r} is not a dataset file. Known endings are {', '.join(_BUILDERS)}.")
@@ -147,9 +152,13 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
             f"({', '.join(_BUILDERS)}), a folder, or the id of a dataset on the Hub; private and gated ones need "
             "`hf auth login`, offline ones must be in the cache."
         ) from error
-    except (DatasetsError, StopIteration) as error:  # StopIteration: an empty JSON file
+    except (DatasetsError, StopIteration, pa.ArrowInvalid) as error:  # StopIteration: an empty JSON file
         reason = _first_line(error.__cause__ or error) or "it is empty"
         raise ValueError(f"The dataset {name!r} cannot be read: {reason}. Repair or replace the file.") from error
+    except ValueError as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"The dataset {name!r} has no row in its split {split!r}.") from error
+        raise
 
 
 def _first_line(error: BaseException) -> str:

@@ -53,8 +53,7 @@ class StepWriter:
                 f"The input already has columns named {taken}, which sampling writes. Rename or remove them first."
             )
         self.folder = Path(output_dir)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{output_dir!r} is a file. Choose another `output_dir`.")
+        check_folder(output_dir)
         self.overwrite = overwrite
         self.run = self.folder / "run.json"
         self.shards, self.merging, self.data = (self.folder / name for name in ("shards", "merging", "data"))
@@ -202,6 +201,17 @@ class StepWriter:
                 f"Cannot write to {str(path.parent)!r} ({error.strerror}). What was sampled before is kept: make "
                 "room, or see to the permissions, and run the same again to go on."
             ) from error
+
+
+def check_folder(output_dir: str) -> None:
+    """Refuse an `output_dir` that cannot be made or written to, without making it."""
+    folder = Path(output_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        name = output_dir if existing == folder else str(existing)
+        raise ValueError(f"{name!r} is a file. Choose another `output_dir`.")
+    if not os.access(existing, os.W_OK):
+        raise OSError(f"Cannot write to {str(existing)!r}. Choose another `output_dir`, or see to the permissions.")
 
 
 def _sync(path: Path) -> None:
