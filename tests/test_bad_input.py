@@ -30,6 +30,7 @@ from trl_lightreasoner import (
     cli,
     raise_beta,
     sampling_metadata,
+    step_writer,
 )
 
 
@@ -766,6 +767,18 @@ def test_a_model_that_returns_no_logits(expert_path, amateur_path, tmp_path, ste
 def test_a_model_with_nan_in_its_weights(expert, amateur_path, tmp_path, prompts):
     with pytest.raises(ValueError, match=r"^The expert's logits at step 0 of row \d are not finite\. .*$"):
         ContrastiveStepSampler(poison(expert), amateur_path, make_args(tmp_path)).sample(prompts)
+
+
+def test_a_folder_that_may_not_be_written(
+    expert_path, amateur_path, steps, prompts, tmp_path, monkeypatch, unloadable
+):
+    monkeypatch.setattr(step_writer.os, "access", lambda path, mode: False)  # as root, permissions do not bite
+    sentence = rf"^Cannot write to '{tmp_path}'\. Choose another `output_dir`, or see to the permissions\.$"
+    with pytest.raises(OSError, match=sentence):
+        ContrastiveStepSampler(expert_path, amateur_path, make_args(tmp_path)).sample(prompts)
+    args = LightReasonerConfig(str(tmp_path / "adapter"), use_cpu=True)
+    with pytest.raises(OSError, match=sentence):
+        LightReasonerTrainer(expert_path, args, train_dataset=steps)
 
 
 def test_metadata_that_is_not_json():

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import datasets
 import pyarrow as pa
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
@@ -127,6 +128,11 @@ def _check_config(path: str) -> None:
         raise ValueError(f"The config file {path!r} must hold lines of the form `name: value`.")
 
 
+def printable(text: str) -> str:
+    """`text` with control characters escaped: what a model or a file says must not steer a terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def load_split(name: str, config: str | None, split: str) -> Dataset:
     """
     One split of a dataset.
@@ -144,6 +150,8 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
         raise ValueError(f"There is no file or folder {name!r}.")  # which the Hub need not be asked for
     if path.is_file() and path.suffix not in _BUILDERS:
         raise ValueError(f"{name!r} is not a dataset file. Known endings are {', '.join(_BUILDERS)}.")
+    if path.exists():  # `datasets` would tell its server that a local file was read
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         return _load_split(name, config, split)
     except OSError as error:

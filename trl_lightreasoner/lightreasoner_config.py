@@ -168,3 +168,13 @@ class LightReasonerConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # `Trainer` leaves its arguments beside the model, as training_args.bin, and uploads them with it
+        kwargs = self.model_init_kwargs and {k: v for k, v in self.model_init_kwargs.items() if k != "token"}
+        return {**self.__dict__, "hub_token": None, "model_init_kwargs": kwargs}
+
+    def __copy__(self) -> "LightReasonerConfig":
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied

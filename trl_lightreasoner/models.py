@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import os
 from pathlib import Path
+from pickle import UnpicklingError  # raised for files that hold more than tensors; none is read that way
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ def load_model(
         return model
     try:
         return _load_model(model, is_trainable, **kwargs)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"The model {model!r} cannot be loaded: its weights are damaged, or hold Python objects, which could run "
+            "code when they are read. Use a copy with *.safetensors files."
+        ) from error
     # What a wrong file or argument sets off, by PyTorch, safetensors, PEFT and transformers
     except (RuntimeError, TypeError, AttributeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split()).rstrip(".")

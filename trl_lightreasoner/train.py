@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field, replace
+from pickle import UnpicklingError
 
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
@@ -108,7 +109,13 @@ def main(
         quantization_config=get_quantization_config(compute_args),
         peft_config=None if is_adapter else get_peft_config(model_args),
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"The checkpoint {checkpoint!r} is damaged, or holds Python objects, which could run code when they are "
+            "read. Resume from another one."
+        ) from error
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"The model is in {training_args.output_dir}.")
     if training_args.push_to_hub:
@@ -128,7 +135,7 @@ def find_checkpoint(args: LightReasonerConfig) -> str | None:
                 f"There is no checkpoint in {args.output_dir!r} to resume from. Leave `resume_from_checkpoint` out to "
                 "begin anew."
             )
-        return last
+        folder = last
     if not os.path.isfile(os.path.join(folder, "trainer_state.json")):
         raise ValueError(
             f"{folder!r} is no checkpoint: it has no trainer_state.json. Name a folder such as "
