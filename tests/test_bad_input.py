@@ -226,6 +226,7 @@ SAMPLE = [
     ),
     prompts("nowhere.jsonl", r"There is no file or folder '{folder}/nowhere\.jsonl'\."),
     prompts("no_files", r"The dataset '{folder}/no_files' cannot be loaded: .* any data files\. " + NO_DATASET),
+    prompts("no_template", r"'{folder}/no_template' is a model, not a dataset\."),
     setting("dataset_name", "", r"There is no file or folder ''\."),
     setting("dataset_name", "no/where", r"The dataset 'no/where' cannot be loaded: .*\. " + NO_DATASET),
     setting("dataset_split", "dev", r"Unknown split \"dev\"\. Should be one of \['train'\]\."),
@@ -429,6 +430,13 @@ TRAIN = [
         "1",
         r"The train dataset has no step to train on: all 2 of its steps lie beyond max_length=1; raise it\.",
     ),
+    setting(
+        "dataset_name",
+        "{folder}/unfinished",
+        r"Sampling into '{folder}/unfinished' is not finished\. Run the same `lightreasoner sample` again to go on "
+        r"with it\.",
+    ),
+    setting("dataset_name", "{folder}/adapter", r"'{folder}/adapter' is a model, not a dataset\."),
     setting("dataset_train_split", "dev", r"Unknown split \"dev\"\. Should be one of \['train'\]\."),
     setting("eval_strategy", "steps", r"Unknown split \"test\"\. Should be one of \['train'\]\."),
     # Settings
@@ -532,6 +540,9 @@ def folder(tmp_path_factory, expert_path, amateur_path, tokenizer, steps) -> Pat
     steps.to_parquet(root / "cut.parquet")
     cut(root / "cut.parquet")
     (root / "no_files").mkdir()
+    (root / "unfinished" / "shards").mkdir(parents=True)
+    (root / "unfinished" / "run.json").write_text("{}")
+    steps.to_parquet(root / "unfinished" / "shards" / "000000000.parquet")
     (root / "other_data" / "data").mkdir(parents=True)
 
     def copy(name: str, source: str | Path = expert_path) -> Path:

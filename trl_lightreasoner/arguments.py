@@ -143,13 +143,20 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
         split (`str`): Such as `"train"` or `"train[:1000]"`.
 
     Raises:
-        `ValueError`: If there is no such dataset or split, or the file is of another kind or damaged.
+        `ValueError`: If there is no such dataset or split, the file is of another kind or damaged, or sampling into
+            the folder is not finished.
     """
     path = Path(name)
     if not name or not path.exists() and (path.suffix in _BUILDERS or path.is_absolute() or name.startswith(".")):
         raise ValueError(f"There is no file or folder {name!r}.")  # which the Hub need not be asked for
     if path.is_file() and path.suffix not in _BUILDERS:
         raise ValueError(f"{name!r} is not a dataset file. Known endings are {', '.join(_BUILDERS)}.")
+    if list(path.glob("*config.json")) and list(path.glob("*.safetensors")):
+        raise ValueError(f"{name!r} is a model, not a dataset.")
+    if (path / "run.json").is_file() and (path / "shards").is_dir() and not (path / "data").is_dir():
+        raise ValueError(
+            f"Sampling into {name!r} is not finished. Run the same `lightreasoner sample` again to go on with it."
+        )
     if path.exists():  # `datasets` would tell its server that a local file was read
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
