@@ -269,7 +269,13 @@ SAMPLE = [
     # Folders to write to
     setting("output_dir", "", r"`output_dir` must name a folder, got ''\."),
     setting("output_dir", "{folder}/file", r"'{folder}/file' is a file\. Choose another `output_dir`\."),
-    setting("output_dir", "{folder}/file/steps", r"'{folder}/file' is a file\. Choose another `output_dir`\."),
+    setting(
+        "output_dir",
+        "{folder}/file/steps",
+        r"Cannot write to '{folder}/file/steps' \(Not a directory\)\. Choose another `output_dir`, or see to the "
+        r"permissions\.",
+        error=OSError,
+    ),
     setting(
         "output_dir",
         "{folder}/other_data",
@@ -484,7 +490,13 @@ TRAIN = [
     # Folders
     setting("output_dir", "", r"`output_dir` must name a folder, got ''\."),
     setting("output_dir", "{folder}/file", r"'{folder}/file' is a file\. Choose another `output_dir`\."),
-    setting("output_dir", "{folder}/file/adapter", r"'{folder}/file' is a file\. Choose another `output_dir`\."),
+    setting(
+        "output_dir",
+        "{folder}/file/adapter",
+        r"Cannot write to '{folder}/file/adapter' \(Not a directory\)\. Choose another `output_dir`, or see to the "
+        r"permissions\.",
+        error=OSError,
+    ),
     setting(
         "resume_from_checkpoint",
         "{folder}/nowhere",
@@ -784,7 +796,7 @@ def test_a_folder_that_may_not_be_written(
     expert_path, amateur_path, steps, prompts, tmp_path, monkeypatch, unloadable
 ):
     monkeypatch.setattr(step_writer.os, "access", lambda path, mode: False)  # as root, permissions do not bite
-    sentence = rf"^Cannot write to '{tmp_path}'\. Choose another `output_dir`, or see to the permissions\.$"
+    sentence = rf"^Cannot write to '{tmp_path}/\w+' \(Permission denied\)\. Choose another `output_dir`, or see to .*$"
     with pytest.raises(OSError, match=sentence):
         ContrastiveStepSampler(expert_path, amateur_path, make_args(tmp_path)).sample(prompts)
     args = LightReasonerConfig(str(tmp_path / "adapter"), use_cpu=True)

@@ -10,6 +10,7 @@ later run with the same models, settings and prompts goes on behind the last com
 not match the checksum in its name is sampled again.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -207,11 +208,13 @@ def check_folder(output_dir: str) -> None:
     """Refuse an `output_dir` that cannot be made or written to, without making it."""
     folder = Path(output_dir).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir():
-        name = output_dir if existing == folder else str(existing)
-        raise ValueError(f"{name!r} is a file. Choose another `output_dir`.")
-    if not os.access(existing, os.W_OK):
-        raise OSError(f"Cannot write to {str(existing)!r}. Choose another `output_dir`, or see to the permissions.")
+    if not existing.is_dir() and existing == folder:
+        raise ValueError(f"{output_dir!r} is a file. Choose another `output_dir`.")
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        reason = os.strerror(errno.EACCES if existing.is_dir() else errno.ENOTDIR)
+        raise OSError(
+            f"Cannot write to {str(output_dir)!r} ({reason}). Choose another `output_dir`, or see to the permissions."
+        )
 
 
 def _sync(path: Path) -> None:
