@@ -332,50 +332,6 @@ def test_a_model_that_does_not_exist_is_refused(model, refused, train, tmp_path)
     )
 
 
-def test_an_expert_that_does_not_exist_is_refused(refused, amateur_path, prompts_file, tmp_path):
-    message = refused(
-        "sample",
-        *("--expert", tmp_path / "nowhere", "--amateur", amateur_path, "--output_dir", tmp_path / "out"),
-        *("--dataset_name", prompts_file, "--prompt_column", "question"),
-    )
-    assert message.startswith("The expert ") and "cannot be found" in message
-
-
-def test_steps_that_are_all_too_long_are_refused(refused, train):
-    assert refused(*train, "--max_length", 2).endswith("steps lie beyond max_length=2; raise it.")
-
-
-def test_target_modules_that_do_not_exist_are_refused(refused, train):
-    assert "Target modules" in refused(*train, "--lora_target_modules", "qkv")
-
-
-def test_a_checkpoint_that_does_not_exist_is_refused(refused, train, tmp_path):
-    assert "checkpoint" in refused(*train, "--resume_from_checkpoint", tmp_path / "nowhere")
-
-
-def test_training_that_is_not_finite_is_told_in_one_sentence(refused, train, expert, tokenizer, tmp_path):
-    with torch.no_grad():
-        expert.model.layers[0].mlp.up_proj.weight.fill_(float("nan"))
-    expert.save_pretrained(tmp_path / "broken")
-    tokenizer.save_pretrained(tmp_path / "broken")
-    message = refused(*train, "--model_name_or_path", tmp_path / "broken", "--max_steps", 9)
-    assert message.startswith("The gradient was not finite 3 times in a row")
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--prompt_column", "prompt"], "The dataset has no column 'prompt'; it has ['question']. Name the one that"),
-        (["--prompt_column", "question", "--alpha", "7"], "`alpha` must be in (0, 1], got 7.0."),
-        (["--prompt_column", "question", "--max_prompt_length", "1"], "Every prompt of the dataset had to be skipped"),
-        (["--prompt_column", "question", "--dataset_split", "dev"], 'Unknown split "dev".'),
-    ],
-)
-def test_sample_refuses(flags, message, refused, expert_path, amateur_path, prompts_file, tmp_path):
-    argv = ("--expert", expert_path, "--amateur", amateur_path, "--dataset_name", prompts_file)
-    assert refused("sample", *argv, "--output_dir", tmp_path / "out", *flags).startswith(message)
-
-
 def test_two_columns_that_could_be_the_prompt_are_refused(refused, expert_path, amateur_path, tmp_path):
     (tmp_path / "both.jsonl").write_text('{"prompt": "a", "question": "b"}\n')
     argv = ("--expert", expert_path, "--amateur", amateur_path, "--dataset_name", tmp_path / "both.jsonl")

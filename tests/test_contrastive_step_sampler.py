@@ -510,6 +510,16 @@ def test_another_vocabulary_is_found_first(sample, unloadable, prompts, loaded_t
         sample(prompts, tokenizers=(None, swapped))
 
 
+def test_a_bad_row_is_found_first(sample, unloadable):
+    with pytest.raises(ValueError, match="Row 1: `prompt` must be text or a list of messages, got None"):
+        sample(prompts_of("2+2=", None))
+
+
+def test_a_dataset_without_a_usable_prompt_is_found_first(sample, unloadable, prompts):
+    with pytest.raises(ValueError, match="Every prompt of the dataset had to be skipped"):
+        sample(prompts, max_prompt_length=1)
+
+
 @pytest.mark.parametrize("name", ["expert", "amateur"])
 def test_a_missing_model_is_found_first(sample, unloadable, prompts, name):
     with pytest.raises(ValueError, match=f"The {name} 'no/such/folder' cannot be found"):

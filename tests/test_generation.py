@@ -5,9 +5,10 @@ import pytest
 import torch
 from conftest import make_model
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig
+from transformers import GenerationConfig, Qwen2ForCausalLM
 
 from trl_lightreasoner.generation import find_eos_ids, generate_greedy
+from trl_lightreasoner.models import load_model
 from trl_lightreasoner.vocabulary import Vocabulary, model_vocabulary
 
 
@@ -139,6 +140,24 @@ def test_a_tokenizer_without_eos_leaves_the_models(expert, tokenizer, named, exp
 def test_eos_of_a_model_that_cannot_generate_is_the_tokenizers(expert, tokenizer):
     expert.generation_config = None
     assert find_eos_ids(expert, tokenizer) == [297]
+
+
+@pytest.mark.parametrize("stored", [[5, 9], 7, None])
+@pytest.mark.parametrize("as_adapter", [False, True])
+def test_eos_of_a_path_is_that_of_the_loaded_model(expert, tokenizer, stored, as_adapter, tmp_path):
+    folder = tmp_path / "model"
+    expert.config.eos_token_id = 11
+    expert.generation_config.eos_token_id = stored
+    expert.save_pretrained(folder)
+    if stored is None:  # then it is the config that counts
+        (folder / "generation_config.json").unlink()
+    if as_adapter:
+        expert = Qwen2ForCausalLM.from_pretrained(folder)
+        folder = tmp_path / "adapter"
+        get_peft_model(expert, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(folder)
+    expected = find_eos_ids(load_model(str(folder)), tokenizer)
+    assert len(expected) > 1
+    assert find_eos_ids(str(folder), tokenizer) == expected
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

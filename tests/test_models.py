@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import make_model
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -166,9 +167,9 @@ def test_an_encoder_is_refused(tmp_path, as_path):
 
 @pytest.mark.parametrize("as_path", [True, False])
 def test_an_encoder_architecture_that_is_set_to_decode_is_accepted(tmp_path, as_path):
-    config = BertConfig(**TINY_BERT, is_decoder=True)
-    config.save_pretrained(tmp_path)
-    assert load_config(str(tmp_path) if as_path else BertLMHeadModel(config)).is_decoder
+    model = BertLMHeadModel(BertConfig(**TINY_BERT, is_decoder=True))
+    model.save_pretrained(tmp_path)
+    assert load_config(str(tmp_path) if as_path else model).is_decoder
 
 
 def test_a_model_object_without_a_head_is_refused(expert_path):
@@ -181,6 +182,7 @@ def test_a_causal_model_with_code_of_its_own_is_accepted(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": classes}))
+    save_file({}, tmp_path / "model.safetensors")
     (tmp_path / "configuration_own.py").write_text(
         "from transformers import PretrainedConfig\n\n\nclass OwnConfig(PretrainedConfig):\n    model_type = 'own'\n"
     )

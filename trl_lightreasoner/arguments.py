@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -9,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+import datasets
+import pyarrow as pa
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
@@ -63,9 +66,12 @@ class ArgumentParser(TrlParser):
             if "--config" in args[index:]:
                 raise ValueError("`--config` can be given once.")
             _check_config(args[index])
-        *parsed, unknown_keys, unknown_flags = self.parse_args_and_config(
-            args, return_remaining_strings=True, separate_remaining_strings=True
-        )
+        try:
+            *parsed, unknown_keys, unknown_flags = self.parse_args_and_config(
+                args, return_remaining_strings=True, separate_remaining_strings=True
+            )
+        except json.JSONDecodeError as error:
+            raise ValueError(f"A setting is not the JSON that it must be: {error.doc!r} ({error}).") from None
         for kind, unknown in (("key", unknown_keys), ("flag", unknown_flags)):
             if unknown:
                 raise ValueError(self._unknown(kind, unknown[0]))
@@ -118,7 +124,7 @@ class ArgumentParser(TrlParser):
 
 def _check_config(path: str) -> None:
     if not os.path.isfile(path):
-        raise ValueError(f"The config file {path!r} does not exist.")
+        raise ValueError(f"The config file {path!r} {'is a folder' if os.path.isdir(path) else 'does not exist'}.")
     try:
         with open(path, encoding="utf-8") as file:
             config = yaml.safe_load(file)
@@ -137,6 +143,11 @@ def quantization_of(model_args: "ModelConfig") -> "BitsAndBytesConfig | None":
     return get_quantization_config(replace(model_args, dtype=dtype))
 
 
+def printable(text: str) -> str:
+    """`text` with control characters escaped: what a model or a file says must not steer a terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def load_split(name: str, config: str | None, split: str) -> Dataset:
     """
     One split of a dataset.
@@ -147,13 +158,22 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
         split (`str`): Such as `"train"` or `"train[:1000]"`.
 
     Raises:
-        `ValueError`: If there is no such dataset or split, or the file is of another kind or damaged.
+        `ValueError`: If there is no such dataset or split, the file is of another kind or damaged, or sampling into
+            the folder is not finished.
     """
     path = Path(name)
-    if not path.exists() and (path.suffix in _BUILDERS or path.is_absolute() or name.startswith(".")):
+    if not name or not path.exists() and (path.suffix in _BUILDERS or path.is_absolute() or name.startswith(".")):
         raise ValueError(f"There is no file or folder {name!r}.")  # which the Hub need not be asked for
     if path.is_file() and path.suffix not in _BUILDERS:
         raise ValueError(f"{name!r} is not a dataset file. Known endings are {', '.join(_BUILDERS)}.")
+    if list(path.glob("*config.json")) and list(path.glob("*.safetensors")):
+        raise ValueError(f"{name!r} is a model, not a dataset.")
+    if (path / "run.json").is_file() and (path / "shards").is_dir() and not (path / "data").is_dir():
+        raise ValueError(
+            f"Sampling into {name!r} is not finished. Run the same `lightreasoner sample` again to go on with it."
+        )
+    if path.exists():  # `datasets` would tell its server that a local file was read
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         return _load_split(name, config, split)
     except OSError as error:
@@ -162,9 +182,13 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
             f"({', '.join(_BUILDERS)}), a folder, or the id of a dataset on the Hub; private and gated ones need "
             "`hf auth login`, offline ones must be in the cache."
         ) from error
-    except (DatasetsError, StopIteration) as error:  # StopIteration: an empty JSON file
+    except (DatasetsError, StopIteration, pa.ArrowInvalid) as error:  # StopIteration: an empty JSON file
         reason = _first_line(error.__cause__ or error) or "it is empty"
         raise ValueError(f"The dataset {name!r} cannot be read: {reason}. Repair or replace the file.") from error
+    except ValueError as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"The dataset {name!r} has no row in its split {split!r}.") from error
+        raise
 
 
 def _first_line(error: BaseException) -> str:

@@ -46,7 +46,9 @@ def run(prog: str, make_parser: Callable, command: Callable, argv: Sequence[str]
     try:
         command(*make_parser(prog).parse(argv))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        from .arguments import printable
+
+        print(f"{prog}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

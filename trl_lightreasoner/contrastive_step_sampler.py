@@ -143,9 +143,7 @@ class ContrastiveStepSampler:
         """
         check_prompts(dataset, self.processing_class)
         writer = StepWriter(self.args.output_dir, dataset, self.args.overwrite_output_dir)
-        self.expert = load_model(self.expert, **self._expert_kwargs)
-        self.amateur = load_model(self.amateur, **self._amateur_kwargs)
-        self.eos_ids = find_eos_ids(self.expert, self.processing_class)
+        self.eos_ids = find_eos_ids(self.expert, self.processing_class, **self._expert_kwargs)
 
         scoring_only = "completion" in dataset.column_names
         columns = ["prompt_ids", "completion_ids"] if scoring_only else ["prompt_ids"]
@@ -159,6 +157,8 @@ class ContrastiveStepSampler:
             desc="Tokenizing prompts",
         )
         plan = self._plan(encoded, scoring_only)
+        self.expert = load_model(self.expert, **self._expert_kwargs)
+        self.amateur = load_model(self.amateur, **self._amateur_kwargs)
         try:
             columns = {name: str(feature) for name, feature in dataset.features.items()}
             done = self.processes.on_main(

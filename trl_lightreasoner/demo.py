@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .arguments import ArgumentParser
+from .arguments import ArgumentParser, printable
 
 
 PAIR = Path(__file__).parent / "demo_pair"
@@ -163,8 +163,8 @@ def report(
     for problem, (old, old_right), (new, new_right) in list(zip(problems, before, after, strict=True))[:3]:
         lines += [
             f"Problem  {problem['question']}",
-            f"  before {old}  ({'right' if old_right else 'wrong'})",
-            f"  after  {new}  ({'right' if new_right else 'wrong'})",
+            f"  before {printable(old)}  ({'right' if old_right else 'wrong'})",
+            f"  after  {printable(new)}  ({'right' if new_right else 'wrong'})",
             "",
         ]
     lines += ["           accuracy   standard error", "           --------   --------------"]

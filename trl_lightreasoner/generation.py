@@ -6,11 +6,19 @@ pi_E, so all of it is set aside while `generate` runs; only its EOS tokens count
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from .models import get_base_model
+from .models import get_base_model, load_generation_config
 from .vocabulary import Vocabulary
 
 
@@ -24,9 +32,14 @@ class OnlyTokens(LogitsProcessor):
         return scores.masked_fill(self.padding.to(scores.device), float("-inf"))
 
 
-def find_eos_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a completion: the tokenizer's EOS and those that the model's generation_config names."""
-    named = getattr(get_base_model(model).generation_config, "eos_token_id", None)
+def find_eos_ids(
+    model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, **kwargs: Any
+) -> list[int]:
+    """
+    Every id that ends a completion: the tokenizer's EOS and those that the model's generation_config names. The model
+    is not loaded; `kwargs` are as for [`load_model`].
+    """
+    named = getattr(load_generation_config(model, **kwargs), "eos_token_id", None)
     ids = {tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])}
     return sorted(ids - {None})
 

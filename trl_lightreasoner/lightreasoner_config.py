@@ -133,6 +133,19 @@ class LightReasonerConfig(TrainingArguments):
         length = self.max_length
         if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
             raise ValueError(f"`max_length` must be a whole number, 1 or more, or `None`, got {length!r}.")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ValueError(f"`{name}` must be a finite number, 0 or more, got {value!r}.")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be a whole number, 1 or more, got {value!r}.")
+        epochs = self.num_train_epochs
+        if epochs is not None and not (isinstance(epochs, int | float) and 0 < epochs < float("inf")):
+            raise ValueError(f"`num_train_epochs` must be a finite number above 0, got {epochs!r}.")
+        if self.output_dir == "":
+            raise ValueError(f"`output_dir` must name a folder, got {self.output_dir!r}.")
         if isinstance(self.model_init_kwargs, str):  # JSON on the command line
             try:
                 self.model_init_kwargs = json.loads(self.model_init_kwargs)
@@ -155,3 +168,13 @@ class LightReasonerConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # `Trainer` leaves its arguments beside the model, as training_args.bin, and uploads them with it
+        kwargs = self.model_init_kwargs and {k: v for k, v in self.model_init_kwargs.items() if k != "token"}
+        return {**self.__dict__, "hub_token": None, "model_init_kwargs": kwargs}
+
+    def __copy__(self) -> "LightReasonerConfig":
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied

@@ -21,6 +21,7 @@ from transformers import (
     logging,
     set_seed,
 )
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import EvalLoopOutput
 
 from .contrast import contrastive_loss
@@ -40,6 +41,7 @@ from .models import (
 )
 from .provenance import warn_of_another_expert
 from .step_dataset import STEP_COLUMNS
+from .step_writer import check_folder
 from .training_rows import prepare_rows
 from .vocabulary import model_vocabulary
 
@@ -185,6 +187,11 @@ class LightReasonerTrainer(Trainer):
 
         if train_dataset is None:
             raise ValueError("`train_dataset` is required")
+        if peft_config is not None and not isinstance(peft_config, PeftConfig):
+            raise TypeError(
+                f"`peft_config` must be a `peft.PeftConfig` instance (e.g. `peft.LoraConfig`), got "
+                f"{type(peft_config).__name__}."
+            )
         if not isinstance(train_dataset, Dataset | IterableDataset):
             raise TypeError(
                 f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(train_dataset).__name__}`."
@@ -193,7 +200,15 @@ class LightReasonerTrainer(Trainer):
             # Processes pad their batches to different lengths, which dispatching would try to concatenate
             args.accelerator_config.dispatch_batches = False
 
-        # Processing class and vocabulary, before any weights are loaded
+        # What can be refused before any weights are loaded
+        check_folder(args.output_dir)
+        for report in get_reporting_integration_callbacks(args.report_to):
+            try:
+                report()
+            except RuntimeError as error:  # it is not installed
+                raise ValueError(f"`report_to` cannot be {args.report_to}: {error}") from error
+
+        # Processing class and vocabulary
         model_init_kwargs = dict(args.model_init_kwargs or {})
         model_init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
         model_init_kwargs = add_quantization(model_init_kwargs, model, quantization_config, "trainer")
@@ -251,11 +266,6 @@ class LightReasonerTrainer(Trainer):
 
         # PEFT
         if peft_config is not None:
-            if not isinstance(peft_config, PeftConfig):
-                raise TypeError(
-                    f"`peft_config` must be a `peft.PeftConfig` instance (e.g. `peft.LoraConfig`), got "
-                    f"{type(peft_config).__name__}."
-                )
             if isinstance(model, PeftModel):
                 raise ValueError(
                     "You passed a `PeftModel` instance together with a `peft_config` to the trainer. Please first "

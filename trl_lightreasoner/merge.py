@@ -149,7 +149,7 @@ def load_adapter_config(args: MergeArguments) -> "PeftConfig":
     from peft import PeftConfig
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    from .models import adapter_base
+    from .models import check_adapter
 
     path, revision = args.model_name_or_path, args.model_revision
     try:
@@ -161,8 +161,8 @@ def load_adapter_config(args: MergeArguments) -> "PeftConfig":
             f"{path!r} is no adapter: there is no adapter_config.json. Name the folder or the Hub id of one, such as "
             "`lightreasoner train` makes; a model without an adapter needs no merging."
         )
-    adapter_base(path, revision=revision)  # refuses virtual tokens
     adapter = PeftConfig.from_pretrained(path, revision=revision)
+    check_adapter(adapter, "model")
     if adapter.peft_type in _UNMERGEABLE_TYPES:
         reason = adapter.peft_type.value
     elif getattr(adapter, "alora_invocation_tokens", None):

@@ -2,11 +2,16 @@
 
 import hashlib
 import inspect
+import os
+from pathlib import Path
+from pickle import UnpicklingError  # raised for files that hold more than tensors; none is read that way
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -14,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,6 +30,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 
 logger = logging.get_logger(__name__)
+
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf")
+_VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json", "tokenization*.py")
 
 
 def load_model(
@@ -37,9 +46,28 @@ def load_model(
         is_trainable (`bool`): Whether an adapter that is loaded is to be trained further.
         kwargs: For [`~transformers.AutoModelForCausalLM.from_pretrained`]. `dtype` defaults to `"auto"`, the
             checkpoint's own; the device is the process's own.
+
+    Raises:
+        `ValueError`: If the weights are not those of the config, or an argument is unknown.
     """
     if not isinstance(model, str):
         return settle_4bit_layers(model)
+    try:
+        return _load_model(model, is_trainable, **kwargs)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"The model {model!r} cannot be loaded: its weights are damaged, or hold Python objects, which could run "
+            "code when they are read. Use a copy with *.safetensors files."
+        ) from error
+    # What a wrong file or argument sets off, by PyTorch, safetensors, PEFT and transformers
+    except (RuntimeError, TypeError, AttributeError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        if "mismatch" in reason:  # with a report of every tensor
+            reason = "its weights have other shapes than its config, or for an adapter its base model, asks for"
+        raise ValueError(f"The model {model!r} cannot be loaded: {reason}.") from error
+
+
+def _load_model(model: str, is_trainable: bool, **kwargs: Any) -> PreTrainedModel | PeftModel:
     kwargs.setdefault("dtype", "auto")
     device = PartialState().device
     if "device_map" not in kwargs and device.type != "cpu":
@@ -66,24 +94,30 @@ def load_config(model: str | PreTrainedModel | PeftModel, name: str = "model", *
     Raises:
         `TypeError`: If it is none of the accepted types.
         `ImportError`: If it is to be loaded in 4 or 8 bits and bitsandbytes is not installed.
-        `ValueError`: If it is an encoder-decoder model or an encoder, which have no next-token distribution, or an
-            adapter of virtual tokens.
+        `ValueError`: If it is an encoder-decoder model or an encoder, which have no next-token distribution, an
+            adapter of virtual tokens, or a folder whose weights are missing or damaged; or if the weights are to go
+            where there is no GPU.
     """
     if isinstance(model, PreTrainedModel | PeftModel):
         if isinstance(model, PeftModel):
-            _check_adapter(model.active_peft_config, name)
+            check_adapter(model.active_peft_config, name)
         config = get_base_model(model).config
         is_causal = get_base_model(model).can_generate()
     elif isinstance(model, str):
-        repository = hub_kwargs(kwargs)
+        _check_device_map(kwargs.get("device_map"))
+        source = model
         try:
-            if (base := adapter_base(model, name, **repository)) is not None:
-                model = base
-                repository.pop("revision", None)  # it is the adapter's
-            config = AutoConfig.from_pretrained(model, **repository)
-        except OSError as error:
+            source, repository = _locate(model, name, kwargs)
+            if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
+                raise FileNotFoundError(source)
+            config = AutoConfig.from_pretrained(source, **repository)
+        except (OSError, StrictDataclassError) as error:
+            if os.path.isfile(os.path.join(source, "config.json")):
+                raise ValueError(
+                    f"The config.json of the {name} {source!r} cannot be read: {' '.join(str(error).split())}"
+                ) from error
             raise ValueError(
-                f"The {name} {model!r} cannot be found. It must be a folder with a config.json, or the id of a model "
+                f"The {name} {source!r} cannot be found. It must be a folder with a config.json, or the id of a model "
                 "on the Hub; private and gated models need `hf auth login`, offline ones must be in the cache."
             ) from error
         _check_bitsandbytes(kwargs.get("quantization_config") or getattr(config, "quantization_config", None), name)
@@ -107,7 +141,36 @@ def load_config(model: str | PreTrainedModel | PeftModel, name: str = "model", *
             f"The {name} (`{config.model_type}`) has no next-token distribution. LightReasoner needs a causal "
             "language model, such as Qwen2.5."
         )
+    if isinstance(model, str):
+        for folder in dict.fromkeys((model, source)):
+            _check_weights(folder, name)
     return config
+
+
+def _check_device_map(device_map: Any) -> None:
+    devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+    if any(str(device).startswith("cuda") for device in devices) and not torch.cuda.is_available():
+        raise ValueError(
+            f"`device_map` asks for a CUDA GPU ({device_map!r}), but PyTorch finds none here. Leave it out, or see to "
+            "the driver and the build of PyTorch."
+        )
+
+
+def _check_weights(model: str, name: str) -> None:
+    """Refuse a folder without weights or with damaged ones; of every file the header is read."""
+    folder = Path(model)
+    if not folder.is_dir():  # of the Hub
+        return
+    if not any(path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)):
+        raise ValueError(
+            f"The {name} {model!r} has no weights: the folder holds no *.safetensors file. Download or save it again."
+        )
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{str(path)!r} is damaged ({error}). Download or save it again.") from error
 
 
 def load_tokenizer(
@@ -123,18 +186,55 @@ def load_tokenizer(
         kwargs: As for [`load_model`]; of them, those count that say where the model is found.
 
     Raises:
-        `ValueError`: If the model does not know where it came from.
+        `ValueError`: If there is none, it is damaged, or the model does not know where it came from.
     """
-    repository = hub_kwargs(kwargs)
-    if not isinstance(model, str):
-        source = get_base_model(model).config._name_or_path
-    elif (source := adapter_base(model, name, **repository)) is not None:
-        repository.pop("revision", None)  # it is the adapter's
+    if isinstance(model, str):
+        source, repository = _locate(model, name, kwargs)
     else:
-        source = model
+        source, repository = get_base_model(model).config._name_or_path, hub_kwargs(kwargs)
     if not source:
         raise ValueError(f"The {name} does not say where its tokenizer is. Pass the tokenizer as `{argument}`.")
-    return AutoTokenizer.from_pretrained(source, **repository)
+    folder = Path(source)
+    # Without these, transformers would make an empty tokenizer
+    if folder.is_dir() and not any(path for pattern in _VOCABULARY_FILES for path in folder.glob(pattern)):
+        raise ValueError(
+            f"There is no tokenizer beside the {name}: {source!r} holds no tokenizer.json. Save the model's tokenizer "
+            f"there, or pass it as `{argument}`."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(source, **repository)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(
+            f"The tokenizer of the {name} {source!r} cannot be loaded: {' '.join(str(error).split()).rstrip('.')}."
+        ) from error
+
+
+def load_generation_config(model: str | PreTrainedModel | PeftModel, **kwargs: Any) -> GenerationConfig:
+    """
+    The model's generation_config, or what its config says where it has none, without loading the model.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What the user passed.
+        kwargs: As for [`load_model`]; of them, those count that say where the model is found.
+    """
+    if not isinstance(model, str):
+        return get_base_model(model).generation_config
+    source, repository = _locate(model, "model", kwargs)
+    config = AutoConfig.from_pretrained(source, **repository)
+    repository.pop("trust_remote_code", None)  # it has no code
+    try:
+        return GenerationConfig.from_pretrained(source, **repository)
+    except OSError:  # as `from_pretrained` of the model does
+        return GenerationConfig.from_model_config(config)
+
+
+def _locate(model: str, name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Id or path of the model, or of the base model of an adapter, and the arguments with which it is found."""
+    repository = hub_kwargs(kwargs)
+    if (base := adapter_base(model, name, **repository)) is None:
+        return model, repository
+    repository.pop("revision", None)  # it is the adapter's
+    return base, repository
 
 
 def hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -148,12 +248,23 @@ def adapter_base(model: str, name: str = "model", **kwargs: Any) -> str | None:
     kwargs.pop("trust_remote_code", None)  # an adapter has no code of its own
     if find_adapter_config_file(model, **kwargs) is None:
         return None
-    config = PeftConfig.from_pretrained(model, **kwargs)
-    _check_adapter(config, name)
+    try:
+        config = PeftConfig.from_pretrained(model, **kwargs)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"The adapter_config.json of the {name} {model!r} cannot be read: {str(error).rstrip('.')}."
+        ) from error
+    check_adapter(config, name)
+    if not config.base_model_name_or_path:
+        raise ValueError(
+            f"The {name} {model!r} is an adapter that does not name its base model. Set `base_model_name_or_path` in "
+            "its adapter_config.json."
+        )
     return config.base_model_name_or_path
 
 
-def _check_adapter(config: PeftConfig, name: str) -> None:
+def check_adapter(config: PeftConfig, name: str) -> None:
+    """Refuse an adapter of virtual tokens."""
     # Virtual tokens shift the positions at which logits are read, and the base model that generates does not see them
     if config.is_prompt_learning:
         raise ValueError(
@@ -289,8 +400,18 @@ def forward_at(model: torch.nn.Module, positions: torch.Tensor, to_keep: bool, *
     """
     if to_keep:
         outputs = model(**inputs, logits_to_keep=positions, use_cache=False)
+        _check_logits(model, outputs)
         outputs.logits = outputs.logits.reshape(-1, outputs.logits.shape[-1])
     else:
         outputs = model(**inputs, use_cache=False)
+        _check_logits(model, outputs)
         outputs.logits = outputs.logits[positions.to(outputs.logits.device)]
     return outputs
+
+
+def _check_logits(model: torch.nn.Module, outputs: Any) -> None:
+    if getattr(outputs, "logits", None) is None:
+        raise ValueError(
+            f"`{type(model).__name__}` returned no logits. LightReasoner needs a causal language model whose forward "
+            "gives an output with `logits`."
+        )

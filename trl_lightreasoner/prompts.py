@@ -84,8 +84,9 @@ def encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos_ids:
     if conversational:
         if completion is not None and len(completion) != 1:
             raise ValueError(f"`completion` must be one assistant message, got {len(completion)} of them.")
-        if any(message.get("content") is None for message in prompt if message["role"] in ("system", "user")):
-            raise ValueError(f"A message of `prompt` has no content: {prompt!r}. Filter such rows out.")
+        for column, messages in {"prompt": prompt, "completion": completion or []}.items():
+            for message in messages:
+                _check_message(message, column)
         try:
             text = apply_chat_template(text, tokenizer, tools=row.get("tools"))
         except TemplateError as error:
@@ -100,6 +101,17 @@ def encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos_ids:
             completion_ids = completion_ids[: None if last_eos is None else last_eos + 1]
         encoded["completion_ids"] = completion_ids
     return encoded
+
+
+def _check_message(message: Any, column: str) -> None:
+    # A template prints whatever it is given, None and numbers as well
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"A message of `{column}` has no role: {message!r}. Filter such rows out.")
+    content = message.get("content")
+    if content is None and not message.get("tool_calls"):
+        raise ValueError(f"A message of `{column}` has no content: {message!r}. Filter such rows out.")
+    if not isinstance(content, str | list | None):
+        raise ValueError(f"The content of a message of `{column}` must be text, got {content!r}. Convert it.")
 
 
 def encode_continuation(

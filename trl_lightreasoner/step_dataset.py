@@ -47,7 +47,12 @@ def sampling_metadata(dataset: Dataset) -> dict[str, Any] | None:
     """
     if "sampling_metadata" not in dataset.column_names or len(dataset) == 0:
         return None
-    return json.loads(dataset[0]["sampling_metadata"])
+    try:
+        return json.loads(dataset[0]["sampling_metadata"])
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"The `sampling_metadata` of the dataset is not JSON ({error}). Remove the column, or sample again."
+        ) from error
 
 
 def count_steps(dataset: Dataset) -> int:

@@ -10,6 +10,7 @@ later run with the same models, settings and prompts goes on behind the last com
 not match the checksum in its name is sampled again. Where several processes write, one opens and finishes the run.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -53,8 +54,7 @@ class StepWriter:
                 f"The input already has columns named {taken}, which sampling writes. Rename or remove them first."
             )
         self.folder = Path(output_dir)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{output_dir!r} is a file. Choose another `output_dir`.")
+        check_folder(output_dir)
         self.overwrite = overwrite
         self.run = self.folder / "run.json"
         self.shards, self.merging, self.data = (self.folder / name for name in ("shards", "merging", "data"))
@@ -235,6 +235,19 @@ class StepWriter:
                 f"Cannot write to {str(path.parent)!r} ({error.strerror}). What was sampled before is kept: make "
                 "room, or see to the permissions, and run the same again to go on."
             ) from error
+
+
+def check_folder(output_dir: str) -> None:
+    """Refuse an `output_dir` that cannot be made or written to, without making it."""
+    folder = Path(output_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() and existing == folder:
+        raise ValueError(f"{output_dir!r} is a file. Choose another `output_dir`.")
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        reason = os.strerror(errno.EACCES if existing.is_dir() else errno.ENOTDIR)
+        raise OSError(
+            f"Cannot write to {str(output_dir)!r} ({reason}). Choose another `output_dir`, or see to the permissions."
+        )
 
 
 def _sync(path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import os
 from dataclasses import dataclass, field
+from pickle import UnpicklingError
 
+from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from .arguments import ArgumentParser, load_split, quantization_of
@@ -60,6 +62,13 @@ class LightReasonerModelConfig(ModelConfig):
         metadata={"help": "LoRA target modules."},
     )
 
+    def __post_init__(self):
+        if self.lora_r < 1:
+            raise ValueError(f"`lora_r` must be a whole number, 1 or more, got {self.lora_r}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}.")
+        super().__post_init__()
+
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
     types = [ScriptArguments, LightReasonerConfig, LightReasonerModelConfig]
@@ -81,6 +90,7 @@ def main(
         **({} if model_args.dtype is None else {"dtype": model_args.dtype}),
         **(training_args.model_init_kwargs or {}),
     }
+    checkpoint = find_checkpoint(training_args)
     hub_kwargs = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     load_config(model_args.model_name_or_path, **hub_kwargs)  # refuses what is no model
     is_adapter = adapter_base(model_args.model_name_or_path, **hub_kwargs) is not None
@@ -97,11 +107,37 @@ def main(
         quantization_config=quantization_of(model_args),
         peft_config=None if is_adapter else get_peft_config(model_args),
     )
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"The checkpoint {checkpoint!r} is damaged, or holds Python objects, which could run code when they are "
+            "read. Resume from another one."
+        ) from error
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"The model is in {training_args.output_dir}.")
     if training_args.push_to_hub:
         on_hub = not os.path.exists(script_args.dataset_name)
         trainer.push_to_hub(dataset_name=script_args.dataset_name if on_hub else None)
     return trainer
+
+
+def find_checkpoint(args: LightReasonerConfig) -> str | None:
+    """The folder to resume from, if `args` ask for one: "true" stands for the last checkpoint in `output_dir`."""
+    folder = args.resume_from_checkpoint
+    if folder is None or str(folder).lower() == "false":
+        return None
+    if str(folder).lower() == "true":
+        last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        if last is None:
+            raise ValueError(
+                f"There is no checkpoint in {args.output_dir!r} to resume from. Leave `resume_from_checkpoint` out to "
+                "begin anew."
+            )
+        folder = last
+    if not os.path.isfile(os.path.join(folder, "trainer_state.json")):
+        raise ValueError(
+            f"{folder!r} is no checkpoint: it has no trainer_state.json. Name a folder such as "
+            f"{os.path.join(args.output_dir, 'checkpoint-500')!r}."
+        )
+    return folder
