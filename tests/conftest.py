@@ -1,6 +1,7 @@
 """Tiny models, made on the spot: everything here runs offline on a CPU in seconds."""
 
 import os
+import signal
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,6 +32,20 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def die_at_call(name: str, number: int) -> None:
+    """Let this process kill itself at the `number`-th call of a function of `os`."""
+    calls, original = 0, getattr(os, name)
+
+    def counted(*args):
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+
+    setattr(os, name, counted)
 
 
 def make_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import die_at_call
 from datasets import Dataset
 from transformers import logging
 
@@ -49,17 +50,8 @@ def left_alone(sampler, many_prompts, tmp_path):
 def sample_and_die(expert: str, amateur: str, folder: str, questions: list[str], call: str | None, number: int):
     """Sample in a process of its own, which kills itself at the `number`-th call of a function of `os`."""
     torch.set_num_threads(1)
-    calls, original = 0, getattr(os, call or "getpid")
-
-    def counted(*args):
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args)
-
     if call is not None:
-        setattr(os, call, counted)
+        die_at_call(call, number)
     args = ContrastiveSamplingConfig(folder, max_new_tokens=8, beta=1.95, per_device_batch_size=2)
     ContrastiveStepSampler(expert, amateur, args).sample(Dataset.from_dict({"prompt": questions}))
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 
 import pytest
@@ -7,6 +8,9 @@ from conftest import make_model
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
@@ -102,6 +106,24 @@ def test_an_adapter_is_loaded_on_its_base_model(adapter_path, expert, ids):
 def test_an_adapter_is_trainable_if_asked_for(adapter_path, is_trainable):
     model = load_model(adapter_path, is_trainable=is_trainable)
     assert any(parameter.requires_grad for parameter in model.parameters()) == is_trainable
+
+
+@pytest.mark.parametrize("recorded", ["v1", None])
+def test_an_adapter_gets_the_revision_of_its_base_model_that_it_names(recorded, adapter_path, tmp_path, monkeypatch):
+    shutil.copytree(adapter_path, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "revision": recorded}))
+    asked = []
+    for auto in (AutoConfig, AutoModelForCausalLM, AutoTokenizer):
+        load = auto.from_pretrained
+        monkeypatch.setattr(
+            auto,
+            "from_pretrained",
+            lambda path, *args, load=load, **kwargs: asked.append(kwargs["revision"]) or load(path, *args, **kwargs),
+        )
+    for load in (load_config, load_model, load_tokenizer):
+        load(str(tmp_path / "adapter"), revision="the adapter's")
+    assert len(asked) >= 3 and set(asked) == {recorded or "main"}
 
 
 def test_an_adapter_has_the_config_of_its_base_model(adapter_path, expert):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
+from conftest import die_at_call
 from datasets import Dataset
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
@@ -30,16 +31,8 @@ def sample(expert, amateur, questions, rank, world_size, port, folder, kill=None
     os.environ.update({name: str(value) for name, value in variables.items()})
     state = PartialState(cpu=True, timeout=timedelta(seconds=timeout))
     assert state.num_processes == world_size
-    replace, renames = os.replace, 0
-
-    def counted(*args):
-        nonlocal renames
-        renames += 1
-        if renames == kill:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return replace(*args)
-
-    os.replace = counted
+    if kill is not None:
+        die_at_call("replace", kill)
     run = ContrastiveStepSampler._run
     ContrastiveStepSampler._run = lambda *args: (time.sleep(pause), run(*args))[1]
     args = ContrastiveSamplingConfig(folder, max_new_tokens=8, beta=beta, per_device_batch_size=2)

@@ -1,7 +1,9 @@
+import copy
+
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,6 +73,13 @@ def test_a_saved_adapter_loads_onto_its_base(expert, expert_path, tokenizer, ste
     assert loaded.peft_config["default"].base_model_name_or_path == expert_path
     torch.testing.assert_close(logits_of(loaded), logits_of(trainer.model))
     assert not torch.allclose(logits_of(loaded), logits_of(AutoModelForCausalLM.from_pretrained(expert_path)))
+
+
+def test_an_adapter_remembers_the_revision_of_its_base_model(expert_path, steps, tmp_path):
+    args = config(tmp_path / "out", save_strategy="no", model_init_kwargs={"revision": "v1"})
+    trainer = LightReasonerTrainer(expert_path, args, train_dataset=steps, peft_config=copy.copy(LORA))
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert PeftConfig.from_pretrained(str(tmp_path / "adapter")).revision == "v1"
 
 
 def test_a_saved_model_loads_by_itself(expert, steps, tmp_path):

@@ -29,11 +29,11 @@ from .data_collator import DataCollatorForLightReasoner
 from .lightreasoner_config import LightReasonerConfig
 from .models import (
     accepts_logits_to_keep,
-    adapter_base,
     add_quantization,
     forward_at,
     get_base_model,
     hub_kwargs,
+    load_adapter_config,
     load_config,
     load_model,
     load_tokenizer,
@@ -249,7 +249,7 @@ class LightReasonerTrainer(Trainer):
         if isinstance(model, str):
             # All weights are trained in fp32; frozen ones stay as they were when the expert was sampled
             trains_adapter = (
-                peft_config is not None or adapter_base(model, **hub_kwargs(model_init_kwargs)) is not None
+                peft_config is not None or load_adapter_config(model, **hub_kwargs(model_init_kwargs)) is not None
             )
             model_init_kwargs.setdefault("dtype", "auto" if trains_adapter else "float32")
             model_init_kwargs.setdefault("device_map", None)  # `Trainer` places the model
@@ -272,7 +272,9 @@ class LightReasonerTrainer(Trainer):
                     "merge and unload the existing adapter, save the resulting base model, and then pass that base "
                     "model along with the new `peft_config` to the trainer."
                 )
-            model = get_peft_model(model, peft_config)
+            # The adapter remembers which revision of its base model it belongs to
+            revision = None if name is None else model_init_kwargs.get("revision")
+            model = get_peft_model(model, peft_config, revision=revision)
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             raise ValueError(
                 f"{model.active_peft_config.peft_type.value} is not supported: it adds positions in front of the "

@@ -104,7 +104,7 @@ def main(args: MergeArguments) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = check_output_dir(args)
-    adapter = load_adapter_config(args)
+    adapter = find_adapter(args)
     base = args.base_model_name_or_path or adapter.base_model_name_or_path
     base_kwargs = {"trust_remote_code": args.trust_remote_code}
     if base == adapter.base_model_name_or_path:
@@ -144,7 +144,7 @@ def check_output_dir(args: MergeArguments) -> Path:
     return folder
 
 
-def load_adapter_config(args: MergeArguments) -> "PeftConfig":
+def find_adapter(args: MergeArguments) -> "PeftConfig":
     """The adapter's configuration, if it is one that can be merged."""
     from peft import PeftConfig
     from transformers.utils.peft_utils import find_adapter_config_file

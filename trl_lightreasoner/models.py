@@ -72,13 +72,12 @@ def _load_model(model: str, is_trainable: bool, **kwargs: Any) -> PreTrainedMode
     device = PartialState().device
     if "device_map" not in kwargs and device.type != "cpu":
         kwargs["device_map"] = {"": device}
+    source, repository = _locate(model, "model", kwargs)
+    loaded = settle_4bit_layers(AutoModelForCausalLM.from_pretrained(source, **{**kwargs, **repository}))
+    if source == model:
+        return loaded
     repository = hub_kwargs(kwargs)
-    base = adapter_base(model, **repository)
-    if base is None:
-        return settle_4bit_layers(AutoModelForCausalLM.from_pretrained(model, **kwargs))
-    kwargs.pop("revision", None)  # it is the adapter's
-    loaded = settle_4bit_layers(AutoModelForCausalLM.from_pretrained(base, **kwargs))
-    repository.pop("trust_remote_code", None)
+    repository.pop("trust_remote_code", None)  # an adapter has no code of its own
     return PeftModel.from_pretrained(loaded, model, is_trainable=is_trainable, **repository)
 
 
@@ -231,10 +230,10 @@ def load_generation_config(model: str | PreTrainedModel | PeftModel, **kwargs: A
 def _locate(model: str, name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Id or path of the model, or of the base model of an adapter, and the arguments with which it is found."""
     repository = hub_kwargs(kwargs)
-    if (base := adapter_base(model, name, **repository)) is None:
+    if (adapter := load_adapter_config(model, name, **repository)) is None:
         return model, repository
-    repository.pop("revision", None)  # it is the adapter's
-    return base, repository
+    # The user's revision is the adapter's, which names that of its base model
+    return adapter.base_model_name_or_path, {**repository, "revision": adapter.revision or "main"}
 
 
 def hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -243,8 +242,8 @@ def hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in names if name in kwargs}
 
 
-def adapter_base(model: str, name: str = "model", **kwargs: Any) -> str | None:
-    """Id or path of the base model if `model` is a PEFT adapter, else `None`; `kwargs` as of [`hub_kwargs`]."""
+def load_adapter_config(model: str, name: str = "model", **kwargs: Any) -> PeftConfig | None:
+    """The configuration of a PEFT adapter, or `None` if `model` is not one; `kwargs` as of [`hub_kwargs`]."""
     kwargs.pop("trust_remote_code", None)  # an adapter has no code of its own
     if find_adapter_config_file(model, **kwargs) is None:
         return None
@@ -260,7 +259,7 @@ def adapter_base(model: str, name: str = "model", **kwargs: Any) -> str | None:
             f"The {name} {model!r} is an adapter that does not name its base model. Set `base_model_name_or_path` in "
             "its adapter_config.json."
         )
-    return config.base_model_name_or_path
+    return config
 
 
 def check_adapter(config: PeftConfig, name: str) -> None:

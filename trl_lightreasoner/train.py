@@ -10,7 +10,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config
 from .arguments import ArgumentParser, load_split, quantization_of
 from .lightreasoner_config import LightReasonerConfig
 from .lightreasoner_trainer import LightReasonerTrainer
-from .models import adapter_base, load_config
+from .models import load_adapter_config, load_config
 
 
 @dataclass
@@ -93,7 +93,7 @@ def main(
     checkpoint = find_checkpoint(training_args)
     hub_kwargs = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     load_config(model_args.model_name_or_path, **hub_kwargs)  # refuses what is no model
-    is_adapter = adapter_base(model_args.model_name_or_path, **hub_kwargs) is not None
+    is_adapter = load_adapter_config(model_args.model_name_or_path, **hub_kwargs) is not None
     evaluates = training_args.eval_strategy != "no"
     trainer = LightReasonerTrainer(
         model=model_args.model_name_or_path,
