@@ -568,7 +568,7 @@ BAD_VALUES = [
     ("max_prompt_length", "99"),
     ("per_device_batch_size", 0),
     ("per_device_batch_size", 2.0),
-    ("per_device_batch_size", None),
+    ("per_device_batch_size", "8"),
 ]
 
 
@@ -580,7 +580,7 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field(name, value):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"alpha": 1}, {"alpha": 1e-9}, {"beta": 0}, {"max_prompt_length": None}, {"per_device_batch_size": 1}],
+    [{"alpha": 1}, {"alpha": 1e-9}, {"beta": 0}, {"max_prompt_length": None}, {"per_device_batch_size": None}],
 )
 def test_values_at_the_edge_are_accepted(settings):
     ContrastiveSamplingConfig("steps", **settings)

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from trl_lightreasoner.prompts import check_prompts, encode_continuation, encode_row, with_bos
+from trl_lightreasoner.prompts import check_prompts, encode_continuation, encode_rows
 
 
 MESSAGES = [
@@ -47,7 +47,8 @@ def ids_of(tokenizer, text):
 
 
 def encode(tokenizer, **row):
-    return encode_row(row, tokenizer, eos_ids={tokenizer.eos_token_id})
+    encoded = encode_rows([row], tokenizer, eos_ids={tokenizer.eos_token_id})
+    return {column: ids for column, (ids,) in encoded.items()}
 
 
 def test_plain_text_is_tokenized_as_it_is(tokenizer):
@@ -102,8 +103,16 @@ def test_bos_is_not_counted_as_part_of_the_completion(bos_tokenizer):
     assert encoded["completion_ids"] == ids_of(bos_tokenizer, " It is 4.")
 
 
-def test_with_bos_leaves_ids_alone_without_a_bos_token(tokenizer):
-    assert with_bos([1, 2], tokenizer) == [1, 2]
+def test_rows_are_encoded_each_for_itself(bos_tokenizer):
+    rows = [{"prompt": "What is 2+2?"}, {"prompt": ""}, {"prompt": "<|begin|>Name a prime."}]
+    assert encode_rows(rows, bos_tokenizer, set())["prompt_ids"] == [
+        encode(bos_tokenizer, **row)["prompt_ids"] for row in rows
+    ]
+
+
+def test_a_row_that_is_refused_is_named(tokenizer):
+    with pytest.raises(ValueError, match="^Row 8: `prompt` must be text or a list of messages, got None"):
+        encode_rows([{"prompt": "Name a prime."}, {"prompt": None}], tokenizer, set(), first_row=7)
 
 
 @pytest.mark.parametrize("text", VERBATIM)

@@ -149,8 +149,8 @@ def test_logits_that_are_not_finite_name_the_model_and_the_step(expert, amateur,
     model = {"expert": expert, "amateur": amateur}[name]
 
     def break_step(module, args, logits):
-        # Steps 0 and 1 of the first trajectory come before those of the second
-        logits.view(-1, logits.shape[-1])[2 + 3, 7] = math.nan
+        # The second trajectory is longer, so that its steps come first
+        logits.view(-1, logits.shape[-1])[3, 7] = math.nan
 
     model.lm_head.register_forward_hook(break_step)
     with pytest.raises(NonFiniteLogitsError, match=f"The {name}'s logits at {place} are not finite"):

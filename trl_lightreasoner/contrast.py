@@ -16,9 +16,11 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from .fused_divergence import can_fuse, fused_divergence
 
-# Elements of one fp32 chunk (rows x vocabulary): 2**25 is 128 MiB, 220 rows of Qwen2.5's vocabulary
-CHUNK_ELEMENTS = 2**25
+
+# Elements of one fp32 chunk (rows x vocabulary): 2**26 is 256 MiB, 442 rows of Qwen2.5's vocabulary
+CHUNK_ELEMENTS = 2**26
 
 
 class ContrastedSteps(NamedTuple):
@@ -175,30 +177,28 @@ def contrast_steps(
     ```
     """
     rows = _rows_per_chunk(expert_logits)
-    divergences, labels = [], []
-    for start in range(0, len(expert_logits), rows):
-        expert = expert_logits[start : start + rows].float()
-        amateur = amateur_logits[start : start + rows].to(expert.device).float()
-        _check_finite("expert", expert, start)
-        _check_finite("amateur", amateur, start)
-        mask = plausibility_mask(expert, alpha)
-        expert, amateur = expert.log_softmax(-1), amateur.log_softmax(-1)
-        divergence = step_divergence(expert, amateur)
-        divergences.append(divergence)
-        kept = divergence >= beta
-        if kept.any():
-            mask = mask[kept]
-            label = contrastive_label(expert[kept], amateur[kept], mask)
-            # topk keeps the dense rows no longer than the chunk lives; outside a row's own support it picks zeros
-            labels.append(label.topk(int(mask.sum(-1).max())))
-    divergence = torch.cat(divergences) if divergences else expert_logits.new_zeros(0, dtype=torch.float32)
-    support = max((label.values.shape[1] for label in labels), default=0)
-    empty = divergence.new_zeros(0, support)
+    amateur_logits = amateur_logits.to(expert_logits.device)
+    if can_fuse(expert_logits, amateur_logits):
+        divergence = fused_divergence(expert_logits, amateur_logits)
+    else:
+        chunks = zip(expert_logits.split(rows), amateur_logits.split(rows), strict=True)
+        divergence = torch.cat([step_divergence(*map(_log_softmax, chunk)) for chunk in chunks])
+    # One logit that is NaN or infinite is enough to make it so
+    if not divergence.isfinite().all():
+        _refuse_nonfinite(expert_logits, amateur_logits)
+    kept = divergence >= beta
+    labels = []
+    for steps in kept.nonzero()[:, 0].split(rows):
+        mask = plausibility_mask(expert_logits[steps].float(), alpha)
+        label = contrastive_label(_log_softmax(expert_logits[steps]), _log_softmax(amateur_logits[steps]), mask)
+        # topk keeps the dense rows no longer than the chunk lives; outside a row's own support it picks zeros
+        labels.append(label.topk(int(mask.sum(-1).max()) if len(mask) else 0))
+    support = max(label.values.shape[1] for label in labels)
     return ContrastedSteps(
         kl_divergence=divergence,
-        kept=divergence >= beta,
-        label_ids=torch.cat([_widen(label.indices, support) for label in labels] or [empty.long()]),
-        label_probs=torch.cat([_widen(label.values, support) for label in labels] or [empty]),
+        kept=kept,
+        label_ids=torch.cat([_widen(label.indices, support) for label in labels]),
+        label_probs=torch.cat([_widen(label.values, support) for label in labels]),
     )
 
 
@@ -240,7 +240,7 @@ def contrastive_loss(logits: torch.Tensor, label_ids: torch.Tensor, label_probs:
 def _chunk_loss(
     logits: torch.Tensor, label_ids: torch.Tensor, label_probs: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    logps = logits.float().log_softmax(-1)
+    logps = _log_softmax(logits)
     # xlogy is 0 where the probability is 0, so padding adds nothing
     negative_entropy = torch.special.xlogy(label_probs, label_probs).sum(-1)
     divergence = negative_entropy - (label_probs * logps.gather(-1, label_ids)).sum(-1)
@@ -255,10 +255,15 @@ def _rows_per_chunk(logits: torch.Tensor) -> int:
     return max(1, CHUNK_ELEMENTS // max(1, logits.shape[-1]))
 
 
-def _check_finite(name: str, logits: torch.Tensor, start: int) -> None:
-    finite = logits.isfinite().all(-1)
-    if not finite.all():
-        raise NonFiniteLogitsError(name, start + int(finite.logical_not().nonzero()[0]))
+def _refuse_nonfinite(expert_logits: torch.Tensor, amateur_logits: torch.Tensor) -> None:
+    for name, logits in (("expert", expert_logits), ("amateur", amateur_logits)):
+        for row, values in enumerate(logits):
+            if not values.isfinite().all():
+                raise NonFiniteLogitsError(name, row)
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    return logits.float().log_softmax(-1)
 
 
 def _widen(values: torch.Tensor, width: int) -> torch.Tensor:

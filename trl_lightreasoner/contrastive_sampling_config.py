@@ -57,8 +57,9 @@ class ContrastiveSamplingConfig:
         max_prompt_length (`int`, *optional*):
             Prompts of more tokens than this are skipped and counted; none is ever cut. If `None`, only prompts that
             leave no room in the models' context are skipped.
-        per_device_batch_size (`int`, *optional*, defaults to `16`):
-            Number of prompts processed together. It is halved when memory runs out.
+        per_device_batch_size (`int`, *optional*):
+            Number of prompts whose completions are generated together. If `None`, as many as the memory of a CUDA GPU
+            allows, 512 at most, and 16 on other devices. It is halved when memory runs out.
     """
 
     output_dir: str = field(
@@ -129,9 +130,12 @@ class ContrastiveSamplingConfig:
             "prompts that leave no room in the models' context are skipped."
         },
     )
-    per_device_batch_size: int = field(
-        default=16,
-        metadata={"help": "Number of prompts processed together. It is halved when memory runs out."},
+    per_device_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of prompts whose completions are generated together. If `None`, as many as the memory of "
+            "a CUDA GPU allows, 512 at most, and 16 on other devices. It is halved when memory runs out."
+        },
     )
 
     def __post_init__(self):
@@ -156,7 +160,7 @@ class ContrastiveSamplingConfig:
             )
         for name in ("max_new_tokens", "max_prompt_length", "per_device_batch_size"):
             value = getattr(self, name)
-            if value is None and name == "max_prompt_length":
+            if value is None and name != "max_new_tokens":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a whole number, 1 or more, got {value!r}.")

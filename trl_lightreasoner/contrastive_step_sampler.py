@@ -2,9 +2,11 @@
 
 import hashlib
 import importlib.metadata
+import math
 import platform
 import signal
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,9 +23,10 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from . import __version__
 from .contrastive_sampling_config import ContrastiveSamplingConfig
 from .generation import find_eos_ids, generate_greedy
+from .graph_generation import generate_greedy_by_graph, rows_that_fit, why_no_graph
 from .models import add_quantization, describe_model, load_config, load_model, load_tokenizer, weight_fingerprint
 from .processes import Processes
-from .prompts import check_prompts, encode_row
+from .prompts import check_prompts, encode_rows
 from .scoring import Trajectory, TrajectoryScores, score_trajectories
 from .step_dataset import kl_quantiles
 from .step_writer import StepWriter
@@ -147,18 +150,24 @@ class ContrastiveStepSampler:
 
         scoring_only = "completion" in dataset.column_names
         columns = ["prompt_ids", "completion_ids"] if scoring_only else ["prompt_ids"]
-        # A function of the module: `map` hashes all that it is given to find its cache, which must not hold the models
+        # With a fingerprint of ours `map` need not hash what it is given, which for a tokenizer takes seconds
         encoded = dataset.with_format(None).map(
             _encode,
             with_indices=True,
+            batched=True,
             fn_kwargs={"tokenizer": self.processing_class, "eos_ids": set(self.eos_ids)},
             remove_columns=dataset.column_names,
             features=Features({column: List(Value("int32")) for column in columns}),
+            keep_in_memory=True,
+            new_fingerprint=uuid.uuid4().hex,
             desc="Tokenizing prompts",
         )
         plan = self._plan(encoded, scoring_only)
         self.expert = load_model(self.expert, **self._expert_kwargs)
         self.amateur = load_model(self.amateur, **self._amateur_kwargs)
+        self._by_graph = self.expert.device.type == "cuda" and not scoring_only
+        if self._by_graph and (reason := why_no_graph(self.expert)) is not None:
+            self._generate_plainly(reason)
         try:
             columns = {name: str(feature) for name, feature in dataset.features.items()}
             done = self.processes.on_main(
@@ -169,7 +178,8 @@ class ContrastiveStepSampler:
             order = [item for item in plan if item[0] not in done]
             if len(order) < len(plan):
                 logger.warning(f"{len(plan) - len(order):,} of {len(plan):,} prompts are sampled already.")
-            self._sample(encoded, self._share(order), writer, scoring_only)
+            batch_size = self.processes.on_main(lambda: self._batch_size(encoded, order, scoring_only))
+            self._sample(encoded, self._share(order, batch_size), batch_size, writer, scoring_only)
             self.processes.on_main(lambda: writer.finish({index for index, _ in plan}))
             sampled = writer.load()
         finally:
@@ -183,18 +193,35 @@ class ContrastiveStepSampler:
             )
         return sampled
 
-    def _share(self, order: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    def _batch_size(self, encoded: Dataset, order: list[tuple[int, int]], scoring_only: bool) -> int:
+        if self.args.per_device_batch_size is not None or not order:
+            return self.args.per_device_batch_size or 1
+        if scoring_only or self.expert.device.type != "cuda":
+            return 16
+        index, room = order[0]  # the longest
+        most = rows_that_fit(self.expert, len(encoded[index]["prompt_ids"]) + room)
+        # Batches of one size, as many for every process
+        count = self.processes.count
+        return math.ceil(len(order) / (count * math.ceil(len(order) / (count * most))))
+
+    def _share(self, order: list[tuple[int, int]], batch_size: int) -> list[tuple[int, int]]:
         """What this process samples: every batch as a single process would form it, dealt out one by one."""
         batches = []
         for item in order:
-            if not batches or batches[-1][0][1] != item[1] or len(batches[-1]) == self.args.per_device_batch_size:
+            if not batches or batches[-1][0][1] != item[1] or len(batches[-1]) == batch_size:
                 batches.append([])
             batches[-1].append(item)
         return [item for batch in self.processes.share(batches) for item in batch]
 
-    def _sample(self, encoded: Dataset, order: list[tuple[int, int]], writer: StepWriter, scoring_only: bool) -> None:
+    def _sample(
+        self,
+        encoded: Dataset,
+        order: list[tuple[int, int]],
+        batch_size: int,
+        writer: StepWriter,
+        scoring_only: bool,
+    ) -> None:
         num_steps = num_kept = start = 0
-        batch_size = self.args.per_device_batch_size
         own = {"main_process_only": self.processes.count == 1}  # what each process says for itself
         with (
             _evaluating(self.expert, self.amateur),
@@ -274,11 +301,7 @@ class ContrastiveStepSampler:
     def _run(
         self, indices: list[int], rows: dict[str, list], room: int | None
     ) -> tuple[list[Trajectory], list[TrajectoryScores]]:
-        completions = (
-            rows["completion_ids"]
-            if room is None
-            else generate_greedy(self.expert, rows["prompt_ids"], self.expert_vocabulary, self.eos_ids, room)
-        )
+        completions = rows["completion_ids"] if room is None else self._generate(rows["prompt_ids"], room)
         trajectories = [Trajectory(*ids) for ids in zip(rows["prompt_ids"], completions, strict=True)]
         scores = score_trajectories(
             self.expert,
@@ -291,6 +314,21 @@ class ContrastiveStepSampler:
             names=[f"row {index}" for index in indices],
         )
         return trajectories, scores
+
+    def _generate(self, prompt_ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        arguments = (self.expert, prompt_ids, self.expert_vocabulary, self.eos_ids, max_new_tokens)
+        if self._by_graph:
+            try:
+                return generate_greedy_by_graph(*arguments)
+            except RuntimeError as error:
+                if should_reduce_batch_size(error):
+                    raise
+                self._generate_plainly(str(error).splitlines()[0])
+        return generate_greedy(*arguments)
+
+    def _generate_plainly(self, reason: str) -> None:
+        self._by_graph = False
+        logger.warning(f"Completions are made by `generate`, which is slower than CUDA graphs: {reason}.")
 
     def _columns(
         self, trajectories: list[Trajectory], scores: list[TrajectoryScores], scoring_only: bool
@@ -344,12 +382,10 @@ class ContrastiveStepSampler:
 
 
 def _encode(
-    row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase, eos_ids: set[int]
-) -> dict[str, list[int]]:
-    try:
-        return encode_row(row, tokenizer, eos_ids)
-    except ValueError as error:
-        raise ValueError(f"Row {index}: {error}") from None
+    batch: dict[str, list], indices: list[int], tokenizer: PreTrainedTokenizerBase, eos_ids: set[int]
+) -> dict[str, list[list[int]]]:
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    return encode_rows(rows, tokenizer, eos_ids, first_row=indices[0])
 
 
 @contextmanager

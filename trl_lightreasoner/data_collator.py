@@ -56,9 +56,8 @@ class DataCollatorForLightReasoner(DataCollatorMixin):
             "input_ids": torch.full((num_rows, length), self.pad_token_id),
             "attention_mask": torch.zeros(num_rows, length, dtype=torch.long),
             "step_mask": torch.zeros(num_rows, length, dtype=torch.bool),
-            "label_ids": torch.zeros(num_rows, num_steps, support, dtype=torch.long),
-            "label_probs": torch.zeros(num_rows, num_steps, support),
         }
+        label_ids, label_probs = [], []
         for row, (example, row_length) in enumerate(zip(examples, lengths, strict=True)):
             start = length - row_length if self.padding_side == "left" else 0
             ids = (example["prompt_ids"] + example["completion_ids"])[:row_length]
@@ -67,11 +66,12 @@ class DataCollatorForLightReasoner(DataCollatorMixin):
             # The step t is predicted at the token before it
             before_step = start + len(example["prompt_ids"]) - 1
             batch["step_mask"][row, [before_step + t for t in example["step_positions"]]] = True
-            for step, (ids, probs) in enumerate(zip(example["label_ids"], example["label_probs"], strict=True)):
-                batch["label_ids"][row, step, : len(ids)] = torch.tensor(ids)
-                batch["label_probs"][row, step, : len(probs)] = torch.tensor(probs)
-                # Padding repeats a token of the label, which is sure to be one of the vocabulary
-                batch["label_ids"][row, step, len(ids) :] = ids[0]
+            # Padding repeats a token of the label, which is sure to be one of the vocabulary
+            labels = [ids + ids[:1] * (support - len(ids)) for ids in example["label_ids"]]
+            label_ids.append(labels + [[0] * support] * (num_steps - len(labels)))
+            labels = [probs + [0.0] * (support - len(probs)) for probs in example["label_probs"]]
+            label_probs.append(labels + [[0.0] * support] * (num_steps - len(labels)))
+        batch["label_ids"], batch["label_probs"] = torch.tensor(label_ids), torch.tensor(label_probs)
         if self.padding_side == "left":
             batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
         return batch

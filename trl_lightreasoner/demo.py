@@ -135,14 +135,13 @@ def solve(model, tokenizer, problems: list[dict]) -> list[tuple[str, bool]]:
     from .demo_task import extract_answer
     from .generation import find_eos_ids, generate_greedy
     from .models import get_base_model
-    from .prompts import encode_row
+    from .prompts import encode_rows
     from .vocabulary import model_vocabulary
 
     vocabulary = model_vocabulary(tokenizer, get_base_model(model).config.vocab_size)
     eos_ids = find_eos_ids(model, tokenizer)
-    prompt_ids = [
-        encode_row({"prompt": as_prompt(problem)}, tokenizer, set(eos_ids))["prompt_ids"] for problem in problems
-    ]
+    rows = [{"prompt": as_prompt(problem)} for problem in problems]
+    prompt_ids = encode_rows(rows, tokenizer, set(eos_ids))["prompt_ids"]
     completion_ids = generate_greedy(model, prompt_ids, vocabulary, eos_ids, max_new_tokens=128)
     answers = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
     return [

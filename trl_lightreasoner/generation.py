@@ -84,10 +84,11 @@ def generate_greedy(
             generation_config=config,
             logits_processor=LogitsProcessorList([OnlyTokens(vocabulary, base.config.get_text_config().vocab_size)]),
         )
-    return [_cut_after_eos(ids, set(eos_ids)) for ids in output[:, length:].tolist()]
+    return [cut_after_eos(ids, set(eos_ids)) for ids in output[:, length:].tolist()]
 
 
-def _cut_after_eos(ids: list[int], eos_ids: set[int]) -> list[int]:
+def cut_after_eos(ids: list[int], eos_ids: set[int]) -> list[int]:
+    """The ids up to the first EOS, which is kept."""
     for position, token_id in enumerate(ids):
         if token_id in eos_ids:
             return ids[: position + 1]

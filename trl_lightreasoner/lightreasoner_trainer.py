@@ -1,13 +1,13 @@
 """`LightReasonerTrainer`: fine-tunes an expert on the kept steps of a Dataset, `D_KL(v_C || pi_theta)` at each."""
 
 import copy
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import get_total_norm
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -30,6 +30,7 @@ from .lightreasoner_config import LightReasonerConfig
 from .models import (
     accepts_logits_to_keep,
     add_quantization,
+    attention_backends,
     forward_at,
     get_base_model,
     hub_kwargs,
@@ -39,6 +40,7 @@ from .models import (
     load_tokenizer,
     settle_4bit_layers,
 )
+from .packed_attention import can_pack, is_packed, pack, packed_attention
 from .provenance import warn_of_another_expert
 from .step_dataset import STEP_COLUMNS
 from .step_writer import check_folder
@@ -80,8 +82,8 @@ class SkipNonFiniteUpdates(TrainerCallback):
             return
         grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         grads = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
-        broken = sum((~grad.isfinite().all()).to(accelerator.device, torch.float32) for grad in grads)
-        broken = accelerator.reduce(torch.as_tensor(broken, device=accelerator.device), reduction="sum")
+        broken = (~get_total_norm(grads).isfinite()).to(accelerator.device, torch.float32)
+        broken = accelerator.reduce(broken, reduction="sum")
         if not broken:
             self.in_a_row = 0
             return
@@ -317,6 +319,8 @@ class LightReasonerTrainer(Trainer):
                 "are visible to a single process. Launch the script with `accelerate launch` or `torchrun`, or make a "
                 "single GPU visible with `CUDA_VISIBLE_DEVICES`."
             )
+        is_half = args.bf16 or args.fp16 or get_base_model(model).dtype in (torch.bfloat16, torch.float16)
+        self._packs = args.device.type == "cuda" and is_half and can_pack(model)
         self.skip_nonfinite_updates = SkipNonFiniteUpdates(self)
         self.add_callback(self.skip_nonfinite_updates)
 
@@ -364,7 +368,14 @@ class LightReasonerTrainer(Trainer):
         label_probs = inputs["label_probs"]
         is_step = label_probs.sum(-1) > 0
         model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
-        outputs = forward_at(model, inputs["step_mask"], self._accepts_logits_to_keep, **model_inputs)
+        step_mask = inputs["step_mask"]
+        if is_packed(self.accelerator.unwrap_model(model)):
+            model_inputs = pack({"input_ids": inputs["input_ids"], "step_mask": step_mask}, inputs["attention_mask"])
+            step_mask = model_inputs.pop("step_mask")
+        elif (inputs["attention_mask"].diff(dim=-1) <= 0).all():
+            # Padding behind the tokens, where no causal model looks: without a mask the fastest attention applies
+            del model_inputs["attention_mask"]
+        outputs = forward_at(model, step_mask, self._accepts_logits_to_keep, **model_inputs)
         outputs.steps = contrastive_loss(
             self.vocabulary.select(outputs.logits),
             self.vocabulary.columns_of(inputs["label_ids"][is_step]),
@@ -386,11 +397,12 @@ class LightReasonerTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args, **kwargs):
-        # cuDNN's attention can return NaN from the backward pass of a padded batch, for a loss that is finite (seen
-        # with torch 2.11 on an H100, bf16)
-        backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        with sdpa_kernel(backends) if self.accelerator.device.type == "cuda" else nullcontext():
+        with attention_backends(self.accelerator.device), self._attention():
             return super().training_step(*args, **kwargs)
+
+    def _attention(self) -> AbstractContextManager:
+        # Around the backward pass as well, in which activation checkpointing calls the layers again
+        return packed_attention(self.accelerator.unwrap_model(self.model)) if self._packs else nullcontext()
 
     def prediction_step(
         self,
@@ -400,7 +412,7 @@ class LightReasonerTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ):
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self._attention(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         row, _ = (inputs["label_probs"].sum(-1) > 0).nonzero(as_tuple=True)
         steps = outputs.steps

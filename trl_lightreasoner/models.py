@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError  # raised for files that hold more than tensors; none is read that way
 from typing import Any
@@ -12,6 +13,7 @@ from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -19,18 +21,22 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    DynamicCache,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     logging,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 
 logger = logging.get_logger(__name__)
 
+# Classes of models that change what their output head returns, as far as they were met
+_CHANGE_LOGITS: set[type] = set()
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf")
 _VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json", "tokenization*.py")
 
@@ -383,6 +389,26 @@ def accepts_logits_to_keep(model: torch.nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(get_base_model(model).forward).parameters
 
 
+def has_full_attention(model: torch.nn.Module) -> bool:
+    """
+    Whether every layer attends to all tokens before its own by PyTorch's scaled dot product, so that whoever masks or
+    packs tokens differently gets what the model means.
+    """
+    config = get_base_model(model).config
+    layers = {type(layer) for layer in DynamicCache(config=config).layers}
+    return config._attn_implementation == "sdpa" and layers == {DynamicLayer}
+
+
+def attention_backends(device: torch.device) -> AbstractContextManager:
+    """
+    PyTorch's kernels of the scaled dot product without cuDNN's, which can return NaN from the backward pass of a
+    padded batch for a loss that is finite (seen with torch 2.11 on an H100, bf16).
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 def forward_at(model: torch.nn.Module, positions: torch.Tensor, to_keep: bool, **inputs: torch.Tensor) -> Any:
     """
     Run `model` and keep the logits of chosen positions only.
@@ -406,6 +432,41 @@ def forward_at(model: torch.nn.Module, positions: torch.Tensor, to_keep: bool, *
         _check_logits(model, outputs)
         outputs.logits = outputs.logits[positions.to(outputs.logits.device)]
     return outputs
+
+
+def hidden_states_at(model: torch.nn.Module, positions: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor | None:
+    """
+    What the output head would get at chosen positions.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        positions (`torch.Tensor` of shape `(batch, length)`, bool): True where hidden states are wanted.
+        inputs: `input_ids` and so on.
+
+    Returns:
+        `(positions.sum(), hidden_size)`, in the order of the batch's rows, from which `get_output_embeddings()` makes
+        the logits; or `None` for models whose logits are not what their head returns, which some scale or cap.
+    """
+    base = get_base_model(model)
+    head = base.get_output_embeddings()
+    if head is None or not accepts_logits_to_keep(model) or type(base) in _CHANGE_LOGITS:
+        return None
+    own = vars(head).get("forward")  # of a model on several devices
+    head.forward = lambda hidden_states: hidden_states
+    try:
+        passed_on = []
+        with head.register_forward_hook(lambda module, args, output: passed_on.append(output)):
+            outputs = model(**inputs, logits_to_keep=positions, use_cache=False)
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own
+    _check_logits(model, outputs)
+    if len(passed_on) != 1 or outputs.logits is not passed_on[0]:
+        _CHANGE_LOGITS.add(type(base))
+        return None
+    return outputs.logits
 
 
 def _check_logits(model: torch.nn.Module, outputs: Any) -> None:

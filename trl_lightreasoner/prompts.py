@@ -37,30 +37,63 @@ def check_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos_ids: set[int]) -> dict[str, list[int]]:
+def encode_rows(
+    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, eos_ids: set[int], first_row: int = 0
+) -> dict[str, list[list[int]]]:
     """
-    Token ids of one row.
+    Token ids of rows of one dataset.
 
     Args:
-        row (`dict`): A row with `prompt` and, if there is one to score, `completion`; text or messages.
+        rows (`list[dict]`): Rows with `prompt` and, if there is one to score, `completion`; text or messages.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's.
         eos_ids (`set[int]`): Tokens that end a completion. What a chat template puts behind the last of them is no
             part of the answer and is left out.
+        first_row (`int`): Number of the first row, for error messages.
 
     Returns:
-        `dict` with `prompt_ids`, empty for an empty prompt, and `completion_ids` if there is a completion.
+        `dict` with `prompt_ids` of each row, empty for an empty prompt, and `completion_ids` if there are completions.
 
     Raises:
-        `ValueError`: If the row is not as TRL's conventions say.
+        `ValueError`: If a row is not as TRL's conventions say; names the row.
 
     Example:
 
     ```python
-    >>> encode_row({"prompt": "2+2=", "completion": "4"}, tokenizer, eos_ids={0})
-    {'prompt_ids': [17, 10, 17, 28], 'completion_ids': [19]}
+    >>> encode_rows([{"prompt": "2+2=", "completion": "4"}], tokenizer, eos_ids={0})
+    {'prompt_ids': [[17, 10, 17, 28]], 'completion_ids': [[19]]}
 
     ```
     """
+    texts = []
+    for number, row in enumerate(rows, first_row):
+        try:
+            texts.append(_as_text(row, tokenizer))
+        except ValueError as error:
+            raise ValueError(f"Row {number}: {error}") from None
+    # All prompts in one call, which a tokenizer spreads over the processor's cores
+    prompt_ids = tokenizer([text["prompt"] for text in texts], add_special_tokens=False)["input_ids"]
+    has_bos = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    encoded = {"prompt_ids": []}
+    if "completion" in rows[0]:
+        encoded["completion_ids"] = []
+    for row, text, ids in zip(rows, texts, prompt_ids, strict=True):
+        conversational = not isinstance(row["prompt"], str)
+        # A template brings its own BOS, so that only plain text needs one
+        with_bos = has_bos and not conversational and ids[:1] != [tokenizer.bos_token_id]
+        encoded["prompt_ids"].append([tokenizer.bos_token_id] * with_bos + ids if text["prompt"] else [])
+        if "completion" in row:
+            completion_ids = []
+            if text["prompt"]:
+                completion_ids = encode_continuation(text["prompt"], ids, text["completion"], tokenizer)
+            if conversational:
+                last_eos = max((i for i, token_id in enumerate(completion_ids) if token_id in eos_ids), default=None)
+                completion_ids = completion_ids[: None if last_eos is None else last_eos + 1]
+            encoded["completion_ids"].append(completion_ids)
+    return encoded
+
+
+def _as_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """`prompt`, and `completion` if there is one, of a row that was checked, the chat template applied."""
     prompt, completion = row["prompt"], row.get("completion")
     if not isinstance(prompt, str | list):
         raise ValueError(
@@ -72,7 +105,7 @@ def encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos_ids:
             "the column to let the expert answer."
         )
     if len(prompt) == 0:
-        return {"prompt_ids": []} if completion is None else {"prompt_ids": [], "completion_ids": []}
+        return {"prompt": ""}
     keys = [key for key in ("prompt", "completion", "chat_template_kwargs") if row.get(key) is not None]
     text = {key: row[key] for key in keys}
     conversational = is_conversational({"prompt": prompt}) and isinstance(completion, list | None)
@@ -81,26 +114,17 @@ def encode_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, eos_ids:
             "`prompt` and `completion` must both be text or both be lists of messages with `role` and `content`, got "
             f"{prompt!r}" + (f" and {completion!r}." if "completion" in row else ".")
         )
-    if conversational:
-        if completion is not None and len(completion) != 1:
-            raise ValueError(f"`completion` must be one assistant message, got {len(completion)} of them.")
-        for column, messages in {"prompt": prompt, "completion": completion or []}.items():
-            for message in messages:
-                _check_message(message, column)
-        try:
-            text = apply_chat_template(text, tokenizer, tools=row.get("tools"))
-        except TemplateError as error:
-            raise ValueError(f"The chat template refuses the messages {prompt!r}: {error}.") from None
-    prompt_ids = tokenizer(text["prompt"], add_special_tokens=False)["input_ids"]
-    # A template brings its own BOS, so that only plain text needs one
-    encoded = {"prompt_ids": prompt_ids if conversational else with_bos(prompt_ids, tokenizer)}
-    if completion is not None:
-        completion_ids = encode_continuation(text["prompt"], prompt_ids, text["completion"], tokenizer)
-        if conversational:
-            last_eos = max((i for i, token_id in enumerate(completion_ids) if token_id in eos_ids), default=None)
-            completion_ids = completion_ids[: None if last_eos is None else last_eos + 1]
-        encoded["completion_ids"] = completion_ids
-    return encoded
+    if not conversational:
+        return text
+    if completion is not None and len(completion) != 1:
+        raise ValueError(f"`completion` must be one assistant message, got {len(completion)} of them.")
+    for column, messages in {"prompt": prompt, "completion": completion or []}.items():
+        for message in messages:
+            _check_message(message, column)
+    try:
+        return apply_chat_template(text, tokenizer, tools=row.get("tools"))
+    except TemplateError as error:
+        raise ValueError(f"The chat template refuses the messages {prompt!r}: {error}.") from None
 
 
 def _check_message(message: Any, column: str) -> None:
@@ -128,11 +152,3 @@ def encode_continuation(
     if together[: len(prompt_ids)] == prompt_ids:
         return together[len(prompt_ids) :]
     return tokenizer(continuation, add_special_tokens=False)["input_ids"]
-
-
-def with_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """`ids` with BOS before them where the tokenizer puts one before a text, unless the text brought its own."""
-    bos = tokenizer.bos_token_id
-    if bos is None or ids[:1] == [bos] or tokenizer("")["input_ids"][:1] != [bos]:
-        return ids
-    return [bos, *ids]

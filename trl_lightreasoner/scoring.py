@@ -1,12 +1,19 @@
 """From trajectories to kept steps: one forward pass a trajectory and model, then the contrast at every step."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from .contrast import NonFiniteLogitsError, contrast_steps
-from .models import accepts_logits_to_keep, forward_at, get_base_model
+from .contrast import ContrastedSteps, NonFiniteLogitsError, contrast_steps
+from .models import accepts_logits_to_keep, attention_backends, forward_at, get_base_model, hidden_states_at
 from .vocabulary import Vocabulary
+
+
+# Tokens in one pass through the layers: enough to fill a GPU
+GROUP_TOKENS = 2**14
+# Logits of a model that exist at a time: 0.5 GiB in half precision, 1,766 steps of Qwen2.5's vocabulary
+PART_LOGITS = 2**28
 
 
 class Trajectory(NamedTuple):
@@ -47,8 +54,9 @@ def score_trajectories(
     """
     Divergence and labels of every step of a batch of trajectories.
 
-    Both models read the same ids, prompt and completion, once. The logits at the last token of a context are the
-    distribution of the token that follows it, so the step t of a completion is read at position len(prompt) + t - 1.
+    Both models read the same ids, prompt and completion, once, some trajectories of like length at a time. The logits
+    at the last token of a context are the distribution of the token that follows it, so the step t of a completion is
+    read at position len(prompt) + t - 1.
 
     Args:
         expert (`torch.nn.Module`): pi_E, in eval mode.
@@ -66,53 +74,118 @@ def score_trajectories(
     Raises:
         [`NonFiniteLogitsError`]: If a model's logits are NaN or infinite; names the trajectory and the step.
     """
-    lengths = [len(prompt) + len(completion) - 1 for prompt, completion in trajectories]
-    input_ids = torch.zeros(len(trajectories), max(lengths), dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    positions = torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, ((prompt, completion), length) in enumerate(zip(trajectories, lengths, strict=True)):
-        input_ids[row, :length] = torch.tensor(prompt + completion[:-1])
-        attention_mask[row, :length] = 1
-        positions[row, len(prompt) - 1 : length] = True
-
-    logits = [_logits_at(model, positions, input_ids, attention_mask) for model in (expert, amateur)]
-    try:
-        steps = contrast_steps(*(vocabulary.select(each) for each in logits), alpha=alpha, beta=beta)
-    except NonFiniteLogitsError as error:
-        steps_of = [(i, t) for i, (_, completion) in enumerate(trajectories) for t in range(len(completion))]
-        i, t = steps_of[error.row]
-        place = f"step {t} of {names[i] if names else f'trajectory {i}'}"
-        raise NonFiniteLogitsError(error.model, error.row, place) from None
-    label_ids, label_probs = vocabulary.ids_of(steps.label_ids).tolist(), steps.label_probs.tolist()
-    # A label over the shared tokens cannot speak of a step at which the expert takes a token that is not shared
-    readable = vocabulary.contains(torch.tensor([i for _, completion in trajectories for i in completion])).tolist()
-
-    divergences, kept = steps.kl_divergence.tolist(), steps.kept.tolist()
-    scores, step, label = [], 0, 0
-    for _, completion in trajectories:
-        divergence = divergences[step : step + len(completion)]
-        row = TrajectoryScores(divergence, [], [], [])
-        for t in range(len(completion)):
-            if kept[step]:
-                if readable[step] and (t > 0 or include_first_step):
-                    support = [(i, p) for i, p in zip(label_ids[label], label_probs[label], strict=True) if p > 0]
-                    row.step_positions.append(t)
-                    row.label_ids.append([i for i, _ in support])
-                    row.label_probs.append([p for _, p in support])
-                label += 1
-            step += 1
-        scores.append(row)
+    models = (expert, amateur)
+    scores: list[TrajectoryScores | None] = [None] * len(trajectories)
+    for group in group_by_length(trajectories):
+        input_ids, positions = _as_batch([trajectories[i] for i in group])
+        logits_at_steps = [_LogitsAtSteps(model, input_ids, positions) for model in models]
+        for rows in _parts(positions.sum(-1).tolist(), max(each.width for each in logits_at_steps)):
+            part = group[rows]
+            logits = [vocabulary.select(each(rows)) for each in logits_at_steps]
+            try:
+                steps = contrast_steps(*logits, alpha=alpha, beta=beta)
+            except NonFiniteLogitsError as error:
+                i, t = [(i, t) for i in part for t in range(len(trajectories[i].completion_ids))][error.row]
+                place = f"step {t} of {names[i] if names else f'trajectory {i}'}"
+                raise NonFiniteLogitsError(error.model, error.row, place) from None
+            completions = [trajectories[i].completion_ids for i in part]
+            for i, row in zip(part, _by_trajectory(steps, completions, vocabulary, include_first_step), strict=True):
+                scores[i] = row
     return scores
 
 
-def _logits_at(
-    model: torch.nn.Module, positions: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
-) -> torch.Tensor:
-    device = get_base_model(model).get_input_embeddings().weight.device
-    return forward_at(
-        model,
-        positions.to(device),
-        accepts_logits_to_keep(model),
-        input_ids=input_ids.to(device),
-        attention_mask=attention_mask.to(device),
-    ).logits
+def _by_trajectory(
+    steps: ContrastedSteps, completions: list[list[int]], vocabulary: Vocabulary, include_first_step: bool
+) -> Iterator[TrajectoryScores]:
+    divergences = steps.kl_divergence.tolist()
+    kept = steps.kept.nonzero()[:, 0].tolist()
+    labels = zip(kept, vocabulary.ids_of(steps.label_ids).tolist(), steps.label_probs.tolist(), strict=True)
+    label = next(labels, None)
+    first = 0
+    for completion in completions:
+        # A label over the shared tokens cannot speak of a step at which the expert takes a token that is not shared
+        readable = vocabulary.contains(torch.tensor(completion)).tolist()
+        row = TrajectoryScores(divergences[first : first + len(completion)], [], [], [])
+        while label is not None and (t := label[0] - first) < len(completion):
+            if readable[t] and (t > 0 or include_first_step):
+                support = [(token_id, p) for token_id, p in zip(*label[1:], strict=True) if p > 0]
+                row.step_positions.append(t)
+                row.label_ids.append([token_id for token_id, _ in support])
+                row.label_probs.append([p for _, p in support])
+            label = next(labels, None)
+        yield row
+        first += len(completion)
+
+
+def group_by_length(trajectories: list[Trajectory]) -> list[list[int]]:
+    """
+    Indices of trajectories that go through a model together: of like length, so that little is padding, and
+    `GROUP_TOKENS` tokens at most, padding included, unless a trajectory alone has more.
+
+    Example:
+
+    ```python
+    >>> trajectories = [Trajectory([1], [2, 3]), Trajectory([1, 2, 3], [4, 5]), Trajectory([1, 2], [3, 4])]
+    >>> group_by_length(trajectories)
+    [[1, 2, 0]]
+
+    ```
+    """
+    lengths = [len(prompt) + len(completion) - 1 for prompt, completion in trajectories]
+    longest_first = sorted(range(len(trajectories)), key=lambda i: -lengths[i])
+    groups = []
+    while longest_first:
+        rows = max(1, GROUP_TOKENS // lengths[longest_first[0]])
+        groups.append(longest_first[:rows])
+        longest_first = longest_first[rows:]
+    return groups
+
+
+def _as_batch(trajectories: list[Trajectory]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids, padded on the right, and where the steps are read, both `(B, L)`."""
+    lengths = [len(prompt) + len(completion) - 1 for prompt, completion in trajectories]
+    input_ids = torch.zeros(len(trajectories), max(lengths), dtype=torch.long)
+    positions = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, ((prompt, completion), length) in enumerate(zip(trajectories, lengths, strict=True)):
+        input_ids[row, :length] = torch.tensor(prompt + completion[:-1])
+        positions[row, len(prompt) - 1 : length] = True
+    return input_ids, positions
+
+
+def _parts(num_steps: list[int], width: int) -> Iterator[slice]:
+    """Rows of a batch whose logits exist together: `PART_LOGITS` of them at most, unless one row alone has more."""
+    first = size = 0
+    for row, steps in enumerate(num_steps):
+        if row > first and (size + steps) * width > PART_LOGITS:
+            yield slice(first, row)
+            first, size = row, 0
+        size += steps
+    yield slice(first, len(num_steps))
+
+
+class _LogitsAtSteps:
+    """
+    Logits of one model at the steps of a batch, `(steps, W)`, for as many rows as are asked for at a time.
+
+    A large batch goes through the layers at once, of which the hidden states at the steps are kept; the output head,
+    whose results are the larger by far, is applied to some of them at a time. Models that do something else with the
+    head's results compute some rows at a time from the beginning.
+    """
+
+    def __init__(self, model: torch.nn.Module, input_ids: torch.Tensor, positions: torch.Tensor):
+        self.model = model
+        self.width = get_base_model(model).config.get_text_config().vocab_size
+        device = get_base_model(model).get_input_embeddings().weight.device
+        self.input_ids, self.positions = input_ids.to(device), positions.to(device)
+        self.ends = [0, *positions.sum(-1).cumsum(0).tolist()]
+        with attention_backends(device):
+            self.hidden_states = hidden_states_at(model, self.positions, input_ids=self.input_ids)
+
+    def __call__(self, rows: slice) -> torch.Tensor:
+        # Padding is behind the tokens, where no causal model looks: without a mask the fastest attention applies
+        if self.hidden_states is not None:
+            head = get_base_model(self.model).get_output_embeddings()
+            return head(self.hidden_states[self.ends[rows.start] : self.ends[rows.stop]])
+        with attention_backends(self.input_ids.device):
+            positions, to_keep = self.positions[rows], accepts_logits_to_keep(self.model)
+            return forward_at(self.model, positions, to_keep, input_ids=self.input_ids[rows]).logits

@@ -5,6 +5,8 @@ models of one family can be padded differently. So what is shared is found by co
 and a column that no token owns takes no part in any probability, whatever value it holds.
 """
 
+import copy
+
 import torch
 from transformers import PreTrainedTokenizerBase, logging
 
@@ -40,6 +42,12 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def to(self, device: torch.device) -> "Vocabulary":
+        """The same vocabulary, its ids on another device."""
+        moved = copy.copy(self)
+        moved.ids = self.ids.to(device)
+        return moved
+
     def select(self, logits: torch.Tensor) -> torch.Tensor:
         """Columns of `logits` `(..., W)` in the vocabulary, `(..., len(self))`: a view where that is possible."""
         if self._is_prefix:
@@ -56,6 +64,8 @@ class Vocabulary:
 
     def contains(self, ids: torch.Tensor) -> torch.Tensor:
         """Whether each token id is in the vocabulary."""
+        if self._is_prefix:
+            return (ids >= 0) & (ids < len(self))
         return torch.isin(ids, self.ids.to(ids.device))
 
 
