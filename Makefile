@@ -1,10 +1,10 @@
-# `make demo` and `make test` work on a machine with Python >= 3.11, git and make: they set up .venv first.
+# `make demo`, `make test` and `make bench` work on a machine with Python >= 3.11, git and make: they set up .venv first.
 
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint
+.PHONY: demo test bench lint
 
 # Made anew when the declared dependencies change
 $(VENV)/ready: pyproject.toml
@@ -19,6 +19,10 @@ demo: $(VENV)/ready
 # One thread a process: two processes on two cores
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --quiet tests
+
+# The bundled pair on two cores, against the published way
+bench: $(VENV)/ready
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=2 $(BIN)/python benchmarks/speed.py --num_problems 500 --output_dir bench
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
