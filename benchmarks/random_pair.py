@@ -39,7 +39,7 @@ from trl_lightreasoner.step_dataset import STEP_FEATURES
 # tokens (alpha = 0.2) there are about two
 SPREAD = 16.0
 # How far the amateur's embeddings are off: enough to matter (beta = 0.4) at about one step in seven
-AMATEUR_NOISE = 0.04
+AMATEUR_NOISE = 0.037
 # So large that what layers of random weights add to an embedding, about 1 each, is lost
 SCALE = 1000.0
 
@@ -133,7 +133,7 @@ def random_steps(num_rows: int, num_tokens: int) -> Dataset:
     return Dataset.from_list(rows, features=Features(features))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--expert", required=True, help="Where the expert's config and the tokenizer are taken from.")
     parser.add_argument("--amateur", help="Where the amateur's config is taken from; by default the same.")
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--amateur_config", type=json.loads, default={}, help="What to change in it, as JSON.")
     parser.add_argument("--output_dir", required=True, type=Path, help="For expert, amateur and steps.parquet.")
     parser.add_argument("--num_rows", type=int, default=160, help="Rows of the Dataset.")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     torch.manual_seed(0)
     configs = {
