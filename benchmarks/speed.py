@@ -355,6 +355,12 @@ def report(results: dict[str, Any]) -> str:
 
     padding = results["padding_share"]
     share = results["kept_steps"] / results["steps"]
+    parted = ""
+    if num_parted := quality["problems"] - quality["completions_alike"]:
+        parted = (
+            f"; of the other {num_parted}, {quality['near_ties']} part at a near-tie[^4], and the largest gap between "
+            f"the two tokens' logits is {quality['largest_gap']:.3g}"
+        )
     lines = [
         f"{results['device']}, {results['dtype']}, torch {results['torch']}, transformers {results['transformers']}; "
         f"{results['problems']:,} problems, {results['steps']:,} steps, {results['kept_steps']:,} of them trained on "
@@ -373,15 +379,17 @@ def report(results: dict[str, Any]) -> str:
         "trainer is made and checks every row. Models are loaded already.",
         "",
         f"Of the {quality['problems']} problems done again in the slow way, {quality['completions_alike']} have the "
-        f"same completion; {quality['near_ties']} of the others part at a near-tie[^4], the largest gap being "
-        f"{quality['largest_gap']:.3g}. {quality['kept_steps_alike']:,} of {quality['kept_steps']:,} kept steps are "
-        f"the same, {quality['supports_alike']:,} of them with the same tokens in the label, whose probabilities "
-        f"differ by at most {quality['largest_label_difference']:.2g}, and divergences by "
+        f"same completion{parted}. {quality['kept_steps_alike']:,} of {quality['kept_steps']:,} kept steps are the "
+        f"same, {quality['supports_alike']:,} of them with the same tokens in the label, whose probabilities differ "
+        f"by at most {quality['largest_label_difference']:.2g}; divergences differ by at most "
         f"{quality['largest_kl_difference']:.2g} nats.",
-        "",
-        "[^4]: The two best logits are so close that the dtype's rounding, which differs with the shape of a batch, "
-        "decides. From there on the texts are different ones, each as good as the other.",
     ]
+    if parted:
+        lines += [
+            "",
+            "[^4]: The two best logits are so close that the dtype's rounding, which differs with the shape of a "
+            "batch, decides. From there on the texts are different ones, each as good as the other.",
+        ]
     if padding is not None:
         lines += ["", f"{padding:.1%} of the tokens that are scored are padding."]
     if repeated := note(results):
@@ -426,7 +434,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     transformers.logging.disable_progress_bar()
     tell("Loading the models")
     pair = Pair(args)
-    device = f"CPU ({torch.get_num_threads()} threads)"
+    device = f"CPU, threads: {torch.get_num_threads()}"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     results = {
