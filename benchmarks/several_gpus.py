@@ -74,13 +74,17 @@ def main() -> None:
     parser.add_argument("--num_processes", type=int, default=2, help="GPUs to use.")
     parser.add_argument("--rows", type=int, default=8, help="Whole trajectories an update, over all GPUs.")
     parser.add_argument("--updates", type=int, default=20, help="Updates a run.")
+    parser.add_argument(
+        "--trained", nargs="+", choices=TRAINED, default=list(TRAINED), help="What to train, in order."
+    )
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     results = []
     print("| trained | GPUs | first loss | last loss | largest difference from one GPU | s | peak GiB a GPU |")
     print("|---|---|---|---|---|---|---|")
-    for trained, config in RUNS:
+    runs = [run for trained in args.trained for run in RUNS if run[0] == trained]
+    for trained, config in runs:
         count = 1 if config is None else args.num_processes
         name = f"{trained} {config or 'one'}".replace(" ", "_")
         output = args.output_dir / f"{name}.json"

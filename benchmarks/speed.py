@@ -43,7 +43,7 @@ from trl_lightreasoner.demo_task import make_problems
 from trl_lightreasoner.generation import find_eos_ids, generate_greedy
 from trl_lightreasoner.models import load_model, load_tokenizer
 from trl_lightreasoner.sample import as_prompts
-from trl_lightreasoner.scoring import Trajectory, score_trajectories
+from trl_lightreasoner.scoring import Trajectory, group_by_length, score_trajectories
 from trl_lightreasoner.step_dataset import count_steps, raise_beta
 from trl_lightreasoner.vocabulary import model_vocabulary, shared_vocabulary
 
@@ -90,8 +90,6 @@ class Pair:
 
     def sample(self, prompts: Dataset) -> Measured:
         """What `ContrastiveStepSampler` makes of the prompts, everything but the loading of models included."""
-        given = self.args.per_device_batch_size
-        batch_size = {} if given is None else {"per_device_batch_size": given}
         reset_peak()
         start = clock()
         sampler = ContrastiveStepSampler(
@@ -103,13 +101,14 @@ class Pair:
                 beta=BETA,
                 max_new_tokens=self.args.max_new_tokens,
                 overwrite_output_dir=True,
-                **batch_size,
+                per_device_batch_size=self.args.per_device_batch_size,
             ),
             processing_class=self.tokenizer,
             amateur_processing_class=self.amateur_tokenizer,
         )
         dataset = sampler.sample(prompts)
         seconds = clock() - start
+        self.batch_size = sampler.batch_size
         return Measured(dataset, seconds, len(prompts) / seconds, peak_gib())
 
     def train(self, dataset: Dataset) -> tuple[Measured, float]:
@@ -181,14 +180,16 @@ def padding_share(lengths: list[int], groups: list[list[int]]) -> float:
     return 1 - sum(lengths[row] for group in groups for row in group) / padded
 
 
-def scored_padding(dataset: Dataset, batch_size: int | None) -> float | None:
+def scored_padding(dataset: Dataset, batch_size: int) -> float:
     """[`padding_share`] of the batches that `ContrastiveStepSampler` forms: longest prompts first, as many each."""
-    if batch_size is None:
-        return None
-    prompts, completions = list(dataset["prompt_ids"]), list(dataset["completion_ids"])
-    lengths = [len(prompt) + len(completion) - 1 for prompt, completion in zip(prompts, completions, strict=True)]
-    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    return padding_share(lengths, [order[i : i + batch_size] for i in range(0, len(order), batch_size)])
+    rows = zip(dataset["prompt_ids"], dataset["completion_ids"], strict=True)
+    trajectories = sorted((Trajectory(*row) for row in rows), key=lambda each: -len(each.prompt_ids))
+    lengths = [len(prompt) + len(completion) - 1 for prompt, completion in trajectories]
+    groups = []
+    for start in range(0, len(lengths), batch_size):
+        batch = group_by_length(trajectories[start : start + batch_size])
+        groups += [[start + row for row in group] for group in batch]
+    return padding_share(lengths, groups)
 
 
 def compare(pair: Pair, dataset: Dataset) -> dict[str, Any]:
@@ -296,14 +297,13 @@ def measure(pair: Pair, args: argparse.Namespace) -> dict[str, Any]:
     labels = [ids for row in kept["label_ids"] for ids in row]
     num_steps = sum(map(len, dataset["completion_ids"]))
     sample_s, train_s = args.num_problems / slice_.rate, len(labels) / trained_slice.rate
-    batch_size = args.per_device_batch_size or ContrastiveSamplingConfig.per_device_batch_size
     return {
         "problems": args.num_problems,
         "different_problems": num_different,
         "steps": num_steps,
         "kept_steps": len(labels),
         "mean_support": sum(map(len, labels)) / len(labels),
-        "padding_share": scored_padding(dataset, batch_size),
+        "padding_share": scored_padding(dataset, pair.batch_size),
         "train_rows": args.train_rows,
         "construction_s": constructed,
         "published": {
@@ -390,8 +390,7 @@ def report(results: dict[str, Any]) -> str:
             "[^4]: The two best logits are so close that the dtype's rounding, which differs with the shape of a "
             "batch, decides. From there on the texts are different ones, each as good as the other.",
         ]
-    if padding is not None:
-        lines += ["", f"{padding:.1%} of the tokens that are scored are padding."]
+    lines += ["", f"{padding:.1%} of the tokens that are scored are padding."]
     if repeated := note(results):
         lines += ["", repeated]
     if results["sizes"]:

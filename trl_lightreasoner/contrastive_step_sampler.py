@@ -178,8 +178,8 @@ class ContrastiveStepSampler:
             order = [item for item in plan if item[0] not in done]
             if len(order) < len(plan):
                 logger.warning(f"{len(plan) - len(order):,} of {len(plan):,} prompts are sampled already.")
-            batch_size = self.processes.on_main(lambda: self._batch_size(encoded, order, scoring_only))
-            self._sample(encoded, self._share(order, batch_size), batch_size, writer, scoring_only)
+            self.batch_size = self.processes.on_main(lambda: self._find_batch_size(encoded, order, scoring_only))
+            self._sample(encoded, self._share(order), writer, scoring_only)
             self.processes.on_main(lambda: writer.finish({index for index, _ in plan}))
             sampled = writer.load()
         finally:
@@ -193,7 +193,7 @@ class ContrastiveStepSampler:
             )
         return sampled
 
-    def _batch_size(self, encoded: Dataset, order: list[tuple[int, int]], scoring_only: bool) -> int:
+    def _find_batch_size(self, encoded: Dataset, order: list[tuple[int, int]], scoring_only: bool) -> int:
         if self.args.per_device_batch_size is not None or not order:
             return self.args.per_device_batch_size or 1
         if scoring_only or self.expert.device.type != "cuda":
@@ -204,24 +204,18 @@ class ContrastiveStepSampler:
         count = self.processes.count
         return math.ceil(len(order) / (count * math.ceil(len(order) / (count * most))))
 
-    def _share(self, order: list[tuple[int, int]], batch_size: int) -> list[tuple[int, int]]:
+    def _share(self, order: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """What this process samples: every batch as a single process would form it, dealt out one by one."""
         batches = []
         for item in order:
-            if not batches or batches[-1][0][1] != item[1] or len(batches[-1]) == batch_size:
+            if not batches or batches[-1][0][1] != item[1] or len(batches[-1]) == self.batch_size:
                 batches.append([])
             batches[-1].append(item)
         return [item for batch in self.processes.share(batches) for item in batch]
 
-    def _sample(
-        self,
-        encoded: Dataset,
-        order: list[tuple[int, int]],
-        batch_size: int,
-        writer: StepWriter,
-        scoring_only: bool,
-    ) -> None:
+    def _sample(self, encoded: Dataset, order: list[tuple[int, int]], writer: StepWriter, scoring_only: bool) -> None:
         num_steps = num_kept = start = 0
+        batch_size = self.batch_size
         own = {"main_process_only": self.processes.count == 1}  # what each process says for itself
         with (
             _evaluating(self.expert, self.amateur),
