@@ -1,6 +1,7 @@
 """`LightReasonerTrainer`: fine-tunes an expert on the kept steps of a Dataset, `D_KL(v_C || pi_theta)` at each."""
 
 import copy
+import os
 from contextlib import nullcontext
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -22,7 +24,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, has_length
 
 from .contrast import contrastive_loss
 from .data_collator import DataCollatorForLightReasoner
@@ -100,6 +102,14 @@ class SkipNonFiniteUpdates(TrainerCallback):
                 "weights, float16 where bfloat16 or float32 is needed, or a learning rate that is too high "
                 f"({args.learning_rate:g})."
             )
+
+
+class RememberEpochs(TrainerCallback):
+    """Lets a checkpoint say how many epochs were asked for, which a run that is resumed compares with its own."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if args.max_steps < 0:
+            state.num_train_epochs = args.num_train_epochs
 
 
 class LightReasonerTrainer(Trainer):
@@ -319,6 +329,8 @@ class LightReasonerTrainer(Trainer):
             )
         self.skip_nonfinite_updates = SkipNonFiniteUpdates(self)
         self.add_callback(self.skip_nonfinite_updates)
+        self.add_callback(RememberEpochs())
+        self._resumed: TrainerState | None = None
 
         # Sums over the kept steps since the last log: entropy, agreement, steps. Seen: steps, tokens, since the start.
         self._sums = torch.zeros(3, dtype=_sum_dtype(args.device), device=args.device)
@@ -384,6 +396,48 @@ class LightReasonerTrainer(Trainer):
             seen = torch.stack([is_step.sum(), inputs["attention_mask"].sum()]).to(sums.dtype)
             self._seen = self._seen + seen
         return (loss, outputs) if return_outputs else loss
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        file = os.path.join(folder or "", "trainer_state.json")
+        self._resumed = TrainerState.load_from_json(file) if folder and os.path.isfile(file) else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
+        values = super().set_initial_training_values(args, dataloader)
+        if (resumed := self._resumed) is None:
+            return values
+        planned = values[-1]
+        if args.max_steps < 0 and args.num_train_epochs == resumed.num_train_epochs:
+            # The same epochs stay the same updates, whatever an update holds by now
+            args = copy.copy(args)
+            args.max_steps = resumed.max_steps
+            values = super().set_initial_training_values(args, dataloader)
+        _, updates_per_epoch, *_, batches_per_epoch, max_steps = values
+        step = resumed.global_step
+        if step >= max_steps:
+            logger.warning(
+                f"Training is complete: the checkpoint has {step:,} of {max_steps:,} updates; raise `max_steps` or "
+                "`num_train_epochs` to go on."
+            )
+            # `Trainer` makes one more update in every epoch that it begins; this is how none is left to begin
+            return (step // updates_per_epoch, *values[1:])
+        # Where `Trainer` goes on: it takes all updates before for such as they are now. The last batch of an epoch, of
+        # fewer rows, moves that by less than a batch where nothing else does
+        epoch = step // updates_per_epoch
+        epoch += step % updates_per_epoch * args.gradient_accumulation_steps / batches_per_epoch
+        batches = abs(epoch - (resumed.epoch or 0)) * batches_per_epoch if has_length(dataloader) else 0
+        batch = max(1, (resumed.train_batch_size or 1) / args.per_device_train_batch_size)
+        if max_steps != planned or round(batches, 6) >= batch:
+            logger.warning(
+                "An update holds another share of the dataset than at the checkpoint: training ends after "
+                f"{max_steps:,} updates in all, and goes on at epoch {epoch:.2f} of the data instead of "
+                f"{resumed.epoch:.2f}, so that some rows are read more often than others; set `max_steps` for another "
+                "number of updates."
+            )
+        return values
 
     def training_step(self, *args, **kwargs):
         # cuDNN's attention can return NaN from the backward pass of a padded batch, for a loss that is finite (seen
