@@ -26,6 +26,7 @@ from transformers import (
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, has_length
 
+from .combinations import check_combinations
 from .contrast import contrastive_loss
 from .data_collator import DataCollatorForLightReasoner
 from .lightreasoner_config import LightReasonerConfig
@@ -222,7 +223,20 @@ class LightReasonerTrainer(Trainer):
         model_init_kwargs = dict(args.model_init_kwargs or {})
         model_init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
         model_init_kwargs = add_quantization(model_init_kwargs, model, quantization_config, "trainer")
-        config = load_config(model, **model_init_kwargs).get_text_config()
+        config = load_config(model, **model_init_kwargs)
+        trains_adapter = (
+            peft_config is not None
+            or not isinstance(model, str)  # it may hold one
+            or load_adapter_config(model, **hub_kwargs(model_init_kwargs)) is not None
+        )
+        if isinstance(model, str):
+            # All weights are trained in fp32; frozen ones stay as they were when the expert was sampled
+            model_init_kwargs.setdefault("dtype", "auto" if trains_adapter else "float32")
+        quantization = model_init_kwargs.get("quantization_config") if isinstance(model, str) else None
+        quantization = quantization or getattr(config, "quantization_config", None)
+        dtype = model_init_kwargs.get("dtype")
+        check_combinations(args, quantization, config.dtype if dtype == "auto" else dtype, trains_adapter)
+        config = config.get_text_config()
         if processing_class is None:
             processing_class = load_tokenizer(model, **model_init_kwargs)
         elif not isinstance(processing_class, PreTrainedTokenizerBase):
@@ -257,11 +271,6 @@ class LightReasonerTrainer(Trainer):
         set_seed(args.seed)
         name = model if isinstance(model, str) else None
         if isinstance(model, str):
-            # All weights are trained in fp32; frozen ones stay as they were when the expert was sampled
-            trains_adapter = (
-                peft_config is not None or load_adapter_config(model, **hub_kwargs(model_init_kwargs)) is not None
-            )
-            model_init_kwargs.setdefault("dtype", "auto" if trains_adapter else "float32")
             model_init_kwargs.setdefault("device_map", None)  # `Trainer` places the model
             model = load_model(model, is_trainable=True, **model_init_kwargs)
         else:
@@ -306,6 +315,10 @@ class LightReasonerTrainer(Trainer):
                 if parameter.requires_grad and "lora_magnitude_vector" not in parameter_name:
                     parameter.data = parameter.data.to(torch.bfloat16)
 
+        if args.use_liger_kernel:
+            # Its forward for cross entropy takes no mask of positions
+            args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
+
         # Data collator
         if data_collator is None:
             data_collator = DataCollatorForLightReasoner(pad_token_id=processing_class.pad_token_id or 0)
@@ -327,6 +340,9 @@ class LightReasonerTrainer(Trainer):
                 "are visible to a single process. Launch the script with `accelerate launch` or `torchrun`, or make a "
                 "single GPU visible with `CUDA_VISIBLE_DEVICES`."
             )
+        if is_quantized and self.accelerator.is_fsdp2:
+            # FSDP2 would cast packed 4-bit weights as if they were numbers; autocast does what is needed
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.skip_nonfinite_updates = SkipNonFiniteUpdates(self)
         self.add_callback(self.skip_nonfinite_updates)
         self.add_callback(RememberEpochs())
