@@ -24,8 +24,8 @@ TRAINED = {
     "QLoRA": ["--learning_rate", "5e-5", "--lora_dropout", "0", "--load_in_4bit", "--dtype", "bfloat16"],
     "all weights": ["--learning_rate", "1e-6", "--use_peft", "false"],
 }
-# FSDP can split 4-bit weights only if they are stored as numbers of the other weights' type
-STORAGE = ["--bnb_4bit_quant_storage", "bfloat16"]
+# FSDP2 gathers 4-bit weights unchanged only if they are stored in this type
+STORAGE = ["--bnb_4bit_quant_storage", "float32"]
 RUNS = [
     ("LoRA", None),
     ("LoRA", "ddp"),

@@ -451,6 +451,11 @@ TRAIN = [
     setting("learning_rate", "-1", r"`learning_rate` must be a finite number, 0 or more, got -1\.0\."),
     setting("weight_decay", "nan", r"`weight_decay` must be a finite number, 0 or more, got nan\."),
     setting("max_grad_norm", "nan", r"`max_grad_norm` must be a finite number, 0 or more, got nan\."),
+    setting(
+        "label_smoothing_factor",
+        "0.1",
+        r"`label_smoothing_factor` has no place in a loss whose labels are distributions; leave it out\.",
+    ),
     setting("num_train_epochs", "0", r"`num_train_epochs` must be a finite number above 0, got 0\.0\."),
     setting(
         "per_device_train_batch_size", "0", r"`per_device_train_batch_size` must be a whole number, 1 or more, .*"

@@ -10,6 +10,7 @@ import torch
 from conftest import QUESTIONS, make_model
 from datasets import Dataset, DatasetDict, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ScriptArguments
 
@@ -454,6 +455,24 @@ def test_train_resumes(train, tmp_path):
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
     assert (tmp_path / "out" / "checkpoint-1").is_dir()
+
+
+def test_train_resumes_a_finished_run_with_one_sentence(train, expert_path, tmp_path):
+    def run(*argv) -> subprocess.CompletedProcess:
+        argv = [str(arg) for arg in (*train, "--save_steps", "1", "--max_steps", "2", *argv)]
+        environment = {**os.environ, "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+        command = [sys.executable, "-m", "trl_lightreasoner.cli", *argv]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    assert run().returncode == 0
+    trained = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    resumed = run("--resume_from_checkpoint", "true")
+    assert resumed.returncode == 0
+    assert "Training is complete: the checkpoint has 2 of 2 updates; raise `max_steps`" in resumed.stderr
+    assert "Traceback" not in resumed.stderr
+    again = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert trained.keys() == again.keys() and all(torch.equal(trained[name], again[name]) for name in trained)
 
 
 @pytest.mark.parametrize("dtype", [[], ["--dtype", "auto"], ["--dtype", "float32"]])

@@ -1,13 +1,21 @@
 import copy
+import json
 
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
+
+
+@pytest.fixture(autouse=True)
+def _propagate():
+    logging.enable_propagation()
+    yield
+    logging.disable_propagation()
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -60,6 +68,88 @@ def test_resuming_from_the_last_checkpoint_of_the_output_folder(expert_path, ste
     resumed.train(resume_from_checkpoint=True)
     steps_logged = [log["step"] for log in resumed.state.log_history if "loss" in log]
     assert steps_logged == [1, 2, 3]
+
+
+# Six rows, two an update: three updates an epoch
+TWO_EPOCHS = [{"max_steps": 6}, {"max_steps": -1, "num_train_epochs": 2}, {"max_steps": -1}]
+OTHER_SHARE = r"An update holds another share of the dataset than at the checkpoint: training ends after 6 updates in "
+
+
+@pytest.mark.parametrize("asked", TWO_EPOCHS, ids=["updates", "epochs", "default"])
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "epochs"),
+    [(1, 2, None), (2, 2, "1.00 of the data instead of 0.67"), (1, 1, "0.33 of the data instead of 0.67")],
+)
+def test_the_number_of_updates_stays_when_resuming_with_another_batch(
+    asked, batch, accumulation, epochs, expert_path, steps, tmp_path, caplog
+):
+    assert len(steps) == 6
+    made = {"gradient_accumulation_steps": 1, "save_steps": 1, **asked}
+    straight = LightReasonerTrainer(expert_path, config(tmp_path / "a", **made), train_dataset=steps)
+    straight.train()
+    other = {**made, "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    resumed = LightReasonerTrainer(expert_path, config(tmp_path / "b", **other), train_dataset=steps)
+    caplog.clear()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert resumed.state.global_step == resumed.state.max_steps == straight.state.max_steps == 6
+    if epochs is None:  # the same rows an update
+        assert OTHER_SHARE not in caplog.text
+        weights = weights_of(straight.model)
+        for name, weight in weights_of(resumed.model).items():
+            torch.testing.assert_close(weight, weights[name], atol=1e-5, rtol=1e-4)
+    else:
+        assert caplog.text.count(f"{OTHER_SHARE}all, and goes on at epoch {epochs}") == 1
+    # And once more
+    again = LightReasonerTrainer(expert_path, config(tmp_path / "c", **other), train_dataset=steps)
+    caplog.clear()
+    again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-4"))
+    assert again.state.global_step == 6
+    assert same(again.model, weights_of(resumed.model))
+
+
+@pytest.mark.parametrize("more", [{"max_steps": 7}, {"max_steps": -1, "num_train_epochs": 2.3}])
+def test_a_finished_run_goes_on_when_more_is_asked_for(more, expert_path, steps, tmp_path, caplog):
+    asked = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 1}
+    LightReasonerTrainer(expert_path, config(tmp_path, **asked), train_dataset=steps).train()
+    trainer = LightReasonerTrainer(expert_path, config(tmp_path, **{**asked, **more}), train_dataset=steps)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 7
+    assert "complete" not in caplog.text and OTHER_SHARE not in caplog.text
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("max_steps", [3, 2, 1])  # three updates are an epoch, after two begins no other
+@pytest.mark.parametrize("streams", [False, True])
+def test_resuming_a_finished_run_says_so(peft_config, max_steps, streams, expert_path, steps, tmp_path, caplog):
+    dataset = steps.to_iterable_dataset() if streams else steps
+    asked = {"gradient_accumulation_steps": 1}
+
+    def trainer_of(number: int) -> LightReasonerTrainer:
+        args = config(tmp_path, **asked, max_steps=number)
+        return LightReasonerTrainer(expert_path, args, train_dataset=dataset, peft_config=copy.copy(peft_config))
+
+    finished = trainer_of(max(max_steps, 2))
+    finished.train()
+    for checkpoint in (True, str(tmp_path / f"checkpoint-{max(max_steps, 2)}")):
+        trainer = trainer_of(max_steps)
+        caplog.clear()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        (warning,) = [r.getMessage() for r in caplog.records if r.name.startswith("trl_lightreasoner")]
+        assert warning == (
+            f"Training is complete: the checkpoint has {max(max_steps, 2)} of {max_steps} updates; raise `max_steps` "
+            "or `num_train_epochs` to go on."
+        )
+        assert trainer.state.global_step == max(max_steps, 2)
+        assert same(trainer.model, weights_of(finished.model))
+    # Without a checkpoint it begins anew
+    trainer.train()
+    assert trainer.state.global_step == max_steps
+
+
+def test_a_checkpoint_says_how_many_epochs_were_asked_for(expert_path, steps, tmp_path):
+    args = config(tmp_path, max_steps=-1, num_train_epochs=0.3, gradient_accumulation_steps=1)
+    LightReasonerTrainer(expert_path, args, train_dataset=steps).train()
+    assert json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["num_train_epochs"] == 0.3
 
 
 def test_a_saved_adapter_loads_onto_its_base(expert, expert_path, tokenizer, steps, tmp_path):

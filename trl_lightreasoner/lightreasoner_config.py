@@ -144,6 +144,10 @@ class LightReasonerConfig(TrainingArguments):
         epochs = self.num_train_epochs
         if epochs is not None and not (isinstance(epochs, int | float) and 0 < epochs < float("inf")):
             raise ValueError(f"`num_train_epochs` must be a finite number above 0, got {epochs!r}.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                "`label_smoothing_factor` has no place in a loss whose labels are distributions; leave it out."
+            )
         if self.output_dir == "":
             raise ValueError(f"`output_dir` must name a folder, got {self.output_dir!r}.")
         if isinstance(self.model_init_kwargs, str):  # JSON on the command line

@@ -1,13 +1,14 @@
 """`LightReasonerTrainer`: fine-tunes an expert on the kept steps of a Dataset, `D_KL(v_C || pi_theta)` at each."""
 
 import copy
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch.nn.utils import get_total_norm
+from torch.utils.data import DataLoader
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -15,15 +16,16 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
     logging,
     set_seed,
 )
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, has_length
 
+from .callbacks import RememberEpochs, SkipNonFiniteUpdates
+from .combinations import check_combinations
 from .contrast import contrastive_loss
 from .data_collator import DataCollatorForLightReasoner
 from .lightreasoner_config import LightReasonerConfig
@@ -55,53 +57,6 @@ logger = logging.get_logger(__name__)
 _UPDATES_ONE_STEP_PER_ROW = 1000
 _UPDATE_WHOLE_TRAJECTORIES = (2, 1)
 _EPOCHS_WHOLE_TRAJECTORIES = 2.0
-
-
-class SkipNonFiniteUpdates(TrainerCallback):
-    """
-    Leaves out every update whose gradient is NaN or infinite, on all processes alike, and counts them.
-
-    Args:
-        trainer ([`LightReasonerTrainer`]): Knows the processes and the gradient scaler.
-        patience (`int`, *optional*, defaults to `3`): Updates in a row after which training stops.
-
-    Raises:
-        `FloatingPointError`: From the `patience`-th in a row on, with the likely cause. The weights are those before.
-    """
-
-    def __init__(self, trainer: "LightReasonerTrainer", patience: int = 3):
-        self.trainer = trainer
-        self.patience = patience
-        self.count = self.in_a_row = 0
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
-    ):
-        accelerator = self.trainer.accelerator
-        if accelerator.scaler is not None:  # fp16: the scaler skips such updates itself and lowers its scale
-            return
-        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        grads = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
-        broken = (~get_total_norm(grads).isfinite()).to(accelerator.device, torch.float32)
-        broken = accelerator.reduce(broken, reduction="sum")
-        if not broken:
-            self.in_a_row = 0
-            return
-        for parameter in model.parameters():
-            parameter.grad = None
-        self.count += 1
-        self.in_a_row += 1
-        logger.warning(
-            f"The gradient of update {state.global_step + 1} is not finite; the update is left out ({self.count} so "
-            "far)."
-        )
-        if self.in_a_row >= self.patience:
-            raise FloatingPointError(
-                f"The gradient was not finite {self.patience} times in a row, so training stopped at update "
-                f"{state.global_step + 1}; no such update was applied. The likely causes are NaN in the base model's "
-                "weights, float16 where bfloat16 or float32 is needed, or a learning rate that is too high "
-                f"({args.learning_rate:g})."
-            )
 
 
 class LightReasonerTrainer(Trainer):
@@ -214,7 +169,20 @@ class LightReasonerTrainer(Trainer):
         model_init_kwargs = dict(args.model_init_kwargs or {})
         model_init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
         model_init_kwargs = add_quantization(model_init_kwargs, model, quantization_config, "trainer")
-        config = load_config(model, **model_init_kwargs).get_text_config()
+        config = load_config(model, **model_init_kwargs)
+        trains_adapter = (
+            peft_config is not None
+            or not isinstance(model, str)  # it may hold one
+            or load_adapter_config(model, **hub_kwargs(model_init_kwargs)) is not None
+        )
+        if isinstance(model, str):
+            # All weights are trained in fp32; frozen ones stay as they were when the expert was sampled
+            model_init_kwargs.setdefault("dtype", "auto" if trains_adapter else "float32")
+        quantization = model_init_kwargs.get("quantization_config") if isinstance(model, str) else None
+        quantization = quantization or getattr(config, "quantization_config", None)
+        dtype = model_init_kwargs.get("dtype")
+        check_combinations(args, quantization, config.dtype if dtype == "auto" else dtype, trains_adapter)
+        config = config.get_text_config()
         if processing_class is None:
             processing_class = load_tokenizer(model, **model_init_kwargs)
         elif not isinstance(processing_class, PreTrainedTokenizerBase):
@@ -249,11 +217,6 @@ class LightReasonerTrainer(Trainer):
         set_seed(args.seed)
         name = model if isinstance(model, str) else None
         if isinstance(model, str):
-            # All weights are trained in fp32; frozen ones stay as they were when the expert was sampled
-            trains_adapter = (
-                peft_config is not None or load_adapter_config(model, **hub_kwargs(model_init_kwargs)) is not None
-            )
-            model_init_kwargs.setdefault("dtype", "auto" if trains_adapter else "float32")
             model_init_kwargs.setdefault("device_map", None)  # `Trainer` places the model
             model = load_model(model, is_trainable=True, **model_init_kwargs)
         else:
@@ -298,6 +261,10 @@ class LightReasonerTrainer(Trainer):
                 if parameter.requires_grad and "lora_magnitude_vector" not in parameter_name:
                     parameter.data = parameter.data.to(torch.bfloat16)
 
+        if args.use_liger_kernel:
+            # Its forward for cross entropy takes no mask of positions
+            args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
+
         # Data collator
         if data_collator is None:
             data_collator = DataCollatorForLightReasoner(pad_token_id=processing_class.pad_token_id or 0)
@@ -321,8 +288,13 @@ class LightReasonerTrainer(Trainer):
             )
         is_half = args.bf16 or args.fp16 or get_base_model(model).dtype in (torch.bfloat16, torch.float16)
         self._packs = args.device.type == "cuda" and is_half and can_pack(model)
+        if is_quantized and self.accelerator.is_fsdp2:
+            # FSDP2 would cast packed 4-bit weights as if they were numbers; autocast does what is needed
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.skip_nonfinite_updates = SkipNonFiniteUpdates(self)
         self.add_callback(self.skip_nonfinite_updates)
+        self.add_callback(RememberEpochs())
+        self._resumed: TrainerState | None = None
 
         # Sums over the kept steps since the last log: entropy, agreement, steps. Seen: steps, tokens, since the start.
         self._sums = torch.zeros(3, dtype=_sum_dtype(args.device), device=args.device)
@@ -395,6 +367,48 @@ class LightReasonerTrainer(Trainer):
             seen = torch.stack([is_step.sum(), inputs["attention_mask"].sum()]).to(sums.dtype)
             self._seen = self._seen + seen
         return (loss, outputs) if return_outputs else loss
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        file = os.path.join(folder or "", "trainer_state.json")
+        self._resumed = TrainerState.load_from_json(file) if folder and os.path.isfile(file) else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
+        values = super().set_initial_training_values(args, dataloader)
+        if (resumed := self._resumed) is None:
+            return values
+        planned = values[-1]
+        if args.max_steps < 0 and args.num_train_epochs == resumed.num_train_epochs:
+            # The same epochs stay the same updates, whatever an update holds by now
+            args = copy.copy(args)
+            args.max_steps = resumed.max_steps
+            values = super().set_initial_training_values(args, dataloader)
+        _, updates_per_epoch, *_, batches_per_epoch, max_steps = values
+        step = resumed.global_step
+        if step >= max_steps:
+            logger.warning(
+                f"Training is complete: the checkpoint has {step:,} of {max_steps:,} updates; raise `max_steps` or "
+                "`num_train_epochs` to go on."
+            )
+            # `Trainer` makes one more update in every epoch that it begins; this is how none is left to begin
+            return (step // updates_per_epoch, *values[1:])
+        # Where `Trainer` goes on: it takes all updates before for such as they are now. The last batch of an epoch, of
+        # fewer rows, moves that by less than a batch where nothing else does
+        epoch = step // updates_per_epoch
+        epoch += step % updates_per_epoch * args.gradient_accumulation_steps / batches_per_epoch
+        batches = abs(epoch - (resumed.epoch or 0)) * batches_per_epoch if has_length(dataloader) else 0
+        batch = max(1, (resumed.train_batch_size or 1) / args.per_device_train_batch_size)
+        if max_steps != planned or round(batches, 6) >= batch:
+            logger.warning(
+                "An update holds another share of the dataset than at the checkpoint: training ends after "
+                f"{max_steps:,} updates in all, and goes on at epoch {epoch:.2f} of the data instead of "
+                f"{resumed.epoch:.2f}, so that some rows are read more often than others; set `max_steps` for another "
+                "number of updates."
+            )
+        return values
 
     def training_step(self, *args, **kwargs):
         with attention_backends(self.accelerator.device), self._attention():
