@@ -23,7 +23,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from . import __version__
 from .contrastive_sampling_config import ContrastiveSamplingConfig
 from .generation import find_eos_ids, generate_greedy
-from .graph_generation import generate_greedy_by_graph, rows_that_fit, why_no_graph
+from .graph_generation import Generated, generate_greedy_by_graph, rows_that_fit, why_no_graph
 from .models import add_quantization, describe_model, load_config, load_model, load_tokenizer, weight_fingerprint
 from .processes import Processes
 from .prompts import check_prompts, encode_rows
@@ -165,8 +165,9 @@ class ContrastiveStepSampler:
         plan = self._plan(encoded, scoring_only)
         self.expert = load_model(self.expert, **self._expert_kwargs)
         self.amateur = load_model(self.amateur, **self._amateur_kwargs)
-        self._by_graph = self.expert.device.type == "cuda" and not scoring_only
-        if self._by_graph and (reason := why_no_graph(self.expert)) is not None:
+        reason = why_no_graph(self.expert)
+        self._by_graph = reason is None
+        if reason is not None and self.expert.device.type == "cuda" and not scoring_only:
             self._generate_plainly(reason)
         try:
             columns = {name: str(feature) for name, feature in dataset.features.items()}
@@ -295,7 +296,11 @@ class ContrastiveStepSampler:
     def _run(
         self, indices: list[int], rows: dict[str, list], room: int | None
     ) -> tuple[list[Trajectory], list[TrajectoryScores]]:
-        completions = rows["completion_ids"] if room is None else self._generate(rows["prompt_ids"], room)
+        hidden_states = None
+        if room is None:
+            completions = rows["completion_ids"]
+        else:
+            completions, hidden_states = self._generate(rows["prompt_ids"], room)
         trajectories = [Trajectory(*ids) for ids in zip(rows["prompt_ids"], completions, strict=True)]
         scores = score_trajectories(
             self.expert,
@@ -306,10 +311,11 @@ class ContrastiveStepSampler:
             beta=self.args.beta,
             include_first_step=self.args.include_first_step,
             names=[f"row {index}" for index in indices],
+            expert_hidden_states=hidden_states,
         )
         return trajectories, scores
 
-    def _generate(self, prompt_ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def _generate(self, prompt_ids: list[list[int]], max_new_tokens: int) -> Generated:
         arguments = (self.expert, prompt_ids, self.expert_vocabulary, self.eos_ids, max_new_tokens)
         if self._by_graph:
             try:
@@ -318,7 +324,7 @@ class ContrastiveStepSampler:
                 if should_reduce_batch_size(error):
                     raise
                 self._generate_plainly(str(error).splitlines()[0])
-        return generate_greedy(*arguments)
+        return Generated(generate_greedy(*arguments), None)
 
     def _generate_plainly(self, reason: str) -> None:
         self._by_graph = False

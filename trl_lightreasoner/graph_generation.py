@@ -6,6 +6,8 @@ and values lie in buffers of full length, prompts at their beginning, and each r
 """
 
 import inspect
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -21,9 +23,23 @@ PREFILL_TOKENS = 2**14
 # Steps between two looks at which rows have ended, each of which waits for the GPU
 STEPS_BETWEEN_CHECKS = 32
 # Beyond this many rows a step takes as much longer as it does more
-MAX_ROWS = 512
+MAX_ROWS = 1024
 # The kernels read whole groups of columns
 _COLUMNS = 16
+
+
+class Generated(NamedTuple):
+    """
+    What was generated.
+
+    Attributes:
+        completions (`list[list[int]]`): Continuations in the order of the prompts.
+        hidden_states (`list[torch.Tensor]`, *optional*): Of each continuation of T tokens, `(T, hidden_size)`: what
+            the output head made the distribution of each token from; `None` for a model that does more to its logits.
+    """
+
+    completions: list[list[int]]
+    hidden_states: list[torch.Tensor] | None
 
 
 class RowLayer(StaticLayer):
@@ -59,32 +75,8 @@ def why_no_graph(model: torch.nn.Module) -> str | None:
     if not getattr(base, "_can_compile_fullgraph", False):
         return f"`{type(base).__name__}` has no static form"
     if not has_full_attention(base):
-        return "it is made for full attention under attn_implementation='sdpa'"
+        return "they need full attention under attn_implementation='sdpa'"
     return None
-
-
-@torch.no_grad()
-def generate_greedy_by_graph(
-    model: torch.nn.Module,
-    prompt_ids: list[list[int]],
-    vocabulary: Vocabulary,
-    eos_ids: list[int],
-    max_new_tokens: int,
-) -> list[list[int]]:
-    """
-    What [`~trl_lightreasoner.generation.generate_greedy`] returns, from a model for which [`why_no_graph`] finds no
-    reason. In half precision, tokens that are as good as equally probable may be chosen otherwise.
-    """
-    base = get_base_model(model)
-    device = base.get_input_embeddings().weight.device
-    longest_first = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
-    with attention_backends(device):
-        decoder = _Decoder(base, [prompt_ids[i] for i in longest_first], vocabulary, eos_ids, max_new_tokens)
-        decoded = decoder.run()
-    completions = [[]] * len(prompt_ids)
-    for i, ids in zip(longest_first, decoded, strict=True):
-        completions[i] = cut_after_eos(ids, set(eos_ids))
-    return completions
 
 
 def rows_that_fit(model: torch.nn.Module, num_tokens: int) -> int:
@@ -94,15 +86,46 @@ def rows_that_fit(model: torch.nn.Module, num_tokens: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys_and_values = 2 * config.num_hidden_layers * heads * head_dim * num_tokens
-    row = (keys_and_values + 2 * config.vocab_size) * base.dtype.itemsize
+    row = (keys_and_values + config.hidden_size * num_tokens + 2 * config.vocab_size) * base.dtype.itemsize
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     # Half is left to what comes with a pass over prompts or trajectories, and to rows that make room for others
     return max(1, min(MAX_ROWS, int(free / 2) // row))
 
 
+@torch.no_grad()
+def generate_greedy_by_graph(
+    model: torch.nn.Module,
+    prompt_ids: list[list[int]],
+    vocabulary: Vocabulary,
+    eos_ids: list[int],
+    max_new_tokens: int,
+) -> Generated:
+    """
+    What [`~trl_lightreasoner.generation.generate_greedy`] returns, and how it came about, from a model for which
+    [`why_no_graph`] finds no reason. In half precision, tokens that are as good as equally probable may be chosen
+    otherwise.
+    """
+    base = get_base_model(model)
+    longest_first = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
+    decoder = _Decoder(base, [prompt_ids[i] for i in longest_first], vocabulary, eos_ids, max_new_tokens)
+    hook = base.get_output_embeddings().register_forward_hook(decoder.note_head)
+    try:
+        with attention_backends(decoder.device):
+            decoder.prefill()
+            decoder.decode()
+    finally:
+        hook.remove()
+    completions = [cut_after_eos(ids, set(eos_ids)) for ids in decoder.tokens[:, : decoder.num_taken].tolist()]
+    order = sorted(range(len(prompt_ids)), key=lambda row: longest_first[row])
+    hidden_states = decoder.hidden_states
+    if hidden_states is not None:
+        hidden_states = [hidden_states[row, : len(completions[row])] for row in order]
+    return Generated([completions[row] for row in order], hidden_states)
+
+
 class _Decoder:
-    """Buffers of B rows, `rows` of which are still being continued, and the step that moves them on by a token."""
+    """What a batch of prompts, longest first, is decoded in: buffers, and the step that moves all rows by a token."""
 
     def __init__(
         self,
@@ -113,56 +136,71 @@ class _Decoder:
         max_new_tokens: int,
     ):
         self.model = model
+        self.prompt_ids = prompt_ids
         self.device = model.get_input_embeddings().weight.device
         self.vocabulary = vocabulary.to(self.device)
         self.eos_ids = torch.tensor(eos_ids, dtype=torch.long, device=self.device)
-        self.cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-        lengths = [len(ids) for ids in prompt_ids]
         self.max_new_tokens = max_new_tokens
-        self.num_columns = -(-(lengths[0] + max_new_tokens) // _COLUMNS) * _COLUMNS
-        # What a step reads and writes, always in the same place
-        self.positions = torch.tensor(lengths, device=self.device)
-        self.tokens = torch.empty(len(lengths), max_new_tokens, dtype=torch.long, device=self.device)
-        self.last = torch.empty(len(lengths), dtype=torch.long, device=self.device)
-        self.ended = torch.zeros(len(lengths), dtype=torch.bool, device=self.device)
-        self.step_index = torch.zeros(1, dtype=torch.long, device=self.device)
-        self._prefill(prompt_ids)
-
-    def _prefill(self, prompt_ids: list[list[int]]) -> None:
+        self.cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        count = len(prompt_ids)
+        self.num_columns = -(-(len(prompt_ids[0]) + max_new_tokens) // _COLUMNS) * _COLUMNS
+        # Of all rows: the keys and values of each layer, what was chosen, and from which hidden states
         self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
-        start = 0
-        while start < len(prompt_ids):
+        self.tokens = torch.zeros(count, max_new_tokens, dtype=torch.long, device=self.device)
+        self.hidden_states: torch.Tensor | None = None
+        self.num_taken = 0
+        # Of the rows that are still decoded, which are `rows` of all. A step reads and writes them in place
+        self.rows = torch.arange(count, device=self.device)
+        self.positions = torch.tensor([len(ids) for ids in prompt_ids], device=self.device)
+        self.last = torch.empty(count, dtype=torch.long, device=self.device)
+        self.ended = torch.zeros(count, dtype=torch.bool, device=self.device)
+        self.step_index = torch.zeros(1, dtype=torch.long, device=self.device)
+
+    def note_head(self, head: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        self.head_input, self.head_output = args[0], output
+
+    def prefill(self) -> None:
+        """Read the prompts, and take the first token of every row."""
+        start, count = 0, len(self.prompt_ids)
+        while start < count:
             # Padding on the right needs no mask, since no token looks ahead
-            length = len(prompt_ids[start])
-            rows = prompt_ids[start : start + max(1, PREFILL_TOKENS // length)]
-            stop = start + len(rows)
-            input_ids = torch.tensor([ids + [0] * (length - len(ids)) for ids in rows])
-            at_last = torch.tensor([[len(ids) - 1] for ids in rows])
+            length = len(self.prompt_ids[start])
+            prompts = self.prompt_ids[start : start + max(1, PREFILL_TOKENS // length)]
+            rows = slice(start, start + len(prompts))
+            input_ids = torch.tensor([ids + [0] * (length - len(ids)) for ids in prompts])
+            at_last = torch.tensor([[len(ids) - 1] for ids in prompts])
             cache = DynamicCache(config=self.model.config)
             logits = self.model(
                 input_ids=input_ids.to(self.device),
                 use_cache=True,
                 logits_to_keep=at_last.to(self.device),
                 **{self.cache_name: cache},
-            ).logits[:, 0]
-            if not self.buffers:
+            ).logits
+            if start == 0:
                 for layer in cache.layers:
-                    _, heads, _, width = layer.keys.shape
-                    shape = len(prompt_ids), heads, self.num_columns, width
-                    self.buffers.append((layer.keys.new_zeros(shape), layer.values.new_zeros(shape)))
+                    shape = (count, layer.keys.shape[1], self.num_columns)
+                    keys, values = (
+                        states.new_zeros(*shape, states.shape[-1]) for states in (layer.keys, layer.values)
+                    )
+                    self.buffers.append((keys, values))
+                if logits is self.head_output:
+                    self.hidden_states = self.head_input.new_zeros(*self.tokens.shape, self.head_input.shape[-1])
             for layer, (keys, values) in zip(cache.layers, self.buffers, strict=True):
-                keys[start:stop, :, :length] = layer.keys
-                values[start:stop, :, :length] = layer.values
-            self.last[start:stop] = self._most_probable(logits)
-            start = stop
+                keys[rows, :, :length] = layer.keys
+                values[rows, :, :length] = layer.values
+            self.last[rows] = self._most_probable(logits[:, 0])
+            if self.hidden_states is not None:
+                self.hidden_states[rows, 0] = self.head_input[:, 0]
+            start = rows.stop
         self._take()
+        self.num_taken = 1
 
     def _most_probable(self, logits: torch.Tensor) -> torch.Tensor:
         return self.vocabulary.ids_of(self.vocabulary.select(logits).argmax(-1))
 
     def _take(self) -> None:
         """Write down the last token of every row."""
-        self.tokens.index_copy_(1, self.step_index, self.last[:, None])
+        self.tokens[self.rows, self.step_index] = self.last
         self.ended |= torch.isin(self.last, self.eos_ids)
         self.step_index += 1
 
@@ -177,57 +215,54 @@ class _Decoder:
             attention_mask=mask[:, None, None],
             use_cache=True,
             **{self.cache_name: self.cache},
-        ).logits[:, -1]
-        self.last.copy_(self._most_probable(logits))
+        ).logits
+        self.last.copy_(self._most_probable(logits[:, -1]))
+        if self.hidden_states is not None:
+            self.hidden_states[self.rows, self.step_index] = self.head_input[:, -1]
         self.positions += 1
         self._take()
 
-    def run(self) -> list[list[int]]:
-        """Tokens of every row, each to its end and perhaps beyond it."""
-        completions = [[]] * len(self.tokens)
-        rows = torch.arange(len(self.tokens))  # which of the prompts each row is
-        done, step = 1, None
-        while done < self.max_new_tokens:
+    def decode(self) -> None:
+        """Take tokens until every row has ended, and from some perhaps a few more."""
+        step: Callable[[], None] | None = None
+        while self.num_taken < self.max_new_tokens:
             alive = self.ended.logical_not().nonzero()[:, 0]  # waits for the GPU
             if len(alive) == 0:
                 break
-            if len(alive) <= len(rows) // 2:
-                for row, ids in zip(rows.tolist(), self.tokens[:, :done].tolist(), strict=True):
-                    completions[row] = ids
-                rows = rows[alive.cpu()]
+            if len(alive) <= len(self.rows) // 2:
                 step = None  # its graph holds the buffers
                 self._keep(alive)
             if step is None:
-                self.cache = Cache(layers=[RowLayer(*buffers, self.positions) for buffers in self.buffers])
                 step = self._capture()
-                done += 1
-            replays = min(STEPS_BETWEEN_CHECKS, self.max_new_tokens - done)
+                self.num_taken += 1
+            replays = min(STEPS_BETWEEN_CHECKS, self.max_new_tokens - self.num_taken)
             for _ in range(replays):
                 step()
-            done += replays
-        for row, ids in zip(rows.tolist(), self.tokens[:, :done].tolist(), strict=True):
-            completions[row] = ids
-        return completions
-
-    def _capture(self):
-        """Make one step, and return what makes the next ones."""
-        if self.device.type != "cuda":
-            self._step()
-            return self._step
-        # A plain step first, in which the libraries set themselves up, on a stream of its own as PyTorch asks
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
-        return graph.replay
+            self.num_taken += replays
 
     def _keep(self, alive: torch.Tensor) -> None:
         """Let the rows that have ended go."""
-        self.positions, self.last, self.ended = self.positions[alive], self.last[alive], self.ended[alive]
-        self.tokens = self.tokens[alive]
+        self.rows, self.positions = self.rows[alive], self.positions[alive]
+        self.last, self.ended = self.last[alive], self.ended[alive]
         for i, (keys, values) in enumerate(self.buffers):
             self.buffers[i] = (keys[alive], values[alive])
+
+    def _capture(self) -> Callable[[], None]:
+        """Make one step, and return what makes the next ones."""
+        self.cache = Cache(layers=[RowLayer(*buffers, self.positions) for buffers in self.buffers])
+        if self.device.type != "cuda":
+            self._step()
+            return self._step
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # A plain step first, in which the libraries set themselves up
+            self._step()
+            # `torch.cuda.graph` would collect garbage before, which takes longer than the capture
+            graph.capture_begin()
+            try:
+                self._step()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        return graph.replay

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch.utils.data import DataLoader
 from transformers import (
     BitsAndBytesConfig,
@@ -374,7 +375,10 @@ class LightReasonerTrainer(Trainer):
             folder = get_last_checkpoint(self.args.output_dir)
         file = os.path.join(folder or "", "trainer_state.json")
         self._resumed = TrainerState.load_from_json(file) if folder and os.path.isfile(file) else None
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        # LoRA layers cast what they get to their own float32, only for autocast to cast it back
+        autocasts = self.accelerator.native_amp and isinstance(self.model, PeftModel)
+        with disable_input_dtype_casting(self.model, active=autocasts and _is_plain_lora(self.model)):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
         values = super().set_initial_training_values(args, dataloader)
@@ -487,6 +491,10 @@ class LightReasonerTrainer(Trainer):
         tags = [tags] if isinstance(tags, str) else tags or []
         tags = list(dict.fromkeys([*tags, *self._tag_names]))
         super().create_model_card(model_name=model_name, dataset=dataset_name, tags=tags)
+
+
+def _is_plain_lora(model: PeftModel) -> bool:
+    return all(isinstance(config, LoraConfig) and not config.use_dora for config in model.peft_config.values())
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

@@ -50,6 +50,7 @@ def score_trajectories(
     beta: float,
     include_first_step: bool = True,
     names: list[str] | None = None,
+    expert_hidden_states: list[torch.Tensor] | None = None,
 ) -> list[TrajectoryScores]:
     """
     Divergence and labels of every step of a batch of trajectories.
@@ -67,6 +68,9 @@ def score_trajectories(
         beta (`float`): A step is kept if its divergence is at least this many nats.
         include_first_step (`bool`): Whether t = 0 can be kept.
         names (`list[str]`, *optional*): What to call each trajectory in an error message.
+        expert_hidden_states (`list[torch.Tensor]`, *optional*): Of a trajectory of T completion tokens,
+            `(T, hidden_size)`: from what the expert's output head makes the logits of each step, where the expert
+            itself has just generated the trajectories. If `None`, they are computed.
 
     Returns:
         `list[TrajectoryScores]`, in the order of the trajectories.
@@ -74,23 +78,32 @@ def score_trajectories(
     Raises:
         [`NonFiniteLogitsError`]: If a model's logits are NaN or infinite; names the trajectory and the step.
     """
-    models = (expert, amateur)
     scores: list[TrajectoryScores | None] = [None] * len(trajectories)
+    contrasted: list[tuple[list[int], ContrastedSteps]] = []
+
+    def read() -> None:
+        while contrasted:
+            part, steps = contrasted.pop()
+            completions = [trajectories[i].completion_ids for i in part]
+            for i, row in zip(part, _by_trajectory(steps, completions, vocabulary, include_first_step), strict=True):
+                scores[i] = row
+
     for group in group_by_length(trajectories):
         input_ids, positions = _as_batch([trajectories[i] for i in group])
-        logits_at_steps = [_LogitsAtSteps(model, input_ids, positions) for model in models]
-        for rows in _parts(positions.sum(-1).tolist(), max(each.width for each in logits_at_steps)):
+        known = None if expert_hidden_states is None else torch.cat([expert_hidden_states[i] for i in group])
+        expert_logits = _LogitsAtSteps(expert, input_ids, positions, known)
+        amateur_logits = _LogitsAtSteps(amateur, input_ids, positions)
+        read()  # of the group before, while a GPU is at work on this one
+        for rows in _parts(positions.sum(-1).tolist(), max(expert_logits.width, amateur_logits.width)):
             part = group[rows]
-            logits = [vocabulary.select(each(rows)) for each in logits_at_steps]
+            logits = [vocabulary.select(each(rows)) for each in (expert_logits, amateur_logits)]
             try:
-                steps = contrast_steps(*logits, alpha=alpha, beta=beta)
+                contrasted.append((part, contrast_steps(*logits, alpha=alpha, beta=beta)))
             except NonFiniteLogitsError as error:
                 i, t = [(i, t) for i in part for t in range(len(trajectories[i].completion_ids))][error.row]
                 place = f"step {t} of {names[i] if names else f'trajectory {i}'}"
                 raise NonFiniteLogitsError(error.model, error.row, place) from None
-            completions = [trajectories[i].completion_ids for i in part]
-            for i, row in zip(part, _by_trajectory(steps, completions, vocabulary, include_first_step), strict=True):
-                scores[i] = row
+    read()
     return scores
 
 
@@ -99,7 +112,9 @@ def _by_trajectory(
 ) -> Iterator[TrajectoryScores]:
     divergences = steps.kl_divergence.tolist()
     kept = steps.kept.nonzero()[:, 0].tolist()
-    labels = zip(kept, vocabulary.ids_of(steps.label_ids).tolist(), steps.label_probs.tolist(), strict=True)
+    supports = (steps.label_probs > 0).sum(-1).tolist()
+    label_ids, label_probs = vocabulary.ids_of(steps.label_ids).tolist(), steps.label_probs.tolist()
+    labels = zip(kept, supports, label_ids, label_probs, strict=True)
     label = next(labels, None)
     first = 0
     for completion in completions:
@@ -108,10 +123,10 @@ def _by_trajectory(
         row = TrajectoryScores(divergences[first : first + len(completion)], [], [], [])
         while label is not None and (t := label[0] - first) < len(completion):
             if readable[t] and (t > 0 or include_first_step):
-                support = [(token_id, p) for token_id, p in zip(*label[1:], strict=True) if p > 0]
+                _, support, ids, probs = label
                 row.step_positions.append(t)
-                row.label_ids.append([token_id for token_id, _ in support])
-                row.label_probs.append([p for _, p in support])
+                row.label_ids.append(ids[:support])
+                row.label_probs.append(probs[:support])
             label = next(labels, None)
         yield row
         first += len(completion)
@@ -172,14 +187,22 @@ class _LogitsAtSteps:
     head's results compute some rows at a time from the beginning.
     """
 
-    def __init__(self, model: torch.nn.Module, input_ids: torch.Tensor, positions: torch.Tensor):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor | None = None,
+    ):
         self.model = model
         self.width = get_base_model(model).config.get_text_config().vocab_size
         device = get_base_model(model).get_input_embeddings().weight.device
         self.input_ids, self.positions = input_ids.to(device), positions.to(device)
         self.ends = [0, *positions.sum(-1).cumsum(0).tolist()]
-        with attention_backends(device):
-            self.hidden_states = hidden_states_at(model, self.positions, input_ids=self.input_ids)
+        if hidden_states is None:
+            with attention_backends(device):
+                hidden_states = hidden_states_at(model, self.positions, input_ids=self.input_ids)
+        self.hidden_states = hidden_states
 
     def __call__(self, rows: slice) -> torch.Tensor:
         # Padding is behind the tokens, where no causal model looks: without a mask the fastest attention applies

@@ -81,6 +81,10 @@ def model_vocabulary(tokenizer: PreTrainedTokenizerBase, width: int, name: str =
     Raises:
         `ValueError`: If a token has no column in the logits.
     """
+    return Vocabulary(list(_tokens_with_logits(tokenizer, width, name).values()))
+
+
+def _tokens_with_logits(tokenizer: PreTrainedTokenizerBase, width: int, name: str) -> dict[str, int]:
     vocabulary = tokenizer.get_vocab()
     token, token_id = max(vocabulary.items(), key=lambda item: item[1])
     if token_id >= width:
@@ -88,7 +92,7 @@ def model_vocabulary(tokenizer: PreTrainedTokenizerBase, width: int, name: str =
             f"The {name}'s tokenizer is larger than its logits: token {token!r} has id {token_id}, but the {name} has "
             f"{width} logits. Pass the tokenizer that belongs to the {name}, or resize the model's embeddings."
         )
-    return Vocabulary(list(vocabulary.values()))
+    return vocabulary
 
 
 def shared_vocabulary(
@@ -116,9 +120,10 @@ def shared_vocabulary(
     Raises:
         `ValueError`: If the tokenizers give one id to two tokens or two ids to one token. The message names the first.
     """
-    model_vocabulary(expert_tokenizer, expert_width, "expert")
-    model_vocabulary(amateur_tokenizer, amateur_width, "amateur")
-    expert, amateur = expert_tokenizer.get_vocab(), amateur_tokenizer.get_vocab()
+    expert = _tokens_with_logits(expert_tokenizer, expert_width, "expert")
+    amateur = _tokens_with_logits(amateur_tokenizer, amateur_width, "amateur")
+    if expert == amateur:  # the usual case
+        return Vocabulary(list(expert.values()))
     amateur_token = {token_id: token for token, token_id in amateur.items()}
     expert_special, amateur_special = _special_ids(expert_tokenizer), _special_ids(amateur_tokenizer)
     shared, renamed = [], []
