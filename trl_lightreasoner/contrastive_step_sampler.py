@@ -27,12 +27,13 @@ from .prompts import check_prompts, encode_row
 from .scoring import Trajectory, TrajectoryScores, score_trajectories
 from .step_dataset import kl_quantiles
 from .step_writer import StepWriter
+from .vllm_generation import check_vllm, connect_vllm
 from .vocabulary import model_vocabulary, shared_vocabulary
 
 
 logger = get_logger(__name__)
 
-_SETTINGS = ("alpha", "beta", "max_new_tokens", "max_prompt_length", "include_first_step")
+_SETTINGS = ("alpha", "beta", "max_new_tokens", "max_prompt_length", "include_first_step", "use_vllm")
 
 
 class ContrastiveStepSampler:
@@ -62,7 +63,8 @@ class ContrastiveStepSampler:
 
     Raises:
         `ValueError`: If the two vocabularies do not fit, or a model has no next-token distribution.
-        `ImportError`: If a model is to be loaded in 4 or 8 bits and bitsandbytes is not installed.
+        `ImportError`: If a model is to be loaded in 4 or 8 bits and bitsandbytes is not installed, or completions are
+            to come from vLLM and it is not.
 
     Example:
 
@@ -106,6 +108,8 @@ class ContrastiveStepSampler:
         # Weights are loaded by `sample`, when nothing is left that could be refused before
         expert_config = load_config(expert, "expert", **expert_kwargs)
         amateur_config = load_config(amateur, "amateur", **amateur_kwargs)
+        if args.use_vllm:
+            check_vllm(args, expert, self.processes.count, **expert_kwargs)
         if processing_class is None:
             processing_class = load_tokenizer(expert, "expert", **expert_kwargs)
         if amateur_processing_class is None:
@@ -146,6 +150,11 @@ class ContrastiveStepSampler:
         self.eos_ids = find_eos_ids(self.expert, self.processing_class, **self._expert_kwargs)
 
         scoring_only = "completion" in dataset.column_names
+        if scoring_only and self.args.use_vllm:
+            raise ValueError(
+                "The dataset has a column 'completion', so that there is nothing for vLLM to generate. Leave out "
+                "`use_vllm`, or remove the column."
+            )
         columns = ["prompt_ids", "completion_ids"] if scoring_only else ["prompt_ids"]
         # A function of the module: `map` hashes all that it is given to find its cache, which must not hold the models
         encoded = dataset.with_format(None).map(
@@ -157,6 +166,11 @@ class ContrastiveStepSampler:
             desc="Tokenizing prompts",
         )
         plan = self._plan(encoded, scoring_only)
+        self._generate = generate_greedy
+        if self.args.use_vllm:
+            longest, room = plan[0]
+            max_length = len(encoded[longest]["prompt_ids"]) + room
+            self._generate = connect_vllm(self.args, self._names[0], max_length, **self._expert_kwargs)
         self.expert = load_model(self.expert, **self._expert_kwargs)
         self.amateur = load_model(self.amateur, **self._amateur_kwargs)
         try:
@@ -173,6 +187,7 @@ class ContrastiveStepSampler:
             self.processes.on_main(lambda: writer.finish({index for index, _ in plan}))
             sampled = writer.load()
         finally:
+            del self._generate  # and an engine with it
             writer.close()
         if not any(sampled["step_positions"]):
             low, high, tenth = kl_quantiles(sampled, [0.5, 0.99, 0.9])
@@ -277,7 +292,7 @@ class ContrastiveStepSampler:
         completions = (
             rows["completion_ids"]
             if room is None
-            else generate_greedy(self.expert, rows["prompt_ids"], self.expert_vocabulary, self.eos_ids, room)
+            else self._generate(self.expert, rows["prompt_ids"], self.expert_vocabulary, self.eos_ids, room)
         )
         trajectories = [Trajectory(*ids) for ids in zip(rows["prompt_ids"], completions, strict=True)]
         scores = score_trajectories(
@@ -339,6 +354,7 @@ class ContrastiveStepSampler:
                 "python": platform.python_version(),
                 "trl-lightreasoner": __version__,
                 **{package: importlib.metadata.version(package) for package in packages},
+                **({"vllm": self._generate.version} if self.args.use_vllm else {}),
             },
         }
 
