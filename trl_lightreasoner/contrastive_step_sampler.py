@@ -187,8 +187,9 @@ class ContrastiveStepSampler:
             self.processes.on_main(lambda: writer.finish({index for index, _ in plan}))
             sampled = writer.load()
         finally:
-            del self._generate  # and an engine with it
             writer.close()
+            if self.args.use_vllm:
+                self._generate.close()
         if not any(sampled["step_positions"]):
             low, high, tenth = kl_quantiles(sampled, [0.5, 0.99, 0.9])
             logger.warning(

@@ -140,6 +140,9 @@ class VLLMGeneration:
     ) -> list[list[int]]:
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Give back what it holds."""
+
 
 class ColocatedVLLM(VLLMGeneration):
     """
@@ -177,6 +180,12 @@ class ColocatedVLLM(VLLMGeneration):
         prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
         outputs = self.llm.generate(prompts, SamplingParams(**settings, detokenize=False), use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def close(self) -> None:
+        # Its processes, and the memory that they have on the GPU, would outlive the object
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+            self.llm = None
 
 
 class VLLMServer(VLLMGeneration):
