@@ -466,6 +466,7 @@ def test_the_dataset_says_how_it_was_made(sample, prompts, expert_path, amateur_
         "max_new_tokens": 12,
         "max_prompt_length": 99,
         "include_first_step": False,
+        "use_vllm": False,
     }
     assert metadata["shared_tokens"] == 300 and metadata["eos_token_ids"] == [loaded_tokenizer.eos_token_id]
     template = loaded_tokenizer.chat_template.encode()
@@ -569,6 +570,15 @@ BAD_VALUES = [
     ("per_device_batch_size", 0),
     ("per_device_batch_size", 2.0),
     ("per_device_batch_size", "8"),
+    ("use_vllm", 1),
+    ("vllm_mode", "colocated"),
+    ("vllm_server_base_url", "localhost:8000"),
+    ("vllm_server_base_url", None),
+    ("vllm_server_timeout", 0),
+    ("vllm_server_timeout", float("inf")),
+    ("vllm_gpu_memory_utilization", 0),
+    ("vllm_gpu_memory_utilization", 1.1),
+    ("vllm_gpu_memory_utilization", "0.3"),
 ]
 
 

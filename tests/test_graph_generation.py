@@ -97,8 +97,11 @@ def test_rows_that_have_ended_leave_the_batch(expert, vocabulary, naive, monkeyp
     expert.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    ends = [ids[0] for ids in naive[:2]]  # of two rows, and no sooner of the others
-    assert not any(end in ids for end in ends for ids in naive[2:])
+    # Two rows end with their first token, the others go on
+    ends = [ids[0] for ids in naive]
+    others = {token_id for ids in naive for token_id in ids[1:]}
+    ends = [end for end in ends if end not in others and ends.count(end) == 1][:2]
+    assert len(ends) == 2
     complete(expert, make_prompts(), vocabulary, ends, 20)
     assert sizes == [4] + [2] * 19
 
@@ -218,7 +221,7 @@ def test_where_no_graph_can_be_captured_generate_goes_on(sample, steps, use_grap
     assert calls == [1]
     assert sampled["completion_ids"][:] == steps["completion_ids"][:]
     (message,) = [record.getMessage() for record in caplog.records if "CUDA graphs" in record.getMessage()]
-    assert message == (
+    assert message.endswith(
         "Completions are made by `generate`, which is slower than CUDA graphs: operation not permitted when stream is "
         "capturing."
     )

@@ -59,7 +59,21 @@ class ContrastiveSamplingConfig:
             leave no room in the models' context are skipped.
         per_device_batch_size (`int`, *optional*):
             Number of prompts whose completions are generated together. If `None`, as many as the memory of a CUDA GPU
-            allows, 512 at most, and 16 on other devices. It is halved when memory runs out.
+            allows, 1,024 at most, and 16 on other devices. It is halved when memory runs out.
+
+        > Parameters that control the generation by vLLM
+
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether vLLM generates the completions. The expert must be given by id or path.
+        vllm_mode (`str`, *optional*, defaults to `"colocate"`):
+            `"colocate"`: vLLM runs on this machine, beside the models, and needs the `vllm` package here. `"server"`:
+            completions come from a server (`vllm serve`) that runs already, here or elsewhere.
+        vllm_server_base_url (`str`, *optional*, defaults to `"http://localhost:8000"`):
+            Base URL of the vLLM server.
+        vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
+            Seconds to wait for the vLLM server to be up.
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
+            Share of the GPU's memory that vLLM takes in mode `"colocate"`, its copy of the expert included.
     """
 
     output_dir: str = field(
@@ -134,22 +148,49 @@ class ContrastiveSamplingConfig:
         default=None,
         metadata={
             "help": "Number of prompts whose completions are generated together. If `None`, as many as the memory of "
-            "a CUDA GPU allows, 512 at most, and 16 on other devices. It is halved when memory runs out."
+            "a CUDA GPU allows, 1,024 at most, and 16 on other devices. It is halved when memory runs out."
+        },
+    )
+    use_vllm: bool = field(
+        default=False,
+        metadata={"help": "Whether vLLM generates the completions. The expert must be given by id or path."},
+    )
+    vllm_mode: str = field(
+        default="colocate",
+        metadata={
+            "help": "'colocate': vLLM runs on this machine, beside the models, and needs the `vllm` package here. "
+            "'server': completions come from a server (`vllm serve`) that runs already, here or elsewhere.",
+            "choices": ["colocate", "server"],
+        },
+    )
+    vllm_server_base_url: str = field(
+        default="http://localhost:8000",
+        metadata={"help": "Base URL of the vLLM server."},
+    )
+    vllm_server_timeout: float = field(
+        default=240.0,
+        metadata={"help": "Seconds to wait for the vLLM server to be up."},
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3,
+        metadata={
+            "help": "Share of the GPU's memory that vLLM takes in mode 'colocate', its copy of the expert included."
         },
     )
 
     def __post_init__(self):
         for name in ("model_init_kwargs", "amateur_model_init_kwargs"):  # JSON on the command line
             setattr(self, name, _as_dict(name, getattr(self, name)))
-        dtypes = self.__dataclass_fields__["dtype"].metadata["choices"]
-        if self.dtype not in dtypes:
-            raise ValueError(f"`dtype` must be one of {dtypes}, got {self.dtype!r}.")
+        for name in ("dtype", "vllm_mode"):
+            choices = self.__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         if not self.output_dir or not isinstance(self.output_dir, str | os.PathLike):
             raise ValueError(f"`output_dir` must name a folder, got {self.output_dir!r}.")
-        for name in ("overwrite_output_dir", "trust_remote_code", "include_first_step"):
+        for name in ("overwrite_output_dir", "trust_remote_code", "include_first_step", "use_vllm"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
-        for name in ("alpha", "beta"):
+        for name in ("alpha", "beta", "vllm_server_timeout", "vllm_gpu_memory_utilization"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
                 raise ValueError(f"`{name}` must be a number, got {getattr(self, name)!r}.")
         if not 0 < self.alpha <= 1:
@@ -157,6 +198,19 @@ class ContrastiveSamplingConfig:
         if not 0 <= self.beta < float("inf"):
             raise ValueError(
                 f"`beta` must be a finite number of nats, 0 or more, got {self.beta}. The paper uses 0.4."
+            )
+        if not str(self.vllm_server_base_url).startswith(("http://", "https://")):
+            raise ValueError(
+                "`vllm_server_base_url` must be a URL such as 'http://localhost:8000', got "
+                f"{self.vllm_server_base_url!r}."
+            )
+        if not 0 < self.vllm_server_timeout < float("inf"):
+            raise ValueError(
+                f"`vllm_server_timeout` must be a number of seconds above 0, got {self.vllm_server_timeout}."
+            )
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"`vllm_gpu_memory_utilization` must be in (0, 1], got {self.vllm_gpu_memory_utilization}."
             )
         for name in ("max_new_tokens", "max_prompt_length", "per_device_batch_size"):
             value = getattr(self, name)

@@ -30,12 +30,13 @@ from .prompts import check_prompts, encode_rows
 from .scoring import Trajectory, TrajectoryScores, score_trajectories
 from .step_dataset import kl_quantiles
 from .step_writer import StepWriter
+from .vllm_generation import check_vllm, connect_vllm
 from .vocabulary import model_vocabulary, shared_vocabulary
 
 
 logger = get_logger(__name__)
 
-_SETTINGS = ("alpha", "beta", "max_new_tokens", "max_prompt_length", "include_first_step")
+_SETTINGS = ("alpha", "beta", "max_new_tokens", "max_prompt_length", "include_first_step", "use_vllm")
 
 
 class ContrastiveStepSampler:
@@ -65,7 +66,8 @@ class ContrastiveStepSampler:
 
     Raises:
         `ValueError`: If the two vocabularies do not fit, or a model has no next-token distribution.
-        `ImportError`: If a model is to be loaded in 4 or 8 bits and bitsandbytes is not installed.
+        `ImportError`: If a model is to be loaded in 4 or 8 bits and bitsandbytes is not installed, or completions are
+            to come from vLLM and it is not.
 
     Example:
 
@@ -109,6 +111,8 @@ class ContrastiveStepSampler:
         # Weights are loaded by `sample`, when nothing is left that could be refused before
         expert_config = load_config(expert, "expert", **expert_kwargs)
         amateur_config = load_config(amateur, "amateur", **amateur_kwargs)
+        if args.use_vllm:
+            check_vllm(args, expert, self.processes.count, **expert_kwargs)
         if processing_class is None:
             processing_class = load_tokenizer(expert, "expert", **expert_kwargs)
         if amateur_processing_class is None:
@@ -149,6 +153,11 @@ class ContrastiveStepSampler:
         self.eos_ids = find_eos_ids(self.expert, self.processing_class, **self._expert_kwargs)
 
         scoring_only = "completion" in dataset.column_names
+        if scoring_only and self.args.use_vllm:
+            raise ValueError(
+                "The dataset has a column 'completion', so that there is nothing for vLLM to generate. Leave out "
+                "`use_vllm`, or remove the column."
+            )
         columns = ["prompt_ids", "completion_ids"] if scoring_only else ["prompt_ids"]
         # With a fingerprint of ours `map` need not hash what it is given, which for a tokenizer takes seconds
         encoded = dataset.with_format(None).map(
@@ -163,11 +172,16 @@ class ContrastiveStepSampler:
             desc="Tokenizing prompts",
         )
         plan = self._plan(encoded, scoring_only)
+        self._vllm = None
+        if self.args.use_vllm:
+            longest, room = plan[0]
+            max_length = len(encoded[longest]["prompt_ids"]) + room
+            self._vllm = connect_vllm(self.args, self._names[0], max_length, **self._expert_kwargs)
         self.expert = load_model(self.expert, **self._expert_kwargs)
         self.amateur = load_model(self.amateur, **self._amateur_kwargs)
         reason = why_no_graph(self.expert)
         self._by_graph = reason is None
-        if reason is not None and self.expert.device.type == "cuda" and not scoring_only:
+        if reason is not None and self.expert.device.type == "cuda" and not (scoring_only or self.args.use_vllm):
             self._generate_plainly(reason)
         try:
             columns = {name: str(feature) for name, feature in dataset.features.items()}
@@ -185,6 +199,8 @@ class ContrastiveStepSampler:
             sampled = writer.load()
         finally:
             writer.close()
+            if self._vllm is not None:
+                self._vllm.close()
         if not any(sampled["step_positions"]):
             low, high, tenth = kl_quantiles(sampled, [0.5, 0.99, 0.9])
             logger.warning(
@@ -317,6 +333,8 @@ class ContrastiveStepSampler:
 
     def _generate(self, prompt_ids: list[list[int]], max_new_tokens: int) -> Generated:
         arguments = (self.expert, prompt_ids, self.expert_vocabulary, self.eos_ids, max_new_tokens)
+        if self._vllm is not None:
+            return Generated(self._vllm(*arguments), None)
         if self._by_graph:
             try:
                 return generate_greedy_by_graph(*arguments)
@@ -377,6 +395,7 @@ class ContrastiveStepSampler:
                 "python": platform.python_version(),
                 "trl-lightreasoner": __version__,
                 **{package: importlib.metadata.version(package) for package in packages},
+                **({} if self._vllm is None else {"vllm": self._vllm.version}),
             },
         }
 
