@@ -3,9 +3,12 @@ import math
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
 
+from trl_lightreasoner import scoring
 from trl_lightreasoner.contrast import NonFiniteLogitsError
-from trl_lightreasoner.scoring import Trajectory, score_trajectories
+from trl_lightreasoner.models import hidden_states_at
+from trl_lightreasoner.scoring import Trajectory, group_by_length, score_trajectories
 from trl_lightreasoner.vocabulary import Vocabulary
 
 
@@ -184,3 +187,69 @@ def test_models_of_two_dtypes_can_be_compared(expert):
     amateur = make_model(make_tokenizer(), seed=1, hidden_size=16, padding=4).bfloat16()
     (scores,) = score(expert, amateur, make_trajectories([(3, 5)]), beta=0.0)
     assert scores.step_positions == [0, 1, 2, 3, 4] and all(map(math.isfinite, scores.kl_divergence))
+
+
+@pytest.mark.parametrize("group_tokens, part_logits", [(1, 2**28), (20, 2**28), (2**14, 1), (20, 312 * 6)])
+def test_scores_do_not_depend_on_what_is_computed_together(expert, amateur, group_tokens, part_logits, monkeypatch):
+    trajectories = make_trajectories()
+    expected = score(expert, amateur, trajectories)
+    monkeypatch.setattr(scoring, "GROUP_TOKENS", group_tokens)
+    monkeypatch.setattr(scoring, "PART_LOGITS", part_logits)
+    for one, other in zip(expected, score(expert, amateur, trajectories), strict=True):
+        assert one.step_positions == other.step_positions and one.label_ids == other.label_ids
+        assert one.kl_divergence == pytest.approx(other.kl_divergence, rel=1e-5, abs=1e-7)
+
+
+def test_no_more_logits_exist_at_a_time_than_a_part_holds(expert, amateur, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(scoring, "PART_LOGITS", 312 * 12)
+    expert.lm_head.register_forward_hook(lambda module, args, output: sizes.append(tuple(output.shape)))
+    score(expert, amateur, make_trajectories())
+    sizes = [rows for rows, width in sizes if width == 312]
+    assert len(sizes) > 1 and sum(sizes) == sum(completion for _, completion in SHAPES)
+    assert max(sizes) <= max(12, *(completion for _, completion in SHAPES))
+
+
+def test_trajectories_of_like_length_are_scored_together(monkeypatch):
+    monkeypatch.setattr(scoring, "GROUP_TOKENS", 24)
+    trajectories = make_trajectories([(3, 2), (9, 4), (2, 3), (10, 3), (30, 9), (1, 4)])
+    assert group_by_length(trajectories) == [[4], [1, 3], [0, 2, 5]]
+
+
+def test_hidden_states_that_are_known_are_not_computed_again(expert, amateur):
+    trajectories = make_trajectories()
+    expected = score(expert, amateur, trajectories)
+    hidden_states = []
+    for prompt, completion in trajectories:
+        positions = torch.zeros(1, len(prompt) + len(completion) - 1, dtype=torch.bool)
+        positions[0, len(prompt) - 1 :] = True
+        input_ids = torch.tensor([prompt + completion[:-1]])
+        with torch.no_grad():
+            hidden_states.append(hidden_states_at(expert, positions, input_ids=input_ids))
+    expert.model.register_forward_hook(lambda *args: pytest.fail("the expert has run"))
+    scores = score(expert, amateur, trajectories, expert_hidden_states=hidden_states)
+    for one, other in zip(expected, scores, strict=True):
+        assert one.step_positions == other.step_positions and one.label_ids == other.label_ids
+        assert one.kl_divergence == pytest.approx(other.kl_divergence, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("config, model", [(CohereConfig, CohereForCausalLM), (GraniteConfig, GraniteForCausalLM)])
+def test_models_that_change_what_their_head_returns_are_scored_by_their_logits(amateur, config, model):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    scale = {"logit_scale": 0.5} if config is CohereConfig else {"logits_scaling": 3.0}
+    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    expert = model(config(vocab_size=312, num_key_value_heads=2, **shape, **scale, **tokens)).eval()
+    for _ in range(2):  # the first one finds out, the second one knows
+        for trajectory, scores in zip(
+            make_trajectories(), score(expert, amateur, make_trajectories(), beta=0.0), strict=True
+        ):
+            assert_equal(scores, *naive_scores(expert, amateur, trajectory, list(range(300)), beta=0.0))
+
+
+def test_the_output_head_is_left_as_it_was(expert):
+    positions = torch.ones(1, 3, dtype=torch.bool)
+    hidden_states = hidden_states_at(expert, positions, input_ids=torch.tensor([[1, 2, 3]]))
+    logits = expert(torch.tensor([[1, 2, 3]])).logits[0]
+    assert "forward" not in vars(expert.lm_head) and not expert.lm_head._forward_hooks
+    torch.testing.assert_close(expert.lm_head(hidden_states), logits)

@@ -1,0 +1,117 @@
+"""What runs on a CUDA GPU only: captured graphs, packed attention and the fused kernel, against their naive twins."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from datasets import Dataset
+from peft import LoraConfig
+from test_generation import make_prompts
+
+from trl_lightreasoner import (
+    ContrastiveSamplingConfig,
+    ContrastiveStepSampler,
+    DataCollatorForLightReasoner,
+    LightReasonerConfig,
+    LightReasonerTrainer,
+)
+from trl_lightreasoner.contrast import NonFiniteLogitsError, contrast_steps, step_divergence
+from trl_lightreasoner.fused_divergence import can_fuse, fused_divergence
+from trl_lightreasoner.generation import generate_greedy
+from trl_lightreasoner.graph_generation import generate_greedy_by_graph, rows_that_fit, why_no_graph
+from trl_lightreasoner.vocabulary import model_vocabulary
+
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture
+def big_tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model(big_tokenizer):
+    return make_model(big_tokenizer, hidden_size=128).cuda()
+
+
+def test_a_graph_decodes_what_generate_does(model, big_tokenizer):
+    vocabulary = model_vocabulary(big_tokenizer, model.config.vocab_size)
+    prompts = make_prompts([3, 40, 17, 9, 25, 1, 2, 30])
+    assert why_no_graph(model) is None
+    expected = generate_greedy(model, prompts, vocabulary, [], 100)
+    assert generate_greedy_by_graph(model, prompts, vocabulary, [], 100).completions == expected
+    eos_ids = [expected[0][4], expected[3][9], expected[5][50]]  # rows leave, and a new graph is captured
+    expected = generate_greedy(model, prompts, vocabulary, eos_ids, 100)
+    assert len(set(map(len, expected))) > 2
+    assert generate_greedy_by_graph(model, prompts, vocabulary, eos_ids, 100).completions == expected
+
+
+def test_as_many_rows_are_decoded_together_as_fit(model):
+    assert rows_that_fit(model, 10) == 1024
+    assert rows_that_fit(model, 10**9) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [5, 4096, 151_665])
+def test_the_fused_divergence_is_that_of_pytorch(dtype, width):
+    torch.manual_seed(0)
+    expert, amateur = ((5 * torch.randn(7, width + 3, device="cuda")).to(dtype)[:, :width] for _ in range(2))
+    amateur += 3
+    amateur[1] = expert[1]
+    logps = [logits.double().log_softmax(-1) for logits in (expert, amateur)]
+    assert can_fuse(expert, amateur)
+    fused = fused_divergence(expert, amateur)
+    torch.testing.assert_close(fused, step_divergence(*logps).float(), rtol=1e-5, atol=1e-5)
+    assert fused[1] == 0 and (fused >= 0).all()
+
+
+@pytest.mark.parametrize("name", ["expert", "amateur"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_the_fused_divergence_shows_what_is_not_finite(name, value):
+    logits = {each: 20 * torch.randn(3, 9000, device="cuda") for each in ("expert", "amateur")}
+    logits[name][1, 8000] = value
+    assert fused_divergence(**{f"{each}_logits": rows for each, rows in logits.items()}).isfinite().tolist() == [
+        True,
+        False,
+        True,
+    ]
+    with pytest.raises(NonFiniteLogitsError, match=f"The {name}'s logits at row 1"):
+        contrast_steps(logits["expert"], logits["amateur"], alpha=0.2, beta=0.4)
+
+
+@pytest.mark.parametrize("fit", ["full", "lora"])
+def test_a_packed_batch_has_the_loss_and_the_gradient_of_a_padded_one(model, big_tokenizer, steps, tmp_path, fit):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    trainer = LightReasonerTrainer(
+        model,
+        args=LightReasonerConfig(str(tmp_path), bf16=True, report_to="none"),
+        train_dataset=steps,
+        processing_class=big_tokenizer,
+        peft_config=lora if fit == "lora" else None,
+    )
+    assert trainer._packs
+    batch = DataCollatorForLightReasoner()(list(steps.select(range(4))))
+    batch = {name: tensor.cuda() for name, tensor in batch.items()}
+    results = []
+    for packs in (False, True):
+        trainer._packs = packs
+        trainer.model.zero_grad()
+        loss = trainer.training_step(trainer.model, dict(batch), batch["step_mask"].sum())
+        trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+        results.append((loss, torch.cat([parameter.grad.flatten() for parameter in trained])))
+    (loss, gradient), (packed_loss, packed_gradient) = results
+    torch.testing.assert_close(loss, packed_loss, rtol=2e-2, atol=2e-2)
+    assert torch.nn.functional.cosine_similarity(gradient, packed_gradient, dim=0) > 0.995
+
+
+def test_the_sampler_gives_on_a_gpu_what_it_gives_on_a_cpu(expert, amateur, tokenizer, prompts, steps, tmp_path):
+    args = ContrastiveSamplingConfig(str(tmp_path), max_new_tokens=12, beta=1.95)
+    sampler = ContrastiveStepSampler(expert.cuda(), amateur.cuda(), args, tokenizer, tokenizer)
+    sampled = sampler.sample(Dataset.from_dict(prompts[:]))
+    assert sampler._by_graph
+    for column in ("completion_ids", "step_positions", "label_ids"):
+        assert sampled[column][:] == steps[column][:]
+    for one, other in zip(sampled["kl_divergence"], steps["kl_divergence"], strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
