@@ -32,19 +32,20 @@ class SkipNonFiniteUpdates(TrainerCallback):
         self.count = self.in_a_row = 0
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
     ):
         accelerator = self.trainer.accelerator
         if accelerator.scaler is not None:  # fp16: the scaler skips such updates itself and lowers its scale
             return
-        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         grads = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
         broken = (~get_total_norm(grads).isfinite()).to(accelerator.device, torch.float32)
         broken = accelerator.reduce(broken, reduction="sum")
         if not broken:
             self.in_a_row = 0
             return
-        for parameter in model.parameters():
+        for parameter in parameters:
             parameter.grad = None
         self.count += 1
         self.in_a_row += 1

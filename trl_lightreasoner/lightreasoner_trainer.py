@@ -288,6 +288,7 @@ class LightReasonerTrainer(Trainer):
                 "single GPU visible with `CUDA_VISIBLE_DEVICES`."
             )
         is_half = args.bf16 or args.fp16 or get_base_model(model).dtype in (torch.bfloat16, torch.float16)
+        self._model_config = get_base_model(model).config
         self._packs = args.device.type == "cuda" and is_half and can_pack(model)
         if is_quantized and self.accelerator.is_fsdp2:
             # FSDP2 would cast packed 4-bit weights as if they were numbers; autocast does what is needed
@@ -301,6 +302,7 @@ class LightReasonerTrainer(Trainer):
         self._sums = torch.zeros(3, dtype=_sum_dtype(args.device), device=args.device)
         self._seen = torch.zeros(2, dtype=_sum_dtype(args.device), device=args.device)
         self._eval_sums: torch.Tensor | None = None
+        self._operations_per_token: int | None = None
 
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
@@ -342,7 +344,7 @@ class LightReasonerTrainer(Trainer):
         is_step = label_probs.sum(-1) > 0
         model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
         step_mask = inputs["step_mask"]
-        if is_packed(self.accelerator.unwrap_model(model)):
+        if is_packed(self._model_config):
             model_inputs = pack({"input_ids": inputs["input_ids"], "step_mask": step_mask}, inputs["attention_mask"])
             step_mask = model_inputs.pop("step_mask")
         elif (inputs["attention_mask"].diff(dim=-1) <= 0).all():
@@ -420,7 +422,13 @@ class LightReasonerTrainer(Trainer):
 
     def _attention(self) -> AbstractContextManager:
         # Around the backward pass as well, in which activation checkpointing calls the layers again
-        return packed_attention(self.accelerator.unwrap_model(self.model)) if self._packs else nullcontext()
+        return packed_attention(self._model_config) if self._packs else nullcontext()
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
+        # They are as many a token in every batch, and `Trainer` would count the parameters in every one
+        if self._operations_per_token is None:
+            self._operations_per_token = super().floating_point_ops(inputs) // inputs["input_ids"].numel()
+        return self._operations_per_token * inputs["input_ids"].numel()
 
     def prediction_step(
         self,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 
 from .models import get_base_model, has_full_attention
 
@@ -36,9 +36,8 @@ def can_pack(model: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def packed_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Lets the layers of `model` expect what [`pack`] returns, and nothing else."""
-    config = get_base_model(model).config
+def packed_attention(config: PretrainedConfig) -> Iterator[None]:
+    """Lets the layers of the model that has this `config` expect what [`pack`] returns, and nothing else."""
     before = config._attn_implementation
     config._attn_implementation = _NAME
     try:
@@ -47,9 +46,9 @@ def packed_attention(model: torch.nn.Module) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def is_packed(model: torch.nn.Module) -> bool:
+def is_packed(config: PretrainedConfig) -> bool:
     """Whether [`packed_attention`] is on."""
-    return get_base_model(model).config._attn_implementation == _NAME
+    return config._attn_implementation == _NAME
 
 
 def pack(inputs: dict[str, torch.Tensor], attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
