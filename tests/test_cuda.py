@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
-from datasets import Dataset
 from peft import LoraConfig
 from test_generation import make_prompts
 
@@ -95,10 +94,11 @@ def test_a_packed_batch_has_the_loss_and_the_gradient_of_a_padded_one(model, big
     batch = DataCollatorForLightReasoner()(list(steps.select(range(4))))
     batch = {name: tensor.cuda() for name, tensor in batch.items()}
     results = []
+    model = trainer.accelerator.prepare_model(trainer.model)  # under autocast
     for packs in (False, True):
         trainer._packs = packs
         trainer.model.zero_grad()
-        loss = trainer.training_step(trainer.model, dict(batch), batch["step_mask"].sum())
+        loss = trainer.training_step(model, dict(batch), batch["step_mask"].sum())
         trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
         results.append((loss, torch.cat([parameter.grad.flatten() for parameter in trained])))
     (loss, gradient), (packed_loss, packed_gradient) = results
@@ -106,12 +106,16 @@ def test_a_packed_batch_has_the_loss_and_the_gradient_of_a_padded_one(model, big
     assert torch.nn.functional.cosine_similarity(gradient, packed_gradient, dim=0) > 0.995
 
 
-def test_the_sampler_gives_on_a_gpu_what_it_gives_on_a_cpu(expert, amateur, tokenizer, prompts, steps, tmp_path):
-    args = ContrastiveSamplingConfig(str(tmp_path), max_new_tokens=12, beta=1.95)
-    sampler = ContrastiveStepSampler(expert.cuda(), amateur.cuda(), args, tokenizer, tokenizer)
-    sampled = sampler.sample(Dataset.from_dict(prompts[:]))
-    assert sampler._by_graph
+def test_the_sampler_gives_on_a_gpu_what_it_gives_on_a_cpu(expert, amateur, tokenizer, prompts, tmp_path):
+    datasets = []
+    for device in ("cpu", "cuda"):
+        args = ContrastiveSamplingConfig(str(tmp_path / device), max_new_tokens=12, beta=1.95)
+        sampler = ContrastiveStepSampler(expert.to(device), amateur.to(device), args, tokenizer, tokenizer)
+        datasets.append(sampler.sample(prompts))
+        assert sampler._by_graph == (device == "cuda")
+    on_cpu, on_gpu = datasets
+    assert sum(map(len, on_cpu["step_positions"])) > 0
     for column in ("completion_ids", "step_positions", "label_ids"):
-        assert sampled[column][:] == steps[column][:]
-    for one, other in zip(sampled["kl_divergence"], steps["kl_divergence"], strict=True):
+        assert on_cpu[column][:] == on_gpu[column][:]
+    for one, other in zip(on_cpu["kl_divergence"], on_gpu["kl_divergence"], strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
