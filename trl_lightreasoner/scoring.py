@@ -98,11 +98,12 @@ def score_trajectories(
             part = group[rows]
             logits = [vocabulary.select(each(rows)) for each in (expert_logits, amateur_logits)]
             try:
-                contrasted.append((part, contrast_steps(*logits, alpha=alpha, beta=beta)))
+                steps = contrast_steps(*logits, alpha=alpha, beta=beta)
             except NonFiniteLogitsError as error:
                 i, t = [(i, t) for i in part for t in range(len(trajectories[i].completion_ids))][error.row]
                 place = f"step {t} of {names[i] if names else f'trajectory {i}'}"
                 raise NonFiniteLogitsError(error.model, error.row, place) from None
+            contrasted.append((part, ContrastedSteps(*(each.cpu() for each in steps))))
     read()
     return scores
 
@@ -118,11 +119,10 @@ def _by_trajectory(
     label = next(labels, None)
     first = 0
     for completion in completions:
-        # A label over the shared tokens cannot speak of a step at which the expert takes a token that is not shared
-        readable = vocabulary.contains(torch.tensor(completion)).tolist()
         row = TrajectoryScores(divergences[first : first + len(completion)], [], [], [])
         while label is not None and (t := label[0] - first) < len(completion):
-            if readable[t] and (t > 0 or include_first_step):
+            # A label over the shared tokens cannot speak of a step at which the expert takes one that is not shared
+            if completion[t] in vocabulary and (t > 0 or include_first_step):
                 _, support, ids, probs = label
                 row.step_positions.append(t)
                 row.label_ids.append(ids[:support])

@@ -1,6 +1,7 @@
 """What the trainer does to a Dataset of steps before training: check every row, drop what is too long, count it."""
 
 import math
+from collections.abc import Container
 from typing import Any
 
 from datasets import Dataset, IterableDataset, LargeList, List, Value
@@ -16,13 +17,13 @@ logger = logging.get_logger(__name__)
 _SUM_TOLERANCE = 1e-3
 
 
-def check_row(row: dict[str, Any], vocabulary: set[int], width: int) -> None:
+def check_row(row: dict[str, Any], vocabulary: Container[int], width: int) -> None:
     """
     Refuse a row that does not add up.
 
     Args:
         row (`dict`): A row with the columns `STEP_COLUMNS`.
-        vocabulary (`set[int]`): Ids of the model's tokens.
+        vocabulary ([`Vocabulary`] or other `Container[int]`): Ids of the model's tokens.
         width (`int`): Number of the model's embeddings.
 
     Raises:
@@ -122,14 +123,13 @@ def prepare_rows(
                 f"got {features[column]}. Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
             )
     dataset = dataset.with_format(None)  # lists, whatever the user looked at it as
-    tokens = set(vocabulary.ids.tolist())
 
     def prepare(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         kept_rows = {column: [] for column in batch}
         for i, index in enumerate(indices):
             row = {column: values[i] for column, values in batch.items()}
             try:
-                check_row(row, tokens, width)
+                check_row(row, vocabulary, width)
             except ValueError as error:
                 raise ValueError(f"Row {index} of the {name} dataset cannot be trained on: {error}.") from None
             prompt_length = len(row["prompt_ids"])

@@ -35,12 +35,18 @@ class Vocabulary:
     """
 
     def __init__(self, ids: list[int]):
-        self.ids = torch.tensor(sorted(set(ids)), dtype=torch.long)
+        members = sorted(set(ids))
+        self.ids = torch.tensor(members, dtype=torch.long)
+        self._size = len(members)
         # The usual case: real tokens come first, so that a view does what a copy would
-        self._is_prefix = len(self) > 0 and int(self.ids[-1]) == len(self) - 1
+        self._is_prefix = members != [] and members[-1] == self._size - 1
+        self._members = range(self._size) if self._is_prefix else frozenset(members)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self._size
+
+    def __contains__(self, token_id: int) -> bool:
+        return token_id in self._members
 
     def to(self, device: torch.device) -> "Vocabulary":
         """The same vocabulary, its ids on another device."""
@@ -86,8 +92,9 @@ def model_vocabulary(tokenizer: PreTrainedTokenizerBase, width: int, name: str =
 
 def _tokens_with_logits(tokenizer: PreTrainedTokenizerBase, width: int, name: str) -> dict[str, int]:
     vocabulary = tokenizer.get_vocab()
-    token, token_id = max(vocabulary.items(), key=lambda item: item[1])
+    token_id = max(vocabulary.values())
     if token_id >= width:
+        token = next(token for token, each in vocabulary.items() if each == token_id)
         raise ValueError(
             f"The {name}'s tokenizer is larger than its logits: token {token!r} has id {token_id}, but the {name} has "
             f"{width} logits. Pass the tokenizer that belongs to the {name}, or resize the model's embeddings."
