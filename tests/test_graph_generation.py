@@ -1,5 +1,7 @@
 """On a CPU the step that a CUDA GPU replays is called instead; tests/test_cuda.py has what needs a GPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import make_model
@@ -21,6 +23,7 @@ from transformers import (
 )
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler, graph_generation
+from trl_lightreasoner.contrastive_step_sampler import even_batch_size
 from trl_lightreasoner.graph_generation import generate_greedy_by_graph, why_no_graph
 from trl_lightreasoner.models import has_full_attention, hidden_states_at
 from trl_lightreasoner.vocabulary import Vocabulary, model_vocabulary
@@ -93,6 +96,7 @@ def test_any_eos_ends_a_completion_and_is_kept_once(expert, vocabulary, naive, s
 
 def test_rows_that_have_ended_leave_the_batch(expert, vocabulary, naive, monkeypatch):
     monkeypatch.setattr(graph_generation, "STEPS_BETWEEN_CHECKS", 1)
+    complete(expert, [[1]], vocabulary, [], 1)  # a first look at the model
     sizes = []
     expert.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -108,6 +112,7 @@ def test_rows_that_have_ended_leave_the_batch(expert, vocabulary, naive, monkeyp
 
 def test_decoding_goes_little_further_than_the_last_eos(expert, vocabulary, naive, monkeypatch):
     monkeypatch.setattr(graph_generation, "STEPS_BETWEEN_CHECKS", 2)
+    complete(expert, [[1]], vocabulary, [], 1)  # a first look at the model
     calls = []
     expert.register_forward_hook(lambda *args: calls.append(1))
     completions = complete(expert, make_prompts(), vocabulary, [ids[3] for ids in naive], 20)
@@ -123,7 +128,7 @@ def test_hidden_states_are_those_of_a_pass_over_the_whole(expert, vocabulary, na
         positions = torch.zeros(1, len(prompt) + len(completion) - 1, dtype=torch.bool)
         positions[0, len(prompt) - 1 :] = True
         with torch.no_grad():
-            expected = hidden_states_at(expert, positions, input_ids=torch.tensor([prompt + completion[:-1]]))
+            expected = hidden_states_at(expert, positions, torch.tensor([prompt + completion[:-1]]))
         assert hidden_states.shape == (len(completion), expert.config.hidden_size)
         torch.testing.assert_close(hidden_states, expected, rtol=1e-4, atol=1e-4)
 
@@ -240,3 +245,39 @@ def test_a_batch_that_is_too_large_for_the_memory_is_halved_by_graph(sample, ste
     sampled = sample("halved", per_device_batch_size=6)
     assert sizes == [6, 3, 2, 2, 2]
     assert sampled["completion_ids"][:] == steps["completion_ids"][:]
+
+
+@pytest.mark.parametrize(
+    "rows, most, count, expected",
+    [
+        (1000, 1024, 1, 1000),
+        (1000, 512, 1, 500),
+        (1000, 512, 2, 500),
+        (1000, 1024, 2, 500),
+        (9, 4, 2, 3),
+        (1, 8, 4, 1),
+    ],
+)
+def test_batches_are_of_one_size_so_that_no_process_waits_long(rows, most, count, expected):
+    assert even_batch_size(rows, most, count) == expected <= most
+
+
+def test_given_completions_are_scored_in_large_batches_on_a_gpu(monkeypatch, expert_path, amateur_path, tmp_path):
+    args = ContrastiveSamplingConfig(str(tmp_path / "given"))
+    sampler = ContrastiveStepSampler(expert_path, amateur_path, args)
+    sampler.expert = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr("trl_lightreasoner.contrastive_step_sampler.rows_that_fit", lambda *args: 7)
+    encoded = [{"prompt_ids": [1] * 5}]
+    order = [(0, 12)] * 2000
+    assert sampler._find_batch_size(encoded, order, scoring_only=True) == 1000
+    assert sampler._find_batch_size(encoded, order[:14], scoring_only=False) == 7
+    sampler.expert = SimpleNamespace(device=torch.device("cpu"))
+    assert sampler._find_batch_size(encoded, order, scoring_only=False) == 16
+
+
+@pytest.mark.parametrize("way", ["by CUDA graphs", "by generate"])
+def test_the_progress_bar_says_how_completions_are_made(sample, way, monkeypatch, capfd):
+    if way == "by CUDA graphs":
+        monkeypatch.setattr("trl_lightreasoner.contrastive_step_sampler.why_no_graph", lambda model: None)
+    sample("said")
+    assert f"Sampling, {way}" in capfd.readouterr().err

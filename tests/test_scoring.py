@@ -1,13 +1,14 @@
+import inspect
 import math
 
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
-from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM, Qwen2ForCausalLM
 
 from trl_lightreasoner import scoring
 from trl_lightreasoner.contrast import NonFiniteLogitsError
-from trl_lightreasoner.models import hidden_states_at
+from trl_lightreasoner.models import head_makes_logits, hidden_states_at
 from trl_lightreasoner.scoring import Trajectory, group_by_length, score_trajectories
 from trl_lightreasoner.vocabulary import Vocabulary
 
@@ -170,17 +171,23 @@ def test_models_that_compute_all_logits_give_the_same(expert, amateur, monkeypat
 
 
 def test_each_model_runs_once_a_batch_and_computes_the_logits_of_steps_only(expert, amateur):
+    score(expert, amateur, make_trajectories([(1, 1)]))  # a first look at each model
     calls = []
     for name, model in (("expert", expert), ("amateur", amateur)):
 
-        def record(module, args, kwargs, output, name=name):
-            calls.append((name, tuple(kwargs["input_ids"].shape), output.logits.numel() // output.logits.shape[-1]))
+        def record_body(module, args, kwargs, name=name):
+            calls.append((name, tuple(kwargs["input_ids"].shape)))
 
-        model.register_forward_hook(record, with_kwargs=True)
+        def record_head(module, args, output, name=name):
+            calls.append((name, output.numel() // output.shape[-1]))
+
+        model.model.register_forward_pre_hook(record_body, with_kwargs=True)
+        model.lm_head.register_forward_hook(record_head)
     score(expert, amateur, make_trajectories())
     longest = max(prompt + completion - 1 for prompt, completion in SHAPES)
     num_steps = sum(completion for _, completion in SHAPES)
-    assert calls == [(name, (len(SHAPES), longest), num_steps) for name in ("expert", "amateur")]
+    names = ("expert", "amateur")
+    assert calls == [*((name, (len(SHAPES), longest)) for name in names), *((name, num_steps) for name in names)]
 
 
 def test_models_of_two_dtypes_can_be_compared(expert):
@@ -203,6 +210,7 @@ def test_scores_do_not_depend_on_what_is_computed_together(expert, amateur, grou
 def test_no_more_logits_exist_at_a_time_than_a_part_holds(expert, amateur, monkeypatch):
     sizes = []
     monkeypatch.setattr(scoring, "PART_LOGITS", 312 * 12)
+    score(expert, amateur, make_trajectories([(1, 1)]))  # a first look at each model
     expert.lm_head.register_forward_hook(lambda module, args, output: sizes.append(tuple(output.shape)))
     score(expert, amateur, make_trajectories())
     sizes = [rows for rows, width in sizes if width == 312]
@@ -225,7 +233,7 @@ def test_hidden_states_that_are_known_are_not_computed_again(expert, amateur):
         positions[0, len(prompt) - 1 :] = True
         input_ids = torch.tensor([prompt + completion[:-1]])
         with torch.no_grad():
-            hidden_states.append(hidden_states_at(expert, positions, input_ids=input_ids))
+            hidden_states.append(hidden_states_at(expert, positions, input_ids))
     expert.model.register_forward_hook(lambda *args: pytest.fail("the expert has run"))
     scores = score(expert, amateur, trajectories, expert_hidden_states=hidden_states)
     for one, other in zip(expected, scores, strict=True):
@@ -240,16 +248,35 @@ def test_models_that_change_what_their_head_returns_are_scored_by_their_logits(a
     scale = {"logit_scale": 0.5} if config is CohereConfig else {"logits_scaling": 3.0}
     tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     expert = model(config(vocab_size=312, num_key_value_heads=2, **shape, **scale, **tokens)).eval()
-    for _ in range(2):  # the first one finds out, the second one knows
-        for trajectory, scores in zip(
-            make_trajectories(), score(expert, amateur, make_trajectories(), beta=0.0), strict=True
-        ):
-            assert_equal(scores, *naive_scores(expert, amateur, trajectory, list(range(300)), beta=0.0))
+    assert not head_makes_logits(expert, torch.tensor([[1, 2, 3]]))
+    for trajectory, scores in zip(
+        make_trajectories(), score(expert, amateur, make_trajectories(), beta=0.0), strict=True
+    ):
+        assert_equal(scores, *naive_scores(expert, amateur, trajectory, list(range(300)), beta=0.0))
 
 
-def test_the_output_head_is_left_as_it_was(expert):
-    positions = torch.ones(1, 3, dtype=torch.bool)
-    hidden_states = hidden_states_at(expert, positions, input_ids=torch.tensor([[1, 2, 3]]))
-    logits = expert(torch.tensor([[1, 2, 3]])).logits[0]
-    assert "forward" not in vars(expert.lm_head) and not expert.lm_head._forward_hooks
-    torch.testing.assert_close(expert.lm_head(hidden_states), logits)
+def test_a_model_that_changes_its_logits_in_place_is_scored_by_its_logits(amateur):
+    class Silenced(Qwen2ForCausalLM):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits[..., 5:40] -= 20
+            return outputs
+
+        # `accepts_logits_to_keep` reads it
+        forward.__signature__ = inspect.signature(Qwen2ForCausalLM.forward)
+
+    expert = make_model(make_tokenizer())
+    expert.__class__ = Silenced
+    scores = score(expert, amateur, make_trajectories(), beta=0.0)
+    for trajectory, row in zip(make_trajectories(), scores, strict=True):
+        assert_equal(row, *naive_scores(expert, amateur, trajectory, list(range(300)), beta=0.0))
+        assert all(not 5 <= token_id < 40 for label in row.label_ids for token_id in label)
+
+
+def test_hidden_states_are_what_the_head_makes_the_logits_of(expert):
+    input_ids = torch.tensor([[1, 2, 3], [4, 5, 0]])
+    positions = torch.tensor([[False, True, True], [True, True, False]])
+    with torch.no_grad():
+        made = expert.lm_head(hidden_states_at(expert, positions, input_ids))
+        logits = expert(input_ids).logits[positions]
+    torch.testing.assert_close(made, logits)

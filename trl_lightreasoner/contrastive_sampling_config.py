@@ -58,7 +58,7 @@ class ContrastiveSamplingConfig:
             Prompts of more tokens than this are skipped and counted; none is ever cut. If `None`, only prompts that
             leave no room in the models' context are skipped.
         per_device_batch_size (`int`, *optional*):
-            Number of prompts whose completions are generated together. If `None`, as many as the memory of a CUDA GPU
+            Number of prompts processed together. If `None`, as many as the memory of a CUDA GPU
             allows, 1,024 at most, and 16 on other devices. It is halved when memory runs out.
 
         > Parameters that control the generation by vLLM
@@ -147,7 +147,7 @@ class ContrastiveSamplingConfig:
     per_device_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Number of prompts whose completions are generated together. If `None`, as many as the memory of "
+            "help": "Number of prompts processed together. If `None`, as many as the memory of "
             "a CUDA GPU allows, 1,024 at most, and 16 on other devices. It is halved when memory runs out."
         },
     )

@@ -23,7 +23,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from . import __version__
 from .contrastive_sampling_config import ContrastiveSamplingConfig
 from .generation import find_eos_ids, generate_greedy
-from .graph_generation import Generated, generate_greedy_by_graph, rows_that_fit, why_no_graph
+from .graph_generation import MAX_ROWS, Generated, generate_greedy_by_graph, rows_that_fit, why_no_graph
 from .models import add_quantization, describe_model, load_config, load_model, load_tokenizer, weight_fingerprint
 from .processes import Processes
 from .prompts import check_prompts, encode_rows
@@ -43,8 +43,9 @@ class ContrastiveStepSampler:
     """
     Finds the steps at which an expert knows what an amateur does not (LightReasoner, arXiv 2510.07962, section 3).
 
-    For every prompt the expert decodes greedily; both models then read prompt and completion once; the steps whose
-    distributions diverge by at least `args.beta` are kept, each with its contrastive label.
+    For every prompt the expert decodes greedily; the amateur then reads prompt and completion once, and so does the
+    expert, unless its distributions are kept from the decoding; the steps whose distributions diverge by at least
+    `args.beta` are kept, each with its contrastive label.
 
     Args:
         expert (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -213,13 +214,13 @@ class ContrastiveStepSampler:
     def _find_batch_size(self, encoded: Dataset, order: list[tuple[int, int]], scoring_only: bool) -> int:
         if self.args.per_device_batch_size is not None or not order:
             return self.args.per_device_batch_size or 1
-        if scoring_only or self.expert.device.type != "cuda":
+        if self.expert.device.type != "cuda":
             return 16
-        index, room = order[0]  # the longest
-        most = rows_that_fit(self.expert, len(encoded[index]["prompt_ids"]) + room)
-        # Batches of one size, as many for every process
-        count = self.processes.count
-        return math.ceil(len(order) / (count * math.ceil(len(order) / (count * most))))
+        most = MAX_ROWS
+        if not scoring_only:
+            index, room = order[0]  # the longest
+            most = rows_that_fit(self.expert, len(encoded[index]["prompt_ids"]) + room)
+        return even_batch_size(len(order), most, self.processes.count)
 
     def _share(self, order: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """What this process samples: every batch as a single process would form it, dealt out one by one."""
@@ -233,11 +234,15 @@ class ContrastiveStepSampler:
     def _sample(self, encoded: Dataset, order: list[tuple[int, int]], writer: StepWriter, scoring_only: bool) -> None:
         num_steps = num_kept = start = 0
         batch_size = self.batch_size
+        way = "by vLLM" if self._vllm is not None else "by CUDA graphs" if self._by_graph else "by generate"
+        way = "given completions" if scoring_only else way
         own = {"main_process_only": self.processes.count == 1}  # what each process says for itself
         with (
             _evaluating(self.expert, self.amateur),
             _stop_between_batches() as received,
-            tqdm(total=len(order), desc="Sampling", unit="prompt", disable=not self.processes.is_main) as progress,
+            tqdm(
+                total=len(order), desc=f"Sampling, {way}", unit="prompt", disable=not self.processes.is_main
+            ) as progress,
         ):
             while start < len(order):
                 # One call generates up to one length, so that a batch holds prompts with the same room
@@ -398,6 +403,11 @@ class ContrastiveStepSampler:
                 **({} if self._vllm is None else {"vllm": self._vllm.version}),
             },
         }
+
+
+def even_batch_size(num_rows: int, most: int, num_processes: int) -> int:
+    """The size of even batches, at most `most`, as many for every process as can be."""
+    return math.ceil(num_rows / (num_processes * math.ceil(num_rows / (num_processes * most))))
 
 
 def _encode(

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
 from .generation import cut_after_eos
-from .models import attention_backends, get_base_model, has_full_attention
+from .models import attention_backends, get_base_model, has_full_attention, head_makes_logits
 from .vocabulary import Vocabulary
 
 
@@ -109,7 +109,7 @@ def generate_greedy_by_graph(
     base = get_base_model(model)
     longest_first = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
     decoder = _Decoder(base, [prompt_ids[i] for i in longest_first], vocabulary, eos_ids, max_new_tokens)
-    hook = base.get_output_embeddings().register_forward_hook(decoder.note_head)
+    hook = base.get_output_embeddings().register_forward_pre_hook(decoder.note_head)
     try:
         with attention_backends(decoder.device):
             decoder.prefill()
@@ -156,12 +156,14 @@ class _Decoder:
         self.ended = torch.zeros(count, dtype=torch.bool, device=self.device)
         self.step_index = torch.zeros(1, dtype=torch.long, device=self.device)
 
-    def note_head(self, head: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        self.head_input, self.head_output = args[0], output
+    def note_head(self, head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self.head_input = args[0]
 
     def prefill(self) -> None:
         """Read the prompts, and take the first token of every row."""
         start, count = 0, len(self.prompt_ids)
+        longest = torch.tensor([self.prompt_ids[0]], device=self.device)
+        self.keeps_hidden_states = head_makes_logits(self.model, longest)
         while start < count:
             # Padding on the right needs no mask, since no token looks ahead
             length = len(self.prompt_ids[start])
@@ -183,7 +185,7 @@ class _Decoder:
                         states.new_zeros(*shape, states.shape[-1]) for states in (layer.keys, layer.values)
                     )
                     self.buffers.append((keys, values))
-                if logits is self.head_output:
+                if self.keeps_hidden_states:
                     self.hidden_states = self.head_input.new_zeros(*self.tokens.shape, self.head_input.shape[-1])
             for layer, (keys, values) in zip(cache.layers, self.buffers, strict=True):
                 keys[rows, :, :length] = layer.keys

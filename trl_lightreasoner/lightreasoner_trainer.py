@@ -1,7 +1,6 @@
 """`LightReasonerTrainer`: fine-tunes an expert on the kept steps of a Dataset, `D_KL(v_C || pi_theta)` at each."""
 
 import copy
-import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,9 +22,8 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, has_length
+from transformers.trainer_utils import EvalLoopOutput
 
-from .callbacks import RememberEpochs, SkipNonFiniteUpdates
 from .combinations import check_combinations
 from .contrast import contrastive_loss
 from .data_collator import DataCollatorForLightReasoner
@@ -43,8 +41,10 @@ from .models import (
     load_tokenizer,
     settle_4bit_layers,
 )
+from .nonfinite_updates import SkipNonFiniteUpdates
 from .packed_attention import can_pack, is_packed, pack, packed_attention
 from .provenance import warn_of_another_expert
+from .resuming import RememberEpochs, load_state, plan_training
 from .step_dataset import STEP_COLUMNS
 from .step_writer import check_folder
 from .training_rows import prepare_rows
@@ -372,49 +372,17 @@ class LightReasonerTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        folder = resume_from_checkpoint
-        if folder is True:
-            folder = get_last_checkpoint(self.args.output_dir)
-        file = os.path.join(folder or "", "trainer_state.json")
-        self._resumed = TrainerState.load_from_json(file) if folder and os.path.isfile(file) else None
+        self._resumed = load_state(resume_from_checkpoint, self.args.output_dir)
         # LoRA layers cast what they get to their own float32, only for autocast to cast it back
         autocasts = self.accelerator.native_amp and isinstance(self.model, PeftModel)
         with disable_input_dtype_casting(self.model, active=autocasts and _is_plain_lora(self.model)):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
-        values = super().set_initial_training_values(args, dataloader)
-        if (resumed := self._resumed) is None:
-            return values
-        planned = values[-1]
-        if args.max_steps < 0 and args.num_train_epochs == resumed.num_train_epochs:
-            # The same epochs stay the same updates, whatever an update holds by now
-            args = copy.copy(args)
-            args.max_steps = resumed.max_steps
-            values = super().set_initial_training_values(args, dataloader)
-        _, updates_per_epoch, *_, batches_per_epoch, max_steps = values
-        step = resumed.global_step
-        if step >= max_steps:
-            logger.warning(
-                f"Training is complete: the checkpoint has {step:,} of {max_steps:,} updates; raise `max_steps` or "
-                "`num_train_epochs` to go on."
-            )
-            # `Trainer` makes one more update in every epoch that it begins; this is how none is left to begin
-            return (step // updates_per_epoch, *values[1:])
-        # Where `Trainer` goes on: it takes all updates before for such as they are now. The last batch of an epoch, of
-        # fewer rows, moves that by less than a batch where nothing else does
-        epoch = step // updates_per_epoch
-        epoch += step % updates_per_epoch * args.gradient_accumulation_steps / batches_per_epoch
-        batches = abs(epoch - (resumed.epoch or 0)) * batches_per_epoch if has_length(dataloader) else 0
-        batch = max(1, (resumed.train_batch_size or 1) / args.per_device_train_batch_size)
-        if max_steps != planned or round(batches, 6) >= batch:
-            logger.warning(
-                "An update holds another share of the dataset than at the checkpoint: training ends after "
-                f"{max_steps:,} updates in all, and goes on at epoch {epoch:.2f} of the data instead of "
-                f"{resumed.epoch:.2f}, so that some rows are read more often than others; set `max_steps` for another "
-                "number of updates."
-            )
-        return values
+        def plan(args: TrainingArguments) -> tuple:
+            return super(LightReasonerTrainer, self).set_initial_training_values(args, dataloader)
+
+        return plan(args) if self._resumed is None else plan_training(plan, args, dataloader, self._resumed)
 
     def training_step(self, *args, **kwargs):
         with attention_backends(self.accelerator.device), self._attention():

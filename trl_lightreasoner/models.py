@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError  # raised for files that hold more than tensors; none is read that way
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import PartialState
@@ -35,8 +36,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 logger = logging.get_logger(__name__)
 
-# Classes of models that change what their output head returns, as far as they were met
-_CHANGE_LOGITS: set[type] = set()
+# What `head_makes_logits` has found out
+_HEAD_MAKES_LOGITS: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf")
 _VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json", "tokenization*.py")
 
@@ -434,39 +435,39 @@ def forward_at(model: torch.nn.Module, positions: torch.Tensor, to_keep: bool, *
     return outputs
 
 
-def hidden_states_at(model: torch.nn.Module, positions: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor | None:
+def hidden_states_at(model: torch.nn.Module, positions: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor | None:
     """
     What the output head would get at chosen positions.
 
     Args:
         model (`torch.nn.Module`): The model.
         positions (`torch.Tensor` of shape `(batch, length)`, bool): True where hidden states are wanted.
-        inputs: `input_ids` and so on.
+        input_ids (`torch.Tensor` of shape `(batch, length)`): Ids, padding behind them if there is any.
 
     Returns:
         `(positions.sum(), hidden_size)`, in the order of the batch's rows, from which `get_output_embeddings()` makes
-        the logits; or `None` for models whose logits are not what their head returns, which some scale or cap.
+        the logits; or `None` where [`head_makes_logits`] is false.
+    """
+    if not head_makes_logits(model, input_ids):
+        return None
+    return get_base_model(model).get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[positions]
+
+
+def head_makes_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> bool:
+    """
+    Whether the logits of a model are what its output head makes of its last hidden states. Some models scale them, cap
+    them or take tokens out, which shows in a few tokens of `input_ids` `(batch, length)`, read once a model.
     """
     base = get_base_model(model)
-    head = base.get_output_embeddings()
-    if head is None or not accepts_logits_to_keep(model) or type(base) in _CHANGE_LOGITS:
-        return None
-    own = vars(head).get("forward")  # of a model on several devices
-    head.forward = lambda hidden_states: hidden_states
-    try:
-        passed_on = []
-        with head.register_forward_hook(lambda module, args, output: passed_on.append(output)):
-            outputs = model(**inputs, logits_to_keep=positions, use_cache=False)
-    finally:
-        if own is None:
-            del head.forward
-        else:
-            head.forward = own
-    _check_logits(model, outputs)
-    if len(passed_on) != 1 or outputs.logits is not passed_on[0]:
-        _CHANGE_LOGITS.add(type(base))
-        return None
-    return outputs.logits
+    if base not in _HEAD_MAKES_LOGITS:
+        decoder, head = base.get_decoder(), base.get_output_embeddings()
+        makes = decoder is not None and decoder is not base and head is not None
+        if makes:
+            few = {"input_ids": input_ids[:1, :8], "use_cache": False}
+            logits, made = base(**few).logits, head(decoder(**few).last_hidden_state)
+            makes = logits.shape == made.shape and torch.allclose(logits, made, rtol=0, atol=0, equal_nan=True)
+        _HEAD_MAKES_LOGITS[base] = makes
+    return _HEAD_MAKES_LOGITS[base]
 
 
 def _check_logits(model: torch.nn.Module, outputs: Any) -> None:

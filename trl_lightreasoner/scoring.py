@@ -111,6 +111,7 @@ def score_trajectories(
 def _by_trajectory(
     steps: ContrastedSteps, completions: list[list[int]], vocabulary: Vocabulary, include_first_step: bool
 ) -> Iterator[TrajectoryScores]:
+    """What [`score_trajectories`] returns, of trajectories with these completions whose steps were contrasted."""
     divergences = steps.kl_divergence.tolist()
     kept = steps.kept.nonzero()[:, 0].tolist()
     supports = (steps.label_probs > 0).sum(-1).tolist()
@@ -199,13 +200,13 @@ class _LogitsAtSteps:
         device = get_base_model(model).get_input_embeddings().weight.device
         self.input_ids, self.positions = input_ids.to(device), positions.to(device)
         self.ends = [0, *positions.sum(-1).cumsum(0).tolist()]
+        # Padding is behind the tokens, where no causal model looks: without a mask the fastest attention applies
         if hidden_states is None:
             with attention_backends(device):
-                hidden_states = hidden_states_at(model, self.positions, input_ids=self.input_ids)
+                hidden_states = hidden_states_at(model, self.positions, self.input_ids)
         self.hidden_states = hidden_states
 
     def __call__(self, rows: slice) -> torch.Tensor:
-        # Padding is behind the tokens, where no causal model looks: without a mask the fastest attention applies
         if self.hidden_states is not None:
             head = get_base_model(self.model).get_output_embeddings()
             return head(self.hidden_states[self.ends[rows.start] : self.ends[rows.stop]])

@@ -1,4 +1,4 @@
-"""What happens beside the training: updates that are left out, and what a later run has to know."""
+"""`SkipNonFiniteUpdates`: an update whose gradient is not finite is never applied."""
 
 from typing import TYPE_CHECKING
 
@@ -60,11 +60,3 @@ class SkipNonFiniteUpdates(TrainerCallback):
                 "weights, float16 where bfloat16 or float32 is needed, or a learning rate that is too high "
                 f"({args.learning_rate:g})."
             )
-
-
-class RememberEpochs(TrainerCallback):
-    """Lets a checkpoint say how many epochs were asked for, which a run that is resumed compares with its own."""
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        if args.max_steps < 0:
-            state.num_train_epochs = args.num_train_epochs
