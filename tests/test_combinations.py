@@ -118,6 +118,14 @@ def test_what_goes_together_is_not_refused(settings, variables, quantization, dt
     check_combinations(LightReasonerConfig(str(tmp_path), use_cpu=True, **settings), quantization, dtype, adapter)
 
 
+def test_deepspeed_scales_gradients_of_fp16_itself(tmp_path, monkeypatch):
+    args = LightReasonerConfig(str(tmp_path), use_cpu=True, fp16=True)
+    with pytest.raises(ValueError, match=FP16.format(4)):
+        check_combinations(args, {"load_in_4bit": True}, "float16", adapter=True)
+    monkeypatch.setattr(args, "deepspeed_plugin", object())
+    check_combinations(args, {"load_in_4bit": True}, "float16", adapter=True)
+
+
 def test_fsdp_is_found_wherever_it_was_asked_for(environment, tmp_path):
     assert fsdp_version(LightReasonerConfig(str(tmp_path), use_cpu=True)) is None
     assert fsdp_version(LightReasonerConfig(str(tmp_path), use_cpu=True, fsdp=True)) == 2

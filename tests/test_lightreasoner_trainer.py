@@ -18,6 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -96,6 +97,47 @@ def test_the_loss_is_the_mean_over_steps_computed_one_by_one(padding_side, exper
     collator = DataCollatorForLightReasoner(padding_side=padding_side)
     trainer = LightReasonerTrainer(expert, config(tmp_path), collator, steps)
     assert trainer.compute_loss(expert, collator(list(steps))).item() == pytest.approx(mean(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("padding_side, masked", [("right", False), ("left", True)])
+def test_a_mask_is_passed_only_where_padding_stands_before_tokens(padding_side, masked, expert, steps, tmp_path):
+    seen = []
+    expert.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("attention_mask") is not None), with_kwargs=True
+    )
+    collator = DataCollatorForLightReasoner(padding_side=padding_side)
+    trainer = LightReasonerTrainer(expert, config(tmp_path), collator, steps)
+    trainer.compute_loss(expert, collator(list(steps)))
+    assert seen == [masked]
+
+
+@pytest.mark.parametrize("bf16, dora, casts", [(True, False, False), (True, True, True), (False, False, True)])
+def test_lora_layers_do_not_cast_what_autocast_casts(bf16, dora, casts, expert, steps, tmp_path):
+    class Watcher(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append({module.cast_input_dtype_enabled for module in lora_layers(model)})
+
+    def lora_layers(model):
+        return [module for module in model.modules() if hasattr(module, "cast_input_dtype_enabled")]
+
+    seen = []
+    trainer = LightReasonerTrainer(
+        expert,
+        config(tmp_path, bf16=bf16),
+        train_dataset=steps,
+        callbacks=[Watcher()],
+        peft_config=LoraConfig(**LORA, use_dora=dora),
+    )
+    trainer.train()
+    assert seen == [{casts}] * 2
+    assert {module.cast_input_dtype_enabled for module in lora_layers(trainer.model)} == {True}
+
+
+def test_operations_are_counted_as_trainer_counts_them(expert, steps, tmp_path):
+    trainer = LightReasonerTrainer(expert, config(tmp_path), train_dataset=steps)
+    for count in (1, 4):
+        batch = trainer.data_collator(list(steps.select(range(count))))
+        assert trainer.floating_point_ops(batch) == Trainer.floating_point_ops(trainer, batch) > 0
 
 
 def test_the_loss_of_a_peft_model_is_that_of_its_merged_weights(expert, tokenizer, steps, tmp_path):
