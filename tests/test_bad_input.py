@@ -672,7 +672,7 @@ def test_a_mistake_is_one_sentence(command, row, folder, expert_path, amateur_pa
     # On the command line
     assert cli.main([command, *argv]) == 2
     lines = [
-        line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("Sampling:")
+        line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("Sampling, by generate:")
     ]  # a bar
     assert len(lines) == 1
     prefix, sentence = f"lightreasoner {command}: error: ", lines[0]

@@ -464,7 +464,9 @@ def head_makes_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> bool:
         makes = decoder is not None and decoder is not base and head is not None
         if makes:
             few = {"input_ids": input_ids[:1, :8], "use_cache": False}
-            logits, made = base(**few).logits, head(decoder(**few).last_hidden_state)
+            outputs = base(**few)
+            _check_logits(base, outputs)
+            logits, made = outputs.logits, head(decoder(**few).last_hidden_state)
             makes = logits.shape == made.shape and torch.allclose(logits, made, rtol=0, atol=0, equal_nan=True)
         _HEAD_MAKES_LOGITS[base] = makes
     return _HEAD_MAKES_LOGITS[base]
