@@ -165,7 +165,7 @@ def find_letter(completion: str, letters: str = "ABCDEFGHIJ") -> str | None:
         return _leading_letters(answer.text, letters)
     if _find_boxes(completion)[1] is not None:
         return None
-    text = completion.strip()
+    text = completion.replace("**", "").strip()
     # A completion that is a letter, or starts with one: "B", "(B) because", "B. The rate"
     first = re.match(rf"\(?([{letters}])(?:[).:]|\s*$|\s*\n)", text)
     if first:
@@ -277,7 +277,7 @@ def _sentence_end(text: str, start: int) -> int:
 def _leading_letters(text: str, letters: str) -> str | None:
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname)\s*\{|[${}*]|\\[()]|\\left|\\right", "", text)
     text = re.sub(
-        r"^\W*(?:(?:the )?(?:correct )?(?:option|choice|answer)s?\b(?: is)?:?\s*)+", "", text, flags=re.I
+        r"^\W*(?:(?:the )?(?:correct )?(?:option|choice|answer)s?\b(?: is)?:?\s*|both |either )+", "", text, flags=re.I
     ).strip()
     if re.fullmatch(rf"[{letters.lower()}]", text):
         return text.upper()
@@ -291,10 +291,10 @@ def _leading_letters(text: str, letters: str) -> str | None:
             break
         found.append(more[1])
         rest = rest[more.end() :]
-    # "A cell" is a sentence that starts with an article
+    # "A cell" and "I think" start a sentence
     if (
         len(found) == 1
-        and first[0] == "A"
+        and first[0] in {"A", "I"}
         and re.match(r"\s+[a-z]", rest)
         and not re.match(r"\s+(?:because|since|as|is)\b", rest)
     ):

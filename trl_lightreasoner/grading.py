@@ -220,8 +220,8 @@ _SAME = [
         ("²", "^2"),
         ("³", "^3"),
         (r"\\[$]|\\textdollar\b", "¤"),
-        (r"\$(?=[\d.,]+(?:[^$]*$))", "¤"),  # "$18", with no other dollar sign behind it
-        (r"\$|\*\*|`|\\[()\[\]](?!\w)|\\displaystyle|\\boldsymbol|\\mathbf", ""),
+        (r"\$(?=\.?\d[^$]*$)", "¤"),  # "$18", with no other dollar sign behind it
+        (r"\$|\*\*|`|(?<!\\)\\[()\[\]]|\\displaystyle|\\boldsymbol|\\mathbf", ""),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
         (r"\\lbrace|\\lbrack", lambda match: r"\{" if "brace" in match[0] else "["),
         (r"\\rbrace|\\rbrack", lambda match: r"\}" if "brace" in match[0] else "]"),
@@ -229,7 +229,7 @@ _SAME = [
         (r"\\rangle", ")"),
         (r"(\d),?\s*(?:\\[!,]|\{,\})\s*(?=\d{3}(?!\d))", r"\1"),  # separators of thousands that can be nothing else
         (r",\\!", ","),
-        (r"\\[!,;:> ]|~|\\q?quad\b|\\hspace\{[^{}]*\}", " "),
+        (r"(?<!\\)\\[!,;:> ]|~|\\q?quad\b|\\hspace\{[^{}]*\}", " "),
         (r"\\[dtc]frac", r"\\frac"),
         (r"\\(ge|le)qslant|\\(ge|le)q(?![a-z])", lambda match: "\\" + (match[1] or match[2]) + " "),
         (r"<=", r"\\le "),
@@ -254,7 +254,7 @@ _SAME = [
 def _clean(text: str) -> str:
     for pattern, replacement in _SAME:
         text = pattern.sub(replacement, text)
-    return text.strip(" \n\t,;:.").strip()
+    return text.strip(" \n\t,;:").rstrip(" .")
 
 
 def _mixed(whole: str, numerator: str, denominator: str) -> str:
@@ -364,7 +364,7 @@ def _with_both_signs(items: list[str]) -> list[str]:
 
 # ---- One item ----
 
-_TIME = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?\s*(?:([ap])\.?\s*m\.?)?$", re.I)
+_TIME = re.compile(r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s*(?:([ap])\.?\s*m\.?)?$", re.I)
 _RATIO = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(?::|\bto\b)\s*(\d+(?:\.\d+)?)\s*)(?:(?::|\bto\b)\s*(\d+(?:\.\d+)?)\s*)?$")
 _BASE = re.compile(r"(\d[\dA-F]*)\s*(?:_\{?\s*(\d+|[a-z]+)\s*\}?|\(?\s*(?:in )?base[ -](\d+|[a-z]+)\s*\)?)$")
 _BASE_NAMES = "zero one two three four five six seven eight nine ten eleven twelve".split() + ["sixteen"]
@@ -378,7 +378,7 @@ def _equal_item(gold: str, answer: str, terms: _Terms) -> bool:
     if _squeeze(gold) == _squeeze(answer):
         return True
     if words := _words(gold):
-        return _words(answer) == words
+        return words == (_words(answer) or _words(rf"\text{{{answer}}}"))
 
     if (gold_base := _base(gold)) or _base(answer):
         # An answer without a base is taken to be in the one that was asked for
