@@ -32,26 +32,31 @@ class _Box(NamedTuple):
 # What a base model writes when it goes on with a question of its own, and the ends of a turn
 _RUN_ON = re.compile(
     r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text|end|user|assistant)\|>|</s>|<(?:eos|end_of_turn)>"
-    r"|\n\s*(?:\*\*|#{1,6} *)?(?:(?:New |Next )?(?:Question|Problem|Exercise|Example)(?: *\d+)?(?:\*\*)? *[:.]"
+    r"|\n[ \t]*(?:\*\*|#{1,6} *)?(?:(?:New |Next )?(?:Question|Problem|Exercise|Example)(?: *\d+)?(?:\*\*)? *[:.]"
     r"|Q *\d*(?:\*\*)? *:|(?:Human|User|Instruction|Input)(?:\*\*)? *:)"
 )
 _WITHDRAWN = re.compile(
     r"[\s$*.)\]\\]*(?:wait|hold on|hmm|oops|actually|however|but\b|no,|sorry|correction|on second thought"
-    r"|(?:let me|let us|let's) (?:double.?check|re|check|verify)|(?:this|that) (?:is|was|seems) (?:wrong|incorrect|not))",
+    r"|(?:let me|let us|let's) (?:double.?check|re|check|verify)"
+    r"|(?:this|that) (?:is|was|seems) (?:wrong|incorrect|not))",
     re.I,
 )
 
 # "The answer is", "Answer:", "**Final Answer**" before a line break; "answer to the question is"
 _PHRASE = re.compile(
-    r"\banswer\b(?:[*_ ]*(?: to [^.\n:]{0,80}?)?(?: (?:is|are)\b(?: thus| therefore)?|[*_ ]*[:=])[*_: ]*|[*_ ]*(?=\n))",
+    r"\banswers?\b(?:[*_ ]{0,4}(?:to [^.\n:]{0,80}? )?(?:(?:is|are)\b(?: thus| therefore)?|[:=])[*_: ]*"
+    r"|[*_ ]*(?=\n))",
     re.I,
 )
 _NO_VALUE = re.compile(r"\W*(?:not|wrong|incorrect|correct|right|unclear|as follows|given|found|obtained)\b", re.I)
 _SENTENCE_END = re.compile(r"(?<![A-Z])(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)(?<!\b[ap]\.m)[.!?](?=\s+[A-Z\\$*(]|\s*$)")
 
-_FORMULA = re.compile(r"\$\$([^$]+)\$\$|\\\[((?:[^\\]|\\(?!\]))+)\\\]|\\\(((?:[^\\]|\\(?!\)))+)\\\)|\$([^$\n]+)\$")
+_VALUE = re.compile(r"\s*(?:\*\*|\$|\\[(\[])*\(?(?:[-+]?[$€£]?\.?\d|[A-J]\b|\\(?!boxed))")
+_FORMULA = re.compile(
+    r"\$\$([^$]+)\$\$|\\\[((?:[^\\]|\\(?!\])){1,2000})\\\]|\\\(((?:[^\\]|\\(?!\))){1,2000})\\\)|\$([^$\n]+)\$"
+)
 _NUMBER = re.compile(
-    r"(?<![\w.,/])(?:[-+](?=[\d.$€£]))?(?:\\?[$€£] ?)?"
+    r"(?<![\w.])(?:[-+−](?=[\d.$€£\\]))?(?:\\?[$€£] ?)?"
     r"(?:\d+(?: \d+/\d+| ?/ ?\d+|:\d+|(?:,\d{3})*(?!\d)(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+)?|\.\d+)(?: ?\\?%)?"
 )
 _FRACTION = re.compile(r"-?\\[dt]?frac\{[^{}]+\}\{[^{}]+\}")
@@ -133,11 +138,7 @@ def first_answer(completion: str) -> str:
     ends = {_sentence_end(text, box.end) for box in boxes}
     ends |= {position for position, _ in _after_hashes(text)}
     for match in _PHRASE.finditer(text):
-        value = re.compile(r"\s*(?:\*\*|\$|\\[(\[])*\(?(?:[-+]?[$€£]?\.?\d|[A-J]\b|\\(?!boxed))").match(
-            text, match.end()
-        )
-        # An answer whose sentence goes on to the end of the text may have been cut off, which does no harm here
-        if value:
+        if value := _VALUE.match(text, match.end()):
             ends.add(_sentence_end(text, value.end()))
     for end in sorted(ends):
         if not _WITHDRAWN.match(text, end):
@@ -185,12 +186,11 @@ def _find_boxes(text: str) -> tuple[list[_Box], int | None]:
             stack.append((token.start(), token.end(), False))
         elif token[0] == "}" and stack:
             start, inner, is_box = stack.pop()
-            content = text[inner : token.start()]
-            # A blank line: the box was never closed, and this brace belongs to something else
-            if is_box and content.strip() and "\n\n" not in content:
+            # With a blank line in it the box was never closed, and this brace belongs to something else
+            if is_box and text[inner : token.start()].strip() and "\n\n" not in text[inner : token.start()]:
                 while boxes and boxes[-1].start > start:
                     boxes.pop()
-                boxes.append(_Box(start, token.end(), content.strip()))
+                boxes.append(_Box(start, token.end(), text[inner : token.start()].strip()))
     is_open = [start for start, _, is_box in stack if is_box]
     # Only the last box can have been cut off by the length limit
     unfinished = is_open[-1] if is_open and (not boxes or boxes[-1].end < is_open[-1]) else None
@@ -248,19 +248,18 @@ def _value(line: str) -> str:
     bold = re.match(r"[^*]{0,60}\*\*([^*\n]+)\*\*", line)
     line = bold[1] if bold else line
     end = _SENTENCE_END.search(line)
-    return (line[: end.start()] if end else line).strip(" \t\n*_`:")
+    line = (line[: end.start()] if end else line).strip(" \t\n*_`:")
+    return re.sub(r"^[-•] +", "", line)  # an item of a list, not a minus
 
 
 def _last_value(text: str) -> Answer | None:
-    formulas = [(match.end(), next(filter(None, match.groups())).strip()) for match in _FORMULA.finditer(text)]
-    # "$5 and then $6" is money, not a formula
-    formulas = [found for found in formulas if not re.search(r"(?<![\\a-zA-Z{])[A-Za-z]{3,}", found[1])]
-    numbers = [(match.end(), match[0]) for pattern in (_NUMBER, _FRACTION) for match in pattern.finditer(text)]
-    # A number that is part of a formula ends before it
-    found = max(
-        numbers[-1:] + formulas[-1:] + [n for n in numbers if n[1].lstrip("-").startswith("\\")][-1:], default=None
-    )
-    return Answer(found[1], False) if found else None
+    found = [(match.end(), match[0]) for pattern in (_NUMBER, _FRACTION) for match in pattern.finditer(text)]
+    for match in _FORMULA.finditer(text):
+        formula = next(filter(None, match.groups())).strip()
+        # "$5 and then $6" is money
+        if not re.search(r"(?<![\\a-zA-Z{])[A-Za-z]{3,}", formula):
+            found.append((match.end(), formula))
+    return Answer(max(found)[1], False) if found else None
 
 
 def _last_line(text: str) -> str:
