@@ -12,7 +12,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-from .exact_numbers import Number, TooLarge, is_huge, read_number
+from .exact_numbers import Number, TooLarge, is_huge, read_number, same_number
 from .units import Unit, parse_unit
 
 
@@ -81,6 +81,7 @@ _SAME = [
         ("±", r"\\pm "),
         ("∪", r"\\cup "),
         ("∈", r"\\in "),
+        (r"≈|≃|\\simeq\b|\\thickapprox\b", r"\\approx "),
         (r"√\s*\(?(\w+)\)?", r"\\sqrt{\1}"),
         ("°", r"^\\circ "),
         ("²", "^2"),
@@ -112,6 +113,9 @@ _SAME = [
         (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
         (r"(\d+)\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", lambda match: _mixed(*match.groups())),
         (r"(?<![\d/.^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])", lambda match: _mixed(*match.groups())),
+        (r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?", lambda match: _repeating(*match.groups())),
+        (r"(?<=\d)\s*(?:million\b|\\text\s*\{\s*million\s*\})", r" \\times 10^6 "),
+        (r"(?<=\d)\s*(?:billion\b|\\text\s*\{\s*billion\s*\})", r" \\times 10^9 "),
         (r"_\{(\w)\}", r"_\1"),
     )
 ]
@@ -129,15 +133,22 @@ def _mixed(whole: str, numerator: str, denominator: str) -> str:
     return f"(({int(whole) * int(denominator) + int(numerator)})/({denominator}))"
 
 
+def _repeating(whole: str, digits: str, period: str) -> str:
+    r"""0.\overline{3} is 3/9, 0.1\overline{6} is 15/90."""
+    numerator = int(whole + digits + period) - int(whole + digits or 0)
+    return f"(({numerator})/({10 ** (len(digits) + len(period)) - 10 ** len(digits)}))"
+
+
 def _squeeze(text: str) -> str:
-    return re.sub(r"\s", "", re.sub(_WRAPPERS, r"\1", text))
+    # A space between digits stays: "1 1" is not 11
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(_WRAPPERS, r"\1", text))
 
 
 # ---- Structure: lists, sets, pairs, intervals, unions ----
 
 _OPENING, _CLOSING = {"(", "[", "{", r"\{"}, {")", "]", "}", r"\}"}
 _TOKEN = re.compile(r"\\(?:[a-zA-Z]+|.)|.", re.S)
-_THOUSANDS = re.compile(r"[-+]?¤?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])")
+_THOUSANDS = re.compile(r"(?<![\d,.])[-+]?¤?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])")
 
 
 class _Parts(NamedTuple):
@@ -150,6 +161,7 @@ class _Parts(NamedTuple):
 def _equal(gold: str, answer: str, terms: _Terms) -> bool:
     if _squeeze(gold) == _squeeze(answer):
         return True
+    gold, answer = _without_approximation(gold), _without_approximation(answer)
     gold_parts, answer_parts = _parts(gold), _parts(answer)
     if len(gold_parts.items) == 1 == len(answer_parts.items) and not gold_parts.brackets + answer_parts.brackets:
         return _equal_item(gold_parts.items[0], answer_parts.items[0], terms)
@@ -163,12 +175,17 @@ def _equal(gold: str, answer: str, terms: _Terms) -> bool:
     # Of a pair, or an interval, the order counts, and the brackets do; a bare list may stand for a pair in its order
     if "∪" in kinds or "{}" in kinds or ("" not in kinds and len(kinds) > 1):
         return False
-    if kinds - {"", "()"}:
-        if "" in kinds:
-            return False
+    if "" in kinds and kinds != {"", "()"}:
+        return False
     return len(gold_parts.items) == len(answer_parts.items) and all(
         _equal(g, a, terms) for g, a in zip(gold_parts.items, answer_parts.items, strict=True)
     )
+
+
+def _without_approximation(text: str) -> str:
+    """Of "1/3, about 0.33" the exact part, of "x is about 0.33" the number."""
+    exact, sign, approximate = text.partition(r"\approx")
+    return approximate.strip() if sign and _NAME.match(exact) else exact.strip()
 
 
 def _parts(text: str) -> _Parts:
@@ -267,7 +284,7 @@ def _equal_item(gold: str, answer: str, terms: _Terms) -> bool:
     if gold_quantity.number and answer_quantity.number:
         number = answer_quantity.number.times(factor)
         return any(
-            sameread_number(gold_quantity.number, n, terms.tolerance)
+            same_number(gold_quantity.number, n, terms.tolerance)
             for n in _percents(number, gold_quantity, answer_quantity)
         )
     if gold_quantity.number and re.search(
@@ -334,7 +351,7 @@ def _equal_time_or_ratio(gold: str, answer: str, terms: _Terms) -> bool:
     # 3:4 is 3/4
     numbers = [Number(Fraction(ratio[0]) / ratio[1]) if ratio and len(ratio) == 2 and ratio[1] else read_number(text)
                for ratio, text in ((gold_ratio, gold), (answer_ratio, answer))]  # fmt: skip
-    return all(numbers) and sameread_number(*numbers, terms.tolerance)
+    return all(numbers) and same_number(*numbers, terms.tolerance)
 
 
 def _ratio(text: str) -> tuple[int, ...] | None:
@@ -457,34 +474,35 @@ def _quantity_in_prose(text: str) -> _Quantity | None:
 
 
 def equal_by_math_verify(gold: str, answer: str, tolerance: float | None) -> bool:
+    """Whether two formulas in LaTeX are equal; the reference answer has to be the first."""
+    try:
+        return _equal_formulas(gold, answer, tolerance)
+    except Exception:  # computer algebra fails in many ways; what it cannot compare is not equal
+        return False
+
+
+def _equal_formulas(gold: str, answer: str, tolerance: float | None) -> bool:
     import sympy
     from math_verify import LatexExtractionConfig, parse, verify
 
     # Its limit of time is a signal, which only the main thread may use
     limit = 5 if threading.current_thread() is threading.main_thread() else None
+    expressions = []
+    for text in (gold, answer):
+        found = parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=limit)
+        if not found:
+            return False
+        expressions.append(found[0])
 
-    def parsed(text: str) -> sympy.Basic | None:
-        config = [LatexExtractionConfig()]
-        found = parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=limit)
-        return found[0] if found else None
-
-    gold_expression, answer_expression = parsed(gold), parsed(answer)
-    if gold_expression is None or answer_expression is None:
-        return False
-    if isinstance(gold_expression, sympy.Eq) and isinstance(answer_expression, sympy.Eq):
-        return _same_equation(gold_expression, answer_expression)
-    if all(
-        isinstance(e, sympy.Expr) and e.is_number and not e.is_infinite for e in (gold_expression, answer_expression)
-    ):
-        values = [
-            read_number(text) or _approximation(expression)
-            for text, expression in ((gold, gold_expression), (answer, answer_expression))
-        ]
-        if all(values):
-            return sameread_number(*values, tolerance) or abs(values[0].value - values[1].value) <= abs(
-                values[0].value
-            ) / Fraction(10**40)
-    return verify(gold_expression, answer_expression, allow_set_relation_comp=True, timeout_seconds=limit)
+    if all(isinstance(expression, sympy.Eq) for expression in expressions):
+        return _same_equation(*expressions)
+    if all(isinstance(expression, sympy.Expr) and expression.is_number for expression in expressions):
+        # math-verify compares fifteen digits
+        numbers = [read_number(text) or _approximation(e) for text, e in zip((gold, answer), expressions, strict=True)]
+        if all(numbers):
+            difference = abs(numbers[0].value - numbers[1].value)
+            return same_number(*numbers, tolerance) or difference <= abs(numbers[0].value) / 10**40
+    return verify(*expressions, allow_set_relation_comp=True, timeout_seconds=limit)
 
 
 def _same_equation(gold, answer) -> bool:
@@ -498,7 +516,7 @@ def _same_equation(gold, answer) -> bool:
 
 
 def _approximation(expression) -> Number | None:
-    """Fifty digits of a real number such as a root."""
+    """Sixty digits of a real number such as a root."""
     import sympy
 
     value = sympy.N(expression.doit(), 60)
