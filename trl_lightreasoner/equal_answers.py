@@ -270,8 +270,9 @@ def _equal_item(gold: str, answer: str, terms: _Terms) -> bool:
         return gold_digits == answer_digits and (base == answer_base or None in (base, answer_base))
     if ":" in gold + answer or _RATIO.match(gold) or _RATIO.match(answer):
         return _equal_time_or_ratio(gold, answer, terms)
-    if not _INEQUALITY.search(gold + answer) and "=" in gold + answer:
-        return _equal_equation(gold, answer, terms)
+    sides = [_split(text.replace("==", "="), {"="}) for text in (gold, answer)]
+    if max(map(len, sides)) > 1 and not _INEQUALITY.search(gold + answer):
+        return _equal_equation(gold, *sides, terms)
 
     gold_quantity, answer_quantity = _quantity(gold), _quantity(answer)
     if gold_quantity.number and not answer_quantity.number:
@@ -364,15 +365,14 @@ def _ratio(text: str) -> tuple[int, ...] | None:
     return tuple(term // (math.gcd(*whole) or 1) for term in whole)
 
 
-def _equal_equation(gold: str, answer: str, terms: _Terms) -> bool:
-    gold_sides, answer_sides = _split(gold.replace("==", "="), {"="}), _split(answer.replace("==", "="), {"="})
+def _equal_equation(gold: str, gold_sides: list[str], answer_sides: list[str], terms: _Terms) -> bool:
     if len(gold_sides) == 1:
         # "9 * 2 = 18", "x = 5", "5 = x"
         last = answer_sides[0] if _NAME.match(answer_sides[-1]) and not _NAME.match(gold) else answer_sides[-1]
         return _equal(gold, last, terms)
     is_named = _NAME.match(gold_sides[0])
     if len(answer_sides) == 1:
-        return bool(is_named) and _equal(gold_sides[-1], answer, terms)
+        return bool(is_named) and _equal(gold_sides[-1], answer_sides[0], terms)
     if is_named and _bare_name(gold_sides[0]) == _bare_name(answer_sides[0]):
         return _equal(gold_sides[-1], answer_sides[-1], terms)
     return terms.symbolic(
