@@ -171,7 +171,9 @@ def find_letter(completion: str, letters: str = "ABCDEFGHIJ") -> str | None:
     first = re.match(rf"\(?([{letters}])(?:[).:]|\s*$|\s*\n)", text)
     if first:
         return _leading_letters(text.split("\n")[0], letters)
-    named = re.findall(rf"\((?=[{letters}]\))([{letters}])\)|\b(?:[Oo]ption|[Cc]hoice) \(?([{letters}])\b", text)
+    named = re.findall(
+        rf"\((?=[{letters}]\))([{letters}])\)|\b(?:[Oo]ption|[Cc]hoice)(?: is)?:? \(?([{letters}])\b", text
+    )
     return next(filter(None, named[-1])) if named else None
 
 

@@ -116,7 +116,7 @@ _SAME = [
         (r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?", lambda match: _repeating(*match.groups())),
         (r"(?<=\d)\s*(?:million\b|\\text\s*\{\s*million\s*\})", r" \\times 10^6 "),
         (r"(?<=\d)\s*(?:billion\b|\\text\s*\{\s*billion\s*\})", r" \\times 10^9 "),
-        (r"_\{(\w)\}", r"_\1"),
+        (r"([_^])\{(\w)\}", r"\1\2"),
     )
 ]
 
@@ -165,7 +165,7 @@ def _equal(gold: str, answer: str, terms: _Terms) -> bool:
     gold_parts, answer_parts = _parts(gold), _parts(answer)
     if len(gold_parts.items) == 1 == len(answer_parts.items) and not gold_parts.brackets + answer_parts.brackets:
         return _equal_item(gold_parts.items[0], answer_parts.items[0], terms)
-    if not answer_parts.brackets and len(answer_parts.items) == 1 and re.search(r"[<>]|\\[lg]e\b", answer):
+    if _INEQUALITY.search(gold + answer) and (len(gold_parts.items) == 1 or len(answer_parts.items) == 1):
         return terms.symbolic(gold, answer, terms.tolerance)  # 2 < x < 5 for the interval
     kinds = {gold_parts.brackets, answer_parts.brackets}
     if kinds <= {"", "{}"} or kinds == {"∪"}:
@@ -274,7 +274,9 @@ def _equal_item(gold: str, answer: str, terms: _Terms) -> bool:
     if max(map(len, sides)) > 1 and not _INEQUALITY.search(gold + answer):
         return _equal_equation(gold, *sides, terms)
 
-    gold_quantity, answer_quantity = _quantity(gold), _quantity(answer)
+    gold_quantity = _quantity(gold)
+    # Behind a number that is asked for "m" is metres, in a formula it is a variable
+    answer_quantity = _quantity(answer, letter_is_unit=gold_quantity.number is not None)
     if gold_quantity.number and not answer_quantity.number:
         answer_quantity = _quantity_in_prose(answer) or answer_quantity
     if terms.unit and not gold_quantity.unit:
@@ -402,7 +404,7 @@ _UNIT_TAIL = re.compile(
 )
 
 
-def _quantity(text: str) -> _Quantity:
+def _quantity(text: str, letter_is_unit: bool = False) -> _Quantity:
     text, unit = text.strip(), None
     currency = re.match(r"([-+]?)\s*([¤€£¥])\s*", text)
     if currency:
@@ -417,7 +419,7 @@ def _quantity(text: str) -> _Quantity:
         found = parse_unit(words)
         known_word = found is not None and re.search("[A-Za-zµμ]{2}", words)
         plain_words = re.match(r"[\s(]*[a-z][A-Za-z'’-]{2,}", words) and text[tail.start() : tail.start("unit")]
-        one_letter = found is not None and read_number(value)
+        one_letter = letter_is_unit and found is not None and read_number(value)
         if value.count("{") == value.count("}") and (is_wrapped or known_word or plain_words or one_letter):
             # 5 dollars per hour: what comes first is asked for; several words, "feet tall", are no measure
             text, unit = value, unit or found
