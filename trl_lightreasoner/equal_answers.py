@@ -485,13 +485,19 @@ def equal_by_math_verify(gold: str, answer: str, tolerance: float | None) -> boo
 
 def _equal_formulas(gold: str, answer: str, tolerance: float | None) -> bool:
     import sympy
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
+    # What looks like a unit here is a variable
+    writing = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
+    )
+    config = [LatexExtractionConfig(normalization_config=writing)]
     # Its limit of time is a signal, which only the main thread may use
     limit = 5 if threading.current_thread() is threading.main_thread() else None
     expressions = []
     for text in (gold, answer):
-        found = parse(f"${text}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=limit)
+        found = parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=limit)
         if not found:
             return False
         expressions.append(found[0])
