@@ -83,6 +83,9 @@ def check(gold: str | list[str], right: list[str], wrong: list[str], **kwargs) -
         pytest.param(
             r"\frac{\pi}{2}", [r"\pi/2", "1.570796", r"\frac{\pi}{2} \approx 1.57"], ["1.57", r"\pi"], id="pi"
         ),
+        pytest.param(
+            r"12\pi", [r"12\pi \text{ square inches}"], [r"12\pi x", r"\text{12 square inches}"], id="pi and unit"
+        ),
         pytest.param("0.5", [r"x \approx 0.5"], [r"x \approx 0.6", r"0.6 \approx 0.5"], id="about"),
         pytest.param("(a+5)(b+2)", ["ab+2a+5b+10", "(2+b)(a+5)"], ["ab+2a+5b+9"], id="formula"),
         pytest.param("6 - 5i", ["-5i+6"], ["6+5i"], id="complex"),
@@ -265,6 +268,7 @@ ASDIV = [
     ("Mr. Bell", ["Mr. Bell", r"\text{Mr. Bell}", "mr bell"], ["Mrs. Bell", "Bell or Mr. Bell"]),
     ("The 3rd runner.", ["the 3rd runner", r"\text{The 3rd runner}"], ["the 4th runner", "3"]),
     ("Yes", ["Yes", r"\text{yes}"], ["No", "yes and no"]),
+    ("5th", ["5", "5th", r"5^{\text{th}}"], ["15th", "6th"]),
     ("May 2nd", ["May 2nd", "May 2"], ["May 3rd", "June 2nd"]),
 ]
 

@@ -106,6 +106,7 @@ _SAME = [
         (r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree", r" \\text{degrees} "),
         (r"\^\s*\{\s*\\prime\s*\\prime\s*\}", r" \\text{arcseconds} "),
         (r"\bnp\.(?=[a-z])", r"\\"),
+        (r"(?<=\d)(?:st|nd|rd|th)\b|(?<=\d)\s*\^\s*\{\s*\\\w+\s*\{(?:st|nd|rd|th)\}\s*\}", ""),
         (r"\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}", ","),
         (r"(\d) and (?=\d+ ?/ ?\d+)", r"\1 "),  # one and a quarter
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
@@ -303,10 +304,9 @@ def _equal_item(gold: str, answer: str, terms: _Terms) -> bool:
 
 
 def words_of(text: str) -> str | None:
-    r"""A text answer in small letters without articles, ordinals as numbers; `None` for numbers and formulas."""
+    r"""A text answer in small letters without articles; `None` for numbers and formulas."""
     wrapped = re.search(_WRAPPERS, text)
     plain = re.sub(_WRAPPERS, r" \1 ", text)
-    plain = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", plain)
     letters = re.sub(r"[^A-Za-z]", "", plain)
     if (
         not re.fullmatch(r"[\w\s.,'’()&:?!-]+", plain)
@@ -400,7 +400,8 @@ class _Quantity(NamedTuple):
 
 _UNIT_WORD = rf"(?:{_WRAPPERS}|\{{\s*[A-Za-z~\s]+\}}|[A-Za-zµμ'’-]++\.?|\\(?:AA|mu|cdot)(?![a-zA-Z]))"
 _UNIT_TAIL = re.compile(
-    rf"(?<=[\d)}}!.])\s*(?P<unit>(?:{_UNIT_WORD}|/(?=\s*{_UNIT_WORD}))(?:{_UNIT_WORD}|\^\s*\{{?\s*-?\d\s*\}}?|/|\s)*)$"
+    r"(?:(?<=[\d)}!.])|(?<=[a-z])(?=\s*\\(?:text|mbox|mathrm)\b))"
+    rf"\s*(?P<unit>(?:{_UNIT_WORD}|/(?=\s*{_UNIT_WORD}))(?:{_UNIT_WORD}|\^\s*\{{?\s*-?\d\s*\}}?|/|\s)*)$"
 )
 
 
