@@ -27,15 +27,19 @@ MARKS = {
 LAST_LINE = re.compile(r"\nA: *(.+?)\s*$")
 
 
+def marked(solution: str, mark: str) -> str:
+    return LAST_LINE.sub(lambda line: "\n" + mark.format(line[1]), solution)
+
+
 def read_rows(path: Path) -> list[dict]:
     """One row a solution: `question`, `model`, `solution`, `gold` and `is_correct`."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         question = json.loads(line)
         gold = LAST_LINE.search(question["ground_truth"])[1]
-        for model, marked in question.items():
-            if isinstance(marked, dict):
-                rows.append({"question": question["question"], "model": model, "gold": gold, **marked})
+        for model, graded in question.items():
+            if isinstance(graded, dict):
+                rows.append({"question": question["question"], "model": model, "gold": gold, **graded})
     return rows
 
 
@@ -53,8 +57,8 @@ def main() -> None:
     rows = read_rows(parser.parse_args().dataset)
 
     for name, mark in MARKS.items():
-        completions = [LAST_LINE.sub(lambda end: "\n" + mark.format(end[1]), row["solution"]) for row in rows]  # noqa: B023
-        verdicts = grade_all({"completion": c, "gold": row["gold"]} for c, row in zip(completions, rows, strict=True))
+        items = [{"completion": marked(row["solution"], mark), "gold": row["gold"]} for row in rows]
+        verdicts = grade_all(items)
         differing = [(r, v) for r, v in zip(rows, verdicts, strict=True) if v.correct != r["is_correct"]]
         print(f"{name}: {len(rows) - len(differing)} of {len(rows)} agree, {1 - len(differing) / len(rows):.2%}")
         for row, verdict in differing:
