@@ -3,6 +3,7 @@ r"""Units of measure: what one stands for, so that 90 minutes are 1.5 hours and 
 Standard library only.
 """
 
+import math
 import re
 from collections import Counter
 from fractions import Fraction
@@ -81,42 +82,32 @@ def parse_unit(text: str) -> Unit | None:
 
     ```
     """
-    factor, dimensions = Fraction(1), Counter()
-    sign, prefix, last = 1, 1, None
-    position = 0
-
-    def add(name: tuple[Fraction, dict[str, int]], power: int) -> None:
-        nonlocal factor
-        factor *= name[0] ** power
-        for dimension, exponent in name[1].items():
-            dimensions[dimension] += exponent * power
-
-    while position < len(text):
-        token = _TOKEN.match(text, position)
-        if not token:
-            return None
-        position = token.end()
-        word = token[0].strip()
-        if word in {"", "~", "{", "}", ".", r"\cdot"}:
-            continue
-        if word == "/" or word == "per":
-            sign = -1
-        elif word.lower().rstrip(".") in _POWERS:
-            prefix = _POWERS[word.lower()]
-        elif token[1]:
-            if last is None:
+    if _TOKEN.sub("", text):
+        return None
+    parts: list[tuple[Fraction, dict[str, int], int]] = []  # of "km/h^2": a kilometre, an hour to the power of -2
+    sign, square = 1, 1
+    for token in _TOKEN.finditer(text):
+        word = token[0].strip("~{}. \t\n\\")
+        if token[1]:
+            if not parts:
                 return None
-            # The unit itself was already counted once
-            add(last[0], last[1] * (int(token[1]) - 1))
-            last = None
-        else:
-            found = _look_up(word.removeprefix("\\"))
+            factor, dimensions, power = parts.pop()
+            parts.append((factor, dimensions, power * int(token[1])))
+        elif word in {"/", "per"}:
+            sign = -1
+        elif word.lower() in _POWERS:
+            square = _POWERS[word.lower()]
+        elif word and word != "cdot":
+            found = _look_up(word)
             if found is None:
                 return None
-            add(found, sign * prefix)
-            last, prefix = (found, sign), 1
-    kept = frozenset((name, power) for name, power in dimensions.items() if power)
-    return Unit(factor, kept) if kept else None
+            parts.append((*found, sign * square))
+            square = 1
+    total = Counter()
+    for _, dimensions, power in parts:
+        total.update({name: exponent * power for name, exponent in dimensions.items()})
+    total = frozenset((name, power) for name, power in total.items() if power)
+    return Unit(math.prod(factor**power for factor, _, power in parts), total) if total else None
 
 
 def _look_up(word: str) -> tuple[Fraction, dict[str, int]] | None:
