@@ -70,6 +70,7 @@ def check(gold: str | list[str], right: list[str], wrong: list[str], **kwargs) -
             ["5x - 7y = 4", "5x + 7y + 4 = 0", "5x - 7y + 4"],
             id="equation",
         ),
+        pytest.param("x^2 + 1 = 0", ["-2x^2 = 2"], ["x^2 + 2 = 0", "x^2 = 1"], id="equation without a real solution"),
         pytest.param("y = 2x + 3", ["2x+3", "y - 2x = 3", "3 + 2x = y"], ["y = 2x - 3", "x = 2y + 3"], id="function"),
         pytest.param("x=5", ["5", "x = 5", "5 = x"], ["y=5", "x=-5", "x^2=5"], id="assignment"),
         pytest.param("2^{100}", ["1267650600228229401496703205376"], ["1267650600228229401496703205377"], id="power"),
@@ -78,7 +79,10 @@ def check(gold: str | list[str], right: list[str], wrong: list[str], **kwargs) -
         pytest.param("52_8", ["52_{8}", r"52_{\text{eight}}", "52", "52 (base 8)"], ["528", "52_9", "42"], id="base"),
         pytest.param(r"9^{9^{9^{9}}}", [r"9^{9^{9^9}}"], [r"9^{9^{9^{8}}}", "9"], id="tower"),
         pytest.param(
-            "5", ["5"], [r"9^{9^{9^{9}}}", r"\sqrt{9^{9^{9^{9}}}}", r"10^{10^{10}}!"], id="tower as an answer"
+            "5",
+            ["5"],
+            [r"9^{9^{9^{9}}}", r"\sqrt{9^{9^{9^{9}}}}", r"10^{10^{10}}!", "(9^{99999})^{99999}"],
+            id="tower as an answer",
         ),
         pytest.param(
             r"\frac{\pi}{2}", [r"\pi/2", "1.570796", r"\frac{\pi}{2} \approx 1.57"], ["1.57", r"\pi"], id="pi"
@@ -134,6 +138,8 @@ def test_unit_of_the_reference():
         ("9*2=18\n#### 18", "18"),
         ("#### Step 1\n4 + 5 = 9\n#### Step 2\n18", "18"),
         ("#### 18\n#### 20", "20"),
+        ("\\boxed{17}\n#### 18", "18"),
+        ("#### 17\nNo, \\boxed{18}", "18"),
         ("5 + 4 = 9 eggs. So she has **18** eggs", "18"),
         ("**Answer: 18**", "18"),
         ("**Final Answer**\n\n\\[18\\]", r"\[18\]"),
