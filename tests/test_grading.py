@@ -90,7 +90,12 @@ def check(gold: str | list[str], right: list[str], wrong: list[str], **kwargs) -
         pytest.param(
             r"12\pi", [r"12\pi \text{ square inches}"], [r"12\pi x", r"\text{12 square inches}"], id="pi and unit"
         ),
-        pytest.param("0.5", [r"x \approx 0.5"], [r"x \approx 0.6", r"0.6 \approx 0.5"], id="about"),
+        pytest.param(
+            "0.5",
+            [r"x \approx 0.5", r"\approx 0.5", r"\frac12 \text{ m} \approx 1 \text{ m}"],
+            [r"x \approx 0.6", r"0.6 \approx 0.5"],
+            id="about",
+        ),
         pytest.param("(a+5)(b+2)", ["ab+2a+5b+10", "(2+b)(a+5)"], ["ab+2a+5b+9"], id="formula"),
         pytest.param("6 - 5i", ["-5i+6"], ["6+5i"], id="complex"),
         pytest.param(
@@ -141,6 +146,7 @@ def test_unit_of_the_reference():
         ("\\boxed{17}\n#### 18", "18"),
         ("#### 17\nNo, \\boxed{18}", "18"),
         ("5 + 4 = 9 eggs. So she has **18** eggs", "18"),
+        ("So she has **18** eggs, 2 more than 16.", "18"),
         ("**Answer: 18**", "18"),
         ("**Final Answer**\n\n\\[18\\]", r"\[18\]"),
         ("The answer is 18 because I had 4. Then I stop.", "18 because I had 4"),
@@ -206,6 +212,7 @@ def test_a_text_answer_may_stand_in_the_last_sentence():
         ("The answer is both A and B.", "A,B"),
         ("The answer is a gene.", None),
         ("A gene is lost.", None),
+        ("Answer: A gene is lost.", None),
         (r"\boxed{B", None),
     ],
 )
