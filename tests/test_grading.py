@@ -183,6 +183,11 @@ def test_text_around_the_number(completion, correct):
     assert grade(completion, "18").correct is correct
 
 
+def test_runaway_text_is_no_answer():
+    check("301", ["1+" * 300 + "1"], [])
+    check("601", [], ["1+" * 600 + "1"])
+
+
 def test_a_text_answer_may_stand_in_the_last_sentence():
     assert grade("Ann has 5 and Purple has 6. So Purple won.", "Purple").correct
     assert not grade("Purple has 6. So Red won.", "Purple").correct
