@@ -1,0 +1,532 @@
+r"""Decides whether two answers are the same: text, numbers with units, lists, pairs, intervals, equations, formulas.
+
+The rules, and what was chosen where people disagree, are in docs/grading.md. Numbers are compared exactly. What only
+computer algebra can decide is left to `symbolic`, which is math-verify or, to find out what needs it, an exception.
+Everything else is bounded.
+"""
+
+import math
+import re
+import threading
+from collections.abc import Callable
+from fractions import Fraction
+from typing import NamedTuple
+
+from .exact_numbers import Number, TooLarge, is_huge, read_number, same_number
+from .units import Unit, parse_unit
+
+
+Symbolic = Callable[[str, str, float | None], bool]
+
+
+class _Terms(NamedTuple):
+    """What holds for a whole comparison."""
+
+    tolerance: float | None
+    unit: str | None
+    symbolic: Symbolic
+
+
+def equal_answers(
+    gold: str,
+    answer: str,
+    tolerance: float | None = None,
+    unit: str | None = None,
+    symbolic: Symbolic | None = None,
+) -> bool:
+    r"""Whether an answer says the same as the reference answer, however it is written.
+
+    Args:
+        gold (`str`):
+            Reference answer.
+        answer (`str`):
+            Answer to compare with it.
+        tolerance (`float`, *optional*):
+            How far a number may be from the reference answer, as a share of it.
+        unit (`str`, *optional*):
+            Unit of the reference answer where that does not say it.
+        symbolic (`Callable`, *optional*, defaults to math-verify):
+            Compares two formulas, the reference first, within the tolerance.
+
+    Example:
+
+    ```python
+    >>> equal_answers(r"1 \pm \sqrt{19}", r"1 - \sqrt{19} \text{ and } 1 + \sqrt{19}")
+    True
+    >>> equal_answers("(2, 5)", "[2, 5]"), equal_answers("52_8", "528"), equal_answers("2^{100}", "2^{100}+1")
+    (False, False, False)
+
+    ```
+    """
+    try:
+        return _equal(clean(gold), clean(answer), _Terms(tolerance, unit, symbolic or equal_by_math_verify))
+    except TooLarge:  # and not written the same way
+        return False
+
+
+# ---- Writing: the same thing is written the same way ----
+
+_WRAPPERS = r"\\(?:text|textbf|textrm|textit|mbox|hbox|mathrm|rm|operatorname)\s*\{([^{}]*)\}"
+_SAME = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        ("−|–", "-"),
+        ("×", r" \\times "),
+        ("·|⋅", r" \\cdot "),
+        ("÷", "/"),
+        ("π", r"\\pi "),
+        ("∞", r"\\infty "),
+        ("≤", r"\\le "),
+        ("≥", r"\\ge "),
+        ("±", r"\\pm "),
+        ("∪", r"\\cup "),
+        ("∈", r"\\in "),
+        (r"≈|≃|\\simeq\b|\\thickapprox\b", r"\\approx "),
+        (r"√\s*\(?(\w+)\)?", r"\\sqrt{\1}"),
+        ("°", r"^\\circ "),
+        ("²", "^2"),
+        ("³", "^3"),
+        (r"\\[$]|\\textdollar\b", "¤"),
+        (r"\$(?=\.?\d[^$]*$)", "¤"),  # "$18", with no other dollar sign behind it
+        (r"\$|\*\*|`|(?<!\\)\\[()\[\]]|\\displaystyle|\\boldsymbol|\\mathbf", ""),
+        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
+        (r"\\lbrace|\\lbrack", lambda match: r"\{" if "brace" in match[0] else "["),
+        (r"\\rbrace|\\rbrack", lambda match: r"\}" if "brace" in match[0] else "]"),
+        (r"\\langle", "("),
+        (r"\\rangle", ")"),
+        (r"(\d),?\s*(?:\\[!,]|\{,\})\s*(?=\d{3}(?!\d))", r"\1"),  # separators of thousands that can be nothing else
+        (r",\\!", ","),
+        (r"(?<!\\)\\[!,;:> ]|~|\\q?quad\b|\\hspace\{[^{}]*\}", " "),
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\(ge|le)qslant|\\(ge|le)q(?![a-z])", lambda match: "\\" + (match[1] or match[2]) + " "),
+        (r"<=", r"\\le "),
+        (r">=", r"\\ge "),
+        (r"\\colon\b", ":"),
+        (r"\\%|\\?\s*\bper ?cent\b", "%"),
+        (r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree", r" \\text{degrees} "),
+        (r"\^\s*\{\s*\\prime\s*\\prime\s*\}", r" \\text{arcseconds} "),
+        (r"\bnp\.(?=[a-z])", r"\\"),
+        (r"(?<=\d)(?:st|nd|rd|th)\b|(?<=\d)\s*\^\s*\{\s*\\\w+\s*\{(?:st|nd|rd|th)\}\s*\}", ""),
+        (r"\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}", ","),
+        (r"(\d) and (?=\d+ ?/ ?\d+)", r"\1 "),  # one and a quarter
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+        (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+        (r"(\d+)\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", lambda match: _mixed(*match.groups())),
+        (r"(?<![\d/.^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])", lambda match: _mixed(*match.groups())),
+        (r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?", lambda match: _repeating(*match.groups())),
+        (r"(?<=\d)\s*(?:million\b|\\text\s*\{\s*million\s*\})", r" \\times 10^6 "),
+        (r"(?<=\d)\s*(?:billion\b|\\text\s*\{\s*billion\s*\})", r" \\times 10^9 "),
+        (r"([_^])\{(\w)\}", r"\1\2"),
+    )
+]
+
+
+def clean(text: str) -> str:
+    for pattern, replacement in _SAME:
+        text = pattern.sub(replacement, text)
+    return text.strip(" \n\t,;:").rstrip(" .")
+
+
+def _mixed(whole: str, numerator: str, denominator: str) -> str:
+    if int(numerator) >= int(denominator):  # 3\frac{5}{2} is a product, if anything
+        return rf"{whole}\cdot\frac{{{numerator}}}{{{denominator}}}"
+    return f"(({int(whole) * int(denominator) + int(numerator)})/({denominator}))"
+
+
+def _repeating(whole: str, digits: str, period: str) -> str:
+    r"""0.\overline{3} is 3/9, 0.1\overline{6} is 15/90."""
+    numerator = int(whole + digits + period) - int(whole + digits or 0)
+    return f"(({numerator})/({10 ** (len(digits) + len(period)) - 10 ** len(digits)}))"
+
+
+def _squeeze(text: str) -> str:
+    # A space between digits stays: "1 1" is not 11
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(_WRAPPERS, r"\1", text))
+
+
+# ---- Structure: lists, sets, pairs, intervals, unions ----
+
+_OPENING, _CLOSING = {"(", "[", "{", r"\{"}, {")", "]", "}", r"\}"}
+_TOKEN = re.compile(r"\\(?:[a-zA-Z]+|.)|.", re.S)
+_THOUSANDS = re.compile(r"(?<![\d,.])[-+]?¤?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])")
+
+
+class _Parts(NamedTuple):
+    """`brackets` is "" for a bare list, "{}" for a set, "∪" for a union, else the two brackets that were written."""
+
+    brackets: str
+    items: list[str]
+
+
+def _equal(gold: str, answer: str, terms: _Terms) -> bool:
+    if _squeeze(gold) == _squeeze(answer):
+        return True
+    gold, answer = _without_approximation(gold), _without_approximation(answer)
+    gold_parts, answer_parts = _parts(gold), _parts(answer)
+    if len(gold_parts.items) == 1 == len(answer_parts.items) and not gold_parts.brackets + answer_parts.brackets:
+        return _equal_item(gold_parts.items[0], answer_parts.items[0], terms)
+    if _INEQUALITY.search(gold + answer) and (len(gold_parts.items) == 1 or len(answer_parts.items) == 1):
+        return terms.symbolic(gold, answer, terms.tolerance)  # 2 < x < 5 for the interval
+    kinds = {gold_parts.brackets, answer_parts.brackets}
+    if kinds <= {"", "{}"} or kinds == {"∪"}:
+        return all(any(_equal(g, a, terms) for a in answer_parts.items) for g in gold_parts.items) and all(
+            any(_equal(g, a, terms) for g in gold_parts.items) for a in answer_parts.items
+        )
+    # Of a pair, or an interval, the order counts, and the brackets do; a bare list may stand for a pair in its order
+    if "∪" in kinds or "{}" in kinds or ("" not in kinds and len(kinds) > 1):
+        return False
+    if "" in kinds and kinds != {"", "()"}:
+        return False
+    return len(gold_parts.items) == len(answer_parts.items) and all(
+        _equal(g, a, terms) for g, a in zip(gold_parts.items, answer_parts.items, strict=True)
+    )
+
+
+def _without_approximation(text: str) -> str:
+    """Of "1/3, about 0.33" the exact part, of "x is about 0.33" the number."""
+    exact, sign, approximate = text.partition(r"\approx")
+    return approximate.strip() if sign and _NAME.match(exact) else exact.strip()
+
+
+def _parts(text: str) -> _Parts:
+    text = re.sub(r"^\s*[a-zA-Z]\w*\s*\\in\b(?!fty)", "", text).strip()
+    # "(x, y) = (3, 4)", "S = \{1, 2\}"
+    named = re.match(r"(?:\([a-z, ]+\)|[A-Za-z]\w*)\s*=\s*(?=\(|\[|\\\{)", text)
+    if named and _is_enclosed(text[named.end() :].strip()):
+        text = text[named.end() :].strip()
+    union = _split(text, {r"\cup"})
+    if len(union) > 1:
+        return _Parts("∪", union)
+    if _is_enclosed(text):
+        tokens = _TOKEN.findall(text)
+        inner = "".join(tokens[1:-1])
+        items = _with_both_signs(_split(inner, {",", ";"}))
+        if tokens[0] == r"\{":
+            return _Parts("{}", items)
+        if len(items) > 1:
+            return _Parts(tokens[0] + tokens[-1], items)
+    # Out of brackets "1,450,000" is one number
+    bare = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text) if not re.match(r"[(\[]", text) else text
+    items = _split(re.sub(r",?\s+(?:and|or)\s+(?=[-+\\(\d¤a-z]\W?)", ",", bare), {",", ";"})
+    return _Parts("", _with_both_signs(items))
+
+
+def _split(text: str, separators: set[str]) -> list[str]:
+    items, depth = [""], 0
+    for token in _TOKEN.findall(text):
+        depth += (token in _OPENING) - (token in _CLOSING)
+        if token in separators and depth <= 0:
+            items.append("")
+        else:
+            items[-1] += token
+    return [item.strip() for item in items if item.strip()] or [""]
+
+
+def _is_enclosed(text: str) -> bool:
+    """Whether the bracket that the text starts with closes at its end; "(2, 5]" is, "(a+5)(b+2)" is not."""
+    tokens, depth = _TOKEN.findall(text), 0
+    if len(tokens) < 2 or tokens[0] not in {"(", "[", r"\{"} or tokens[-1] not in {")", "]", r"\}"}:
+        return False
+    for index, token in enumerate(tokens):
+        depth += (token in _OPENING) - (token in _CLOSING)
+        if depth == 0:
+            return index == len(tokens) - 1
+    return False
+
+
+def _with_both_signs(items: list[str]) -> list[str]:
+    signed = []
+    for item in items:
+        if r"\pm" in item:
+            signed.append(item.replace(r"\pm", "+").replace(r"\mp", "-").lstrip("+ "))
+            signed.append(item.replace(r"\pm", "-").replace(r"\mp", "+"))
+        else:
+            signed.append(item)
+    return signed
+
+
+# ---- One item ----
+
+_TIME = re.compile(r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s*(?:([ap])\.?\s*m\.?)?$", re.I)
+_RATIO = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(?::|\bto\b)\s*(\d+(?:\.\d+)?)\s*)(?:(?::|\bto\b)\s*(\d+(?:\.\d+)?)\s*)?$")
+_BASE = re.compile(r"(\d[\dA-F]*)\s*(?:_\{?\s*(\d+|[a-z]+)\s*\}?|\(?\s*(?:in )?base[ -](\d+|[a-z]+)\s*\)?)$")
+_BASE_NAMES = "zero one two three four five six seven eight nine ten eleven twelve".split() + ["sixteen"]
+_INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|lt|gt|ne|neq)\b")
+_NAME = re.compile(
+    r"(?:\\(?:angle|triangle|text|mathrm|operatorname)\b)?[\sA-Za-z\\]*(?:_\{?[\w\s\\]*\}?)?(?:\([\w\s,]*\))?$"
+)
+
+
+def _equal_item(gold: str, answer: str, terms: _Terms) -> bool:
+    if _squeeze(gold) == _squeeze(answer):
+        return True
+    if words := words_of(gold):
+        return words == (words_of(answer) or words_of(rf"\text{{{answer}}}"))
+
+    if (gold_base := _base(gold)) or _base(answer):
+        # An answer without a base is taken to be in the one that was asked for
+        gold_digits, base = gold_base or (_squeeze(gold), None)
+        answer_digits, answer_base = _base(answer) or (_squeeze(answer), None)
+        return gold_digits == answer_digits and (base == answer_base or None in (base, answer_base))
+    if ":" in gold + answer or _RATIO.match(gold) or _RATIO.match(answer):
+        return _equal_time_or_ratio(gold, answer, terms)
+    sides = [_split(text.replace("==", "="), {"="}) for text in (gold, answer)]
+    if max(map(len, sides)) > 1 and not _INEQUALITY.search(gold + answer):
+        return _equal_equation(gold, *sides, terms)
+
+    gold_quantity = _quantity(gold)
+    # Behind a number that is asked for "m" is metres, in a formula it is a variable
+    answer_quantity = _quantity(answer, letter_is_unit=gold_quantity.number is not None)
+    if gold_quantity.number and not answer_quantity.number:
+        answer_quantity = _quantity_in_prose(answer) or answer_quantity
+    if terms.unit and not gold_quantity.unit:
+        gold_quantity = gold_quantity._replace(unit=_unit(terms.unit))
+    factor = _conversion(gold_quantity, answer_quantity)
+    if factor is None:
+        return False
+    if gold_quantity.number and answer_quantity.number:
+        number = answer_quantity.number.times(factor)
+        return any(
+            same_number(gold_quantity.number, n, terms.tolerance)
+            for n in _percents(number, gold_quantity, answer_quantity)
+        )
+    if gold_quantity.number and re.search(
+        r"[a-zA-Z]{2,}", re.sub(_WRAPPERS + r"|\\[a-zA-Z]+", "", answer_quantity.text)
+    ):
+        return False  # prose
+    if is_huge(gold_quantity.text) or is_huge(answer_quantity.text):
+        raise TooLarge
+    text = answer_quantity.text
+    if factor != 1:
+        text = rf"\frac{{{factor.numerator}}}{{{factor.denominator}}} \cdot ({text})"
+    return terms.symbolic(gold_quantity.text, text, terms.tolerance)
+
+
+def words_of(text: str) -> str | None:
+    r"""A text answer in small letters without articles; `None` for numbers and formulas."""
+    wrapped = re.search(_WRAPPERS, text)
+    plain = re.sub(_WRAPPERS, r" \1 ", text)
+    letters = re.sub(r"[^A-Za-z]", "", plain)
+    if (
+        not re.fullmatch(r"[\w\s.,'’()&:?!-]+", plain)
+        or _TIME.match(plain)
+        or not letters
+        or re.match(r"\s*[-(]?\d", plain)
+    ):
+        return None
+    if "_" in plain or re.search(r"[A-Za-z]\(|\d[A-Za-z]|-\s", plain):
+        return None
+    if not wrapped and not re.search(r"[A-Z]?[a-z]{2,}|^\s*No\s*$", plain):
+        return None
+    kept = [word for word in re.findall(r"[\w'’]+", plain.lower()) if word not in {"the", "a", "an"}]
+    return " ".join(kept) or " ".join(re.findall(r"\w+", plain.lower()))
+
+
+def says(sentence: str, words: str) -> bool:
+    said = " ".join(re.findall(r"[\w'’]+", re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", sentence.lower())))
+    if re.search(r"\b(?:or|not|neither)\b", said) and words != "no":
+        return False
+    return re.search(rf"\b{re.escape(words)}\b", said) is not None
+
+
+def _base(text: str) -> tuple[str, int | None] | None:
+    match = _BASE.match(re.sub(_WRAPPERS, r"\1", text).strip())
+    if not match:
+        return None
+    base = match[2] or match[3]
+    if base.isdigit():
+        return match[1], int(base)
+    return (match[1], [*range(13), 16][_BASE_NAMES.index(base)]) if base in _BASE_NAMES else None
+
+
+def _equal_time_or_ratio(gold: str, answer: str, terms: _Terms) -> bool:
+    gold, answer = re.sub(_WRAPPERS, r"\1", gold).strip(), re.sub(_WRAPPERS, r"\1", answer).strip()
+    gold_time, answer_time = _TIME.match(gold), _TIME.match(answer)
+    if gold_time and answer_time and (gold_time[4] or answer_time[4]):
+        # An answer without a.m. or p.m. is like one without a unit
+        halves = {time[4].lower() for time in (gold_time, answer_time) if time[4]}
+        clocks = [[int(part or 0) for part in time.groups()[:3]] for time in (gold_time, answer_time)]
+        return clocks[0] == clocks[1] and len(halves) == 1
+    gold_ratio, answer_ratio = _ratio(gold), _ratio(answer)
+    if gold_ratio and answer_ratio:
+        return gold_ratio == answer_ratio
+    # 3:4 is 3/4
+    numbers = [Number(Fraction(ratio[0]) / ratio[1]) if ratio and len(ratio) == 2 and ratio[1] else read_number(text)
+               for ratio, text in ((gold_ratio, gold), (answer_ratio, answer))]  # fmt: skip
+    return all(numbers) and same_number(*numbers, terms.tolerance)
+
+
+def _ratio(text: str) -> tuple[int, ...] | None:
+    match = _RATIO.match(text)
+    if not match:
+        return None
+    terms = [Fraction(term) for term in match.groups() if term]
+    scale = math.lcm(*(term.denominator for term in terms))
+    whole = [int(term * scale) for term in terms]
+    return tuple(term // (math.gcd(*whole) or 1) for term in whole)
+
+
+def _equal_equation(gold: str, gold_sides: list[str], answer_sides: list[str], terms: _Terms) -> bool:
+    if len(gold_sides) == 1:
+        # "9 * 2 = 18", "x = 5", "5 = x"
+        last = answer_sides[0] if _NAME.match(answer_sides[-1]) and not _NAME.match(gold) else answer_sides[-1]
+        return _equal(gold, last, terms)
+    is_named = _NAME.match(gold_sides[0])
+    if len(answer_sides) == 1:
+        return bool(is_named) and _equal(gold_sides[-1], answer_sides[0], terms)
+    if is_named and _bare_name(gold_sides[0]) == _bare_name(answer_sides[0]):
+        return _equal(gold_sides[-1], answer_sides[-1], terms)
+    return terms.symbolic(
+        f"{gold_sides[0]}={gold_sides[-1]}", f"{answer_sides[0]}={answer_sides[-1]}", terms.tolerance
+    )
+
+
+def _bare_name(text: str) -> str:
+    return re.sub(r"_(?:\{[^{}]*\}|\w)|\s", "", text)
+
+
+# ---- Numbers with their units ----
+
+
+class _Quantity(NamedTuple):
+    """The text without its unit, its value if that is a number, and whether it is a percentage."""
+
+    text: str
+    number: Number | None
+    unit: Unit | None
+    is_percent: bool = False
+
+
+_UNIT_WORD = rf"(?:{_WRAPPERS}|\{{\s*[A-Za-z~\s]+\}}|[A-Za-zµμ'’-]++\.?|\\(?:AA|mu|cdot)(?![a-zA-Z]))"
+_UNIT_TAIL = re.compile(
+    r"(?:(?<=[\d)}!.])|(?<=[a-z])(?=\s*\\(?:text|mbox|mathrm)\b))"
+    rf"\s*(?P<unit>(?:{_UNIT_WORD}|/(?=\s*{_UNIT_WORD}))(?:{_UNIT_WORD}|\^\s*\{{?\s*-?\d\s*\}}?|/|\s)*)$"
+)
+
+
+def _quantity(text: str, letter_is_unit: bool = False) -> _Quantity:
+    text, unit = text.strip(), None
+    currency = re.match(r"([-+]?)\s*([¤€£¥])\s*", text)
+    if currency:
+        text, unit = currency[1] + text[currency.end() :], parse_unit(currency[2])
+    bracketed = re.match(r"(.*[\d}])\s*\(([^()\d\\]*[A-Za-z]{2}[^()\d\\]*)\)$", text)
+    if bracketed and read_number(bracketed[1]):
+        text, unit = bracketed[1], parse_unit(bracketed[2])
+    for tail in [] if bracketed else _UNIT_TAIL.finditer(text):
+        value = text[: tail.start()].strip()
+        words = re.sub(_WRAPPERS, r" \1 ", tail["unit"]).strip()
+        is_wrapped = re.match(_WRAPPERS + r"|\{", tail["unit"]) is not None
+        found = parse_unit(words)
+        known_word = found is not None and re.search("[A-Za-zµμ]{2}", words)
+        plain_words = re.match(r"[\s(]*[a-z][A-Za-z'’-]{2,}", words) and text[tail.start() : tail.start("unit")]
+        one_letter = letter_is_unit and found is not None and read_number(value)
+        if value.count("{") == value.count("}") and (is_wrapped or known_word or plain_words or one_letter):
+            # 5 dollars per hour: what comes first is asked for; several words, "feet tall", are no measure
+            text, unit = value, unit or found
+        break
+    is_percent = text.endswith("%")
+    text = text.removesuffix("%").strip()
+    return _Quantity(text, read_number(text), unit, is_percent)
+
+
+def _unit(text: str) -> Unit | None:
+    return parse_unit(re.sub(_WRAPPERS, r" \1 ", clean(text)))
+
+
+def _conversion(gold: _Quantity, answer: _Quantity) -> Fraction | None:
+    """What to multiply the answer by to have the unit of the reference; `None` if that measures something else."""
+    if gold.unit is None or answer.unit is None:
+        return Fraction(1)  # a unit that is missing or not known is not held against anybody
+    if gold.unit.dimensions != answer.unit.dimensions:
+        return None
+    return answer.unit.factor / gold.unit.factor
+
+
+def _percents(number: Number, gold: _Quantity, answer: _Quantity) -> list[Number]:
+    """50% may be meant where the reference says 50, 0.5 or 1/2, and the other way round."""
+    if gold.is_percent and not answer.is_percent:
+        return [number, number.times(Fraction(100))]
+    if answer.is_percent and not gold.is_percent:
+        return [number, number.times(Fraction(1, 100))]
+    return [number]
+
+
+def _quantity_in_prose(text: str) -> _Quantity | None:
+    """The only number among words, "18 apples are left" or "she has 18"; `None` if there are several or a formula."""
+    plain = re.sub(_WRAPPERS, r" \1 ", text)
+    numbers = list(re.finditer(r"(?<![\w.])[-+]?[¤€£¥]?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+)?\s*%?", plain))
+    rest = re.sub(r"[\s,.;:'’!?-]", "", plain[: numbers[0].start()] + plain[numbers[0].end() :]) if numbers else ""
+    words = plain[numbers[0].end() :].split() if numbers else []
+    if (
+        len(numbers) != 1
+        or not re.fullmatch("[A-Za-z()]*", rest)
+        or any(len(w) == 1 and w not in "aAI" for w in words)
+    ):
+        return None
+    if re.search(r"\bnot\b", plain):
+        return None
+    quantity = _quantity(numbers[0][0].strip(" ,"))
+    unit = quantity.unit or (
+        parse_unit(re.split(r"\b(?:for|in|per|on|at|of)\b", " ".join(words))[0]) if words else None
+    )
+    return quantity._replace(unit=unit) if quantity.number else None
+
+
+# ---- Formulas ----
+
+
+def equal_by_math_verify(gold: str, answer: str, tolerance: float | None) -> bool:
+    """Whether two formulas in LaTeX are equal; the reference answer has to be the first."""
+    try:
+        return _equal_formulas(gold, answer, tolerance)
+    except Exception:  # computer algebra fails in many ways; what it cannot compare is not equal
+        return False
+
+
+def _equal_formulas(gold: str, answer: str, tolerance: float | None) -> bool:
+    import sympy
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # What looks like a unit here is a variable
+    writing = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
+    )
+    config = [LatexExtractionConfig(normalization_config=writing)]
+    # Its limit of time is a signal, which only the main thread may use
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    expressions = []
+    for text in (gold, answer):
+        found = parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=limit)
+        if not found:
+            return False
+        expressions.append(found[0])
+
+    if all(isinstance(expression, sympy.Eq) for expression in expressions):
+        return _same_equation(*expressions)
+    if all(isinstance(expression, sympy.Expr) and expression.is_number for expression in expressions):
+        # math-verify compares fifteen digits
+        numbers = [read_number(text) or _approximation(e) for text, e in zip((gold, answer), expressions, strict=True)]
+        if all(numbers):
+            difference = abs(numbers[0].value - numbers[1].value)
+            return same_number(*numbers, tolerance) or difference <= abs(numbers[0].value) / 10**40
+    return verify(*expressions, allow_set_relation_comp=True, timeout_seconds=limit)
+
+
+def _same_equation(gold, answer) -> bool:
+    """Up to sign and scale: one side less the other is the same, times a number."""
+    import sympy
+
+    difference, other = (sympy.expand((e.lhs - e.rhs).doit()) for e in (gold, answer))
+    if difference == 0 or other == 0:
+        return difference == other
+    return bool(sympy.simplify(difference / other).is_number)
+
+
+def _approximation(expression) -> Number | None:
+    """Sixty digits of a real number such as a root."""
+    import sympy
+
+    value = sympy.N(expression.doit(), 60)
+    return Number(Fraction(str(value))) if value.is_Float and value.is_finite else None
