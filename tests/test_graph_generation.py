@@ -197,7 +197,7 @@ def sample(expert_path, amateur_path, prompts, tmp_path):
 
 @pytest.fixture
 def use_graphs(monkeypatch):
-    monkeypatch.setattr("trl_lightreasoner.contrastive_step_sampler.why_no_graph", lambda model: None)
+    monkeypatch.setattr("trl_lightreasoner.completions.why_no_graph", lambda model: None)
 
 
 def test_the_sampler_gives_the_same_by_graph(sample, steps, use_graphs):
@@ -216,7 +216,7 @@ def test_where_no_graph_can_be_captured_generate_goes_on(sample, steps, use_grap
         calls.append(1)
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be ...")
 
-    monkeypatch.setattr("trl_lightreasoner.contrastive_step_sampler.generate_greedy_by_graph", fail)
+    monkeypatch.setattr("trl_lightreasoner.completions.generate_greedy_by_graph", fail)
     sampled = sample("plain", per_device_batch_size=2)
     assert calls == [1]
     assert sampled["completion_ids"][:] == steps["completion_ids"][:]
@@ -236,7 +236,7 @@ def test_a_batch_that_is_too_large_for_the_memory_is_halved_by_graph(sample, ste
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return generate_greedy_by_graph(model, prompt_ids, *args)
 
-    monkeypatch.setattr("trl_lightreasoner.contrastive_step_sampler.generate_greedy_by_graph", limited)
+    monkeypatch.setattr("trl_lightreasoner.completions.generate_greedy_by_graph", limited)
     sampled = sample("halved", per_device_batch_size=6)
     assert sizes == [6, 3, 2, 2, 2]
     assert sampled["completion_ids"][:] == steps["completion_ids"][:]
