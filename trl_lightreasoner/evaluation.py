@@ -353,7 +353,7 @@ class _Candidate:
 
 
 def make_prompt(question: str, args: EvaluationConfig) -> str | list[dict[str, str]]:
-    """
+    r"""
     The prompt of a problem: text, or messages for a chat template.
 
     Example:

@@ -5,7 +5,7 @@
 | question | text | what is asked; of multiple choice, with its options |
 | gold | list of text | the answer; several, if all of them are asked for |
 | kind | "math" or "choice" | how the answer is graded |
-| tolerance | float or none | how far off a number may be |
+| tolerance | float or none | how far off a number may be, as a share of the answer |
 | unit | text or none | what the number counts or measures |
 
 They come from the Hub or from files on the disk, whose columns may differ. A column that may have one of two names is
@@ -116,11 +116,12 @@ def _read_asdiv(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _read_olympiadbench(row: dict[str, Any]) -> dict[str, Any]:
-    # A column of its own says how far off each number may be, such as "1e-1"
-    tolerances = [float(text) for text in str(row["error"] or "").split(",") if text.strip()]
     context = f"{row['context'].strip()}\n" if row.get("context") else ""
-    question = context + row["question"]
-    return _row(question, *row["final_answer"], tolerance=max(tolerances, default=None), unit=row["unit"])
+    answers, error = row["final_answer"], row["error"]
+    tolerance = None
+    if error:  # how far off the number may be, such as "1e-1"
+        tolerance = float(error) / abs(float(answers[0].strip("$ ")))
+    return _row(context + row["question"], *answers, tolerance=tolerance, unit=row["unit"])
 
 
 def _read_mmlu(row: dict[str, Any]) -> dict[str, Any]:
@@ -203,7 +204,7 @@ def load_benchmark(name: str, data_dir: str | None = None, max_samples: int | No
             break
         try:
             read = benchmark.read(row)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"Row {number} of {benchmark.title} in {source!r} is not as expected: {reason.rstrip('.')}."

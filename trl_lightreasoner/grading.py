@@ -22,5 +22,5 @@ def grade_all(items: Iterable[dict], num_workers=None, timeout=5.0) -> list[Verd
 
 
 def first_answer(completion: str) -> str:
-    found = re.search(r"(\\boxed\{[^{}]*\}|#### ?\S+)(?=\s)", completion)
+    found = re.search(r"(\\boxed\{[^{}]*\}|#### ?\S+)\.?(?=\s)", completion)
     return completion[: found.end()] if found else completion
