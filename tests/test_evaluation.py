@@ -99,7 +99,7 @@ def answers_of(folder: str | Path, name: str = "gsm8k", role: str = "model") -> 
 
 
 def test_answers_are_those_of_greedy_decoding(config, expert_path, expert):
-    tokenizer = AutoTokenizer.from_pretrained(expert_path)  # which breaks ties between merges as it was saved
+    tokenizer = AutoTokenizer.from_pretrained(expert_path)  # loading gives it Qwen2's rules for words
     args = config()
     made = evaluate(expert_path, args)
     rows = answers_of(args.output_dir)
