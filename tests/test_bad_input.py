@@ -689,9 +689,12 @@ def test_a_mistake_is_one_sentence(command, row, folder, expert_path, amateur_pa
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        ([], r"A command is missing\. The commands are demo, sample, train, merge\."),
-        (["frobnicate"], r"There is no command 'frobnicate'\. The commands are demo, sample, train, merge\."),
-        (["--frobnicate"], r"There is no command '--frobnicate'\. The commands are demo, sample, train, merge\."),
+        ([], r"A command is missing\. The commands are demo, sample, train, merge, eval\."),
+        (["frobnicate"], r"There is no command 'frobnicate'\. The commands are demo, sample, train, merge, eval\."),
+        (
+            ["--frobnicate"],
+            r"There is no command '--frobnicate'\. The commands are demo, sample, train, merge, eval\.",
+        ),
     ],
 )
 def test_a_wrong_command_is_one_sentence(argv, sentence, capsys):

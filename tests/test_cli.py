@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ScriptArguments
 
-from trl_lightreasoner import ContrastiveSamplingConfig, LightReasonerConfig, __version__, arguments, sampling_metadata
+from trl_lightreasoner import (
+    ContrastiveSamplingConfig,
+    EvaluationConfig,
+    LightReasonerConfig,
+    __version__,
+    arguments,
+    sampling_metadata,
+)
 from trl_lightreasoner.arguments import load_split
 from trl_lightreasoner.cli import COMMANDS, main
+from trl_lightreasoner.eval import EvaluationArguments
 from trl_lightreasoner.merge import MergeArguments
-from trl_lightreasoner.merge import make_parser as make_merge_parser
 from trl_lightreasoner.sample import SampleArguments
 from trl_lightreasoner.sample import make_parser as make_sample_parser
 from trl_lightreasoner.train import LightReasonerModelConfig
@@ -128,6 +136,7 @@ def test_a_missing_command_is_refused(refused):
         ("sample", [SampleArguments, ContrastiveSamplingConfig]),
         ("train", [ScriptArguments, LightReasonerConfig, LightReasonerModelConfig]),
         ("merge", [MergeArguments]),
+        ("eval", [EvaluationArguments, EvaluationConfig]),
     ],
 )
 def test_help_explains_every_field(command, configs, capsys):
@@ -136,7 +145,7 @@ def test_help_explains_every_field(command, configs, capsys):
     assert error.value.code == 0
     stdout = capsys.readouterr().out
     assert f"usage: lightreasoner {command}" in stdout
-    parser = {"sample": make_sample_parser, "train": make_train_parser, "merge": make_merge_parser}[command]()
+    parser = import_module(f"trl_lightreasoner.{command}").make_parser()
     actions = {action.dest: action for action in reversed(parser._actions)}
     for field in (field for config in configs for field in dataclasses.fields(config)):
         assert f"--{field.name} " in stdout

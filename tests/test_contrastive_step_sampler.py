@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from trl_lightreasoner import (
     ContrastiveSamplingConfig,
     ContrastiveStepSampler,
+    completions,
     contrastive_step_sampler,
     sampling_metadata,
 )
@@ -206,12 +207,12 @@ def test_given_completions_are_scored_and_nothing_is_generated(sample, loaded_to
     def fail(*args, **kwargs):
         raise AssertionError("a given completion must not be generated")
 
-    monkeypatch.setattr(contrastive_step_sampler, "generate_greedy", fail)
+    monkeypatch.setattr(completions, "generate_greedy", fail)
     monkeypatch.setattr(Qwen2ForCausalLM, "generate", fail)
-    completions = [" She has 7.", " It is 4.", " 21", " 180 miles", " 7", r" $\frac{7}{7} = 1$"]
-    made = sample(prompts_of(*QUESTIONS, completion=completions), beta=0.0)
-    assert made["completion"][:] == completions
-    for row, text in zip(made, completions, strict=True):
+    given = [" She has 7.", " It is 4.", " 21", " 180 miles", " 7", r" $\frac{7}{7} = 1$"]
+    made = sample(prompts_of(*QUESTIONS, completion=given), beta=0.0)
+    assert made["completion"][:] == given
+    for row, text in zip(made, given, strict=True):
         assert row["completion_ids"] == loaded_tokenizer(text)["input_ids"]
         assert row["step_positions"] == list(range(len(row["completion_ids"])))
 
@@ -319,7 +320,8 @@ def test_the_amateurs_context_counts_too(sample, loaded_tokenizer):
 
 def run_out_beyond(monkeypatch, name, largest):
     """Let a function of the sampler run out of memory on more rows than this; returns the sizes that it took."""
-    function, sizes = getattr(contrastive_step_sampler, name), []
+    module = completions if name == "generate_greedy" else contrastive_step_sampler
+    function, sizes = getattr(module, name), []
 
     def limited(*args, **kwargs):
         rows = args[1] if name == "generate_greedy" else args[2]
@@ -328,7 +330,7 @@ def run_out_beyond(monkeypatch, name, largest):
         sizes.append(len(rows))
         return function(*args, **kwargs)
 
-    monkeypatch.setattr(contrastive_step_sampler, name, limited)
+    monkeypatch.setattr(module, name, limited)
     return sizes
 
 
@@ -353,7 +355,7 @@ def test_another_error_is_not_taken_for_one_of_memory(sample, prompts, monkeypat
     def fail(*args, **kwargs):
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(contrastive_step_sampler, "generate_greedy", fail)
+    monkeypatch.setattr(completions, "generate_greedy", fail)
     with pytest.raises(RuntimeError, match="the device is gone"):
         sample(prompts)
 

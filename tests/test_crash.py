@@ -146,7 +146,7 @@ def test_a_damaged_shard_is_sampled_again_with_a_word(damage, stopped, sampler, 
     shard = sorted((stopped / "shards").iterdir())[2]
     shard.write_bytes(damage(shard.read_bytes()))
     made = sampler().sample(many_prompts)
-    assert f"{shard} is damaged; its rows are sampled again." in caplog.text
+    assert f"{shard} is damaged; its rows are made again." in caplog.text
     assert equal(made, left_alone)
 
 
@@ -173,7 +173,7 @@ def test_a_damaged_result_is_sampled_again_with_a_word(sampler, many_prompts, le
     (path,) = (tmp_path / "steps" / "data").iterdir()
     path.write_bytes(flip(path.read_bytes()))
     assert equal(sampler().sample(many_prompts), left_alone)
-    assert "data is damaged; everything is sampled again." in caplog.text
+    assert "data is damaged; everything is made again." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_two_runs_in_one_folder_are_refused(sampler, many_prompts, tmp_path, mon
 
     monkeypatch.setattr(ContrastiveStepSampler, "_run", second_run)
     assert len(sampler().sample(many_prompts)) == NUM_PROMPTS
-    assert messages[0].startswith("Another run is sampling into ")
+    assert messages[0].startswith("Another run is writing into ")
 
 
 @pytest.mark.parametrize("error", [28, 30], ids=["full disk", "read-only"])

@@ -112,7 +112,7 @@ def test_the_sampler_gives_on_a_gpu_what_it_gives_on_a_cpu(expert, amateur, toke
         args = ContrastiveSamplingConfig(str(tmp_path / device), max_new_tokens=12, beta=1.95)
         sampler = ContrastiveStepSampler(expert.to(device), amateur.to(device), args, tokenizer, tokenizer)
         datasets.append(sampler.sample(prompts))
-        assert sampler._by_graph == (device == "cuda")
+        assert sampler._decode.by_graph == (device == "cuda")
     on_cpu, on_gpu = datasets
     assert sum(map(len, on_cpu["step_positions"])) > 0
     for column in ("completion_ids", "step_positions", "label_ids"):

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from trl_lightreasoner import answers, equal_answers, exact_numbers, grading, units
-from trl_lightreasoner.answers import find_answer, find_letter, first_answer
+from trl_lightreasoner.answers import find_answer, find_letter, first_answer, last_boxed
 from trl_lightreasoner.grading import Verdict, grade, grade_all
 
 
@@ -130,12 +130,30 @@ def test_unit_of_the_reference():
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"\boxed{1}", "1"),
+        (r"\boxed{1} and \boxed{ 2 }", "2"),
+        (r"\boxed{\frac{1}{2}} cm", r"\frac{1}{2}"),
+        (r"\fbox{3}", "3"),
+        (r"\boxed 4$ and {x}", "4"),
+        ("", None),
+        ("no box, {x}", None),
+        (r"\boxed{open", None),
+    ],
+)
+def test_the_last_box(text, expected):
+    assert last_boxed(text) == expected
+
+
+@pytest.mark.parametrize(
     ("completion", "answer"),
     [
         (r"Ann has 3, so \boxed{18} are left of 20.", "18"),
         (r"So \boxed{17}. Wait, that is wrong. So \boxed{18}.", "18"),
         (r"So \boxed{18}. Again, it is \boxed{1", "18"),
         (r"It is 12, so \boxed{12", None),
+        (r"So it is \boxed 7.", "7"),
         (r"It is a half, \boxed{\frac{1}{2}", None),
         (r"\boxed{1} and $\boxed{3}$", "1, 3"),
         ("\\boxed{1}\n\\boxed{3}", "3"),

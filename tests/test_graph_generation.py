@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler, graph_generation
-from trl_lightreasoner.contrastive_step_sampler import even_batch_size
+from trl_lightreasoner.completions import even_batch_size
 from trl_lightreasoner.graph_generation import generate_greedy_by_graph, why_no_graph
 from trl_lightreasoner.models import has_full_attention, hidden_states_at
 from trl_lightreasoner.vocabulary import Vocabulary, model_vocabulary
@@ -202,7 +202,7 @@ def sample(expert_path, amateur_path, prompts, tmp_path):
 
 @pytest.fixture
 def use_graphs(monkeypatch):
-    monkeypatch.setattr("trl_lightreasoner.contrastive_step_sampler.why_no_graph", lambda model: None)
+    monkeypatch.setattr("trl_lightreasoner.completions.why_no_graph", lambda model: None)
 
 
 def test_the_sampler_gives_the_same_by_graph(sample, steps, use_graphs):
@@ -221,7 +221,7 @@ def test_where_no_graph_can_be_captured_generate_goes_on(sample, steps, use_grap
         calls.append(1)
         raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be ...")
 
-    monkeypatch.setattr("trl_lightreasoner.contrastive_step_sampler.generate_greedy_by_graph", fail)
+    monkeypatch.setattr("trl_lightreasoner.completions.generate_greedy_by_graph", fail)
     sampled = sample("plain", per_device_batch_size=2)
     assert calls == [1]
     assert sampled["completion_ids"][:] == steps["completion_ids"][:]
@@ -241,7 +241,7 @@ def test_a_batch_that_is_too_large_for_the_memory_is_halved_by_graph(sample, ste
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return generate_greedy_by_graph(model, prompt_ids, *args)
 
-    monkeypatch.setattr("trl_lightreasoner.contrastive_step_sampler.generate_greedy_by_graph", limited)
+    monkeypatch.setattr("trl_lightreasoner.completions.generate_greedy_by_graph", limited)
     sampled = sample("halved", per_device_batch_size=6)
     assert sizes == [6, 3, 2, 2, 2]
     assert sampled["completion_ids"][:] == steps["completion_ids"][:]
@@ -266,7 +266,7 @@ def test_given_completions_are_scored_in_large_batches_on_a_gpu(monkeypatch, exp
     args = ContrastiveSamplingConfig(str(tmp_path / "given"))
     sampler = ContrastiveStepSampler(expert_path, amateur_path, args)
     sampler.expert = SimpleNamespace(device=torch.device("cuda"))
-    monkeypatch.setattr("trl_lightreasoner.contrastive_step_sampler.rows_that_fit", lambda *args: 7)
+    monkeypatch.setattr("trl_lightreasoner.completions.rows_that_fit", lambda *args: 7)
     encoded = [{"prompt_ids": [1] * 5}]
     order = [(0, 12)] * 2000
     assert sampler._find_batch_size(encoded, order, scoring_only=True) == 1000
@@ -278,6 +278,6 @@ def test_given_completions_are_scored_in_large_batches_on_a_gpu(monkeypatch, exp
 @pytest.mark.parametrize("way", ["by CUDA graphs", "by generate"])
 def test_the_progress_bar_says_how_completions_are_made(sample, way, monkeypatch, capfd):
     if way == "by CUDA graphs":
-        monkeypatch.setattr("trl_lightreasoner.contrastive_step_sampler.why_no_graph", lambda model: None)
+        monkeypatch.setattr("trl_lightreasoner.completions.why_no_graph", lambda model: None)
     sample("said")
     assert f"Sampling, {way}" in capfd.readouterr().err

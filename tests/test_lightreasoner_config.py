@@ -5,13 +5,22 @@ import re
 import pytest
 from transformers import TrainingArguments
 
-from trl_lightreasoner import ContrastiveSamplingConfig, LightReasonerConfig
+from trl_lightreasoner import ContrastiveSamplingConfig, EvaluationConfig, LightReasonerConfig
+from trl_lightreasoner.eval import EvaluationArguments
 from trl_lightreasoner.merge import MergeArguments
 from trl_lightreasoner.sample import SampleArguments
 from trl_lightreasoner.train import LightReasonerModelConfig
 
 
-CONFIGS = [LightReasonerConfig, ContrastiveSamplingConfig, SampleArguments, LightReasonerModelConfig, MergeArguments]
+CONFIGS = [
+    LightReasonerConfig,
+    ContrastiveSamplingConfig,
+    EvaluationConfig,
+    SampleArguments,
+    LightReasonerModelConfig,
+    MergeArguments,
+    EvaluationArguments,
+]
 # What this package declares of each, without what is inherited from transformers and TRL
 FIELDS = [
     (config, field)

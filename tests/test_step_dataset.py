@@ -284,7 +284,7 @@ def test_a_batch_that_breaks_off_leaves_no_half_written_file(tmp_path, monkeypat
     writer.write([4, 1], columns_of([4, 1]))
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", break_off)
-        with pytest.raises(OSError, match="shards' \\(No space left on device\\). What was sampled before is kept"):
+        with pytest.raises(OSError, match="shards' \\(No space left on device\\). What was written before is kept"):
             writer.write([0], columns_of([0]))
     (shard,) = (tmp_path / "steps" / "shards").glob("*.parquet")
     assert pq.read_table(shard)["completion"].to_pylist() == ["answer 4", "answer 1"]

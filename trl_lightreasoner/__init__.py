@@ -12,8 +12,10 @@ _MODULES = {
     "ContrastiveSamplingConfig": "contrastive_sampling_config",
     "ContrastiveStepSampler": "contrastive_step_sampler",
     "DataCollatorForLightReasoner": "data_collator",
+    "EvaluationConfig": "evaluation_config",
     "LightReasonerConfig": "lightreasoner_config",
     "LightReasonerTrainer": "lightreasoner_trainer",
+    "evaluate": "evaluation",
     "raise_beta": "step_dataset",
     "sampling_metadata": "step_dataset",
 }
@@ -22,8 +24,10 @@ __all__ = [
     "ContrastiveSamplingConfig",
     "ContrastiveStepSampler",
     "DataCollatorForLightReasoner",
+    "EvaluationConfig",
     "LightReasonerConfig",
     "LightReasonerTrainer",
+    "evaluate",
     "raise_beta",
     "sampling_metadata",
 ]
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
     from .contrastive_sampling_config import ContrastiveSamplingConfig
     from .contrastive_step_sampler import ContrastiveStepSampler
     from .data_collator import DataCollatorForLightReasoner
+    from .evaluation import evaluate
+    from .evaluation_config import EvaluationConfig
     from .lightreasoner_config import LightReasonerConfig
     from .lightreasoner_trainer import LightReasonerTrainer
     from .step_dataset import raise_beta, sampling_metadata

@@ -181,8 +181,10 @@ def _find_boxes(text: str) -> tuple[list[_Box], int | None]:
     r"""The outermost complete boxes in order, and where a box starts that is still open at the end of the text."""
     boxes: list[_Box] = []
     stack: list[tuple[int, int, bool]] = []
-    for token in re.finditer(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", text, re.S):
-        if token[0].startswith((r"\boxed", r"\fbox")):
+    for token in re.finditer(r"\\(?:boxed|fbox)(?:\s*\{|\s+(\w+)(?=\W))|\\.|[{}]", text, re.S):
+        if token[1]:  # "\boxed 7"
+            boxes.append(_Box(token.start(), token.end(), token[1]))
+        elif token[0].startswith((r"\boxed", r"\fbox")):
             stack.append((token.start(), token.end(), True))
         elif token[0] == "{":
             stack.append((token.start(), token.end(), False))

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,45 +180,74 @@ class ContrastiveSamplingConfig:
     )
 
     def __post_init__(self):
-        for name in ("model_init_kwargs", "amateur_model_init_kwargs"):  # JSON on the command line
-            setattr(self, name, _as_dict(name, getattr(self, name)))
-        for name in ("dtype", "vllm_mode"):
-            choices = self.__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
-        if not self.output_dir or not isinstance(self.output_dir, str | os.PathLike):
-            raise ValueError(f"`output_dir` must name a folder, got {self.output_dir!r}.")
-        for name in ("overwrite_output_dir", "trust_remote_code", "include_first_step", "use_vllm"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
-        for name in ("alpha", "beta", "vllm_server_timeout", "vllm_gpu_memory_utilization"):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
-                raise ValueError(f"`{name}` must be a number, got {getattr(self, name)!r}.")
+        check_init_kwargs(self, ("model_init_kwargs", "amateur_model_init_kwargs"))
+        check_choices(self, ("dtype", "vllm_mode"))
+        check_output_dir(self)
+        check_flags(self, ("overwrite_output_dir", "trust_remote_code", "include_first_step", "use_vllm"))
+        check_numbers(self, ("alpha", "beta", "vllm_server_timeout", "vllm_gpu_memory_utilization"))
         if not 0 < self.alpha <= 1:
             raise ValueError(f"`alpha` must be in (0, 1], got {self.alpha}. The paper uses 0.2.")
         if not 0 <= self.beta < float("inf"):
             raise ValueError(
                 f"`beta` must be a finite number of nats, 0 or more, got {self.beta}. The paper uses 0.4."
             )
-        if not str(self.vllm_server_base_url).startswith(("http://", "https://")):
-            raise ValueError(
-                "`vllm_server_base_url` must be a URL such as 'http://localhost:8000', got "
-                f"{self.vllm_server_base_url!r}."
-            )
-        if not 0 < self.vllm_server_timeout < float("inf"):
-            raise ValueError(
-                f"`vllm_server_timeout` must be a number of seconds above 0, got {self.vllm_server_timeout}."
-            )
-        if not 0 < self.vllm_gpu_memory_utilization <= 1:
-            raise ValueError(
-                f"`vllm_gpu_memory_utilization` must be in (0, 1], got {self.vllm_gpu_memory_utilization}."
-            )
-        for name in ("max_new_tokens", "max_prompt_length", "per_device_batch_size"):
-            value = getattr(self, name)
-            if value is None and name != "max_new_tokens":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a whole number, 1 or more, got {value!r}.")
+        check_vllm_settings(self)
+        check_whole_numbers(self, ("max_new_tokens",), optional=("max_prompt_length", "per_device_batch_size"))
+
+
+# Checks of a config's fields, for those who have some of the same
+
+
+def check_init_kwargs(config: Any, names: Iterable[str]) -> None:
+    for name in names:  # JSON on the command line
+        setattr(config, name, _as_dict(name, getattr(config, name)))
+
+
+def check_choices(config: Any, names: Iterable[str]) -> None:
+    for name in names:
+        choices = config.__dataclass_fields__[name].metadata["choices"]
+        if getattr(config, name) not in choices:
+            raise ValueError(f"`{name}` must be one of {choices}, got {getattr(config, name)!r}.")
+
+
+def check_output_dir(config: Any) -> None:
+    if not config.output_dir or not isinstance(config.output_dir, str | os.PathLike):
+        raise ValueError(f"`output_dir` must name a folder, got {config.output_dir!r}.")
+
+
+def check_flags(config: Any, names: Iterable[str]) -> None:
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"`{name}` must be true or false, got {getattr(config, name)!r}.")
+
+
+def check_numbers(config: Any, names: Iterable[str]) -> None:
+    for name in names:
+        if isinstance(getattr(config, name), bool) or not isinstance(getattr(config, name), int | float):
+            raise ValueError(f"`{name}` must be a number, got {getattr(config, name)!r}.")
+
+
+def check_whole_numbers(config: Any, names: Iterable[str], optional: Iterable[str] = ()) -> None:
+    for name in (*names, *optional):
+        value = getattr(config, name)
+        if value is None and name in optional:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be a whole number, 1 or more, got {value!r}.")
+
+
+def check_vllm_settings(config: Any) -> None:
+    if not str(config.vllm_server_base_url).startswith(("http://", "https://")):
+        raise ValueError(
+            "`vllm_server_base_url` must be a URL such as 'http://localhost:8000', got "
+            f"{config.vllm_server_base_url!r}."
+        )
+    if not 0 < config.vllm_server_timeout < float("inf"):
+        raise ValueError(
+            f"`vllm_server_timeout` must be a number of seconds above 0, got {config.vllm_server_timeout}."
+        )
+    if not 0 < config.vllm_gpu_memory_utilization <= 1:
+        raise ValueError(f"`vllm_gpu_memory_utilization` must be in (0, 1], got {config.vllm_gpu_memory_utilization}.")
 
 
 def _as_dict(name: str, value: Any) -> dict[str, Any] | None:

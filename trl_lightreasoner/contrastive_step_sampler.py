@@ -2,28 +2,20 @@
 
 import hashlib
 import importlib.metadata
-import math
 import platform
-import signal
-import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate.logging import get_logger
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset, Features, List, Value
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import __version__
+from .completions import GreedyDecoder, evaluating, find_batch_size, run_in_batches, share_batches
 from .contrastive_sampling_config import ContrastiveSamplingConfig
-from .generation import find_eos_ids, generate_greedy
-from .graph_generation import MAX_ROWS, Generated, generate_greedy_by_graph, rows_that_fit, why_no_graph
+from .generation import find_eos_ids
 from .models import add_quantization, describe_model, load_config, load_model, load_tokenizer, weight_fingerprint
 from .processes import Processes
 from .prompts import check_prompts, encode_rows
@@ -180,10 +172,9 @@ class ContrastiveStepSampler:
             self._vllm = connect_vllm(self.args, self._names[0], max_length, **self._expert_kwargs)
         self.expert = load_model(self.expert, **self._expert_kwargs)
         self.amateur = load_model(self.amateur, **self._amateur_kwargs)
-        reason = why_no_graph(self.expert)
-        self._by_graph = reason is None
-        if reason is not None and self.expert.device.type == "cuda" and not (scoring_only or self.args.use_vllm):
-            self._generate_plainly(reason)
+        self._decode = None
+        if not scoring_only:
+            self._decode = GreedyDecoder(self.expert, self.expert_vocabulary, self.eos_ids, self._vllm)
         try:
             columns = {name: str(feature) for name, feature in dataset.features.items()}
             done = self.processes.on_main(
@@ -194,8 +185,8 @@ class ContrastiveStepSampler:
             order = [item for item in plan if item[0] not in done]
             if len(order) < len(plan):
                 logger.warning(f"{len(plan) - len(order):,} of {len(plan):,} prompts are sampled already.")
-            self.batch_size = self.processes.on_main(lambda: self._find_batch_size(encoded, order, scoring_only))
-            self._sample(encoded, self._share(order), writer, scoring_only)
+            batch_size = self.processes.on_main(lambda: self._find_batch_size(encoded, order, scoring_only))
+            self._sample(encoded, share_batches(order, batch_size, self.processes), batch_size, writer, scoring_only)
             self.processes.on_main(lambda: writer.finish({index for index, _ in plan}))
             sampled = writer.load()
         finally:
@@ -214,69 +205,39 @@ class ContrastiveStepSampler:
     def _find_batch_size(self, encoded: Dataset, order: list[tuple[int, int]], scoring_only: bool) -> int:
         if self.args.per_device_batch_size is not None or not order:
             return self.args.per_device_batch_size or 1
-        if self.expert.device.type != "cuda":
-            return 16
-        most = MAX_ROWS
+        longest = None
         if not scoring_only:
             index, room = order[0]  # the longest
-            most = rows_that_fit(self.expert, len(encoded[index]["prompt_ids"]) + room)
-        return even_batch_size(len(order), most, self.processes.count)
+            longest = len(encoded[index]["prompt_ids"]) + room
+        return find_batch_size(self.expert, longest, len(order), self.processes.count)
 
-    def _share(self, order: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """What this process samples: every batch as a single process would form it, dealt out one by one."""
-        batches = []
-        for item in order:
-            if not batches or batches[-1][0][1] != item[1] or len(batches[-1]) == self.batch_size:
-                batches.append([])
-            batches[-1].append(item)
-        return [item for batch in self.processes.share(batches) for item in batch]
+    def _sample(
+        self,
+        encoded: Dataset,
+        order: list[tuple[int, int]],
+        batch_size: int,
+        writer: StepWriter,
+        scoring_only: bool,
+    ) -> None:
+        num_steps = num_kept = 0
 
-    def _sample(self, encoded: Dataset, order: list[tuple[int, int]], writer: StepWriter, scoring_only: bool) -> None:
-        num_steps = num_kept = start = 0
-        batch_size = self.batch_size
-        way = "by vLLM" if self._vllm is not None else "by CUDA graphs" if self._by_graph else "by generate"
-        way = "given completions" if scoring_only else way
-        own = {"main_process_only": self.processes.count == 1}  # what each process says for itself
-        with (
-            _evaluating(self.expert, self.amateur),
-            _stop_between_batches() as received,
-            tqdm(
-                total=len(order), desc=f"Sampling, {way}", unit="prompt", disable=not self.processes.is_main
-            ) as progress,
-        ):
-            while start < len(order):
-                # One call generates up to one length, so that a batch holds prompts with the same room
-                room = order[start][1]
-                batch = order[start : start + batch_size]
-                indices = [index for index, other_room in batch if other_room == room]
-                rows = encoded[indices]
-                try:
-                    trajectories, scores = self._run(indices, rows, None if scoring_only else room)
-                except RuntimeError as error:
-                    if not should_reduce_batch_size(error):
-                        raise
-                    if len(indices) == 1:
-                        raise ValueError(
-                            f"Memory ran out for row {indices[0]} alone ({len(rows['prompt_ids'][0])} prompt tokens). "
-                            "Lower `max_new_tokens` or `max_prompt_length`, or load the models in a smaller `dtype`."
-                        ) from error
-                    clear_device_cache(garbage_collection=True)
-                    batch_size = (len(indices) + 1) // 2
-                    logger.warning(
-                        f"Memory ran out with {len(indices)} prompts together; going on with {batch_size}.", **own
-                    )
-                    continue
-                writer.write(indices, self._columns(trajectories, scores, scoring_only))
-                start += len(indices)
-                num_steps += sum(len(score.kl_divergence) for score in scores)
-                num_kept += sum(len(score.step_positions) for score in scores)
-                progress.set_postfix_str(f"{num_kept:,} of {num_steps:,} steps kept", refresh=False)
-                progress.update(len(indices))
-                if received and start < len(order):
-                    logger.warning(
-                        f"Stopped with {len(order) - start:,} prompts to go. Run the same again to go on.", **own
-                    )
-                    raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
+        def run(indices: list[int], room: int) -> tuple[list[Trajectory], list[TrajectoryScores]]:
+            return self._run(indices, encoded[indices], None if scoring_only else room)
+
+        def write(indices: list[int], result: tuple[list[Trajectory], list[TrajectoryScores]]) -> str:
+            nonlocal num_steps, num_kept
+            trajectories, scores = result
+            writer.write(indices, self._columns(trajectories, scores, scoring_only))
+            num_steps += sum(len(score.kl_divergence) for score in scores)
+            num_kept += sum(len(score.step_positions) for score in scores)
+            return f"{num_kept:,} of {num_steps:,} steps kept"
+
+        def length(index: int) -> int:
+            return len(encoded[index]["prompt_ids"])
+
+        desc = f"Sampling, {'given completions' if scoring_only else self._decode.way}"
+        with evaluating(self.expert, self.amateur):
+            run_in_batches(order, batch_size, run, write, length, self.processes, desc)
 
     def _plan(self, encoded: Dataset, scoring_only: bool) -> list[tuple[int, int]]:
         """
@@ -321,7 +282,7 @@ class ContrastiveStepSampler:
         if room is None:
             completions = rows["completion_ids"]
         else:
-            completions, hidden_states = self._generate(rows["prompt_ids"], room)
+            completions, hidden_states = self._decode(rows["prompt_ids"], room)
         trajectories = [Trajectory(*ids) for ids in zip(rows["prompt_ids"], completions, strict=True)]
         scores = score_trajectories(
             self.expert,
@@ -335,23 +296,6 @@ class ContrastiveStepSampler:
             expert_hidden_states=hidden_states,
         )
         return trajectories, scores
-
-    def _generate(self, prompt_ids: list[list[int]], max_new_tokens: int) -> Generated:
-        arguments = (self.expert, prompt_ids, self.expert_vocabulary, self.eos_ids, max_new_tokens)
-        if self._vllm is not None:
-            return Generated(self._vllm(*arguments), None)
-        if self._by_graph:
-            try:
-                return generate_greedy_by_graph(*arguments)
-            except RuntimeError as error:
-                if should_reduce_batch_size(error):
-                    raise
-                self._generate_plainly(str(error).splitlines()[0])
-        return Generated(generate_greedy(*arguments), None)
-
-    def _generate_plainly(self, reason: str) -> None:
-        self._by_graph = False
-        logger.warning(f"Completions are made by `generate`, which is slower than CUDA graphs: {reason}.")
 
     def _columns(
         self, trajectories: list[Trajectory], scores: list[TrajectoryScores], scoring_only: bool
@@ -405,49 +349,8 @@ class ContrastiveStepSampler:
         }
 
 
-def even_batch_size(num_rows: int, most: int, num_processes: int) -> int:
-    """The size of even batches, at most `most`, as many for every process as can be."""
-    return math.ceil(num_rows / (num_processes * math.ceil(num_rows / (num_processes * most))))
-
-
 def _encode(
     batch: dict[str, list], indices: list[int], tokenizer: PreTrainedTokenizerBase, eos_ids: set[int]
 ) -> dict[str, list[list[int]]]:
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     return encode_rows(rows, tokenizer, eos_ids, first_row=indices[0])
-
-
-@contextmanager
-def _evaluating(*models: torch.nn.Module) -> Iterator[None]:
-    """Dropout off, as long as it lasts."""
-    was_training = {module: module.training for model in models for module in model.modules()}
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in was_training.items():
-            module.training = training
-
-
-@contextmanager
-def _stop_between_batches() -> Iterator[list[int]]:
-    """
-    Collects the first SIGINT or SIGTERM, to be answered when the batch in flight is on the disk; a second one acts at
-    once, as it would without.
-    """
-    received, before = [], {}
-
-    def note(signum: int, frame: Any) -> None:
-        received.append(signum)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

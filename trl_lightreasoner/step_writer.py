@@ -1,4 +1,4 @@
-"""The files under `output_dir` while a Dataset of steps is made, so that nothing that was sampled can be lost.
+"""The files under `output_dir` while a Dataset is made, of steps or of answers, so that nothing of it can be lost.
 
     output_dir/run.json           what is being made: models, settings, prompts
     output_dir/shards/            a batch a file, NUMBER-SHA256.parquet, complete or not there at all
@@ -7,7 +7,7 @@
 
 A file is written under another name, flushed to the disk and renamed, so that a process may be killed at any moment: a
 later run with the same models, settings and prompts goes on behind the last complete batch. A shard whose content does
-not match the checksum in its name is sampled again. Where several processes write, one opens and finishes the run.
+not match the checksum in its name is made again. Where several processes write, one opens and finishes the run.
 """
 
 import errno
@@ -41,14 +41,17 @@ class StepWriter:
     Args:
         output_dir (`str`): The folder; made if it is missing.
         dataset ([`~datasets.Dataset`]): The input, whose columns are carried along.
-        overwrite (`bool`): Whether sampled steps that are there already are deleted instead of continued.
+        overwrite (`bool`): Whether rows that are there already are deleted instead of continued.
+        features (`dict`): Types of the columns that are made, beside `completion`.
 
     Raises:
         `ValueError`: If the folder is a file or holds something else, or an input column has the name of one of ours.
     """
 
-    def __init__(self, output_dir: str, dataset: Dataset, overwrite: bool = False):
-        taken = [name for name in (*STEP_FEATURES, _ROW) if name in dataset.column_names]
+    def __init__(
+        self, output_dir: str, dataset: Dataset, overwrite: bool = False, features: dict[str, Any] = STEP_FEATURES
+    ):
+        taken = [name for name in (*features, _ROW) if name in dataset.column_names]
         if taken:
             raise ValueError(
                 f"The input already has columns named {taken}, which sampling writes. Rename or remove them first."
@@ -65,7 +68,7 @@ class StepWriter:
             )
         self.input = dataset.with_format("arrow")
         completion = {} if "completion" in dataset.column_names else {"completion": Value("string")}
-        self.features = Features({**dataset.features, **completion, **STEP_FEATURES})
+        self.features = Features({**dataset.features, **completion, **features})
         self.schema = Features({**self.features, _ROW: Value("int64")}).arrow_schema
         self.lock = FileLock(self.folder / ".lock")
 
@@ -88,7 +91,7 @@ class StepWriter:
             self.lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(
-                f"Another run is sampling into {str(self.folder)!r}. Wait for it, or choose another `output_dir`."
+                f"Another run is writing into {str(self.folder)!r}. Wait for it, or choose another `output_dir`."
             ) from None
         except OSError as error:
             raise OSError(
@@ -109,7 +112,7 @@ class StepWriter:
         if self.data.exists():
             if self._checksums(self.data) == self.begun.get("files"):
                 return set(range(len(self.input)))
-            logger.warning(f"{self.data} is damaged; everything is sampled again.")
+            logger.warning(f"{self.data} is damaged; everything is made again.")
             shutil.rmtree(self.data)
         self.shards.mkdir(exist_ok=True)
         done = set()
@@ -142,7 +145,9 @@ class StepWriter:
     def write(self, indices: list[int], columns: dict[str, list]) -> None:
         """Write the rows `indices` of the input, with the new `columns` beside their own."""
         table = self.input[indices]
-        columns = {**columns, "sampling_metadata": [self.metadata] * len(indices), _ROW: indices}
+        columns = {**columns, _ROW: indices}
+        if "sampling_metadata" in self.features:
+            columns["sampling_metadata"] = [self.metadata] * len(indices)
         for name, values in columns.items():
             table = table.append_column(name, pa.array(values, self.schema.field(name).type))
         buffer = pa.BufferOutputStream()
@@ -216,7 +221,7 @@ class StepWriter:
                 sound.append(path)
                 continue
             if path.suffix == ".parquet":  # not what a killed process leaves behind, which has another ending
-                logger.warning(f"{path} is damaged; its rows are sampled again.")
+                logger.warning(f"{path} is damaged; its rows are made again.")
             path.unlink()
         return sound
 
@@ -232,7 +237,7 @@ class StepWriter:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise OSError(
-                f"Cannot write to {str(path.parent)!r} ({error.strerror}). What was sampled before is kept: make "
+                f"Cannot write to {str(path.parent)!r} ({error.strerror}). What was written before is kept: make "
                 "room, or see to the permissions, and run the same again to go on."
             ) from error
 

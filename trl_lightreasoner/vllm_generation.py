@@ -23,6 +23,7 @@ import torch
 from transformers import logging
 
 from .contrastive_sampling_config import ContrastiveSamplingConfig
+from .evaluation_config import EvaluationConfig
 from .models import hub_kwargs, load_adapter_config
 from .vocabulary import Vocabulary
 
@@ -42,14 +43,21 @@ _GREEDY = {
 }
 
 
-def check_vllm(args: ContrastiveSamplingConfig, expert: Any, num_processes: int, **kwargs: Any) -> None:
+def check_vllm(
+    args: ContrastiveSamplingConfig | EvaluationConfig,
+    expert: Any,
+    num_processes: int,
+    name: str = "expert",
+    **kwargs: Any,
+) -> None:
     """
     Refuse what vLLM cannot generate for, before anything is loaded.
 
     Args:
-        args ([`ContrastiveSamplingConfig`]): Settings.
+        args ([`ContrastiveSamplingConfig`] or [`EvaluationConfig`]): Settings.
         expert: What the user passed.
         num_processes (`int`): Processes that share the run.
+        name (`str`): What to call the expert in an error message.
         kwargs: With which the expert is to be loaded, as for [`load_model`].
 
     Raises:
@@ -58,13 +66,13 @@ def check_vllm(args: ContrastiveSamplingConfig, expert: Any, num_processes: int,
     """
     if not isinstance(expert, str):
         raise ValueError(
-            "With `use_vllm`, the expert must be given by id or path, from where vLLM loads it too; got "
+            f"With `use_vllm`, the {name} must be given by id or path, from where vLLM loads it too; got "
             f"`{type(expert).__name__}`. A model in memory can be saved with `save_pretrained`."
         )
     if kwargs.get("quantization_config") is not None:
         raise ValueError(
-            "vLLM loads the expert as its checkpoint is, and would not generate with the quantized one that scores. "
-            "Leave out `use_vllm` or the quantization of the expert."
+            f"vLLM loads the {name} as its checkpoint is, and would not generate with the quantized one that scores. "
+            f"Leave out `use_vllm` or the quantization of the {name}."
         )
     if args.vllm_mode == "server":
         return
@@ -78,29 +86,34 @@ def check_vllm(args: ContrastiveSamplingConfig, expert: Any, num_processes: int,
             f"{num_processes} processes cannot each run vLLM beside the models. Start one process, or a server for "
             "all with `vllm serve`, and set `vllm_mode='server'`."
         )
-    if load_adapter_config(expert, "expert", **hub_kwargs(kwargs)) is not None:
+    if load_adapter_config(expert, name, **hub_kwargs(kwargs)) is not None:
         raise ValueError(
-            f"The expert {expert!r} is an adapter, and vLLM beside the models needs a plain model. Merge it with "
-            f"`lightreasoner merge --model_name_or_path {expert} --output_dir MODEL`, and give MODEL as the expert."
+            f"The {name} {expert!r} is an adapter, and vLLM beside the models needs a plain model. Merge it with "
+            f"`lightreasoner merge --model_name_or_path {expert} --output_dir MODEL`, and give MODEL as the {name}."
         )
 
 
 def connect_vllm(
-    args: ContrastiveSamplingConfig, expert: str, max_length: int, **kwargs: Any
+    args: ContrastiveSamplingConfig | EvaluationConfig,
+    expert: str,
+    max_length: int,
+    name: str = "expert",
+    **kwargs: Any,
 ) -> "ColocatedVLLM | VLLMServer":
     """
     What generates the completions, as `args` ask for it.
 
     Args:
-        args ([`ContrastiveSamplingConfig`]): Settings.
+        args ([`ContrastiveSamplingConfig`] or [`EvaluationConfig`]): Settings.
         expert (`str`): Id or path of the expert.
         max_length (`int`): Tokens of the longest prompt and its completion together.
+        name (`str`): What to call the expert in an error message.
         kwargs: With which the expert is loaded, as for [`load_model`].
     """
     if args.vllm_mode == "server":
-        return VLLMServer(expert, args.vllm_server_base_url, args.vllm_server_timeout)
+        return VLLMServer(expert, args.vllm_server_base_url, args.vllm_server_timeout, name)
     kwargs = {name: kwargs[name] for name in ("revision", "trust_remote_code") if name in kwargs}
-    return ColocatedVLLM(expert, max_length, args.vllm_gpu_memory_utilization, **kwargs)
+    return ColocatedVLLM(expert, max_length, args.vllm_gpu_memory_utilization, name, **kwargs)
 
 
 class VLLMGeneration:
@@ -152,15 +165,18 @@ class ColocatedVLLM(VLLMGeneration):
         expert (`str`): Id or path of the expert.
         max_length (`int`): Tokens of the longest prompt and its completion, for which the engine takes memory.
         gpu_memory_utilization (`float`): Share of the GPU's memory that it takes.
+        name (`str`): What to call the expert in an error message.
         kwargs: `revision` and `trust_remote_code` of the expert.
     """
 
-    def __init__(self, expert: str, max_length: int, gpu_memory_utilization: float, **kwargs: Any):
+    def __init__(
+        self, expert: str, max_length: int, gpu_memory_utilization: float, name: str = "expert", **kwargs: Any
+    ):
         import vllm
 
         self.version = vllm.__version__
         self.llm = None
-        self.expert = expert
+        self.expert, self.name = expert, name
         self.kwargs = {"max_model_len": max_length, "gpu_memory_utilization": gpu_memory_utilization, **kwargs}
 
     def _complete(
@@ -175,7 +191,7 @@ class ColocatedVLLM(VLLMGeneration):
                 self.llm = LLM(self.expert, dtype=dtype, generation_config="vllm", **self.kwargs)
             except Exception as error:  # of many kinds, and the engine has logged it
                 raise ValueError(
-                    f"vLLM cannot load the expert {self.expert!r}: {' '.join(str(error).split()).rstrip('.')}."
+                    f"vLLM cannot load the {self.name} {self.expert!r}: {' '.join(str(error).split()).rstrip('.')}."
                 ) from error
         prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
         outputs = self.llm.generate(prompts, SamplingParams(**settings, detokenize=False), use_tqdm=False)
@@ -196,13 +212,14 @@ class VLLMServer(VLLMGeneration):
         expert (`str`): Id or path of the expert, which the server must serve under that name or from that path.
         base_url (`str`): Such as `"http://localhost:8000"`.
         timeout (`float`): Seconds to wait for the server to be up.
+        name (`str`): What to call the expert in an error message.
 
     Raises:
         `ConnectionError`: If the server is not up in time.
         `ValueError`: If it serves another model, or is no vLLM server.
     """
 
-    def __init__(self, expert: str, base_url: str, timeout: float):
+    def __init__(self, expert: str, base_url: str, timeout: float, name: str = "expert"):
         self.expert = expert
         self.url = base_url.rstrip("/")
         cards = self._wait_for_models(timeout)
@@ -212,8 +229,8 @@ class VLLMServer(VLLMGeneration):
         if not fitting:
             served = ", ".join(repr(root) for _, root in names)
             raise ValueError(
-                f"The vLLM server at {self.url} serves {served} and not the expert {expert!r}. Start it with "
-                f"`vllm serve {expert}`, or, if that is the expert under another name, with "
+                f"The vLLM server at {self.url} serves {served} and not the {name} {expert!r}. Start it with "
+                f"`vllm serve {expert}`, or, if that is the {name} under another name, with "
                 f"`--served-model-name {expert}`."
             )
         self.model = fitting[0][0]

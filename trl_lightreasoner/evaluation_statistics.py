@@ -1,0 +1,84 @@
+"""How sure an accuracy is, and a difference of two on the same problems. Counts in, plain numbers out."""
+
+import math
+from typing import NamedTuple
+
+
+# Of the normal distribution, for 95 % on two sides
+Z_95 = 1.959963984540054
+
+
+class PairedDifference(NamedTuple):
+    """
+    A model against its baseline on the same problems.
+
+    Attributes:
+        difference (`float`): Accuracy of the model less that of the baseline.
+        standard_error (`float`): Of the difference.
+        low, high (`float`): Its 95 % interval, by the normal approximation.
+        gained (`int`): Problems that the model alone solves.
+        lost (`int`): Problems that the baseline alone solves.
+        p_value (`float`): McNemar's, see [`mcnemar`].
+    """
+
+    difference: float
+    standard_error: float
+    low: float
+    high: float
+    gained: int
+    lost: int
+    p_value: float
+
+
+def standard_error(accuracy: float, count: int) -> float:
+    """
+    Of an accuracy on `count` problems, which are taken for a sample of more of their kind.
+
+    Example:
+
+    ```python
+    >>> standard_error(0.5, 100)
+    0.05
+
+    ```
+    """
+    return math.sqrt(accuracy * (1 - accuracy) / count)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """
+    McNemar's exact p, two-sided: how often a fair coin, thrown once for every problem on which the two disagree, falls
+    at least as unevenly.
+
+    Example:
+
+    ```python
+    >>> mcnemar(1, 5)
+    0.21875
+
+    ```
+    """
+    count, fewer = gained + lost, min(gained, lost)
+    return min(1.0, 2 * sum(math.comb(count, i) for i in range(fewer + 1)) / 2**count)
+
+
+def compare(correct: list[bool], baseline_correct: list[bool]) -> PairedDifference:
+    """
+    The difference of two accuracies, from what was right of the same problems in the same order.
+
+    Example:
+
+    ```python
+    >>> compare([True, True, True, False], [True, False, False, False]).difference
+    0.5
+
+    ```
+    """
+    pairs = list(zip(correct, baseline_correct, strict=True))
+    gained = sum(right and not baseline_right for right, baseline_right in pairs)
+    lost = sum(baseline_right and not right for right, baseline_right in pairs)
+    difference = (gained - lost) / len(pairs)
+    # A pair counts 1, 0 or -1, so that the mean of its square is the share of those that disagree
+    error = math.sqrt(((gained + lost) / len(pairs) - difference**2) / len(pairs))
+    interval = (difference - Z_95 * error, difference + Z_95 * error)
+    return PairedDifference(difference, error, *interval, gained, lost, mcnemar(gained, lost))
