@@ -1,8 +1,8 @@
 """
-Does the mechanism hold, and where does it fail? The method, its ablations, its rivals and its settings, on small pairs.
+Does the mechanism hold, and where does it fail? The method, ablations, rivals and settings, on small pairs.
 
-Every pair is an expert and an amateur as examples/make_demo_pair.py makes them; without `--pairs` it is the bundled one
-alone. Each condition starts from the same expert and the same unlabelled problems and is graded on the same test
+Every pair is an expert and an amateur as examples/make_demo_pair.py makes them; without `--pairs` it is the bundled
+one alone. Each condition starts from the same expert and the same unlabelled problems and is graded on the same test
 problems. Prints Markdown tables, and writes them with all numbers (study.json) and, where matplotlib is installed,
 figures (study.png) to the output folder. The same arguments and seed give the same accuracies on the same machine.
 
@@ -19,7 +19,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import random
 import statistics
 import sys
@@ -314,7 +313,7 @@ class Lab:
             rows = [row for row in dataset for _ in range(samples)]
             rows = [row | {"completion_ids": ids} for row, ids in zip(rows, completions, strict=True)]
             dataset = Dataset.from_list(rows, features=dataset.features)
-        answers = self.tokenizer.batch_decode(dataset["completion_ids"], skip_special_tokens=True)
+        answers = self.tokenizer.batch_decode(list(dataset["completion_ids"]), skip_special_tokens=True)
         golds = [problem["answer"] for problem in self.unlabelled for _ in range(samples or 1)]
         right = [i for i, (a, gold) in enumerate(zip(answers, golds, strict=True)) if extract_answer(a) == gold]
         return whole_answers(dataset.select(right))
@@ -392,7 +391,7 @@ def as_many_steps(lab: Lab, amateur: str) -> Dataset:
 
 @dataclass(frozen=True)
 class Condition:
-    """One row of the tables. `quick`: whether the quick form has it. `paper`: what the paper says of it, if anything."""
+    """A row of the tables. `quick`: whether the quick form has it. `paper`: what the paper says of it, if anything."""
 
     group: str
     name: str
@@ -680,7 +679,6 @@ def main(argv: list[str] | None = None) -> dict:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ["TQDM_DISABLE"] = "1"  # for the workers
     settings = json.dumps({n: getattr(args, n) for n in ("num_test", "num_unlabelled", "kinds", "device", "seed")})
     results: dict[str, list[Outcome]] = {name: [None] * len(args.pairs) for name in names}
     context = multiprocessing.get_context("spawn")
@@ -701,10 +699,9 @@ def main(argv: list[str] | None = None) -> dict:
     judged = judge(results)
     pairs = [f"pair {i}" for i in range(1, len(args.pairs) + 1)]
     lines = [
-        f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''} ({', '.join(args.pairs)}), {args.num_unlabelled} unlabelled "
-        f"and {args.num_test:,} test problems ({', '.join(args.kinds)}), seed {args.seed}; accuracy in % (95 % interval "
-        f"over test problems); {seconds:.0f} s in all, {args.workers} processes of one thread, "
-        f"{platform.machine()}, {args.device}.",
+        f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''} ({', '.join(args.pairs)}), {args.num_unlabelled} "
+        f"unlabelled and {args.num_test:,} test problems ({', '.join(args.kinds)}), seed {args.seed}; accuracy in % "
+        f"(95 % interval over test problems); {seconds:.0f} s in all, {args.workers} processes, {args.device}.",
         "",
     ]
     for group in dict.fromkeys(CONDITIONS[name].group for name in names):
