@@ -514,7 +514,8 @@ def claims() -> list[Claim]:
         *(Claim("The method beats SFT on right answers", METHOD, name) for name in sft),
         *(Claim("An amateur too close to the expert hurts", METHOD, name) for name in too_close),
         *(Claim("The amateur must be coherent", METHOD, name) for name in incoherent),
-        Claim("It is enough that the expert is clearly stronger", skill_gap, BASE),
+        # The paper asks for these two and names no third condition
+        Claim("An amateur that is coherent and clearly weaker is enough", skill_gap, BASE),
     ]
 
 
@@ -533,7 +534,7 @@ def binomial_interval(num_right: int, count: int) -> tuple[float, float]:
 
 
 def mean_interval(values: list[float]) -> tuple[float, float]:
-    """Student's interval of the mean of a few pairs."""
+    """Student's interval of the mean of a few pairs' values."""
     t = T_QUANTILES[len(values) - 2] if len(values) - 2 < len(T_QUANTILES) else 2.1
     half = t * statistics.stdev(values) / math.sqrt(len(values))
     return statistics.mean(values) - half, statistics.mean(values) + half
@@ -561,7 +562,7 @@ def percent(low: float, high: float | None = None) -> str:
 
 
 def table_of(group: str, results: dict[str, list[Outcome]], pairs: list[str]) -> list[str]:
-    several = len(pairs) > 1
+    several = len(pairs) > 2  # two say next to nothing of others
     header = ["condition", *pairs, *(["mean (95 % over pairs)"] if several else [])]
     header += ["careful", "steps", "tuned tokens", "labels", "s", "the paper"]
     lines = [f"### {group}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
@@ -580,7 +581,8 @@ def table_of(group: str, results: dict[str, list[Outcome]], pairs: list[str]) ->
                 f"{percent(accuracy)} ({percent(*binomial_interval(sum(outcome.right), len(outcome.right)))})"
             )
         if several:
-            cells.append(f"{percent(statistics.mean(accuracies))} ({percent(*mean_interval(accuracies))})")
+            low, high = mean_interval(accuracies)
+            cells.append(f"{percent(statistics.mean(accuracies))} ({percent(max(low, 0), min(high, 1))})")
         cells.append(percent(statistics.mean(statistics.mean(outcome.careful) for outcome in outcomes)))
         for attribute in ("steps", "tuned_tokens", "labels"):
             cells.append(f"{statistics.mean(getattr(outcome, attribute) for outcome in outcomes):,.0f}")
@@ -597,7 +599,7 @@ def judge(results: dict[str, list[Outcome]]) -> list[dict]:
             continue
         rights = [[outcome.right for outcome in results[name]] for name in (claim.better, claim.worse)]
         difference, low, high = difference_interval(*rights)
-        verdict = "agrees" if low > 0 else "does not agree" if high < 0 else "not settled"
+        verdict = "agrees" if low > 0 else "does not agree" if high <= 0 else "not settled"
         judged.append(vars(claim) | {"difference": difference, "low": low, "high": high, "verdict": verdict})
     return judged
 
@@ -693,13 +695,16 @@ def main(argv: list[str] | None = None) -> dict:
             name, index = jobs[done]
             results[name][index] = done.result()
             accuracy = statistics.mean(results[name][index].right)
-            print(f"{time.perf_counter() - start:6.0f} s  {args.pairs[index]}: {name}: {accuracy:.1%}", flush=True)
+            print(
+                f"{time.perf_counter() - start:6.0f} s  {Path(args.pairs[index]).name}: {name}: {accuracy:.1%}",
+                flush=True,
+            )
 
     seconds = time.perf_counter() - start
     judged = judge(results)
-    pairs = [f"pair {i}" for i in range(1, len(args.pairs) + 1)]
+    pairs = [Path(pair).name for pair in args.pairs]
     lines = [
-        f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''} ({', '.join(args.pairs)}), {args.num_unlabelled} "
+        f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''} ({', '.join(pairs)}), {args.num_unlabelled} "
         f"unlabelled and {args.num_test:,} test problems ({', '.join(args.kinds)}), seed {args.seed}; accuracy in % "
         f"(95 % interval over test problems); {seconds:.0f} s in all, {args.workers} processes, {args.device}.",
         "",
