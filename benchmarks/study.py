@@ -14,6 +14,7 @@ python benchmarks/study.py --pairs trl_lightreasoner/demo_pair pair1 pair2 --out
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -183,7 +184,7 @@ class Outcome:
     """
     How a condition did on one pair: for each test problem whether the answer is right, and whether it works out every
     step; steps in the dataset; labelled tokens read while training, repetitions included; problems whose given answer
-    was looked at; seconds of training and of making the dataset.
+    was looked at; seconds of training and of making the dataset; what was seen of the amateur, if that is in question.
     """
 
     right: list[bool]
@@ -192,6 +193,7 @@ class Outcome:
     tuned_tokens: int = 0
     labels: int = 0
     seconds: float = 0.0
+    amateur: dict[str, float | None] | None = None
 
 
 class Lab:
@@ -215,10 +217,18 @@ class Lab:
         self.expert = self.load("expert")
         self.eos_ids = find_eos_ids(self.expert, self.tokenizer)
         self.folder = tempfile.TemporaryDirectory()
+        self._amateurs: dict[str, torch.nn.Module] = {}
         self._sampled: dict[tuple, Dataset] = {}
+        # On one thread, CPU time is the time on a core of one's own, whatever else the machine does
+        self.clock = time.process_time if args.device == "cpu" else time.perf_counter
 
     def load(self, role: str) -> torch.nn.Module:
         return load_model(str(self.pair / role), dtype=torch.float32).to(self.device).eval()
+
+    def amateur(self, name: str = "own") -> torch.nn.Module:
+        if name not in self._amateurs:
+            self._amateurs[name] = AMATEURS[name](self)
+        return self._amateurs[name]
 
     def encode(self, problems: list[dict]) -> list[list[int]]:
         rows = [{"prompt": as_prompt(problem)} for problem in problems]
@@ -230,7 +240,7 @@ class Lab:
             folder = Path(self.folder.name) / f"{len(self._sampled)}"
             sampler = ContrastiveStepSampler(
                 self.expert,
-                AMATEURS[amateur](self),
+                self.amateur(amateur),
                 ContrastiveSamplingConfig(str(folder), alpha=alpha, beta=0.0, max_new_tokens=MAX_NEW_TOKENS),
                 processing_class=self.tokenizer,
                 amateur_processing_class=self.tokenizer,
@@ -251,7 +261,7 @@ class Lab:
         labels: int = 0,
     ) -> Outcome:
         """Train an adapter with updates of 16 rows, and grade it."""
-        start = time.perf_counter()
+        start = self.clock()
         dataset = make_dataset()
         if not count_steps(dataset):  # nothing to learn from: the expert stays as it is
             return self.grade(self.expert)
@@ -281,7 +291,7 @@ class Lab:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        seconds = time.perf_counter() - start
+        seconds = self.clock() - start
         outcome = self.grade(trainer.model.eval())
         outcome.steps, outcome.labels, outcome.seconds = count_steps(dataset), labels, seconds
         outcome.tuned_tokens = int(next(log for log in trainer.state.log_history if "loss" in log)["num_kept_steps"])
@@ -299,9 +309,24 @@ class Lab:
         )
 
     def decode_contrastively(self, beta: float = 0.0) -> Outcome:
-        models = [self.expert, self.load("amateur")]
+        models = [self.expert, self.amateur()]
         choose = functools.partial(contrastive_choice, beta=beta)
         return self.grade_ids(decode(models, self.encode(self.test), choose, self.tokenizer.eos_token_id))
+
+    def describe(self, amateur: str) -> dict[str, float | None]:
+        """What a look at the sampled steps says of an amateur before anything is trained."""
+        outcome, every_step, steps = self.grade(self.amateur(amateur)), self.every_step(amateur), self.steps(amateur)
+        low, median, high = kl_quantiles(every_step, [0.1, 0.5, 0.9])
+        others = [label[0] != row["completion_ids"][t] for row in steps for t, label, _ in steps_of(row)]
+        return {
+            "accuracy": statistics.mean(outcome.right),
+            "careful": statistics.mean(outcome.careful),
+            "kl_10": low,
+            "kl_50": median,
+            "kl_90": high,
+            "kept": count_steps(steps) / count_steps(every_step),
+            "prefers_another_token": statistics.mean(others) if others else None,
+        }
 
     def right_answers(self, samples: int) -> Dataset:
         """Rejection sampling: the expert's own right answers, greedy (0 samples) or some a problem at T = 1."""
@@ -332,7 +357,7 @@ class Lab:
 
 def retrained(lab: Lab, solve: Callable[[dict, random.Random], str], model: torch.nn.Module | None = None):
     """The amateur (or `model`) trained further on other solutions, as long as the study can afford."""
-    updates, batch_size = 300, 64
+    updates, batch_size = 300, 32
     model = lab.load("amateur") if model is None else model
     problems = make_problems(updates * batch_size, lab.seed, split="pretrain", kind_shares=lab.kind_shares)
     documents = make_demo_pair.tokenize(problems, solve, lab.tokenizer, lab.seed)
@@ -403,13 +428,17 @@ class Condition:
 METHOD, BASE = "LightReasoner", "base"
 
 
+def with_amateur(lab: Lab, outcome: Outcome, amateur: str) -> Outcome:
+    return dataclasses.replace(outcome, amateur=lab.describe(amateur))
+
+
 def ablations() -> list[Condition]:
     def add(name: str, run: Callable[[Lab], Outcome], paper: str = "", quick: bool = True) -> Condition:
         return Condition("Method, ablations, rivals", name, run, quick, paper)
 
     return [
         add(BASE, lambda lab: lab.grade(lab.expert), "42.4 (average of 7 benchmarks, Qwen2.5-Math-1.5B)"),
-        add(METHOD, lambda lab: lab.train(lab.steps), "54.2"),
+        add(METHOD, lambda lab: with_amateur(lab, lab.train(lab.steps), "own"), "54.2"),
         add("same, rows are whole trajectories", lambda lab: lab.train(lab.steps, one_step_per_row=False)),
         add(
             "no contrast (fit pi_E itself)",
@@ -474,7 +503,9 @@ def sweeps() -> list[Condition]:
 def failures() -> list[Condition]:
     def add(name: str, amateur: str, paper: str = "", equal_steps: bool = False, quick: bool = True) -> Condition:
         def run(lab: Lab) -> Outcome:
-            return lab.train(lambda: as_many_steps(lab, amateur) if equal_steps else lab.steps(amateur))
+            if equal_steps:
+                return lab.train(lambda: as_many_steps(lab, amateur))
+            return with_amateur(lab, lab.train(lambda: lab.steps(amateur)), amateur)
 
         return Condition("Other amateurs", name, run, quick, paper)
 
@@ -592,6 +623,27 @@ def table_of(group: str, results: dict[str, list[Outcome]], pairs: list[str]) ->
     return [*lines, ""]
 
 
+def table_of_amateurs(results: dict[str, list[Outcome]]) -> list[str]:
+    """What could have been seen before training, beside what came of it; means over pairs."""
+    header = ["amateur", "its accuracy", "careful", "KL 10 %", "KL 50 %", "KL 90 %", "kept at beta"]
+    header += ["v_C prefers another token than the expert", "gain in points"]
+    lines = ["### Amateurs, before training", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    base = statistics.mean(statistics.mean(outcome.right) for outcome in results[BASE])
+    for name, outcomes in results.items():
+        seen = [outcome.amateur for outcome in outcomes if outcome.amateur is not None]
+        if not seen:
+            continue
+        values = {key: [amateur[key] for amateur in seen if amateur[key] is not None] for key in seen[0]}
+        mean = {key: statistics.mean(known) if known else None for key, known in values.items()}
+        cells = ["the pair's own" if name == METHOD else name, percent(mean["accuracy"]), percent(mean["careful"])]
+        cells += [f"{mean[key]:.3f}" for key in ("kl_10", "kl_50", "kl_90")] + [percent(mean["kept"])]
+        preference = mean["prefers_another_token"]
+        cells.append("no step kept" if preference is None else percent(preference))
+        gain = statistics.mean(statistics.mean(outcome.right) for outcome in outcomes) - base
+        lines.append(f"| {' | '.join([*cells, f'{100 * gain:+.1f}'])} |")
+    return [*lines, ""]
+
+
 def judge(results: dict[str, list[Outcome]]) -> list[dict]:
     judged = []
     for claim in claims():
@@ -650,8 +702,11 @@ def _lab(pair: str, settings: str) -> Lab:
     return Lab(pair, argparse.Namespace(**json.loads(settings)))
 
 
-def run(name: str, pair: str, settings: str) -> Outcome:
-    return CONDITIONS[name].run(_lab(pair, settings))
+def run(name: str, pair: str, settings: str) -> tuple[Outcome, float]:
+    """What came of a condition, and the CPU time that it took."""
+    start = time.process_time()
+    outcome = CONDITIONS[name].run(_lab(pair, settings))
+    return outcome, time.process_time() - start
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -677,7 +732,7 @@ def main(argv: list[str] | None = None) -> dict:
     names = args.only or [name for name, condition in CONDITIONS.items() if condition.quick or not args.quick]
     if METHOD not in names or BASE not in names:
         names = list(dict.fromkeys([BASE, METHOD, *names]))
-    start = time.perf_counter()
+    start, cpu_seconds = time.perf_counter(), 0.0
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -693,7 +748,8 @@ def main(argv: list[str] | None = None) -> dict:
         }
         for done in as_completed(jobs):
             name, index = jobs[done]
-            results[name][index] = done.result()
+            results[name][index], spent = done.result()
+            cpu_seconds += spent
             accuracy = statistics.mean(results[name][index].right)
             print(
                 f"{time.perf_counter() - start:6.0f} s  {Path(args.pairs[index]).name}: {name}: {accuracy:.1%}",
@@ -706,17 +762,19 @@ def main(argv: list[str] | None = None) -> dict:
     lines = [
         f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''} ({', '.join(pairs)}), {args.num_unlabelled} "
         f"unlabelled and {args.num_test:,} test problems ({', '.join(args.kinds)}), seed {args.seed}; accuracy in % "
-        f"(95 % interval over test problems); {seconds:.0f} s in all, {args.workers} processes, {args.device}.",
+        f"(95 % interval over test problems); {seconds:.0f} s in all, {cpu_seconds:.0f} s of CPU time, {args.workers} "
+        f"processes, {args.device}; s in the tables is {'CPU' if args.device == 'cpu' else 'wall'} time.",
         "",
     ]
     for group in dict.fromkeys(CONDITIONS[name].group for name in names):
         lines += table_of(group, results, pairs)
-    lines += table_of_claims(judged)
+    lines += table_of_amateurs(results) + table_of_claims(judged)
     print("\n" + "\n".join(lines))
     (args.output_dir / "study.md").write_text("\n".join(lines))
     report = {
         "command": f"python benchmarks/study.py {' '.join(sys.argv[1:] if argv is None else argv)}",
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "pairs": args.pairs,
         **json.loads(settings),
         "results": [
