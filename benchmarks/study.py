@@ -691,6 +691,8 @@ def draw(results: dict[str, list[Outcome]], path: Path) -> None:
         means, lows, highs = zip(*map(point, swept.values()), strict=True)
         axes.errorbar(list(swept), means, yerr=[lows, highs], marker="o", capsize=2)
         axes.set(xlabel=setting, xscale="log", ylim=(0, 1))
+        axes.set_xticks(list(swept), [f"{each:g}" for each in swept])
+        axes.minorticks_off()
     figure.savefig(path, dpi=120)
 
 
