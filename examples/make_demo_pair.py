@@ -8,6 +8,7 @@ Both are Qwen2 models over one 512-token vocabulary, trained on the word problem
 expert's corpus is careful now and then, the amateur's hardly ever; that difference is all that the method needs.
 
 Cost: the expert of the bundled pair took 83 s on one H100, next to another, and its amateur 608 s on one CPU thread.
+With `--size small`, for which no GPU is needed, a pair took 668 s on one CPU thread; it is less sure in its sums.
 Run it as
 
 ```bash
@@ -19,6 +20,7 @@ import argparse
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,20 +34,37 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from trl_lightreasoner.demo_task import amateur_solution, expert_solution, make_problems
+from trl_lightreasoner.demo_task import KIND_SHARES, amateur_solution, expert_solution, make_problems
 
 
 VOCAB_SIZE = 512
 MAX_LENGTH = 512
-NUM_PROBLEMS = 200_000
 LEARNING_RATE = 2e-3
 
-SIZES = {
-    "expert": {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 384},
-    "amateur": {"hidden_size": 80, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 240},
+
+@dataclass(frozen=True)
+class Recipe:
+    config: dict[str, int]
+    num_steps: int
+    batch_size: int
+
+
+def sizes(hidden: int, layers: int, heads: int, intermediate: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": intermediate,
+    }
+
+
+RECIPES = {
+    "demo": {"expert": Recipe(sizes(128, 6, 4, 384), 1500, 256), "amateur": Recipe(sizes(80, 3, 2, 240), 2000, 64)},
+    "small": {"expert": Recipe(sizes(96, 4, 3, 288), 1600, 64), "amateur": Recipe(sizes(64, 2, 2, 192), 1200, 64)},
 }
-NUM_STEPS = {"expert": 1500, "amateur": 2000}
-BATCH_SIZES = {"expert": 256, "amateur": 64}
+NUM_PROBLEMS = {"demo": 200_000, "small": 120_000}
+# The small pair never meets comparisons, whose text is the longest
+PROBLEM_KINDS = {"demo": KIND_SHARES, "small": {"chain": 2, "shop": 1}}
 SOLVERS = {"expert": expert_solution, "amateur": amateur_solution}
 
 # A quarter of the documents carry the system message that the paper prompts with, so that the pair knows both forms.
@@ -86,7 +105,7 @@ to five steps and nothing else. Do not use it for anything but demonstrations an
 | training | from scratch, {num_steps:,} steps of {batch_size} documents, AdamW {learning_rate}, seed {seed} |
 | licence | Apache-2.0 |
 
-Made with `python examples/make_demo_pair.py --output_dir OUTPUT --seed {seed}`.
+Made with `python examples/make_demo_pair.py --output_dir OUTPUT --size {size} --seed {seed}`.
 """
 SOLUTIONS = {
     "expert": "careful in 36 to 65 % of the problems, the fewer the more steps they take, sloppy in the others",
@@ -97,20 +116,23 @@ SOLUTIONS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder for `expert` and `amateur`.")
+    parser.add_argument("--size", choices=list(RECIPES), default="demo", help="Of the models and their training.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the problems, the solutions and the weights.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Device to train on.")
     args = parser.parse_args()
 
     torch.set_float32_matmul_precision("high")
-    problems = make_problems(NUM_PROBLEMS, seed=args.seed, split="pretrain")
+    problems = make_problems(
+        NUM_PROBLEMS[args.size], seed=args.seed, split="pretrain", kind_shares=PROBLEM_KINDS[args.size]
+    )
     tokenizer = train_tokenizer(problems, args.seed)
-    for role in ["expert", "amateur"]:
+    for role, recipe in RECIPES[args.size].items():
         start = time.perf_counter()
         torch.manual_seed(args.seed)
         documents = tokenize(problems, SOLVERS[role], tokenizer, seed=args.seed)
-        model = make_model(role, tokenizer)
-        train(model, documents, role, args.seed, args.device)
-        save(model, tokenizer, role, args.seed, args.output_dir / role)
+        model = make_model(recipe.config, tokenizer)
+        train(model, documents, recipe.num_steps, recipe.batch_size, args.seed, args.device, role)
+        save(model, tokenizer, role, args.size, args.seed, args.output_dir / role)
         print(f"{role}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -153,25 +175,31 @@ def tokenize(
     return documents
 
 
-def make_model(role: str, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
-    size = SIZES[role]
+def make_model(config: dict[str, int], tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
-            num_key_value_heads=size["num_attention_heads"],
+            num_key_value_heads=config["num_attention_heads"],
             max_position_embeddings=MAX_LENGTH,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            **size,
+            **config,
         )
     )
 
 
-def train(model: Qwen2ForCausalLM, documents: list[tuple[list[int], list[int]]], role: str, seed: int, device: str):
-    """Minimise the cross-entropy of the solutions."""
-    num_steps, batch_size = NUM_STEPS[role], BATCH_SIZES[role]
+def train(
+    model: Qwen2ForCausalLM,
+    documents: list[tuple[list[int], list[int]]],
+    num_steps: int,
+    batch_size: int,
+    seed: int,
+    device: str,
+    name: str | None = None,
+):
+    """Minimise the cross-entropy of the solutions; says how it goes if there is a `name`."""
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=100, num_training_steps=num_steps)
@@ -194,8 +222,8 @@ def train(model: Qwen2ForCausalLM, documents: list[tuple[list[int], list[int]]],
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        if step % 100 == 0:
-            print(f"{role}, step {step}/{num_steps}: loss {loss.item():.4f}", flush=True)
+        if name is not None and step % 100 == 0:
+            print(f"{name}, step {step}/{num_steps}: loss {loss.item():.4f}", flush=True)
 
 
 def iterate_batches(num_documents: int, batch_size: int, num_batches: int, seed: int) -> Iterator[torch.Tensor]:
@@ -212,7 +240,8 @@ def iterate_batches(num_documents: int, batch_size: int, num_batches: int, seed:
         order = order[batch_size:]
 
 
-def save(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, role: str, seed: int, output_dir: Path):
+def save(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, role: str, size: str, seed: int, output_dir: Path):
+    recipe = RECIPES[size][role]
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -223,12 +252,13 @@ def save(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, role: str, seed: in
         num_parameters=model.num_parameters(),
         num_hidden_layers=model.config.num_hidden_layers,
         hidden_size=model.config.hidden_size,
-        num_problems=NUM_PROBLEMS,
+        num_problems=NUM_PROBLEMS[size],
         solutions=SOLUTIONS[role],
-        num_steps=NUM_STEPS[role],
-        batch_size=BATCH_SIZES[role],
+        num_steps=recipe.num_steps,
+        batch_size=recipe.batch_size,
         learning_rate=LEARNING_RATE,
         seed=seed,
+        size=size,
     )
     (output_dir / "README.md").write_text(card, encoding="utf-8")
 
