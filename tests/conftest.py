@@ -1,5 +1,6 @@
 """Tiny models, made on the spot: everything here runs offline on a CPU in seconds."""
 
+import logging
 import os
 import signal
 
@@ -19,6 +20,8 @@ from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
 # Two processes of pytest-xdist share two cores
 torch.set_num_threads(1)
 disable_progress_bars()
+# That a kernel from the Hub is missing would be the last line, behind the summary
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 QUESTIONS = [
     "Ann has 3 apples and buys 4 more. How many has she?",
