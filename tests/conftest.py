@@ -1,5 +1,7 @@
 """Tiny models, made on the spot: everything here runs offline on a CPU in seconds."""
 
+# ruff: noqa: E402
+
 import logging
 import os
 import signal
@@ -7,6 +9,8 @@ import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# Imported below, it says that a kernel from the Hub is missing; that would come last, behind the summary of the tests
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import pytest
 import torch
@@ -20,8 +24,6 @@ from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
 # Two processes of pytest-xdist share two cores
 torch.set_num_threads(1)
 disable_progress_bars()
-# That a kernel from the Hub is missing would be the last line, behind the summary
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 QUESTIONS = [
     "Ann has 3 apples and buys 4 more. How many has she?",

@@ -185,8 +185,8 @@ class ContrastiveStepSampler:
             order = [item for item in plan if item[0] not in done]
             if len(order) < len(plan):
                 logger.warning(f"{len(plan) - len(order):,} of {len(plan):,} prompts are sampled already.")
-            batch_size = self.processes.on_main(lambda: self._find_batch_size(encoded, order, scoring_only))
-            self._sample(encoded, share_batches(order, batch_size, self.processes), batch_size, writer, scoring_only)
+            self.batch_size = self.processes.on_main(lambda: self._find_batch_size(encoded, order, scoring_only))
+            self._sample(encoded, share_batches(order, self.batch_size, self.processes), writer, scoring_only)
             self.processes.on_main(lambda: writer.finish({index for index, _ in plan}))
             sampled = writer.load()
         finally:
@@ -211,14 +211,7 @@ class ContrastiveStepSampler:
             longest = len(encoded[index]["prompt_ids"]) + room
         return find_batch_size(self.expert, longest, len(order), self.processes.count)
 
-    def _sample(
-        self,
-        encoded: Dataset,
-        order: list[tuple[int, int]],
-        batch_size: int,
-        writer: StepWriter,
-        scoring_only: bool,
-    ) -> None:
+    def _sample(self, encoded: Dataset, order: list[tuple[int, int]], writer: StepWriter, scoring_only: bool) -> None:
         num_steps = num_kept = 0
 
         def run(indices: list[int], room: int) -> tuple[list[Trajectory], list[TrajectoryScores]]:
@@ -237,7 +230,7 @@ class ContrastiveStepSampler:
 
         desc = f"Sampling, {'given completions' if scoring_only else self._decode.way}"
         with evaluating(self.expert, self.amateur):
-            run_in_batches(order, batch_size, run, write, length, self.processes, desc)
+            run_in_batches(order, self.batch_size, run, write, length, self.processes, desc)
 
     def _plan(self, encoded: Dataset, scoring_only: bool) -> list[tuple[int, int]]:
         """
