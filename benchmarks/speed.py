@@ -28,6 +28,7 @@ import transformers
 from datasets import Dataset, disable_caching, disable_progress_bars
 from peft import LoraConfig, get_peft_model
 from published import Measured, clock, peak_gib, reset_peak
+from transformers import BitsAndBytesConfig
 from transformers.trainer_callback import PrinterCallback
 
 from trl_lightreasoner import (
@@ -51,6 +52,8 @@ from trl_lightreasoner.vocabulary import model_vocabulary, shared_vocabulary
 ALPHA, BETA = 0.2, 0.4
 # What the slow path generates together
 CHECK_BATCH = 16
+# Of every number of trajectories an update that is tried
+UPDATES_OF_EACH = 40
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -67,10 +70,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--per_device_batch_size", type=int, help="Prompts a batch; by default the sampler's own.")
     parser.add_argument("--train_rows", type=int, default=64, help="Trajectories an update.")
     parser.add_argument("--train_share", type=float, help="Raise beta until this share of the steps is kept.")
+    parser.add_argument("--load_in_4bit", action="store_true", help="Load the expert in NF4.")
+    parser.add_argument("--use_liger_kernel", action="store_true", help="Train with Liger's kernels.")
     parser.add_argument("--baseline_problems", type=int, default=3, help="Prompts of the published way's slice.")
     parser.add_argument("--baseline_updates", type=int, default=10, help="Updates of the published way's slice.")
     parser.add_argument("--check_problems", type=int, default=32, help="Prompts to do again in the slow way.")
     parser.add_argument("--sizes", type=int, nargs="*", default=[], help="Numbers of problems for a scaling table.")
+    parser.add_argument("--batch_sizes", type=int, nargs="*", default=[], help="The same of prompts sampled together.")
+    parser.add_argument("--update_rows", type=int, nargs="*", default=[], help="The same of trajectories an update.")
     parser.add_argument("--output_dir", required=True, type=Path, help="Folder for speed.json.")
     return parser
 
@@ -81,14 +88,15 @@ class Pair:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
-        self.expert, self.amateur = (load_model(name, dtype=dtype).eval() for name in (args.expert, args.amateur))
+        self.expert = load_model(args.expert, dtype=dtype, **quantization(args.load_in_4bit)).eval()
+        self.amateur = load_model(args.amateur, dtype=dtype).eval()
         self.tokenizer, self.amateur_tokenizer = map(load_tokenizer, (args.expert, args.amateur))
         widths = [model.config.get_text_config().vocab_size for model in (self.expert, self.amateur)]
         self.vocabulary = model_vocabulary(self.tokenizer, widths[0])
         self.shared_vocabulary = shared_vocabulary(self.tokenizer, self.amateur_tokenizer, *widths)
         self.eos_ids = find_eos_ids(self.expert, self.tokenizer)
 
-    def sample(self, prompts: Dataset) -> Measured:
+    def sample(self, prompts: Dataset, batch_size: int | None = None) -> Measured:
         """What `ContrastiveStepSampler` makes of the prompts, everything but the loading of models included."""
         reset_peak()
         start = clock()
@@ -101,7 +109,7 @@ class Pair:
                 beta=BETA,
                 max_new_tokens=self.args.max_new_tokens,
                 overwrite_output_dir=True,
-                per_device_batch_size=self.args.per_device_batch_size,
+                per_device_batch_size=batch_size or self.args.per_device_batch_size,
             ),
             processing_class=self.tokenizer,
             amateur_processing_class=self.amateur_tokenizer,
@@ -111,7 +119,7 @@ class Pair:
         self.batch_size = sampler.batch_size
         return Measured(dataset, seconds, len(prompts) / seconds, peak_gib())
 
-    def train(self, dataset: Dataset) -> tuple[Measured, float]:
+    def train(self, dataset: Dataset, rows: int | None = None) -> tuple[Measured, float]:
         """One epoch of `LightReasonerTrainer`, and the seconds before, for construction with its check of all rows."""
         reset_peak()
         start = clock()
@@ -120,8 +128,9 @@ class Pair:
             LightReasonerConfig(
                 str(self.args.output_dir / "adapter"),
                 num_train_epochs=1,
-                per_device_train_batch_size=self.args.train_rows,
+                per_device_train_batch_size=rows or self.args.train_rows,
                 gradient_accumulation_steps=1,
+                use_liger_kernel=self.args.use_liger_kernel,
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
@@ -157,6 +166,17 @@ class Pair:
         finally:
             self.expert.eval()
             self.amateur.to(device)
+
+
+def quantization(in_4bit: bool) -> dict[str, BitsAndBytesConfig]:
+    """What loads a model in NF4, if it is to be."""
+    if not in_4bit:
+        return {}
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    }
 
 
 def lora() -> LoraConfig:
@@ -305,6 +325,7 @@ def measure(pair: Pair, args: argparse.Namespace) -> dict[str, Any]:
         "mean_support": sum(map(len, labels)) / len(labels),
         "padding_share": scored_padding(dataset, pair.batch_size),
         "train_rows": args.train_rows,
+        "training": (" in NF4" if args.load_in_4bit else "") + (", Liger's kernels" if args.use_liger_kernel else ""),
         "construction_s": constructed,
         "published": {
             "problems": args.baseline_problems,
@@ -344,6 +365,31 @@ def measure_size(pair: Pair, args: argparse.Namespace, num_problems: int) -> dic
     }
 
 
+def measure_batches(pair: Pair, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Sampling by `args.batch_sizes` prompts together, and training by `args.update_rows` trajectories an update."""
+    prompts, _ = load_prompts(args, args.num_problems)
+    batches, updates = [], []
+    for size in args.batch_sizes:
+        tell(f"Sampling by {size}")
+        sampled = pair.sample(prompts, size)
+        batches.append({"prompts": size, "sample_s": sampled.seconds, "sample_peak_gib": sampled.peak_gib})
+    if args.update_rows:
+        kept = keep_share(pair.sample(prompts).result, args.train_share)
+    for rows in args.update_rows:
+        tell(f"Training by {rows}")
+        part = kept.select(range(min(len(kept), rows * UPDATES_OF_EACH)))
+        trained, _ = pair.alone(lambda part=part, rows=rows: pair.train(part, rows))
+        updates.append(
+            {
+                "rows": rows,
+                "update_s": trained.seconds / math.ceil(len(part) / rows),
+                "train_steps_per_s": trained.rate,
+                "train_peak_gib": trained.peak_gib,
+            }
+        )
+    return {"batch_sizes": batches, "update_rows": updates}
+
+
 def report(results: dict[str, Any]) -> str:
     """The tables, in Markdown."""
     old, new, quality = results["published"], results["ours"], results["quality"]
@@ -374,7 +420,7 @@ def report(results: dict[str, Any]) -> str:
         "",
         f"[^1]: Scaled from {old['problems']} problems and {old['updates']} updates of {published.ROWS_PER_BATCH} x "
         f"{published.BATCHES_PER_UPDATE} steps.",
-        f"[^2]: {results['train_rows']} trajectories an update, LoRA.",
+        f"[^2]: {results['train_rows']} trajectories an update, LoRA{results['training']}.",
         f"[^3]: Sampling, one epoch of training and, of this library, {results['construction_s']:.1f} s in which the "
         "trainer is made and checks every row. Models are loaded already.",
         "",
@@ -393,21 +439,36 @@ def report(results: dict[str, Any]) -> str:
     lines += ["", f"{padding:.1%} of the tokens that are scored are padding."]
     if repeated := note(results):
         lines += ["", repeated]
-    if results["sizes"]:
-        lines += [
-            "",
+    if sizes := results["sizes"]:
+        lines += table(
             "| problems | kept steps | sampling, s | peak GiB | trainer, s | training, s | peak GiB |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {size['problems']:,} | {size['kept_steps']:,} | {size['sample_s']:.1f} | "
-            f"{gib(size['sample_peak_gib'])} | {size['construction_s']:.1f} | {size['train_s']:.1f} | "
-            f"{gib(size['train_peak_gib'])} |"
-            for size in results["sizes"]
-        ]
-        if repeated := note(results["sizes"][-1]):
+            [
+                f"| {size['problems']:,} | {size['kept_steps']:,} | {size['sample_s']:.1f} | "
+                f"{gib(size['sample_peak_gib'])} | {size['construction_s']:.1f} | {size['train_s']:.1f} | "
+                f"{gib(size['train_peak_gib'])} |"
+                for size in sizes
+            ],
+        )
+        if repeated := note(sizes[-1]):
             lines += ["", repeated]
+    if batches := results["batch_sizes"]:
+        lines += table(
+            "| prompts together | sampling, s | peak GiB |",
+            [f"| {b['prompts']:,} | {b['sample_s']:.1f} | {gib(b['sample_peak_gib'])} |" for b in batches],
+        )
+    if updates := results["update_rows"]:
+        lines += table(
+            "| trajectories an update | s an update | kept steps a second | peak GiB |",
+            [
+                f"| {u['rows']:,} | {u['update_s']:.3f} | {u['train_steps_per_s']:,.0f} | {gib(u['train_peak_gib'])} |"
+                for u in updates
+            ],
+        )
     return "\n".join(lines)
+
+
+def table(header: str, rows: list[str]) -> list[str]:
+    return ["", header, "|---" * (header.count("|") - 1) + "|", *rows]
 
 
 def note(results: dict[str, Any]) -> str | None:
@@ -445,10 +506,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         **measure(pair, args),
-        "sizes": [],
+        "sizes": [measure_size(pair, args, num_problems) for num_problems in args.sizes],
+        **measure_batches(pair, args),
     }
-    for num_problems in args.sizes:
-        results["sizes"].append(measure_size(pair, args, num_problems))
     (args.output_dir / "speed.json").write_text(json.dumps(results, indent=2) + "\n")
     print(report(results))
     return results

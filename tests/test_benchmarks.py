@@ -130,6 +130,7 @@ def test_it_runs_whole(speed, tmp_path, expert_path, amateur_path, prompts, caps
     argv += ["--prompt_column", "question", "--system_prompt", "Think.", "--num_problems", "8"]
     argv += ["--max_new_tokens", "8", "--train_rows", "4", "--train_share", "0.25", "--check_problems", "3"]
     argv += ["--baseline_problems", "1", "--baseline_updates", "1", "--sizes", "2", "7", "--output_dir", str(tmp_path)]
+    argv += ["--batch_sizes", "3", "--update_rows", "1", "4"]
     results = speed.main(argv)
     assert json.loads((tmp_path / "speed.json").read_text()) == results
     printed = capsys.readouterr().out
@@ -142,6 +143,11 @@ def test_it_runs_whole(speed, tmp_path, expert_path, amateur_path, prompts, caps
     assert f"| 7 | {results['sizes'][1]['kept_steps']} |" in printed
     assert "6 problems are repeated to 8" in printed and "6 problems are repeated to 7" in printed
     assert "3 problems done again" in printed
+    assert [batch["prompts"] for batch in results["batch_sizes"]] == [3]
+    assert f"| 3 | {results['batch_sizes'][0]['sample_s']:.1f} |" in printed
+    one, four = results["update_rows"]
+    assert (one["rows"], four["rows"]) == (1, 4)
+    assert f"| 4 | {four['update_s']:.3f} | {four['train_steps_per_s']:,.0f} |" in printed
 
 
 def test_a_random_pair_is_like_a_real_one(_importable, tmp_path, tokenizer):
