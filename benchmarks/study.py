@@ -25,6 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -79,7 +80,10 @@ def replace_steps(dataset: Dataset, replace: Callable[[dict, int], list[Step]]) 
         names = ("step_positions", "label_ids", "label_probs")
         return {name: list(values) for name, values in zip(names, columns, strict=True)}
 
-    return dataset.with_format(None).map(rewrite, with_indices=True, keep_in_memory=True)
+    # With a fingerprint of ours `map` need not hash what `replace` holds, a model for example
+    return dataset.with_format(None).map(
+        rewrite, with_indices=True, keep_in_memory=True, new_fingerprint=uuid.uuid4().hex
+    )
 
 
 def steps_of(row: dict) -> list[Step]:

@@ -1,0 +1,77 @@
+"""The log of an exploration: every setting is what it says, and none is done twice or left out."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def explore():
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module("explore")
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture
+def argv(tmp_path, expert_path, amateur_path):
+    rows = [{"question": f"What is {a}+{a + 1}?", "answer": f"#### {2 * a + 1}"} for a in range(12)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = ["--expert", expert_path, "--amateur", amateur_path, "--dataset_name", str(tmp_path / "train.jsonl")]
+    argv += ["--settings", str(tmp_path / "settings.jsonl"), "--num_held_out", "4", "--max_new_tokens", "8"]
+    return argv + ["--dtype", "float32", "--output_dir", str(tmp_path / "log")]
+
+
+def write(argv, *settings):
+    few = {"num_problems": 6, "max_new_tokens": 6, "updates": 2, "rows": 2, "beta": 0.01}
+    Path(argv[argv.index("--settings") + 1]).write_text("\n".join(json.dumps({**few, **each}) for each in settings))
+
+
+def test_each_setting_is_a_line_of_the_log_and_of_the_table(explore, argv, capsys):
+    settings = [
+        {"name": "plain"},
+        {"name": "two rounds", "rounds": 2, "prompt_style": "raw"},
+        {"name": "two bits", "amateur": "rounded to 2 bits"},
+        {"name": "careless", "amateur": "careless prompt"},
+        {"name": "one-hot", "label": "one-hot", "lora": "all"},
+    ]
+    write(argv, *settings)
+    log = explore.main(argv)
+    assert [entry["name"] for entry in log] == [setting["name"] for setting in settings]
+    assert all(entry["kept_steps"] > 0 for entry in log)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| expert, chat, 4 problems", "| expert, raw, 4 problems"]
+    assert len(lines) == 2 + 2 + len(settings)
+    assert "amateur careless prompt" in lines[7] and "rounds 2" in lines[5]
+
+
+def test_what_is_in_the_log_is_not_done_again(explore, argv, monkeypatch):
+    write(argv, {"name": "plain"})
+    before = explore.main(argv)
+    write(argv, {"name": "plain"}, {"name": "more", "updates": 3})
+    names = []
+    run = explore.Exploration.run
+    monkeypatch.setattr(
+        explore.Exploration, "run", lambda self, setting: names.append(setting.name) or run(self, setting)
+    )
+    assert explore.main(argv)[0] == before[0]
+    assert names == ["more"]
+    write(argv, {"name": "plain", "updates": 4})
+    with pytest.raises(ValueError, match="holds another setting of the name 'plain'"):
+        explore.main(argv)
+
+
+def test_rounded_weights_have_so_many_values_in_a_group(explore, expert):
+    copied = explore.rounded(expert, bits=3)
+    weights = copied.model.layers[0].mlp.up_proj.weight.reshape(-1, 64)
+    assert max(len(group.unique()) for group in weights) <= 7
+    original = expert.model.layers[0].mlp.up_proj.weight.reshape(-1, 64)
+    step = original.abs().amax(-1, keepdim=True) / 3
+    assert ((weights - original).abs() <= step / 2 + 1e-6).all()
+    assert torch.equal(copied.lm_head.weight, expert.lm_head.weight)
