@@ -68,7 +68,7 @@ def says(monkeypatch, tokenizer):
     """Let models answer by a function from the prompt's text; returns the prompts that were read."""
 
     def use(answer, after: str = "<|im_end|>") -> list[str]:
-        read = []
+        read, going = [], []
 
         class Decoder:
             way = "by heart"
@@ -77,10 +77,15 @@ def says(monkeypatch, tokenizer):
                 pass
 
             def __call__(self, prompt_ids, max_new_tokens):
-                texts = tokenizer.batch_decode(prompt_ids)
-                read.extend(texts)
-                ids = [tokenizer(answer(text) + after)["input_ids"][:max_new_tokens] for text in texts]
-                return Generated(ids, None)
+                return Generated([self.go_on(ids)[:max_new_tokens] for ids in prompt_ids], None)
+
+            def go_on(self, context: list[int]) -> list[int]:
+                for prompt, whole in going:
+                    if context[: len(prompt)] == prompt:
+                        return whole[len(context) - len(prompt) :]
+                read.append(tokenizer.decode(context))
+                going.append((context, tokenizer(answer(read[-1]) + after)["input_ids"]))
+                return going[-1][1]
 
         monkeypatch.setattr(evaluation, "GreedyDecoder", Decoder)
         return read
@@ -140,7 +145,7 @@ def test_a_base_model_is_graded_on_its_first_answer(config, says, expert, monkey
         return f" It is \\boxed{{{solve(prompt)}}}.{own}{'x' * 90}"
 
     prompts = says(run_on, after="")
-    monkeypatch.setattr(evaluation, "_TOKENS_BETWEEN_LOOKS", 60)
+    monkeypatch.setattr(evaluation, "_TOKENS_A_PIECE", 60)
     args = config(prompt_style="raw", max_new_tokens=200)
     made = evaluate(expert, args)
     scores = made.results["benchmarks"]["gsm8k"]["model"]
@@ -154,13 +159,34 @@ def test_a_base_model_is_graded_on_its_first_answer(config, says, expert, monkey
     assert made.results["benchmarks"]["gsm8k"]["model"]["accuracy"] == 0.0
 
 
-def test_pieces_of_a_plain_text_are_one_completion(config, expert_path, monkeypatch, tmp_path):
-    whole = config(prompt_style="raw", max_new_tokens=20, output_dir=str(tmp_path / "whole"))
+@pytest.mark.parametrize("style", ["chat", "raw"])
+def test_pieces_are_one_completion(config, expert_path, monkeypatch, tmp_path, style):
+    whole = config(prompt_style=style, max_new_tokens=20, output_dir=str(tmp_path / "whole"))
     evaluate(expert_path, whole)
-    monkeypatch.setattr(evaluation, "_TOKENS_BETWEEN_LOOKS", 3)
-    evaluate(expert_path, config(prompt_style="raw", max_new_tokens=20))
+    monkeypatch.setattr(evaluation, "_TOKENS_A_PIECE", 3)
+    evaluate(expert_path, config(prompt_style=style, max_new_tokens=20))
     assert answers_of(tmp_path / "out") == answers_of(tmp_path / "whole")
     assert max(row["num_tokens"] for row in answers_of(tmp_path / "out")) > 6
+
+
+def test_a_piece_has_as_many_rows_as_the_memory_holds(config, says, expert, monkeypatch):
+    monkeypatch.setattr(evaluation, "_TOKENS_A_PIECE", 10)
+    monkeypatch.setattr(
+        evaluation, "find_batch_size", lambda model, longest, num_rows, count: 7 if longest < 40 else 3
+    )
+    says(lambda prompt: "x" * 45 + f"\\boxed{{{solve(prompt)}}}", after="")
+    sizes, call = [], evaluation.GreedyDecoder.__call__
+
+    def counted(self, prompt_ids, max_new_tokens):
+        sizes.append((max(map(len, prompt_ids)) + max_new_tokens < 40, len(prompt_ids)))
+        return call(self, prompt_ids, max_new_tokens)
+
+    monkeypatch.setattr(evaluation.GreedyDecoder, "__call__", counted)
+    evaluate(
+        expert, config(prompt_style="raw", prompt_template="{question}", max_new_tokens=50, per_device_batch_size=None)
+    )
+    assert {fits for fits, _ in sizes} == {True, False}
+    assert all(size <= (7 if fits else 3) for fits, size in sizes)
 
 
 def test_an_answer_that_is_cut_is_counted_and_graded(config, says, expert):

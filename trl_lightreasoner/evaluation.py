@@ -50,8 +50,9 @@ _ANSWER_FEATURES = {"num_tokens": Value("int32"), "ended": Value("bool")}
 # What the answers depend on, beside weights and problems
 _SETTINGS = ("prompt_style", "prompt_template", "system_prompt", "max_new_tokens", "use_vllm")
 _GRADED_BY = ("kind", "tolerance", "unit")
-# Tokens after which a plain text is looked at: a base model would fill `max_new_tokens` behind its answer
-_TOKENS_BETWEEN_LOOKS = 256
+# After so many tokens rows that have ended leave the batch, and plain text is looked at: a base model would fill
+# `max_new_tokens` behind its answer
+_TOKENS_A_PIECE = 256
 
 
 @dataclass
@@ -308,25 +309,36 @@ class _Candidate:
             writer.close()
 
     def _find_batch_size(self, name: str, order: list[tuple[int, int]]) -> int:
-        if self.args.per_device_batch_size is not None or not order:
-            return self.args.per_device_batch_size or 1
+        if not order:
+            return 1
         row, room = order[0]  # the longest
-        longest = len(self.prompt_ids[name][row]) + room
-        return find_batch_size(self.model, longest, len(order), self.processes.count)
+        longest = len(self.prompt_ids[name][row]) + min(room, self._tokens_a_piece)
+        return self._rows_together(longest, len(order), self.processes.count)
+
+    def _rows_together(self, longest: int, num_rows: int, num_processes: int = 1) -> int:
+        return self.args.per_device_batch_size or find_batch_size(self.model, longest, num_rows, num_processes)
+
+    @property
+    def _tokens_a_piece(self) -> int:
+        # vLLM lets rows that have ended go by itself
+        alone = self.args.use_vllm and self.args.prompt_style == "chat"
+        return self.args.max_new_tokens if alone else _TOKENS_A_PIECE
 
     def _complete(self, prompt_ids: list[list[int]], room: int) -> tuple[list[list[int]], list[bool]]:
         """The completion of each prompt, and whether it came to an end."""
         completions, ended = [[] for _ in prompt_ids], [False] * len(prompt_ids)
-        piece = room if self.args.prompt_style == "chat" else _TOKENS_BETWEEN_LOOKS
-        for start in range(0, room, piece):
-            going = [i for i, has_ended in enumerate(ended) if not has_ended]
-            if not going:
-                break
+        for start in range(0, room, self._tokens_a_piece):
+            length = min(self._tokens_a_piece, room - start)
             # The prompt of a later piece is what was written before it, as greedy decoding would read it
-            contexts = [prompt_ids[i] + completions[i] for i in going]
-            for i, ids in zip(going, self.decode(contexts, min(piece, room - start)).completions, strict=True):
-                completions[i] += ids
-                ended[i] = completions[i][-1] in self.eos_ids or self._is_answered(completions[i])
+            contexts = {i: prompt_ids[i] + completions[i] for i, has_ended in enumerate(ended) if not has_ended}
+            going = sorted(contexts, key=lambda i: -len(contexts[i]))
+            while going:
+                size = self._rows_together(len(contexts[going[0]]) + length, len(going))
+                rows, going = going[:size], going[size:]
+                made = self.decode([contexts[i] for i in rows], length).completions
+                for i, ids in zip(rows, made, strict=True):
+                    completions[i] += ids
+                    ended[i] = completions[i][-1] in self.eos_ids or self._is_answered(completions[i])
         return completions, ended
 
     def _is_answered(self, completion_ids: list[int]) -> bool:
