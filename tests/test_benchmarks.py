@@ -187,3 +187,28 @@ def test_the_random_steps_can_be_trained_on(_importable):
     random_pair = importlib.import_module("random_pair")
     rows = random_pair.random_steps(3, 300)
     assert len(prepare_rows(rows, "train", Vocabulary(list(range(300))), 300, None, False)) == 3
+
+
+def test_scaling_compares_runs(_importable, tmp_path, expert_path, amateur_path, prompts, capsys, monkeypatch):
+    scaling = importlib.import_module("scaling")
+    prompts.to_json(tmp_path / "prompts.jsonl")
+    argv = ["--expert", expert_path, "--amateur", amateur_path, "--dataset_name", str(tmp_path / "prompts.jsonl")]
+    argv += ["--num_problems", "6", "--max_new_tokens", "4", "--train_share", "0.5", "--output_dir", str(tmp_path)]
+    started = []
+
+    def start(command, env, check):
+        started.append(command)
+        scaling.work(command[command.index("--process") + 1 :])
+        result = json.loads((tmp_path / "1.json").read_text())
+        if len(started) == 2:
+            halved = {"processes": 2, "sample_s": result["sample_s"] / 2, "train_s": result["train_s"] / 4}
+            (tmp_path / "2.json").write_text(json.dumps({**result, **halved}))
+
+    monkeypatch.setattr(scaling.subprocess, "run", start)
+    scaling.main([*argv, "--num_processes", "2"])
+    assert ["torch.distributed.run" in command for command in started] == [False, True]
+    one, two = json.loads((tmp_path / "scaling.json").read_text())
+    assert one["kept_steps"] == two["kept_steps"] > 0
+    *_, last = capsys.readouterr().out.splitlines()
+    ratios = [one[key] / two[key] for key in ("sample_s", "train_s")]
+    assert last.startswith(f"| 2 | {two['sample_s']:.1f} | {ratios[0]:.2f} |") and f"| {ratios[1]:.2f} |" in last
