@@ -1,7 +1,7 @@
-"""From a Dataset of kept steps to the numbers of a report, over every row, in memory that does not grow with the steps.
+"""From a Dataset of kept steps to the numbers of a report: over every row, in memory that holds some rows at a time.
 
-Divergences are counted in bins of a thousandth of a decade, so that a quantile is right to 0.3 % however many steps there
-are. A trajectory that several rows hold, a step each, counts once; every label counts.
+Divergences are counted in bins of a thousandth of a decade, so that a quantile is right to 0.3 % however many steps
+there are. A trajectory that several rows hold, a step each, counts once; every label counts.
 """
 
 import math
@@ -226,8 +226,8 @@ def check_columns(dataset: Dataset, name: str) -> None:
     """Refuse what has not the columns of a Dataset of kept steps, or no row."""
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"The {name} must be a `datasets.Dataset`, got `{type(dataset).__name__}`. Choose one split of it, or load "
-            "it without streaming."
+            f"The {name} must be a `datasets.Dataset`, got `{type(dataset).__name__}`. Choose one split of it, or "
+            "load it without streaming."
         )
     remedy = "Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
     for column in (*STEP_COLUMNS, "kl_divergence"):
@@ -247,7 +247,7 @@ def _columns(batch: pa.Table, name: str) -> list[list]:
             batch[column].cast(kind)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             raise ValueError(
-                f"The column {column!r} of the {name} must hold lists of numbers, got {batch.schema.field(column).type}. "
-                "Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
+                f"The column {column!r} of the {name} must hold lists of numbers, got "
+                f"{batch.schema.field(column).type}. Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
             ) from None
     return [batch[column].cast(kind).to_pylist() for column, kind in _TYPES.items()]
