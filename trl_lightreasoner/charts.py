@@ -1,7 +1,7 @@
 """Charts as inline SVG. Lines and bars stretch with the page; their labels are text beside them, which does not.
 
-So one chart is readable at 320 pixels and at 1,600. Colours are classes (`s0`, `s1` for two datasets), which the page's
-style sets for light and dark, and each series also differs by its stroke.
+So one chart is readable at 320 pixels and at 1,600. Colours are classes (`s0`, `s1` for two datasets), which the style
+of the page sets for light and dark, and each series also differs by its stroke.
 """
 
 import math
@@ -146,10 +146,9 @@ class Chart:
             return
         for left, right, height in zip(edges, edges[1:], heights, strict=False):
             if height > 0:
-                x0, x1, y = 1000 * self.x.place(left), 1000 * self.x.place(right), 1000 * self.y.place(height)
-                self._shapes.append(
-                    f'<rect class="bar {style}" x="{x0:.1f}" y="{1000 - y:.1f}" width="{x1 - x0:.1f}" height="{y:.1f}"/>'
-                )
+                x, y = 1000 * self.x.place(left), 1000 * self.y.place(height)
+                place = f'x="{x:.1f}" y="{1000 - y:.1f}" width="{1000 * self.x.place(right) - x:.1f}" height="{y:.1f}"'
+                self._shapes.append(f'<rect class="bar {style}" {place}/>')
 
     def mark(self, value: float, label: str, style: str = "") -> None:
         """A labelled line upwards from a value of x."""

@@ -23,6 +23,7 @@ from .models import (
     load_tokenizer,
 )
 from .step_statistics import StepStatistics
+from .token_text import TokenTexts
 from .vocabulary import Vocabulary, shared_vocabulary
 
 
@@ -61,6 +62,28 @@ class ShownTrajectory:
     kl_divergence: list[float]
     num_tokens: int
     steps: list[ShownStep] = field(default_factory=list)
+
+
+@dataclass
+class ReportedDataset:
+    """
+    All that a report says of one Dataset.
+
+    Attributes:
+        name (`str`): What it is called.
+        metadata (`dict`): What [`sampling_metadata`] says.
+        statistics ([`StepStatistics`]): Over every row.
+        texts ([`TokenTexts`]): Of its tokens.
+        trajectories (`list[ShownTrajectory]`): Those that are shown.
+        notes (`list[str]`): Sentences on what could not be shown, and why.
+    """
+
+    name: str
+    metadata: dict[str, Any]
+    statistics: StepStatistics
+    texts: TokenTexts
+    trajectories: list[ShownTrajectory]
+    notes: list[str]
 
 
 def choose_rows(statistics: list[StepStatistics], count: int, seed: int) -> tuple[list[list[int]], bool]:
