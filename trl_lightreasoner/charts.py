@@ -13,6 +13,7 @@ import numpy as np
 
 
 _MAX_TICKS = 6
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 class Axis(NamedTuple):
@@ -77,7 +78,7 @@ def write_number(value: float) -> str:
 
     ```python
     >>> [write_number(value) for value in (0.41234, 1234, 0.00002, 0)]
-    ['0.412', '1,234', '2e-5', '0']
+    ['0.412', '1,234', '2·10⁻⁵', '0']
 
     ```
     """
@@ -87,9 +88,10 @@ def write_number(value: float) -> str:
         return f"{value:,.0f}"
     if abs(value) >= 0.001:
         return f"{value:.3g}"
-    mantissa, exponent = f"{value:.3g}".split("e") if "e" in f"{value:.3g}" else f"{value:.2e}".split("e")
-    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-    return f"{mantissa}e{int(exponent)}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    power = f"10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+    mantissa = mantissa.rstrip("0").rstrip(".")
+    return power if mantissa == "1" else f"{mantissa}\u00b7{power}"
 
 
 def write_share(share: float) -> str:
@@ -169,7 +171,7 @@ class Chart:
         ticks = {"x": "", "y": ""}
         for tick in self.y.ticks():
             place = self.y.place(tick)
-            lines.append(f'<path class="grid" d="M0 {1000 - 1000 * place:.1f}H1000"/>')
+            lines.append(f'<path class="rule" d="M0 {1000 - 1000 * place:.1f}H1000"/>')
             ticks["y"] += f'<span style="bottom:{100 * place:.2f}%">{self.y.write(tick)}</span>'
         for tick in self.x.ticks():
             place = self.x.place(tick)
