@@ -62,7 +62,7 @@ class Axis(NamedTuple):
             return [10.0**power for power in range(last, first - 1, -step)][::-1]
         raw = (self.high - self.low) / (_MAX_TICKS - 1)
         size = 10.0 ** math.floor(math.log10(raw))
-        step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= raw * (1 - 1e-9))
+        step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= raw * (1 - 1e-9))
         first = math.ceil(self.low / step - 1e-9)
         return [round(i * step, 12) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
@@ -96,12 +96,12 @@ def write_number(value: float) -> str:
 
 def write_share(share: float) -> str:
     """
-    A share as a percentage.
+    A share as a percentage, with a blank that breaks no line.
 
     Example:
 
     ```python
-    >>> [write_share(share) for share in (0.0524, 0.5, 1, 0.00012, 0)]
+    >>> [write_share(share).replace("\\u00a0", " ") for share in (0.0524, 0.5, 1, 0.00012, 0)]
     ['5.2 %', '50 %', '100 %', '0.012 %', '0 %']
 
     ```

@@ -15,6 +15,7 @@ from .training_curves import Curve
 SHARES = (0.05, 0.1, 0.2)
 V_C = "<i>v</i><sub>C</sub>"
 _NUM_TOKENS = 10  # in each table of tokens
+_LEAST_GAIN = 0.005  # what would be written as 0
 
 CURVE_TITLES = {
     "loss": "Loss",
@@ -315,8 +316,8 @@ def _tokens(dataset: ReportedDataset, style: str) -> str:
     if not numbers.num_kept:
         return ""
     gains = numbers.gains()
-    up = [token for token in gains if token.gain > 1e-9][:_NUM_TOKENS]
-    down = [token for token in gains[::-1] if token.gain < -1e-9][:_NUM_TOKENS]
+    up = [token for token in gains if token.gain >= _LEAST_GAIN][:_NUM_TOKENS]
+    down = [token for token in gains[::-1] if token.gain <= -_LEAST_GAIN][:_NUM_TOKENS]
     largest = max((abs(token.gain) for token in (*up, *down)), default=1.0)
     texts = dataset.texts
 
@@ -324,7 +325,7 @@ def _tokens(dataset: ReportedDataset, style: str) -> str:
         rows = "".join(
             f'<tr><th scope="row"><code>{escape(label_of(texts(token.token_id)))}</code></th>'
             f'<td class="bar-cell"><span style="width:{100 * abs(token.gain) / largest:.1f}%"></span></td>'
-            f"<td>{token.gain:+.1f}</td><td>{token.count:,}</td></tr>"
+            f"<td>{_signed(token.gain)}</td><td>{token.count:,}</td></tr>"
             for token in tokens
         )
         return (
@@ -354,6 +355,11 @@ def _tokens(dataset: ReportedDataset, style: str) -> str:
         "it to the others more than the amateur does.</p>"
         f'<div class="columns three">{moved("Gain", up)}{moved("Lose", down)}{changes}</div></div>'
     )
+
+
+def _signed(gain: float) -> str:
+    text = f"{gain:+,.1f}" if abs(gain) >= 0.95 else f"{gain:+.2f}"
+    return text.replace("-", "\u2212")
 
 
 # Training
@@ -415,7 +421,7 @@ def _curve(key: str, kinds: dict[str, Curve]) -> str:
     ]
     text = CURVE_TEXTS.get(key, f"Logged as <code>{escape(key)}</code>.")
     if len(kinds) > 1 or "eval" in kinds:
-        text += " " + " ".join(
+        text += "<br>" + "".join(
             f'<span class="key"><i class="swatch {"s0" if kind == "train" else "s1"}"></i>{names[kind]}</span>'
             for kind in kinds
         )
