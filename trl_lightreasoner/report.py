@@ -105,6 +105,11 @@ class _ReportParser(ArgumentParser):
         names = list(takewhile(lambda arg: not arg.startswith("-"), args))
         return super().parse([*(["--dataset_name"] if names else []), *args])
 
+    def error(self, message: str):
+        if "dataset_name" in message:
+            message = "A dataset is missing. It comes first: `lightreasoner report DATASET --output_dir DIR`"
+        super().error(message)
+
     def _unknown(self, kind: str, name: str) -> str:
         if name.startswith("--"):
             return super()._unknown(kind, name)

@@ -93,7 +93,7 @@ def _kl_distribution(datasets: list[ReportedDataset]) -> str:
     )
     for (style, each), (edges, _), values in zip(_styles(datasets), histograms, shares, strict=True):
         # What lies below the axis is in its first bar
-        first = int(np.searchsorted(edges, low * (1 + 1e-9), side="right")) - 1
+        first = max(0, int(np.searchsorted(edges, low * (1 + 1e-9), side="right")) - 1)
         values = np.concatenate([[values[: first + 1].sum()], values[first + 1 :]])
         edges = edges[first:]
         if len(datasets) > 1:

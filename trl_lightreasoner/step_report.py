@@ -2,11 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import logging
 
-from .report_page import make_page
+from .report_page import make_page, short_name
 from .report_pictures import save_pictures
 from .shown_steps import (
     ReportedDataset,
@@ -18,7 +19,7 @@ from .shown_steps import (
 from .step_dataset import sampling_metadata
 from .step_statistics import StepStatistics
 from .step_writer import check_folder
-from .token_text import TokenTexts
+from .token_text import TokenTexts, spell_out
 from .training_curves import load_curves
 
 
@@ -71,6 +72,7 @@ def write_report(
     ```
     """
     datasets = dataset if isinstance(dataset, dict) else {"dataset": dataset}
+    datasets = {spell_out(name): each for name, each in datasets.items()}
     if not 1 <= len(datasets) <= 2:
         raise ValueError(f"A report shows one dataset or two side by side, got {len(datasets)}.")
     if num_trajectories < 1:
@@ -95,6 +97,7 @@ def write_report(
                 f"Of expert and amateur only the label is shown: {reason}. A dataset does not hold their "
                 "probabilities; they are read from the two models, which can be named with --expert and --amateur."
             )
+        notes = [_without_paths(note, metadata) for note in notes]
         reported.append(ReportedDataset(name, metadata, numbers, TokenTexts(tokenizer), trajectories, notes))
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,6 +110,15 @@ def write_report(
     except ImportError as error:
         logger.warning(f"{error} The page has them without it.")
     return path
+
+
+def _without_paths(note: str, metadata: dict[str, Any]) -> str:
+    """A sentence for the page, which may be shown to others, without the folders of this machine."""
+    for role in ("expert", "amateur"):
+        for name in (metadata.get(role) or {}).values():
+            if isinstance(name, str) and "/" in name:
+                note = note.replace(name, short_name(name))
+    return spell_out(note)
 
 
 def _called(name: str, datasets: dict[str, Dataset]) -> str:
