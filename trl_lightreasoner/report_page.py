@@ -259,6 +259,7 @@ def _detail(step: ShownStep, trajectory: ShownTrajectory, dataset: ReportedDatas
     else:  # of log pi_E - log pi_A the label holds all but a constant
         columns["r"] = [value / best for value in step.label_probs]
     return {
+        "name": dataset.name,
         "row": trajectory.row,
         "t": step.position,
         "kl": write_number(trajectory.kl_divergence[step.position]),

@@ -6,6 +6,7 @@ const panel = document.getElementById("panel");
 const body = document.getElementById("panel-body");
 const status = document.getElementById("status");
 const buttons = [...document.querySelectorAll("button[data-step]")];
+const hasTwo = new Set(Object.values(details).map((step) => step.name)).size > 1;
 let opened = null;
 
 function make(tag, className, ...children) {
@@ -94,11 +95,13 @@ function show(button) {
     tools.append(tool);
   }
   const title = `Row ${step.row.toLocaleString("en")}, step ${step.t}`;
-  body.replaceChildren(make("h3", "", title, make("span", "note", `${step.kl} nats`)), close, lead, table(step), tools);
+  const heading = make("h3", "", title, make("span", "note", `${step.kl} nats`));
+  const name = hasTwo ? [make("p", "note name", step.name)] : [];
+  body.replaceChildren(heading, close, ...name, lead, table(step), tools);
   panel.classList.remove("empty");
   document.body.classList.add("open");
   const words = same ? "the label prefers it too" : `the label prefers ${step.tokens[favourite]}`;
-  status.textContent = `${title}: ${taken} was taken, ${words}, ${percent(step.v[favourite])}.`;
+  status.textContent = `${hasTwo ? step.name + ", " : ""}${title}: ${taken} was taken, ${words}, ${percent(step.v[favourite])}.`;
   button.scrollIntoView({ block: "nearest" });
 }
 
