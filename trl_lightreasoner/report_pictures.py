@@ -119,7 +119,7 @@ def _kl_along_trajectories(axes, datasets: list[ReportedDataset]) -> None:
     _mark_betas(axes, datasets, across=True)
     axes.set_xlabel(f"position in the completion (tokens); grey: {_NUM_TRAJECTORIES} trajectories at most")
     axes.set_ylabel("KL divergence (nats)")
-    for text in axes.legend(frameon=False, fontsize=8).get_texts():
+    for text in axes.figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8).get_texts():
         text.set_parse_math(False)
 
 
