@@ -172,6 +172,12 @@ def test_a_dataset_need_not_say_how_it_was_made(rows):
     assert (found.alpha, found.beta) == (None, None)
 
 
+@pytest.mark.parametrize("metadata", ["[]", "null", '{"settings": 1}', '{"settings": {"beta": "high"}}'])
+def test_metadata_of_another_making_says_nothing(metadata, rows):
+    found = StepStatistics(as_dataset([{**row, "sampling_metadata": metadata} for row in rows]))
+    assert (found.alpha, found.beta) == (None, None)
+
+
 def test_divergences_of_zero_have_a_place():
     row = {**make_rows(1)[0], "completion_ids": [1, 2], "kl_divergence": [0.0, 0.0]}
     row.update(step_positions=[], label_ids=[], label_probs=[])

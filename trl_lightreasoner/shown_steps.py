@@ -71,7 +71,7 @@ class ReportedDataset:
 
     Attributes:
         name (`str`): What it is called.
-        metadata (`dict`): What [`sampling_metadata`] says.
+        metadata (`dict`): What [`made_with`] says.
         statistics ([`StepStatistics`]): Over every row.
         texts ([`TokenTexts`]): Of its tokens.
         trajectories (`list[ShownTrajectory]`): Those that are shown.
@@ -166,7 +166,7 @@ def add_probabilities(
 
     Args:
         trajectories (`list[ShownTrajectory]`): Whose steps are replaced.
-        metadata (`dict`): What [`sampling_metadata`] says.
+        metadata (`dict`): What [`made_with`] says.
         expert, amateur (`str`, *optional*): Ids or paths. By default they are those that `metadata` names, if they are
             on this machine.
 

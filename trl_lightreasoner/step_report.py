@@ -16,8 +16,7 @@ from .shown_steps import (
     find_tokenizer,
     load_trajectories,
 )
-from .step_dataset import sampling_metadata
-from .step_statistics import StepStatistics
+from .step_statistics import StepStatistics, made_with
 from .step_writer import check_folder
 from .token_text import TokenTexts, spell_out
 from .training_curves import load_curves
@@ -83,7 +82,7 @@ def write_report(
     rows, paired = choose_rows(statistics, num_trajectories, seed)
     reported = []
     for (name, each), numbers, chosen in zip(datasets.items(), statistics, rows, strict=True):
-        metadata = sampling_metadata(each) or {}
+        metadata = made_with(each)
         tokenizer, notes = find_tokenizer(metadata, expert), []
         trajectories = load_trajectories(each, chosen)
         if isinstance(tokenizer, str):

@@ -7,7 +7,7 @@ there are. A trajectory that several rows hold, a step each, counts once; every 
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -87,7 +87,7 @@ class StepStatistics:
 
     def __init__(self, dataset: Dataset, name: str = "dataset"):
         check_columns(dataset, name)
-        settings = (sampling_metadata(dataset) or {}).get("settings", {})
+        settings = made_with(dataset).get("settings") or {}
         self.alpha, self.beta = settings.get("alpha"), settings.get("beta")
         longest = max(
             (pc.max(pc.list_value_length(batch["kl_divergence"])).as_py() or 0)
@@ -220,6 +220,17 @@ def _value_at(counts: np.ndarray, quantile: float) -> float:
     bins = (above <= (1 - quantile) * above[0] + 1e-9).nonzero()[0]
     first = bins[0] if len(bins) else _NUM_BINS
     return 10.0 ** (_LOWEST + first / BINS_PER_DECADE) if first else 0.0
+
+
+def made_with(dataset: Dataset) -> dict[str, Any]:
+    """What [`sampling_metadata`] says, or nothing where it is not of the sampler's making."""
+    metadata = sampling_metadata(dataset)
+    if not isinstance(metadata, dict):
+        return {}
+    parts = {name: part for name, part in metadata.items() if isinstance(part, dict)}
+    settings = parts.get("settings", {})
+    parts["settings"] = {name: value for name, value in settings.items() if type(value) in (int, float)}
+    return parts
 
 
 def check_columns(dataset: Dataset, name: str) -> None:
