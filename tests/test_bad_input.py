@@ -689,11 +689,14 @@ def test_a_mistake_is_one_sentence(command, row, folder, expert_path, amateur_pa
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        ([], r"A command is missing\. The commands are demo, sample, train, merge, eval\."),
-        (["frobnicate"], r"There is no command 'frobnicate'\. The commands are demo, sample, train, merge, eval\."),
+        ([], r"A command is missing\. The commands are demo, sample, train, merge, report, eval\."),
+        (
+            ["frobnicate"],
+            r"There is no command 'frobnicate'\. The commands are demo, sample, train, merge, report, eval\.",
+        ),
         (
             ["--frobnicate"],
-            r"There is no command '--frobnicate'\. The commands are demo, sample, train, merge, eval\.",
+            r"There is no command '--frobnicate'\. The commands are demo, sample, train, merge, report, eval\.",
         ),
     ],
 )

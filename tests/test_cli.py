@@ -27,6 +27,7 @@ from trl_lightreasoner.arguments import load_split
 from trl_lightreasoner.cli import COMMANDS, main
 from trl_lightreasoner.eval import EvaluationArguments
 from trl_lightreasoner.merge import MergeArguments
+from trl_lightreasoner.report import ReportArguments
 from trl_lightreasoner.sample import SampleArguments
 from trl_lightreasoner.sample import make_parser as make_sample_parser
 from trl_lightreasoner.train import LightReasonerModelConfig
@@ -136,6 +137,7 @@ def test_a_missing_command_is_refused(refused):
         ("sample", [SampleArguments, ContrastiveSamplingConfig]),
         ("train", [ScriptArguments, LightReasonerConfig, LightReasonerModelConfig]),
         ("merge", [MergeArguments]),
+        ("report", [ReportArguments]),
         ("eval", [EvaluationArguments, EvaluationConfig]),
     ],
 )

@@ -18,6 +18,7 @@ _MODULES = {
     "evaluate": "evaluation",
     "raise_beta": "step_dataset",
     "sampling_metadata": "step_dataset",
+    "write_report": "step_report",
 }
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "evaluate",
     "raise_beta",
     "sampling_metadata",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from .lightreasoner_config import LightReasonerConfig
     from .lightreasoner_trainer import LightReasonerTrainer
     from .step_dataset import raise_beta, sampling_metadata
+    from .step_report import write_report
 
 
 def __getattr__(name: str):

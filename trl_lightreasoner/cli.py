@@ -10,6 +10,7 @@ COMMANDS = {
     "sample": "prompts to a Dataset of kept steps",
     "train": "a Dataset of kept steps to an adapter",
     "merge": "an adapter to a plain model",
+    "report": "kept steps as a page to look at, two datasets side by side",
     "eval": "how many problems of seven benchmarks a model solves, and a baseline beside it",
 }
 

@@ -107,6 +107,7 @@ def main(args: DemoArguments) -> dict[str, float]:
     )
     trainer.train()
     trainer.save_model()
+    trainer.save_state()  # with the log, which `lightreasoner report` draws
 
     print(f"4. The trained expert answers the {NUM_TEST} test problems")
     after = solve(trainer.model.eval(), tokenizer, test)

@@ -115,6 +115,7 @@ def main(
             "read. Resume from another one."
         ) from error
     trainer.save_model(training_args.output_dir)
+    trainer.save_state()  # with the log, which `lightreasoner report` draws
     trainer.accelerator.print(f"The model is in {training_args.output_dir}.")
     if training_args.push_to_hub:
         on_hub = not os.path.exists(script_args.dataset_name)
