@@ -49,6 +49,7 @@ from .step_dataset import STEP_COLUMNS
 from .step_writer import check_folder
 from .training_rows import prepare_rows
 from .vocabulary import model_vocabulary
+from .watching import DriftWarnings, adapter_off, divergence_at, starts_as_expert
 
 
 logger = logging.get_logger(__name__)
@@ -302,6 +303,8 @@ class LightReasonerTrainer(Trainer):
         self._sums = torch.zeros(3, dtype=_sum_dtype(args.device), device=args.device)
         self._seen = torch.zeros(2, dtype=_sum_dtype(args.device), device=args.device)
         self._eval_sums: torch.Tensor | None = None
+        self._starts_as_expert = starts_as_expert(model, self.accelerator)
+        self._drift_warnings = DriftWarnings()
         self._operations_per_token: int | None = None
 
         if hasattr(self.model, "add_model_tags"):
@@ -406,13 +409,21 @@ class LightReasonerTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ):
         inputs = self._prepare_inputs(inputs)
+        label_probs = inputs["label_probs"]
         with torch.no_grad(), self._attention(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        row, _ = (inputs["label_probs"].sum(-1) > 0).nonzero(as_tuple=True)
-        steps = outputs.steps
-        # A subclass may add to the loss; what it adds counts for every step of the batch alike
-        added = loss - steps.kl_divergence.mean()
-        values = [steps.kl_divergence + added, steps.entropy, steps.agreement, torch.ones_like(steps.entropy)]
+            steps = outputs.steps
+            row, step = (label_probs.sum(-1) > 0).nonzero(as_tuple=True)
+            # A subclass may add to the loss; what it adds counts for every step of the batch alike
+            added = loss - steps.kl_divergence.mean()
+            label_entropy = -torch.special.xlogy(label_probs, label_probs).sum(-1)[row, step]
+            ones = torch.ones_like(label_entropy)
+            values = [ones, steps.kl_divergence + added, steps.entropy, steps.agreement, label_entropy]
+            if self._starts_as_expert:
+                with adapter_off(self.accelerator.unwrap_model(model, keep_torch_compile=False)):
+                    _, expert = LightReasonerTrainer.compute_loss(self, model, inputs, return_outputs=True)
+                logits = [self.vocabulary.select(each.logits) for each in (outputs, expert)]
+                values += [divergence_at(*logits), expert.steps.kl_divergence]
         sums = torch.zeros(len(inputs["input_ids"]), len(values), dtype=_sum_dtype(loss.device), device=loss.device)
         sums.index_add_(0, row, torch.stack(values, dim=1).to(sums.dtype))
         # Row by row, since the last batches of several processes hold rows twice, which `gather_for_metrics` takes out
@@ -433,12 +444,18 @@ class LightReasonerTrainer(Trainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         device = self.accelerator.device
-        self._eval_sums = torch.zeros(4, dtype=_sum_dtype(device), device=device)
+        names = ["loss", "entropy", "mean_token_accuracy", "label_entropy"]
+        names += ["kl_to_expert", "expert_loss"] if self._starts_as_expert else []
+        self._eval_sums = torch.zeros(1 + len(names), dtype=_sum_dtype(device), device=device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss, entropy, agreement, num_steps = self._eval_sums.tolist()
+        num_steps, *sums = self._eval_sums.tolist()
+        means = {name: value / max(num_steps, 1) for name, value in zip(names, sums, strict=True)}
         # `Trainer` takes the mean of the batches' means, which is not the mean over the steps
-        for name, value in {"loss": loss, "entropy": entropy, "mean_token_accuracy": agreement}.items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value / max(num_steps, 1)
+        for name in ("loss", "entropy", "mean_token_accuracy", "kl_to_expert"):
+            if name in means:
+                output.metrics[f"{metric_key_prefix}_{name}"] = means[name]
+        if self.is_world_process_zero():
+            self._drift_warnings.look_at(means, metric_key_prefix)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
