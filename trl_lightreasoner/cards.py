@@ -1,8 +1,8 @@
 """The cards of what is shared: a model card and a dataset card, made of what is known, without a network.
 
-Nothing of this machine is in them: models and datasets are named by their id on the Hub, or by the last part of a path.
-A part that is made here stands between two comments and is replaced when it is made again; what people write beside it
-stays.
+Nothing of this machine is in them: models and datasets are named by their id on the Hub, or by the last part of a
+path. A part that is made here stands between two comments and is replaced when it is made again; what people write
+beside it stays.
 """
 
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""To the Hub: a Dataset of steps with its card, and accuracies into a model card. The trainer uploads its model itself.
+"""To the Hub: a Dataset of steps with its card, and accuracies into a model card. The trainer uploads its model.
 
 What says where something lies on this machine is left out of what is uploaded, and a token is used and kept nowhere.
 """

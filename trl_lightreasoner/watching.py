@@ -1,9 +1,8 @@
-"""What is watched while a model is trained: how far pi_theta has moved from the expert that it started as, and how sure
-it has become.
+"""What is watched while a model is trained: how far it is from the expert that it was, and how sure it has become.
 
 An adapter that starts at zero is the expert while it is switched off, so that no second model is in memory. Both
-warnings measure by the labels: pi_theta = v_C at every step would move as far as D_KL(v_C || pi_E) from the expert, and
-have the entropy of v_C.
+warnings measure by the labels: a model that has learned them, pi_theta = v_C, is D_KL(v_C || pi_E) away from the
+expert and has the entropy of v_C.
 """
 
 from collections.abc import Iterator
