@@ -99,7 +99,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(403, {"error": f'You don\'t have the rights to create "{id}"'})
         url = f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{id}"
         status = 409 if (kind, id) in self.hub.repositories else 200
-        self.hub.repositories.setdefault((kind, id), Repository(bool(asked.get("private"))))
+        private = asked.get("private") or asked.get("visibility") == "private"  # as older and newer clients say it
+        self.hub.repositories.setdefault((kind, id), Repository(bool(private)))
         self.send(status, {"url": url, "id": id, "name": id})
 
     def whoami(self):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
+from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 from peft import LoraConfig, PeftModel
 from transformers import TrainerState
@@ -134,6 +135,10 @@ def dataset_card(
         existing ([`~huggingface_hub.DatasetCard`], *optional*):
             The card that is there. Its metadata, of which `datasets` takes care, and what people wrote are kept.
     """
+    card = existing or DatasetCard("---\n---\n")
+    infos = DatasetInfosDict.from_dataset_card_data(card.data)
+    info = infos.get(config_name)
+    others = {name: split for name, split in ((info and info.splits) or {}).items() if name not in splits}
     first = next(iter(splits.values()))
     samplings = read_samplings(splits.values())
     expert = public_name(((samplings or [{}])[0].get("expert") or {}).get("model")) or "EXPERT"
@@ -152,11 +157,13 @@ def dataset_card(
         or "The rows do not say.",
         counts=_table(
             ["split", "trajectories", "steps", "kept steps"],
-            _count_rows(splits) + _other_splits(existing, config_name, splits),
+            _count_rows(splits) + [(name, f"{each.num_examples:,}", "", "") for name, each in others.items()],
         ),
         citation=CITATION,
     ).text
-    card = existing or DatasetCard("---\n---\n")
+    if info is not None:  # in which `datasets` leaves the columns of a split that was there before
+        info.features = first.features
+        infos.to_dataset_card_data(card.data)
     card.text = _replace_part(card.text, "steps", text.strip())
     card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *TAGS]))
     card.data["task_categories"] = card.data.get("task_categories") or ["text-generation"]
@@ -197,7 +204,8 @@ def draw_curve(state: TrainerState, path: str) -> bool:
             if points:
                 axes.plot(*zip(*points, strict=True), "o-" if len(points) < 30 else "-", markersize=3, label=name)
         axes.set(xlabel="update", ylabel=label, ylim=(0, None))
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.savefig(path, dpi=150)
     return True
 
@@ -306,14 +314,6 @@ def _count_rows(splits: dict[str, Dataset]) -> list[tuple[str, ...]]:
         share = f" ({num_kept / num_steps:.1%})" if num_steps else ""
         rows.append((name, f"{len(dataset):,}", f"{num_steps:,}", f"{num_kept:,}{share}"))
     return rows
-
-
-def _other_splits(card: DatasetCard | None, config_name: str, splits: dict[str, Dataset]) -> list[tuple[str, ...]]:
-    """Splits that are in the repository already, of which `datasets` counts the rows."""
-    infos = (card.data.get("dataset_info") if card else None) or []
-    infos = [infos] if isinstance(infos, dict) else infos
-    known = [split for info in infos if info.get("config_name", "default") == config_name for split in info["splits"]]
-    return [(each["name"], f"{each['num_examples']:,}", "", "") for each in known if each["name"] not in splits]
 
 
 def _unique(dataset: Dataset) -> list[Any]:

@@ -105,7 +105,7 @@ def hub_id(name: str | None) -> str | None:
     if len(parts) > 2 and parts[-2] == "snapshots":  # the Hub's cache: models--owner--name/snapshots/commit
         return "/".join(parts[-3].split("--")[1:])
     try:
-        validate_repo_id(name)
+        validate_repo_id(name or "")
     except HFValidationError:
         return None
     # A name without an owner is what is left of a path
