@@ -8,6 +8,7 @@ beside it stays.
 import importlib.metadata
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -122,22 +123,19 @@ def add_evaluation(card: ModelCard, evaluation: "Evaluation") -> None:
     card.data.eval_results = evaluation.eval_results()
 
 
-def dataset_card(
-    splits: dict[str, Dataset], repo_id: str, config_name: str = "default", existing: DatasetCard | None = None
-) -> DatasetCard:
+def dataset_card(splits: dict[str, Dataset], repo_id: str, existing: DatasetCard | None = None) -> DatasetCard:
     """
     The card of a Dataset of steps.
 
     Args:
         splits (`dict[str, Dataset]`): Rows as [`ContrastiveStepSampler`] makes them, with the same columns.
         repo_id (`str`): Where they are, as owner/name.
-        config_name (`str`): The configuration that they are.
         existing ([`~huggingface_hub.DatasetCard`], *optional*):
             The card that is there. Its metadata, of which `datasets` takes care, and what people wrote are kept.
     """
     card = existing or DatasetCard("---\n---\n")
     infos = DatasetInfosDict.from_dataset_card_data(card.data)
-    info = infos.get(config_name)
+    info = infos.get("default")
     others = {name: split for name, split in ((info and info.splits) or {}).items() if name not in splits}
     first = next(iter(splits.values()))
     samplings = read_samplings(splits.values())
@@ -148,7 +146,6 @@ def dataset_card(
         template_str="---\n{{ card_data }}\n---\n" + template,
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
-        config_name=config_name,
         split=next(iter(splits)),
         expert=expert,
         paper_id=PAPER_ID,
@@ -194,18 +191,19 @@ def draw_curve(state: TrainerState, path: str) -> bool:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3), layout="constrained")
-    panels = {
-        "nats at the kept steps": ("loss", "eval_loss", "eval_kl_to_expert"),
-        "nats": ("entropy", "eval_entropy"),
-    }
-    for axes, (label, names) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+    panels = (("loss", "eval_loss", "eval_kl_to_expert"), ("entropy", "eval_entropy"))
+    for axes, names in zip(figure.subplots(1, 2), panels, strict=True):
+        highest = 0.0
         for name in names:
             points = [(step, log[name]) for step, log in logs.items() if name in log]
             if points:
                 axes.plot(*zip(*points, strict=True), "o-" if len(points) < 30 else "-", markersize=3, label=name)
-        axes.set(xlabel="update", ylabel=label, ylim=(0, None))
+                highest = max(highest, *(value for _, value in points if math.isfinite(value)), 1e-6)
         if axes.lines:
             axes.legend()
+            axes.set_ylim(0, 1.1 * highest)
+        axes.set(xlabel="update", ylabel="nats, at kept steps")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=150)
     return True
 

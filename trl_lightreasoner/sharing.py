@@ -24,21 +24,19 @@ if TYPE_CHECKING:
 def push_dataset_to_hub(
     dataset: Dataset | DatasetDict,
     repo_id: str,
-    config_name: str = "default",
     private: bool | None = None,
     token: str | None = None,
 ) -> str:
     """
     Upload a Dataset of steps as Parquet, with a card that tells its columns, its making and its size.
 
-    Pushing again replaces the rows of the same configuration and split and brings the card up to date; text that
-    people wrote into it stays. In `sampling_metadata`, folders are named by their last part only.
+    Pushing again replaces the rows of the same split, or all splits if they are given, and brings the card up to date;
+    text that people wrote into it stays. In `sampling_metadata`, folders are named by their last part only.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.DatasetDict`]):
             Rows as [`ContrastiveStepSampler`] makes them, or splits of such.
         repo_id (`str`): Repository, as owner/name, or a name alone for the user's own. Made if it is missing.
-        config_name (`str`, *optional*, defaults to `"default"`): Configuration in the repository.
         private (`bool`, *optional*): Whether to make the repository private, if it is made.
         token (`str`, *optional*): Token with write permission. If `None`, the one of `hf auth login`.
 
@@ -67,11 +65,11 @@ def push_dataset_to_hub(
     splits = {name.partition("[")[0]: _without_paths(split.with_format(None)) for name, split in splits.items()}
     with hub_errors("Nothing is lost; push it again, all splits as a `DatasetDict` if their columns have changed."):
         if isinstance(dataset, DatasetDict):
-            DatasetDict(splits).push_to_hub(repo_id, config_name, token=token)
+            DatasetDict(splits).push_to_hub(repo_id, token=token)
         else:  # beside other splits that are there
             ((name, split),) = splits.items()
-            split.push_to_hub(repo_id, config_name, split=name, token=token)
-        card = dataset_card(splits, repo_id, config_name, existing=DatasetCard.load(repo_id, token=token))
+            split.push_to_hub(repo_id, split=name, token=token)
+        card = dataset_card(splits, repo_id, existing=DatasetCard.load(repo_id, token=token))
         card.push_to_hub(repo_id, token=token, commit_message="Update the dataset card")
     return repo_id
 

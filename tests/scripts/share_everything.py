@@ -83,7 +83,6 @@ def from_python(expert: str, folder: Path, evaluation: Evaluation) -> None:
     other = rows.remove_columns("id").add_column("difficulty", [0.5] * len(rows)).select(range(4))
     push_dataset_to_hub(other, "me/again", token="hf_SECRET")
     assert load_dataset("me/again", split="train").to_list() == other.to_list()
-    push_dataset_to_hub(other.select([0]), "me/again", config_name="tiny", token="hf_SECRET")
     push_dataset_to_hub(other.select([0, 1]).with_format("torch"), "me/splits", token="hf_SECRET")
     validation = Dataset.from_list(other.to_list()[2:3], features=other.features, split="validation")
     push_dataset_to_hub(validation, "me/splits", token="hf_SECRET")
