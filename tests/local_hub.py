@@ -41,6 +41,28 @@ class LocalHub:
         self.requests: list[str] = []
         self.url = ""
 
+    def to_json(self) -> list:
+        """The repositories, to be kept in a file."""
+        return [
+            {
+                "kind": kind,
+                "id": id,
+                "private": each.private,
+                "messages": each.messages,
+                "history": [{k: base64.b64encode(v).decode() for k, v in files.items()} for files in each.history],
+            }
+            for (kind, id), each in self.repositories.items()
+        ]
+
+    @classmethod
+    def from_json(cls, content: list) -> "LocalHub":
+        hub = cls()
+        for each in content:
+            repository = hub.repositories[each["kind"], each["id"]] = Repository(each["private"])
+            repository.messages = each["messages"]
+            repository.history = [{k: base64.b64decode(v) for k, v in files.items()} for files in each["history"]]
+        return hub
+
     def card(self, kind: str, repo_id: str) -> str:
         return self.repositories[kind, repo_id].files()["README.md"].decode()
 

@@ -227,6 +227,11 @@ def test_the_program_leaves_a_folder_that_can_be_trained_on(golden, expert_golde
     assert main([*train, "--output_dir", str(tmp_path / "adapter")]) == 0
 
 
+def test_the_program_takes_the_file_first(expert_golden, tmp_path, capsys):
+    assert main(["import", "--output_dir", str(tmp_path), "--expert", expert_golden, "--file", "a", "b"]) == 2
+    assert "Unexpected argument 'b'. The file comes first: `lightreasoner import FILE" in capsys.readouterr().err
+
+
 def test_the_program_names_a_file_that_is_missing(expert_golden, tmp_path, capsys):
     assert main(["import", "nowhere.jsonl", "--output_dir", str(tmp_path), "--expert", expert_golden]) == 2
     assert capsys.readouterr().err.strip().endswith("error: There is no file 'nowhere.jsonl'.")

@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from datasets import Dataset, Features
 from filelock import FileLock
 from huggingface_hub import DatasetCard, ModelCard
-from local_hub import TOKEN, local_hub
+from local_hub import TOKEN, LocalHub, local_hub
 from peft import LoraConfig
 from transformers import TrainerState
 
@@ -33,8 +32,8 @@ def scores(accuracy: float) -> dict:
 
 
 def make_evaluation(accuracy: float) -> dict:
-    settings = {"prompt_style": "chat", "max_new_tokens": 2048, "data_dir": "/home/me/data"}
-    described = {"model": "/home/me/adapter"}
+    settings = {"prompt_style": "chat", "max_new_tokens": 2048, "data_dir": "/data/me/data"}
+    described = {"model": "/data/me/adapter"}
     benchmarks = {"gsm8k": {"num_problems": 1319, "model": scores(accuracy)}}
     return {"benchmarks": benchmarks, "settings": settings, "model": described}
 
@@ -47,7 +46,8 @@ def shared(tmp_path_factory, expert_path, amateur_path, prompts) -> SimpleNamesp
     with FileLock(f"{folder}.lock"):  # once for all workers
         if not folder.exists():
             share_everything(folder, expert_path, amateur_path, prompts)
-    return SimpleNamespace(folder=folder, **pickle.loads((folder / "shared.pickle").read_bytes()))
+    result = json.loads((folder / "shared.json").read_text())
+    return SimpleNamespace(**result | {"folder": folder, "hub": LocalHub.from_json(result["hub"])})
 
 
 def share_everything(folder: Path, expert_path: str, amateur_path: str, prompts: Dataset) -> None:
@@ -69,8 +69,8 @@ def share_everything(folder: Path, expert_path: str, amateur_path: str, prompts:
         )
     assert process.returncode == 0, process.stderr[-3000:]
     result = json.loads((folder / "result.json").read_text())
-    result |= {"hub": hub, "said": process.stdout + process.stderr, "expert_path": expert_path}
-    (folder / "shared.pickle").write_bytes(pickle.dumps(result))
+    result |= {"hub": hub.to_json(), "said": process.stdout + process.stderr, "expert_path": expert_path}
+    (folder / "shared.json").write_text(json.dumps(result))
 
 
 def read_rows(parquet: bytes, folder: Path) -> Dataset:
@@ -154,12 +154,21 @@ def test_no_card_and_no_row_names_a_folder_of_the_machine(shared, tmp_path):
     for repository in shared.hub.repositories.values():
         for files in repository.history:
             cards = [content.decode() for path, content in files.items() if path.endswith("README.md")]
-            assert not [card for card in cards if str(shared.folder) in card or expert_path in card or "/home" in card]
+            assert not [
+                card for card in cards if str(shared.folder) in card or expert_path in card or "/data/" in card
+            ]
             num_cards += len(cards)
             for path, content in files.items():
                 if path.endswith(".parquet"):
                     assert not [row for row in read_rows(content, tmp_path) if expert_path in str(row)]
     assert num_cards > 10
+
+
+def test_what_is_pushed_while_training_goes_on_has_a_card(shared):
+    repository = shared.hub.repositories["models", "me/adapter"]
+    assert repository.messages[1] == "Training in progress, step 2"
+    card = ModelCard(repository.history[1]["README.md"].decode())
+    assert dict(table_rows(card.text, "Training settings"))["updates"] == "2"
 
 
 def test_checkpoints_are_pushed_with_a_card_of_ours(shared):
@@ -323,10 +332,10 @@ def test_nothing_is_drawn_where_nothing_was_logged(tmp_path):
     ("name", "id", "public"),
     [
         ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"),
-        ("/root/.cache/huggingface/hub/models--Qwen--Qwen2.5-0.5B/snapshots/0a1", "Qwen/Qwen2.5-0.5B", None),
-        ("/home/me/expert", None, "expert"),
-        ("/home/me/expert/", None, "expert"),
-        ("C:\\Users\\me\\expert", None, "expert"),
+        ("/cache/huggingface/hub/models--Qwen--Qwen2.5-0.5B/snapshots/0a1", "Qwen/Qwen2.5-0.5B", None),
+        ("/data/me/expert", None, "expert"),
+        ("/data/me/expert/", None, "expert"),
+        ("C:\\models\\expert", None, "expert"),
         ("../expert", None, "expert"),
         ("./expert", None, "expert"),
         ("here/expert", None, "expert"),

@@ -85,7 +85,9 @@ def model_card(
         library_name="peft" if is_adapter else "transformers",
         model_name=model_name,
         pipeline_tag="text-generation",
-        tags=list(dict.fromkeys(["generated_from_trainer", *TAGS, *(["peft"] if is_adapter else []), *tags])),
+        tags=list(
+            dict.fromkeys(["generated_from_trainer", *trainer._tag_names, *(["peft"] if is_adapter else []), *tags])
+        ),
         **({"base_model_relation": "adapter"} if is_adapter and base_model else {}),
     )
     rows = _data_rows(trainer.train_dataset, dataset_name)
@@ -97,7 +99,7 @@ def model_card(
         base_model=_link(base_name),
         hub_model_id=trainer.hub_model_id or model_name,
         is_conversational=getattr(trainer.processing_class, "chat_template", None) is not None,
-        paper_id=PAPER_ID,
+        paper_id=trainer._paper["id"],
         data=_table(["", ""], rows),
         settings=_table(["", ""], _setting_rows(trainer, model)),
         curve=_curve_table(trainer.state),

@@ -60,6 +60,11 @@ class _ImportParser(ArgumentParser):
         args = list(args)
         return super().parse([*(["--file"] if args and not args[0].startswith("-") else []), *args])
 
+    def _unknown(self, kind: str, name: str) -> str:
+        if name.startswith("--"):
+            return super()._unknown(kind, name)
+        return f"Unexpected argument {name!r}. The file comes first: `lightreasoner import FILE --output_dir DIR`."
+
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
     prog = prog or "lightreasoner import"

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import EvalLoopOutput
 
-from .cards import PAPER_ID, TAGS, draw_curve, model_card
+from .cards import draw_curve, model_card
 from .combinations import check_combinations
 from .contrast import contrastive_loss
 from .data_collator import DataCollatorForLightReasoner
@@ -119,11 +119,11 @@ class LightReasonerTrainer(Trainer):
     ```
     """
 
-    _tag_names = TAGS
+    _tag_names = ["trl", "light-reasoner"]
     _name = "LightReasoner"
     _paper = {
         "title": "LightReasoner: Can Small Language Models Teach Large Language Models Reasoning?",
-        "id": PAPER_ID,
+        "id": "2510.07962",
     }
 
     # `compute_loss` divides by the kept steps of the whole update, so that nothing is left for `Trainer` to scale
@@ -486,6 +486,11 @@ class LightReasonerTrainer(Trainer):
         # PEFT's card of the folder tells where the base model lies on this machine
         if self.is_world_process_zero():
             model_card(self, self._model_name()).save(os.path.join(output_dir or self.args.output_dir, "README.md"))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if self.args.push_to_hub:  # so that what is uploaded while training goes on has a card as well
+            self.create_model_card()
+        super()._save_checkpoint(model, trial)
 
     def create_model_card(
         self,

@@ -96,7 +96,7 @@ def hub_id(name: str | None) -> str | None:
     Example:
 
     ```python
-    >>> hub_id("Qwen/Qwen2.5-0.5B"), hub_id("/home/me/expert")
+    >>> hub_id("Qwen/Qwen2.5-0.5B"), hub_id("/data/expert")
     ('Qwen/Qwen2.5-0.5B', None)
 
     ```

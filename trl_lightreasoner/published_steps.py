@@ -63,8 +63,10 @@ def import_published_steps(
     Example:
 
     ```python
-    >>> dataset = import_published_steps("cd_samples.jsonl", "steps", "Qwen/Qwen2.5-Math-1.5B")
-    >>> trainer = LightReasonerTrainer("Qwen/Qwen2.5-Math-1.5B", train_dataset=dataset)
+    from trl_lightreasoner import LightReasonerTrainer, import_published_steps
+
+    dataset = import_published_steps("cd_samples.jsonl", "steps", "Qwen/Qwen2.5-Math-1.5B")
+    trainer = LightReasonerTrainer("Qwen/Qwen2.5-Math-1.5B", train_dataset=dataset)
     ```
     """
     path = Path(file)

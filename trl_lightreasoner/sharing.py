@@ -49,9 +49,11 @@ def push_dataset_to_hub(
     Example:
 
     ```python
-    >>> push_dataset_to_hub(dataset, "me/gsm8k-steps", private=True)
-    'me/gsm8k-steps'
+    from datasets import load_dataset
+    from trl_lightreasoner import push_dataset_to_hub
 
+    push_dataset_to_hub(dataset, "me/gsm8k-steps", private=True)
+    load_dataset("me/gsm8k-steps", split="train")
     ```
     """
     splits = dict(dataset) if isinstance(dataset, DatasetDict) else {str(dataset.split or "train"): dataset}
@@ -104,8 +106,8 @@ def open_repo(repo_id: str, repo_type: str = "model", private: bool | None = Non
         `ValueError`: If the Hub refuses, or cannot be reached.
     """
     with hub_errors(
-        f"Check `repo_id` and network, log in by `hf auth login`, or leave out `push_to_hub`; "
-        f"{'the id is' if '/' in repo_id else 'without an owner the id is'} {repo_id!r}."
+        f"Check the id {repo_id!r} and the network, log in by `hf auth login` or pass a token that may write, or "
+        "leave out `push_to_hub`."
     ):
         return HfApi(token=token).create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
 
