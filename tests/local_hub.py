@@ -39,6 +39,7 @@ class LocalHub:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.lock = threading.Lock()  # one commit after the other
         self.url = ""
 
     def to_json(self) -> list:
@@ -165,20 +166,21 @@ class Handler(BaseHTTPRequestHandler):
     def commit(self, kind: str, id: str, revision: str):
         if not (repository := self.find(kind, id)):
             return
-        files = dict(repository.files())
-        for line in self.body.splitlines():
-            operation = json.loads(line)
-            value = operation["value"]
-            if operation["key"] == "header":
-                repository.messages.append(value["summary"])
-            elif operation["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif operation["key"] == "lfsFile":
-                files[value["path"]] = self.hub.objects[value["oid"]]
-            elif operation["key"] == "deletedFile":
-                del files[value["path"]]
-        repository.history.append(files)
-        sha = repository.sha()
+        with self.hub.lock:
+            files = dict(repository.files())
+            for line in self.body.splitlines():
+                operation = json.loads(line)
+                value = operation["value"]
+                if operation["key"] == "header":
+                    repository.messages.append(value["summary"])
+                elif operation["key"] == "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif operation["key"] == "lfsFile":
+                    files[value["path"]] = self.hub.objects[value["oid"]]
+                elif operation["key"] == "deletedFile":
+                    del files[value["path"]]
+            repository.history.append(files)
+            sha = repository.sha()
         self.send(200, {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{id}/commit/{sha}"})
 
     def tree(self, kind: str, id: str, revision: str, folder: str | None = None):

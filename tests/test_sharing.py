@@ -90,9 +90,10 @@ def table_rows(text: str, title: str) -> list[list[str]]:
 
 
 def test_the_commands_push(shared):
-    assert shared.codes["sample"] == shared.codes["train"] == 0
+    assert shared.codes["sample"] == shared.codes["train"] == shared.codes["eval"] == 0
     assert "The Dataset is at me/steps on the Hub." in shared.said
     assert "The model is at me/adapter on the Hub." in shared.said
+    assert "The accuracies are in the model card of me/adapter on the Hub." in shared.said
     repositories = shared.hub.repositories
     assert [repositories["datasets", f"me/{name}"].private for name in ("steps", "public-steps")] == [True, False]
 
@@ -166,8 +167,8 @@ def test_no_card_and_no_row_names_a_folder_of_the_machine(shared, tmp_path):
 
 def test_what_is_pushed_while_training_goes_on_has_a_card(shared):
     repository = shared.hub.repositories["models", "me/adapter"]
-    assert repository.messages[1] == "Training in progress, step 2"
-    card = ModelCard(repository.history[1]["README.md"].decode())
+    number = repository.messages.index("Training in progress, step 2")
+    card = ModelCard(repository.history[number]["README.md"].decode())
     assert dict(table_rows(card.text, "Training settings"))["updates"] == "2"
 
 
@@ -274,6 +275,16 @@ def test_a_model_card_tells_data_settings_and_curve(shared):
 def test_the_curve_is_a_picture_where_matplotlib_is_installed(shared):
     files, drawn = shared.hub.repositories["models", "me/adapter"].files(), importlib.util.find_spec("matplotlib")
     assert ("![Loss" in files["README.md"].decode()) == ("training_curve.png" in files) == (drawn is not None)
+
+
+def test_the_accuracies_of_the_command_are_put_into_the_card(shared):
+    repository = shared.hub.repositories["models", "me/adapter"]
+    number = repository.messages.index("Add accuracies")
+    card = ModelCard(repository.history[number]["README.md"].decode())
+    results = json.loads((shared.folder / "evaluation" / "results.json").read_text())
+    accuracy = results["benchmarks"]["gsm8k"]["model"]["accuracy"]
+    assert [each.metric_value for each in card.data.eval_results] == [100 * accuracy]
+    assert "| GSM8K     | 1        |" in card.text
 
 
 def test_accuracies_are_put_into_a_card_that_is_there(shared):

@@ -47,6 +47,9 @@ def by_commands(expert: str, amateur: str, prompts: str, folder: Path) -> dict:
     loaded = load_dataset("me/steps", split="train", token="hf_SECRET")
     push_dataset_to_hub(loaded, "me/public-steps", token="hf_SECRET")
     codes["train"] = run(*train, *token, "--dataset_name", "me/public-steps", "--hub_model_id", "me/adapter")
+    (folder / "gsm8k.jsonl").write_text(json.dumps({"question": "What is 2+2?", "answer": "#### 4"}) + "\n")
+    evaluate = ("eval", "--model", "me/adapter", "--benchmarks", "gsm8k", "--data_dir", folder, "--num_workers", 1)
+    codes["eval"] = run(*evaluate, "--max_new_tokens", 4, "--output_dir", folder / "evaluation", *token)
     return codes
 
 
