@@ -488,8 +488,10 @@ class LightReasonerTrainer(Trainer):
             model_card(self, self._model_name()).save(os.path.join(output_dir or self.args.output_dir, "README.md"))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        if self.args.push_to_hub:  # so that what is uploaded while training goes on has a card as well
-            self.create_model_card()
+        # What is uploaded while training goes on has a card as well; an upload that goes on must not see it change
+        if self.args.push_to_hub and self.is_world_process_zero():
+            if self.push_in_progress is None or self.push_in_progress.is_done():
+                self.create_model_card()
         super()._save_checkpoint(model, trial)
 
     def create_model_card(
