@@ -26,6 +26,7 @@ from trl_lightreasoner import (
 from trl_lightreasoner.arguments import load_split
 from trl_lightreasoner.cli import COMMANDS, main
 from trl_lightreasoner.eval import EvaluationArguments
+from trl_lightreasoner.import_steps import ImportArguments
 from trl_lightreasoner.merge import MergeArguments
 from trl_lightreasoner.report import ReportArguments
 from trl_lightreasoner.sample import SampleArguments
@@ -138,6 +139,7 @@ def test_a_missing_command_is_refused(refused):
         ("train", [ScriptArguments, LightReasonerConfig, LightReasonerModelConfig]),
         ("merge", [MergeArguments]),
         ("report", [ReportArguments]),
+        ("import", [ImportArguments]),
         ("eval", [EvaluationArguments, EvaluationConfig]),
     ],
 )
@@ -147,7 +149,8 @@ def test_help_explains_every_field(command, configs, capsys):
     assert error.value.code == 0
     stdout = capsys.readouterr().out
     assert f"usage: lightreasoner {command}" in stdout
-    parser = import_module(f"trl_lightreasoner.{command}").make_parser()
+    module = {"import": "import_steps"}.get(command, command)
+    parser = import_module(f"trl_lightreasoner.{module}").make_parser()
     actions = {action.dest: action for action in reversed(parser._actions)}
     for field in (field for config in configs for field in dataclasses.fields(config)):
         assert f"--{field.name} " in stdout

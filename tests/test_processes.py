@@ -61,6 +61,7 @@ def test_two_processes_train_as_one(lora, train):
 @pytest.mark.parametrize("num_eval_rows", [5, 7, 12])
 def test_eval_loss_is_that_of_one_process_for_any_number_of_rows(num_eval_rows, train):
     size = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-    one = train("one", 1, num_eval_rows, per_device_train_batch_size=4, gradient_accumulation_steps=1)
-    two = train("two", 2, num_eval_rows, **size)
+    one = train("one", 1, num_eval_rows, lora=True, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    two = train("two", 2, num_eval_rows, lora=True, **size)
     assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
+    assert two["eval_kl_to_expert"] == pytest.approx(one["eval_kl_to_expert"], rel=1e-4) and one["eval_kl_to_expert"]

@@ -16,6 +16,9 @@ _MODULES = {
     "LightReasonerConfig": "lightreasoner_config",
     "LightReasonerTrainer": "lightreasoner_trainer",
     "evaluate": "evaluation",
+    "import_published_steps": "published_steps",
+    "push_dataset_to_hub": "sharing",
+    "push_evaluation_to_hub": "sharing",
     "raise_beta": "step_dataset",
     "sampling_metadata": "step_dataset",
     "write_report": "step_report",
@@ -29,6 +32,9 @@ __all__ = [
     "LightReasonerConfig",
     "LightReasonerTrainer",
     "evaluate",
+    "import_published_steps",
+    "push_dataset_to_hub",
+    "push_evaluation_to_hub",
     "raise_beta",
     "sampling_metadata",
     "write_report",
@@ -42,6 +48,8 @@ if TYPE_CHECKING:
     from .evaluation_config import EvaluationConfig
     from .lightreasoner_config import LightReasonerConfig
     from .lightreasoner_trainer import LightReasonerTrainer
+    from .published_steps import import_published_steps
+    from .sharing import push_dataset_to_hub, push_evaluation_to_hub
     from .step_dataset import raise_beta, sampling_metadata
     from .step_report import write_report
 

@@ -11,8 +11,10 @@ COMMANDS = {
     "train": "a Dataset of kept steps to an adapter",
     "merge": "an adapter to a plain model",
     "report": "kept steps as a page to look at, two datasets side by side",
+    "import": "the published scripts' JSON lines to a Dataset of kept steps",
     "eval": "how many problems of seven benchmarks a model solves, and a baseline beside it",
 }
+_MODULES = {"import": "import_steps"}  # a word that Python keeps to itself
 
 USAGE = f"""usage: lightreasoner COMMAND [--flag VALUE ...] [--config FILE.yaml]
 
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = f"There is no command {argv[0]!r}." if argv else "A command is missing."
         print(f"lightreasoner: error: {given} The commands are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    command = import_module(f".{argv[0]}", __package__)
+    command = import_module(f".{_MODULES.get(argv[0], argv[0])}", __package__)
     return run(f"lightreasoner {argv[0]}", command.make_parser, command.main, argv[1:])
 
 

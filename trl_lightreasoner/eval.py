@@ -24,6 +24,12 @@ class EvaluationArguments:
             Quantization type of models in 4 bits: `"nf4"` or `"fp4"`.
         use_bnb_nested_quant (`bool`, *optional*, defaults to `False`):
             Whether to use nested quantization for models in 4 bits.
+        push_to_hub (`bool`, *optional*, defaults to `False`):
+            Whether to write the accuracies into the model card on the Hub.
+        hub_model_id (`str`, *optional*):
+            The repository of that card, as owner/name. If not set, `model`.
+        hub_token (`str`, *optional*):
+            Token for the upload. If not set, the one of `hf auth login`.
     """
 
     model: str = field(
@@ -51,6 +57,18 @@ class EvaluationArguments:
         default=False,
         metadata={"help": "Whether to use nested quantization for models in 4 bits."},
     )
+    push_to_hub: bool = field(
+        default=False,
+        metadata={"help": "Whether to write the accuracies into the model card on the Hub."},
+    )
+    hub_model_id: str | None = field(
+        default=None,
+        metadata={"help": "The repository of that card, as owner/name. If not set, `model`."},
+    )
+    hub_token: str | None = field(
+        default=None,
+        metadata={"help": "Token for the upload. If not set, the one of `hf auth login`."},
+    )
 
     def __post_init__(self):
         if self.load_in_4bit and self.load_in_8bit:
@@ -67,7 +85,16 @@ def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
 
     from .evaluation import evaluate
     from .processes import Processes
+    from .provenance import hub_id
+    from .sharing import open_repo, push_evaluation_to_hub
 
+    repo_id = script_args.hub_model_id or hub_id(script_args.model)
+    if script_args.push_to_hub and repo_id is None:
+        raise ValueError(
+            f"{script_args.model!r} is a folder. Name the repository of its model card with `--hub_model_id`."
+        )
+    if script_args.push_to_hub and Processes().is_main:  # who may not write shall know it now
+        repo_id = open_repo(repo_id, token=script_args.hub_token)
     datasets.disable_progress_bars()  # of every file; the bar of the answers stays
     names = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
     quantization = quantization_of(
@@ -87,3 +114,6 @@ def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
                 "tokens or the context, and were graded as they stand."
             )
     print(f"Percent, +- one standard error. Answers and results.json are in {args.output_dir}.")
+    if script_args.push_to_hub:
+        push_evaluation_to_hub(evaluation, repo_id, script_args.hub_token)
+        print(f"The accuracies are in the model card of {repo_id} on the Hub.")

@@ -175,10 +175,18 @@ class LightReasonerConfig(TrainingArguments):
 
     def __getstate__(self) -> dict[str, Any]:
         # `Trainer` leaves its arguments beside the model, as training_args.bin, and uploads them with it
-        kwargs = self.model_init_kwargs and {k: v for k, v in self.model_init_kwargs.items() if k != "token"}
-        return {**self.__dict__, "hub_token": None, "model_init_kwargs": kwargs}
+        return {**self.__dict__, "hub_token": None, "model_init_kwargs": _without_token(self.model_init_kwargs)}
+
+    def to_dict(self) -> dict[str, Any]:
+        # What trackers are given
+        settings = super().to_dict()
+        return {**settings, "model_init_kwargs": _without_token(settings["model_init_kwargs"])}
 
     def __copy__(self) -> "LightReasonerConfig":
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__)
         return copied
+
+
+def _without_token(kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+    return kwargs and {name: value for name, value in kwargs.items() if name != "token"}

@@ -1,8 +1,10 @@
 """`LightReasonerTrainer`: fine-tunes an expert on the kept steps of a Dataset, `D_KL(v_C || pi_theta)` at each."""
 
 import copy
+import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -24,6 +26,7 @@ from transformers import (
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import EvalLoopOutput
 
+from .cards import draw_curve, model_card
 from .combinations import check_combinations
 from .contrast import contrastive_loss
 from .data_collator import DataCollatorForLightReasoner
@@ -43,12 +46,18 @@ from .models import (
 )
 from .nonfinite_updates import SkipNonFiniteUpdates
 from .packed_attention import can_pack, is_packed, pack, packed_attention
-from .provenance import warn_of_another_expert
+from .provenance import hub_id, warn_of_another_expert
 from .resuming import RememberEpochs, load_state, plan_training
+from .sharing import hub_errors, open_repo
 from .step_dataset import STEP_COLUMNS
 from .step_writer import check_folder
 from .training_rows import prepare_rows
 from .vocabulary import model_vocabulary
+from .watching import DriftWarnings, adapter_off, divergence_at, starts_as_expert
+
+
+if TYPE_CHECKING:
+    from .evaluation import Evaluation
 
 
 logger = logging.get_logger(__name__)
@@ -165,6 +174,9 @@ class LightReasonerTrainer(Trainer):
                 report()
             except RuntimeError as error:  # it is not installed
                 raise ValueError(f"`report_to` cannot be {args.report_to}: {error}") from error
+        if args.push_to_hub and args.process_index == 0:
+            repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
+            open_repo(repo_id, private=args.hub_private_repo, token=args.hub_token)
 
         # Processing class and vocabulary
         model_init_kwargs = dict(args.model_init_kwargs or {})
@@ -302,6 +314,8 @@ class LightReasonerTrainer(Trainer):
         self._sums = torch.zeros(3, dtype=_sum_dtype(args.device), device=args.device)
         self._seen = torch.zeros(2, dtype=_sum_dtype(args.device), device=args.device)
         self._eval_sums: torch.Tensor | None = None
+        self._starts_as_expert = starts_as_expert(model, self.accelerator)
+        self._drift_warnings = DriftWarnings()
         self._operations_per_token: int | None = None
 
         if hasattr(self.model, "add_model_tags"):
@@ -406,13 +420,21 @@ class LightReasonerTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ):
         inputs = self._prepare_inputs(inputs)
+        label_probs = inputs["label_probs"]
         with torch.no_grad(), self._attention(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        row, _ = (inputs["label_probs"].sum(-1) > 0).nonzero(as_tuple=True)
-        steps = outputs.steps
-        # A subclass may add to the loss; what it adds counts for every step of the batch alike
-        added = loss - steps.kl_divergence.mean()
-        values = [steps.kl_divergence + added, steps.entropy, steps.agreement, torch.ones_like(steps.entropy)]
+            steps = outputs.steps
+            row, step = (label_probs.sum(-1) > 0).nonzero(as_tuple=True)
+            # A subclass may add to the loss; what it adds counts for every step of the batch alike
+            added = loss - steps.kl_divergence.mean()
+            label_entropy = -torch.special.xlogy(label_probs, label_probs).sum(-1)[row, step]
+            ones = torch.ones_like(label_entropy)
+            values = [ones, steps.kl_divergence + added, steps.entropy, steps.agreement, label_entropy]
+            if self._starts_as_expert:
+                with adapter_off(self.accelerator.unwrap_model(model, keep_torch_compile=False)):
+                    _, expert = LightReasonerTrainer.compute_loss(self, model, inputs, return_outputs=True)
+                logits = [self.vocabulary.select(each.logits) for each in (outputs, expert)]
+                values += [divergence_at(*logits), expert.steps.kl_divergence]
         sums = torch.zeros(len(inputs["input_ids"]), len(values), dtype=_sum_dtype(loss.device), device=loss.device)
         sums.index_add_(0, row, torch.stack(values, dim=1).to(sums.dtype))
         # Row by row, since the last batches of several processes hold rows twice, which `gather_for_metrics` takes out
@@ -433,12 +455,18 @@ class LightReasonerTrainer(Trainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         device = self.accelerator.device
-        self._eval_sums = torch.zeros(4, dtype=_sum_dtype(device), device=device)
+        names = ["loss", "entropy", "mean_token_accuracy", "label_entropy"]
+        names += ["kl_to_expert", "expert_loss"] if self._starts_as_expert else []
+        self._eval_sums = torch.zeros(1 + len(names), dtype=_sum_dtype(device), device=device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss, entropy, agreement, num_steps = self._eval_sums.tolist()
+        num_steps, *sums = self._eval_sums.tolist()
+        means = {name: value / max(num_steps, 1) for name, value in zip(names, sums, strict=True)}
         # `Trainer` takes the mean of the batches' means, which is not the mean over the steps
-        for name, value in {"loss": loss, "entropy": entropy, "mean_token_accuracy": agreement}.items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value / max(num_steps, 1)
+        for name in ("loss", "entropy", "mean_token_accuracy", "kl_to_expert"):
+            if name in means:
+                output.metrics[f"{metric_key_prefix}_{name}"] = means[name]
+        if self.is_world_process_zero():
+            self._drift_warnings.look_at(means, metric_key_prefix)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -453,20 +481,58 @@ class LightReasonerTrainer(Trainer):
             self._sums = torch.zeros_like(self._sums)
         super().log(logs, start_time)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # PEFT's card of the folder tells where the base model lies on this machine
+        if self.is_world_process_zero():
+            model_card(self, self._model_name()).save(os.path.join(output_dir or self.args.output_dir, "README.md"))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        # What is uploaded while training goes on has a card as well; an upload that goes on must not see it change
+        if self.args.push_to_hub and self.is_world_process_zero():
+            if self.push_in_progress is None or self.push_in_progress.is_done():
+                self.create_model_card()
+        super()._save_checkpoint(model, trial)
+
     def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        evaluation: "Evaluation | None" = None,
     ) -> None:
         """
-        Draft of a model card in `args.output_dir`, as [`~transformers.Trainer`] makes it, with TRL's arguments.
+        Model card in `args.output_dir`, with TRL's arguments, and the training curve as a picture if matplotlib is
+        installed. [`~transformers.Trainer.push_to_hub`] makes it and passes these arguments on.
 
         Args:
             model_name (`str`, *optional*): Name of the model.
-            dataset_name (`str`, *optional*): Name of the dataset used for training.
+            dataset_name (`str`, *optional*): Id on the Hub of the dataset used for training.
             tags (`str` or `list[str]`, *optional*): Tags beside the method's own.
+            evaluation ([`~trl_lightreasoner.evaluation.Evaluation`], *optional*):
+                What [`~trl_lightreasoner.evaluate`] returned for the model.
         """
+        if not self.is_world_process_zero():
+            return
+        folder = self.args.output_dir
+        os.makedirs(folder, exist_ok=True)
+        has_figure = draw_curve(self.state, os.path.join(folder, "training_curve.png"))
         tags = [tags] if isinstance(tags, str) else tags or []
-        tags = list(dict.fromkeys([*tags, *self._tag_names]))
-        super().create_model_card(model_name=model_name, dataset=dataset_name, tags=tags)
+        card = model_card(self, model_name or self._model_name(), dataset_name, tags, evaluation, has_figure)
+        card.save(os.path.join(folder, "README.md"))
+
+    def push_to_hub(self, *args, **kwargs):
+        base = self._model_config._name_or_path
+        if isinstance(self.model, PeftModel) and hub_id(base) is None and self.is_world_process_zero():
+            logger.warning(
+                f"The adapter is of {base!r}, a folder of this machine, which its adapter_config.json names. Push the "
+                "base model as well and name it there, so that others can load the adapter."
+            )
+        with hub_errors(f"What was trained is in {self.args.output_dir!r}, which `hf upload` can send as well."):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _model_name(self) -> str:
+        return (self.args.hub_model_id or Path(self.args.output_dir).absolute().name).split("/")[-1]
 
 
 def _is_plain_lora(model: PeftModel) -> bool:

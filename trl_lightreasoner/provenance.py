@@ -1,10 +1,12 @@
 """Whether the model that is trained is the expert that the steps were sampled with."""
 
 import json
+import os
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 from transformers import logging
 
@@ -76,7 +78,7 @@ def differences(sampled: dict[str, Any], trained: dict[str, Any], adapts: bool =
     both_have_names = all(isinstance(adapter, str) for adapter in adapters)
     if one_is_missing or (both_have_names and _differ(*map(_last_part, adapters))):
         pairs.append(tuple(map(_adapter, adapters)))
-    quantizations = tuple(map(_quantization, values("quantization")))
+    quantizations = tuple(map(describe_quantization, values("quantization")))
     if _differ(*quantizations):
         pairs.append(quantizations)
     dtypes = values("dtype")
@@ -85,6 +87,34 @@ def differences(sampled: dict[str, Any], trained: dict[str, Any], adapts: bool =
         if torch.promote_types(was, is_now) != is_now:  # the weights lose digits
             pairs.append(tuple(f"in {dtype}" for dtype in dtypes))
     return pairs
+
+
+def hub_id(name: str | None) -> str | None:
+    """
+    The id on the Hub (owner/name) of a model or dataset, or `None` for what lies on this machine.
+
+    Example:
+
+    ```python
+    >>> hub_id("Qwen/Qwen2.5-0.5B"), hub_id("/data/expert")
+    ('Qwen/Qwen2.5-0.5B', None)
+
+    ```
+    """
+    parts = (name or "").replace("\\", "/").split("/")
+    if len(parts) > 2 and parts[-2] == "snapshots":  # the Hub's cache: models--owner--name/snapshots/commit
+        return "/".join(parts[-3].split("--")[1:])
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError:
+        return None
+    # A name without an owner is what is left of a path
+    return name if "/" in name and not os.path.exists(name) else None
+
+
+def public_name(name: str | None) -> str | None:
+    """A name that tells nothing of this machine: the id on the Hub, or the last part of a path."""
+    return hub_id(name) or (name or "").replace("\\", "/").rstrip("/").rpartition("/")[2] or None
 
 
 def _read_expert(text: str | None) -> dict[str, Any] | None:
@@ -112,7 +142,8 @@ def _adapter(adapter: str | list[str] | None) -> str:
     return "with an adapter" if adapter else "without an adapter"
 
 
-def _quantization(settings: dict[str, Any] | None) -> str:
+def describe_quantization(settings: dict[str, Any] | None) -> str:
+    """A phrase for the `quantization` of [`~trl_lightreasoner.models.describe_model`]."""
     if not settings:
         return "without quantization"
     settings = {key: str(value) for key, value in settings.items()}  # as the metadata holds them

@@ -1,6 +1,7 @@
 """`lightreasoner sample`: prompts to a Dataset of kept steps."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from datasets import Dataset, Value
 
@@ -42,6 +43,15 @@ class SampleArguments:
             Quantization type of models in 4 bits: `"nf4"` or `"fp4"`.
         use_bnb_nested_quant (`bool`, *optional*, defaults to `False`):
             Whether to use nested quantization for models in 4 bits.
+        push_to_hub (`bool`, *optional*, defaults to `False`):
+            Whether to upload the Dataset to the Hub, with a card, when it is complete.
+        hub_dataset_id (`str`, *optional*):
+            The repository of the Dataset, as owner/name. If not set, the name of `output_dir`.
+        hub_private_repo (`bool`, *optional*):
+            Whether to make the repository private. If not set, it is public unless the organization's default is
+            private. Has no effect if it exists.
+        hub_token (`str`, *optional*):
+            Token for the upload. If not set, the one of `hf auth login`.
     """
 
     expert: str = field(
@@ -99,6 +109,28 @@ class SampleArguments:
         default=False,
         metadata={"help": "Whether to use nested quantization for models in 4 bits."},
     )
+    push_to_hub: bool = field(
+        default=False,
+        metadata={"help": "Whether to upload the Dataset to the Hub, with a card, when it is complete."},
+    )
+    hub_dataset_id: str | None = field(
+        default=None,
+        metadata={"help": "The repository of the Dataset, as owner/name. If not set, the name of `output_dir`."},
+    )
+    hub_private_repo: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to make the repository private. If not set, it is public unless the organization's "
+            "default is private. Has no effect if it exists.",
+            # So that a bare `--hub_private_repo` means True
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    hub_token: str | None = field(
+        default=None,
+        metadata={"help": "Token for the upload. If not set, the one of `hf auth login`."},
+    )
 
     def __post_init__(self):
         for prefix in ("", "amateur_"):
@@ -114,6 +146,8 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
     from trl import ModelConfig
 
     from .contrastive_step_sampler import ContrastiveStepSampler
+    from .processes import Processes
+    from .sharing import open_repo, push_dataset_to_hub
     from .step_dataset import count_steps
 
     def quantization(prefix: str):
@@ -123,6 +157,10 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
 
     prompts = load_split(script_args.dataset_name, script_args.dataset_config, script_args.dataset_split)
     prompts = as_prompts(prompts, script_args)
+    hub = {"private": script_args.hub_private_repo, "token": script_args.hub_token}
+    if script_args.push_to_hub and Processes().is_main:  # who may not write shall know it now
+        name = script_args.hub_dataset_id or Path(sampling_args.output_dir).absolute().name
+        repo_id = open_repo(name, "dataset", **hub)
     sampler = ContrastiveStepSampler(
         script_args.expert,
         script_args.amateur,
@@ -133,6 +171,9 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
     dataset = sampler.sample(prompts)
     if not sampler.processes.is_main:
         return
+    if script_args.push_to_hub:
+        push_dataset_to_hub(dataset, repo_id, **hub)
+        print(f"The Dataset is at {repo_id} on the Hub.")
     num_steps, num_kept = sum(map(len, dataset["completion_ids"])), count_steps(dataset)
     print(
         f"{len(dataset):,} trajectories with {num_kept:,} of {num_steps:,} steps kept ({num_kept / num_steps:.1%}) "

@@ -4,7 +4,7 @@
 |---|---|---|
 | prompt, completion | as given; text | for people |
 | prompt_ids, completion_ids | list of int32 | what the models saw; EOS kept |
-| kl_divergence | list of float32 | D_KL(pi_E, pi_A) at every completion token |
+| kl_divergence | list of float32 | D_KL(pi_E, pi_A) at every completion token, null where it is not known |
 | step_positions | list of int32, ascending | t of each kept step: its context is prompt_ids + completion_ids[:t] |
 | label_ids | list of list of int32 | support of v_C at each kept step, most probable first |
 | label_probs | list of list of float32 | v_C there, sums to 1 |
@@ -75,7 +75,8 @@ def raise_beta(dataset: Dataset, beta: float) -> Dataset:
         beta (`float`): Threshold in nats, at least the one that the dataset was sampled with.
 
     Raises:
-        `ValueError`: If the dataset was sampled with a higher threshold, so that labels would be missing.
+        `ValueError`: If the dataset was sampled with a higher threshold, so that labels would be missing, or the
+            divergence of a kept step is not known.
 
     Example:
 
@@ -86,13 +87,19 @@ def raise_beta(dataset: Dataset, beta: float) -> Dataset:
     ```
     """
     metadata = sampling_metadata(dataset)
-    if metadata is not None and beta < metadata["settings"]["beta"]:
+    sampled_with = None if metadata is None else metadata["settings"]["beta"]
+    if sampled_with is not None and beta < sampled_with:
         raise ValueError(
-            f"The dataset was sampled with beta = {metadata['settings']['beta']}; steps below it have no label. "
-            "Sample again to lower it."
+            f"The dataset was sampled with beta = {sampled_with}; steps below it have no label. Sample again to lower "
+            "it."
         )
 
-    def keep(row: dict[str, Any]) -> dict[str, Any]:
+    def keep(row: dict[str, Any], index: int) -> dict[str, Any]:
+        if None in [row["kl_divergence"][t] for t in row["step_positions"]]:
+            raise ValueError(
+                f"Row {index} has a kept step whose divergence is not known, as files of the published scripts can; "
+                "it can be trained on as it is."
+            )
         kept = [k for k, t in enumerate(row["step_positions"]) if row["kl_divergence"][t] >= beta]
         row.update({name: [row[name][k] for k in kept] for name in ("step_positions", "label_ids", "label_probs")})
         if metadata is not None:
@@ -101,4 +108,4 @@ def raise_beta(dataset: Dataset, beta: float) -> Dataset:
             row["sampling_metadata"] = json.dumps(made)
         return row
 
-    return dataset.with_format(None).map(keep, desc=f"Keeping steps of {beta} nats or more")
+    return dataset.with_format(None).map(keep, with_indices=True, desc=f"Keeping steps of {beta} nats or more")

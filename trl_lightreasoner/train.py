@@ -11,6 +11,7 @@ from .arguments import ArgumentParser, load_split, quantization_of
 from .lightreasoner_config import LightReasonerConfig
 from .lightreasoner_trainer import LightReasonerTrainer
 from .models import load_adapter_config, load_config
+from .provenance import hub_id
 
 
 @dataclass
@@ -114,12 +115,13 @@ def main(
             f"The checkpoint {checkpoint!r} is damaged, or holds Python objects, which could run code when they are "
             "read. Resume from another one."
         ) from error
-    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:  # which saves it first
+        trainer.push_to_hub(dataset_name=hub_id(script_args.dataset_name))
+        trainer.accelerator.print(f"The model is at {trainer.hub_model_id} on the Hub.")
+    else:
+        trainer.save_model(training_args.output_dir)
     trainer.save_state()  # with the log, which `lightreasoner report` draws
     trainer.accelerator.print(f"The model is in {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        on_hub = not os.path.exists(script_args.dataset_name)
-        trainer.push_to_hub(dataset_name=script_args.dataset_name if on_hub else None)
     return trainer
 
 

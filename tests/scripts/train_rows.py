@@ -49,6 +49,7 @@ def main(settings: dict) -> None:
             "losses": [log["loss"] for log in logs],
             "num_kept_steps": [log["num_kept_steps"] for log in logs],
             "eval_loss": metrics["eval_loss"],
+            "eval_kl_to_expert": metrics.get("eval_kl_to_expert"),
         }
         with open(f"{settings['output_dir']}/result.json", "w") as file:
             json.dump(result, file)
