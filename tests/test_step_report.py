@@ -203,6 +203,24 @@ def test_a_dataset_without_kept_steps_has_a_report(steps, tmp_path):
 # What is shown
 
 
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_dataset_that_does_not_know_every_divergence_has_a_report_and_pictures(steps, tmp_path, knows):
+    pytest.importorskip("matplotlib")
+
+    def forget(row: dict) -> dict:
+        kept = row["step_positions"] if knows else []
+        return {"kl_divergence": [value if t in kept else None for t, value in enumerate(row["kl_divergence"])]}
+
+    known = sum(map(len, steps["step_positions"])) if knows else 0
+    page = write_report(steps.map(forget), str(tmp_path), load_models=False).read_text(encoding="utf-8")
+    num_steps = sum(map(len, steps["completion_ids"]))
+    assert f"Divergences are known at {known:,} of the {num_steps:,} steps." in page
+    assert ("How far the two diverge" in page) is knows
+    assert "divergence not known" in page
+    assert (tmp_path / "kl_distribution.png").exists() is knows
+    assert (tmp_path / "label_mass.png").exists()
+
+
 def test_rows_are_drawn_from_those_with_a_kept_step(steps):
     numbers = StepStatistics(steps)
     kept = [i for i, positions in enumerate(steps["step_positions"]) if positions]

@@ -178,6 +178,19 @@ def test_metadata_of_another_making_says_nothing(metadata, rows):
     assert (found.alpha, found.beta) == (None, None)
 
 
+def test_steps_of_an_unknown_divergence_are_counted_apart(rows):
+    known = [{**row, "kl_divergence": list(row["kl_divergence"])} for row in rows]
+    for row in known:
+        kept = set(row["step_positions"])
+        row["kl_divergence"] = [value if t in kept else None for t, value in enumerate(row["kl_divergence"])]
+    found, whole = StepStatistics(as_dataset(known)), StepStatistics(as_dataset(rows))
+    assert (found.num_steps, found.num_kept) == (whole.num_steps, whole.num_kept)
+    assert found.num_known == whole.num_kept < whole.num_steps
+    assert found.share_kept(BETA) == 1
+    assert found.histogram()[1].sum() == whole.num_kept
+    assert found.changes == whole.changes
+
+
 def test_divergences_of_zero_have_a_place():
     row = {**make_rows(1)[0], "completion_ids": [1, 2], "kl_divergence": [0.0, 0.0]}
     row.update(step_positions=[], label_ids=[], label_probs=[])
@@ -216,8 +229,8 @@ def test_what_is_no_dataset_is_refused(rows):
     [
         ({"kl_divergence": [0.1]}, r"there are 1 divergences for \d+ completion tokens"),
         ({"kl_divergence": None}, "kl_divergence is missing"),
-        ({"kl_divergence": [float("nan"), 1.0], "completion_ids": [1, 2]}, "missing, negative or not finite"),
-        ({"kl_divergence": [-1.0, 1.0], "completion_ids": [1, 2]}, "missing, negative or not finite"),
+        ({"kl_divergence": [float("nan"), 1.0], "completion_ids": [1, 2]}, "negative or not finite"),
+        ({"kl_divergence": [-1.0, 1.0], "completion_ids": [1, 2]}, "negative or not finite"),
         ({"step_positions": [10**6]}, "step position 1000000 is outside the completion"),
         ({"label_probs": [[0.5]]}, "sums to 0.5, not to 1"),
         ({"label_ids": [[1, 2]]}, "has 2 ids and 1 probabilities"),

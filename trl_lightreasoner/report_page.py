@@ -49,9 +49,10 @@ def make_page(datasets: list[ReportedDataset], curves: dict[str, dict[str, Curve
     sections = {
         "overview": ("Overview", _overview(datasets)),
         "trajectories": ("Trajectories", _trajectories(datasets, paired, details)),
-        "divergence": ("Divergence", divergence_figures(datasets)),
-        "labels": ("Labels", label_figures(datasets)),
     }
+    if all(each.statistics.num_known for each in datasets):
+        sections["divergence"] = ("Divergence", divergence_figures(datasets))
+    sections["labels"] = ("Labels", label_figures(datasets))
     if curves is not None:
         sections["training"] = ("Training", training_figures(curves))
     names = " and ".join(f"<span class='name'>{escape(each.name)}</span>" for each in datasets)
@@ -109,6 +110,11 @@ def _summary(dataset: ReportedDataset, style: str) -> str:
         rows = (
             f"<p>The {numbers.num_rows:,} rows hold {numbers.num_trajectories:,} different trajectories. Divergences "
             "count once a trajectory, labels once a row.</p>"
+        )
+    if numbers.num_known < numbers.num_steps:
+        rows += (
+            f"<p>Divergences are known at {numbers.num_known:,} of the {numbers.num_steps:,} steps. What is said of "
+            "them is said of these alone.</p>"
         )
     heading = f'<h3><span class="swatch {style}"></span>{escape(dataset.name)}</h3>' if style else ""
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in dataset.notes)
@@ -213,9 +219,9 @@ def _article(trajectory: ShownTrajectory, dataset: ReportedDataset, key: str, de
     texts, parts = dataset.texts, []
     for t, (token_id, divergence) in enumerate(zip(trajectory.completion_ids, trajectory.kl_divergence, strict=True)):
         text = texts(token_id)
-        style = f"h{int(np.searchsorted(HEAT_EDGES, divergence, side='right'))}"
+        style = f"h{int(np.searchsorted(HEAT_EDGES, divergence or 0, side='right'))}"
         style += " special" if texts.is_special(token_id) else ""
-        nats = f"{write_number(divergence)} nats"
+        nats = _nats(divergence)
         if t in steps:
             label = f"Step {t}, {label_of(text)}, {nats}"
             parts.append(
@@ -235,6 +241,10 @@ def _article(trajectory: ShownTrajectory, dataset: ReportedDataset, key: str, de
     )
 
 
+def _nats(divergence: float | None) -> str:
+    return "divergence not known" if divergence is None else f"{write_number(divergence)} nats"
+
+
 def _strip(trajectory: ShownTrajectory, beta: float | None) -> str:
     """The divergence along one trajectory, small; each token says its own."""
     y = Axis(1e-3, 10, is_log=True)
@@ -242,7 +252,7 @@ def _strip(trajectory: ShownTrajectory, beta: float | None) -> str:
     kept = {step.position for step in trajectory.steps}
     bars = "".join(
         f'<rect{" class=kept" if t in kept else ""} x="{t}.1" y="{100 - place:.1f}" width=".8" height="{place:.1f}"/>'
-        for t, place in enumerate(100 * y.place(value) for value in trajectory.kl_divergence)
+        for t, place in enumerate(100 * y.place(value or 0) for value in trajectory.kl_divergence)
         if place > 0
     )
     line = f'<path d="M0 {100 - 100 * y.place(beta):.1f}H{width}"/>' if beta else ""
@@ -262,7 +272,7 @@ def _detail(step: ShownStep, trajectory: ShownTrajectory, dataset: ReportedDatas
         "name": dataset.name,
         "row": trajectory.row,
         "t": step.position,
-        "kl": write_number(trajectory.kl_divergence[step.position]),
+        "kl": _nats(trajectory.kl_divergence[step.position]),
         "taken": step.token_ids.index(taken),
         "tokens": [label_of(dataset.texts(token_id)) for token_id in step.token_ids],
         **{key: [round(float(value), 5) for value in values] for key, values in columns.items()},

@@ -52,10 +52,11 @@ def save_pictures(
 
 
 def _pictures(datasets: list[ReportedDataset], curves: dict[str, dict[str, Curve]] | None) -> Iterator[tuple]:
-    yield "kl_distribution", lambda axes: _kl_distribution(axes, datasets)
-    yield "kl_along_trajectories", lambda axes: _kl_along_trajectories(axes, datasets)
-    yield "share_kept", lambda axes: _share_kept(axes, datasets)
-    yield "kept_by_position", lambda axes: _kept_by_position(axes, datasets)
+    if all(each.statistics.num_known for each in datasets):
+        yield "kl_distribution", lambda axes: _kl_distribution(axes, datasets)
+        yield "kl_along_trajectories", lambda axes: _kl_along_trajectories(axes, datasets)
+        yield "share_kept", lambda axes: _share_kept(axes, datasets)
+        yield "kept_by_position", lambda axes: _kept_by_position(axes, datasets)
     if any(each.statistics.num_kept for each in datasets):
         yield "label_support", lambda axes: _label_support(axes, datasets)
         yield "label_mass", lambda axes: _label_mass(axes, datasets)
@@ -106,7 +107,7 @@ def _kl_distribution(axes, datasets: list[ReportedDataset]) -> None:
 def _kl_along_trajectories(axes, datasets: list[ReportedDataset]) -> None:
     lowest = 1e-6
     for i, trajectory in enumerate(datasets[0].trajectories[:_NUM_TRAJECTORIES]):
-        values = np.maximum(trajectory.kl_divergence, lowest)
+        values = np.maximum(np.array(trajectory.kl_divergence, dtype=float), lowest)
         axes.plot(values, color="#8a8f98", linewidth=0.8, linestyle=("-", "--", "-.")[i], zorder=1)
     for style, each in _series(datasets):
         edges = each.statistics.position_edges

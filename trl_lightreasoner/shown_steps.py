@@ -59,7 +59,7 @@ class ShownTrajectory:
     prompt: Any  # the column, if there is one: text or messages
     prompt_ids: list[int]
     completion_ids: list[int]
-    kl_divergence: list[float]
+    kl_divergence: list[float | None]
     num_tokens: int
     steps: list[ShownStep] = field(default_factory=list)
 

@@ -62,8 +62,9 @@ class StepStatistics:
     Attributes:
         alpha, beta (`float`, *optional*): As the Dataset says; None if it does not.
         num_rows, num_trajectories, num_steps, num_kept (`int`): Counts. Steps are those of the distinct trajectories.
+        num_known (`int`): Steps whose divergence is known: all, but for a Dataset of `lightreasoner import`.
         position_edges (`np.ndarray` of shape `(G + 1,)`): Bounds of the groups of positions.
-        steps_by_position, kept_by_position (`np.ndarray` of shape `(G,)`): Steps, and kept ones, of each group.
+        steps_by_position, kept_by_position (`np.ndarray` of shape `(G,)`): Known steps, and kept ones, of each group.
         support_counts (`np.ndarray` of shape `(10,)`): Kept steps whose support has 1, 2, ... and 10 or more tokens.
         mass_counts (`np.ndarray` of shape `(10,)`): Kept steps by v_C of their favourite, in tenths.
         num_changed (`int`): Kept steps at which v_C's favourite is not the token that was taken.
@@ -103,7 +104,8 @@ class StepStatistics:
         self.support_counts = np.zeros(_NUM_SUPPORTS, dtype=np.int64)
         self.mass_counts = np.zeros(_NUM_MASSES, dtype=np.int64)
         self.lowest, self.highest = math.inf, 0.0
-        self.num_rows = self.num_trajectories = self.num_kept = self.num_changed = self._num_reached = 0
+        self.num_rows = self.num_trajectories = self.num_steps = self.num_kept = 0
+        self.num_changed = self._num_reached = 0
         self.changes: Counter[tuple[int, int]] = Counter()
         self._gains: dict[int, tuple[float, int]] = {}
         self._seen: set[int] = set()
@@ -120,7 +122,7 @@ class StepStatistics:
         self.kept_per_row = np.array(kept_per_row)
         self.prompt_keys, self.trajectory_keys = np.array(keys, dtype=np.int64).T
         self.steps_by_position = self._histogram.sum(1)
-        self.num_steps = int(self.steps_by_position.sum())
+        self.num_known = int(self.steps_by_position.sum())
 
     def _check(self, row: dict[str, list], name: str) -> None:
         divergences = row["kl_divergence"]
@@ -132,8 +134,8 @@ class StepStatistics:
                 raise ValueError(
                     f"there are {len(divergences)} divergences for {len(row['completion_ids'])} completion tokens"
                 )
-            if not all(value is not None and 0 <= value < math.inf for value in divergences):
-                raise ValueError("kl_divergence holds a value that is missing, negative or not finite")
+            if not all(value is None or 0 <= value < math.inf for value in divergences):
+                raise ValueError("kl_divergence holds a value that is negative or not finite")
         except ValueError as error:
             raise ValueError(f"Row {self.num_rows} of the {name} cannot be reported: {error}.") from None
 
@@ -142,8 +144,11 @@ class StepStatistics:
         self.num_trajectories += len(new)
         width = self.position_edges[1]
         if new:
-            divergences = np.concatenate([np.array(row["kl_divergence"], dtype=float) for row in new])
-            groups = np.concatenate([np.arange(len(row["kl_divergence"])) for row in new]) // width
+            divergences = np.concatenate([np.array(row["kl_divergence"], dtype=float) for row in new])  # None is NaN
+            self.num_steps += len(divergences)
+            known = ~np.isnan(divergences)
+            groups = np.concatenate([np.arange(len(row["kl_divergence"])) for row in new])[known] // width
+            divergences = divergences[known]
             np.add.at(self._histogram, (groups, bin_of(divergences)), 1)
             self.lowest = min(self.lowest, divergences.min(initial=math.inf))
             self.highest = max(self.highest, divergences.max(initial=0))
@@ -178,8 +183,8 @@ class StepStatistics:
     def share_kept(self, beta: float) -> float:
         """Share of the steps whose divergence is at least `beta`, exact at the Dataset's own `beta`."""
         if beta == self.beta:
-            return self._num_reached / self.num_steps
-        return float(self._histogram.sum(0)[bin_of(np.array([beta]))[0] :].sum()) / self.num_steps
+            return self._num_reached / self.num_known
+        return float(self._histogram.sum(0)[bin_of(np.array([beta]))[0] :].sum()) / self.num_known
 
     def beta_for(self, share: float) -> float:
         """The lowest beta that keeps no more than `share` of the steps."""
@@ -199,7 +204,7 @@ class StepStatistics:
     def shares(self, betas: np.ndarray) -> np.ndarray:
         """[`~StepStatistics.share_kept`] at many values, `(N,)`."""
         reversed_sums = self._histogram.sum(0)[::-1].cumsum()[::-1]
-        return reversed_sums[bin_of(betas)] / self.num_steps
+        return reversed_sums[bin_of(betas)] / self.num_known
 
     def gains(self) -> list[TokenGain]:
         """Every token of a support, the one that gains most first."""

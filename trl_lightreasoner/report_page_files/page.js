@@ -95,7 +95,7 @@ function show(button) {
     tools.append(tool);
   }
   const title = `Row ${step.row.toLocaleString("en")}, step ${step.t}`;
-  const heading = make("h3", "", title, make("span", "note", `${step.kl} nats`));
+  const heading = make("h3", "", title, make("span", "note", step.kl));
   const name = hasTwo ? [make("p", "note name", step.name)] : [];
   body.replaceChildren(heading, close, ...name, lead, table(step), tools);
   panel.classList.remove("empty");
