@@ -1,10 +1,10 @@
-# `make demo`, `make test` and `make bench` work on a machine with Python >= 3.11, git and make: they set up .venv first.
+# `make demo`, `make test`, `make docs` and the others work on a machine with Python >= 3.11, git and make: they set up .venv first.
 
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: demo test bench lint
+.PHONY: demo test bench docs lint types test-oldest
 
 # Made anew when the declared dependencies change
 $(VENV)/ready: pyproject.toml
@@ -20,11 +20,33 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --quiet tests
 
+# The oldest declared version of every dependency, in an environment of its own
+$(VENV)-oldest/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install --quiet uv
+	$(VENV)-oldest/bin/uv pip install --quiet --python $(VENV)-oldest/bin/python --resolution lowest-direct \
+		--editable '.[test,quantization]'
+	touch $@
+
+test-oldest: $(VENV)-oldest/ready
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest --numprocesses 2 --quiet tests
+
 # The bundled pair against the published way, in a minute. Models this small gain nothing from a second thread
 bench: $(VENV)/ready
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py --num_problems 1000 \
 		--baseline_problems 50 --baseline_updates 20 --output_dir bench
 
+$(VENV)/docs-ready: $(VENV)/ready
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
+# Into site/; a broken link is an error
+docs: $(VENV)/docs-ready
+	$(BIN)/python -m zensical build --clean --strict
+
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/ready
+	$(BIN)/mypy

@@ -19,7 +19,7 @@ python examples/make_demo_pair.py --output_dir demo_pair
 import argparse
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +64,7 @@ RECIPES = {
 }
 NUM_PROBLEMS = {"demo": 200_000, "small": 120_000}
 # The small pair never meets comparisons, whose text is the longest
-PROBLEM_KINDS = {"demo": KIND_SHARES, "small": {"chain": 2, "shop": 1}}
+PROBLEM_KINDS: dict[str, Mapping[str, float]] = {"demo": KIND_SHARES, "small": {"chain": 2, "shop": 1}}
 SOLVERS = {"expert": expert_solution, "amateur": amateur_solution}
 
 # A quarter of the documents carry the system message that the paper prompts with, so that the pair knows both forms.
@@ -163,7 +163,7 @@ def tokenize(
         tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         for messages in ([user_message], [SYSTEM_MESSAGE, user_message])
     )
-    documents = []
+    documents: list[tuple[list[int], list[int]]] = []
     for start in range(0, len(problems), 10_000):
         batch = problems[start : start + 10_000]
         prompts = [
@@ -232,7 +232,7 @@ def iterate_batches(num_documents: int, batch_size: int, num_batches: int, seed:
     all careful or all sloppy, which the models do not learn from.
     """
     rng = random.Random(seed)
-    order = []
+    order: list[int] = []
     for _ in range(num_batches):
         if len(order) < batch_size:
             order = rng.sample(range(num_documents), num_documents)

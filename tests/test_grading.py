@@ -180,7 +180,8 @@ def test_the_last_box(text, expected):
     ],
 )
 def test_answer_that_counts(completion, answer):
-    assert (found := find_answer(completion)) == (answer and (answer, found.marked))
+    found = find_answer(completion)
+    assert found == (answer and (answer, found.marked))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ def naive_varlen_attn(query, key, value, begins, begins_k, longest, longest_k, s
 
 @pytest.fixture
 def naive(monkeypatch):
+    pytest.importorskip("torch.nn.attention.varlen", reason="needs PyTorch 2.10")
     monkeypatch.setattr(packed_attention, "varlen_attn", naive_varlen_attn)
 
 

@@ -129,7 +129,7 @@ def test_gains_are_what_the_label_moves_against_an_even_split(statistics, rows):
                 gains[token] = gains.get(token, 0) + prob - 1 / len(ids)
                 counts[token] = counts.get(token, 0) + 1
     found = statistics.gains()
-    assert {token.token_id: token.count for token in found} == counts
+    assert {token.token_id: token.num_steps for token in found} == counts
     for token in found:
         assert token.gain == pytest.approx(gains[token.token_id], abs=1e-5)
     assert [token.gain for token in found] == sorted((token.gain for token in found), reverse=True)

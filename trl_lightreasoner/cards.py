@@ -88,8 +88,9 @@ def model_card(
         tags=list(
             dict.fromkeys(["generated_from_trainer", *trainer._tag_names, *(["peft"] if is_adapter else []), *tags])
         ),
-        **({"base_model_relation": "adapter"} if is_adapter and base_model else {}),
     )
+    if is_adapter and base_model:
+        data["base_model_relation"] = "adapter"
     rows = _data_rows(trainer.train_dataset, dataset_name)
     card = ModelCard.from_template(
         data,
@@ -121,8 +122,9 @@ def add_evaluation(card: ModelCard, evaluation: "Evaluation") -> None:
         f"{evaluation.table()}"
     )
     card.text = _replace_part(card.text, "evaluation", text, before="\n## Licence")
-    card.data.model_name = card.data.model_name or "model"
-    card.data.eval_results = evaluation.eval_results()
+    data: Any = card.data  # of a model
+    data.model_name = data.model_name or "model"
+    data.eval_results = evaluation.eval_results()
 
 
 def dataset_card(splits: dict[str, Dataset], repo_id: str, existing: DatasetCard | None = None) -> DatasetCard:
@@ -308,7 +310,7 @@ def _type_name(feature: Any) -> str:
 
 
 def _count_rows(splits: dict[str, Dataset]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, dataset in splits.items():
         num_steps, num_kept = sum(map(len, dataset["completion_ids"])), count_steps(dataset)
         share = f" ({num_kept / num_steps:.1%})" if num_steps else ""

@@ -12,6 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 
+Numbers = Sequence[float] | np.ndarray
+
+
 _MAX_TICKS = 6
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -58,8 +61,8 @@ class Axis(NamedTuple):
         """
         if self.is_log:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
-            step = max(1, -(-(last - first + 1) // _MAX_TICKS))
-            return [10.0**power for power in range(last, first - 1, -step)][::-1]
+            every = max(1, -(-(last - first + 1) // _MAX_TICKS))
+            return [10.0**power for power in range(last, first - 1, -every)][::-1]
         raw = (self.high - self.low) / (_MAX_TICKS - 1)
         size = 10.0 ** math.floor(math.log10(raw))
         step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= raw * (1 - 1e-9))
@@ -136,11 +139,11 @@ class Chart:
         self._shapes: list[str] = []
         self._marks: list[str] = []
 
-    def line(self, xs: Sequence[float], ys: Sequence[float], style: str) -> None:
+    def line(self, xs: Numbers, ys: Numbers, style: str) -> None:
         """A line through points."""
         self._shapes.append(f'<path class="line {style}" d="M{"L".join(self._points(xs, ys))}"/>')
 
-    def bars(self, edges: Sequence[float], heights: Sequence[float], style: str, outline: bool = False) -> None:
+    def bars(self, edges: Numbers, heights: Numbers, style: str, outline: bool = False) -> None:
         """Bars from each edge to the next; as one outline where they lie over others."""
         if outline:
             xs, ys = np.repeat(edges, 2)[1:-1], np.repeat(heights, 2)
@@ -186,7 +189,7 @@ class Chart:
             f'<p class="x-label">{escape(self.x.label)}</p></div>'
         )
 
-    def _points(self, xs: Sequence[float], ys: Sequence[float]) -> list[str]:
+    def _points(self, xs: Numbers, ys: Numbers) -> list[str]:
         return [
             f"{1000 * self.x.place(x):.4g} {1000 - 1000 * self.y.place(y):.4g}" for x, y in zip(xs, ys, strict=True)
         ]

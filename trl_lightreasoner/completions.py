@@ -91,7 +91,7 @@ def even_batch_size(num_rows: int, most: int, num_processes: int) -> int:
 
 def share_batches(order: list[tuple[int, int]], batch_size: int, processes: Processes) -> list[tuple[int, int]]:
     """What this process does: every batch as a single process would form it, dealt out one by one."""
-    batches = []
+    batches: list[list[tuple[int, int]]] = []
     for item in order:
         if not batches or batches[-1][0][1] != item[1] or len(batches[-1]) == batch_size:
             batches.append([])
@@ -180,7 +180,8 @@ def _stop_between_batches() -> Iterator[list[int]]:
     Collects the first SIGINT or SIGTERM, to be answered when the batch in flight is on the disk; a second one acts at
     once, as it would without.
     """
-    received, before = [], {}
+    received: list[int] = []
+    before: dict[int, Any] = {}
 
     def note(signum: int, frame: Any) -> None:
         received.append(signum)
@@ -188,8 +189,8 @@ def _stop_between_batches() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
     if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
+        for interrupt in (signal.SIGINT, signal.SIGTERM):
+            before[interrupt] = signal.signal(interrupt, note)
     try:
         yield received
     finally:

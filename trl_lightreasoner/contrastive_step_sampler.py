@@ -89,13 +89,14 @@ class ContrastiveStepSampler:
     ):
         self.args = args
         self.processes = Processes()
-        self.expert = expert
-        self.amateur = amateur
-        self._names = [model if isinstance(model, str) else None for model in (expert, amateur)]
+        # Names or paths until `sample` loads them
+        self.expert: Any = expert
+        self.amateur: Any = amateur
+        self._names: list[Any] = [model if isinstance(model, str) else None for model in (expert, amateur)]
         common = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-        expert_kwargs = {**common, **(args.model_init_kwargs or {})}
+        expert_kwargs = {**common, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]  # no text by now
         expert_kwargs = add_quantization(expert_kwargs, expert, quantization_config, "sampler")
-        amateur_kwargs = {**common, **(args.amateur_model_init_kwargs or {})}
+        amateur_kwargs = {**common, **(args.amateur_model_init_kwargs or {})}  # type: ignore[dict-item]
         amateur_kwargs = add_quantization(
             amateur_kwargs, amateur, amateur_quantization_config, "sampler", prefix="amateur_"
         )
@@ -176,9 +177,9 @@ class ContrastiveStepSampler:
         if not scoring_only:
             self._decode = GreedyDecoder(self.expert, self.expert_vocabulary, self.eos_ids, self._vllm)
         try:
-            columns = {name: str(feature) for name, feature in dataset.features.items()}
+            types = {name: str(feature) for name, feature in dataset.features.items()}
             done = self.processes.on_main(
-                lambda: writer.open({**self._identity(encoded), "columns": columns}, self._metadata())
+                lambda: writer.open({**self._identity(encoded), "columns": types}, self._metadata())
             )
             if not self.processes.is_main:
                 writer.join()
@@ -228,7 +229,7 @@ class ContrastiveStepSampler:
         def length(index: int) -> int:
             return len(encoded[index]["prompt_ids"])
 
-        desc = f"Sampling, {'given completions' if scoring_only else self._decode.way}"
+        desc = f"Sampling, {'given completions' if self._decode is None else self._decode.way}"
         with evaluating(self.expert, self.amateur):
             run_in_batches(order, self.batch_size, run, write, length, self.processes, desc)
 
@@ -272,7 +273,7 @@ class ContrastiveStepSampler:
         self, indices: list[int], rows: dict[str, list], room: int | None
     ) -> tuple[list[Trajectory], list[TrajectoryScores]]:
         hidden_states = None
-        if room is None:
+        if room is None or self._decode is None:
             completions = rows["completion_ids"]
         else:
             completions, hidden_states = self._decode(rows["prompt_ids"], room)

@@ -26,6 +26,7 @@ import itertools
 import random
 import re
 import zlib
+from collections.abc import Mapping
 
 
 # How often each kind and each number of steps occurs.
@@ -55,7 +56,7 @@ LOSSES = ["loses", "sells", "gives away", "breaks"]
 
 
 def make_problems(
-    num_problems: int, seed: int, split: str = "train", kind_shares: dict[str, float] = KIND_SHARES
+    num_problems: int, seed: int, split: str = "train", kind_shares: Mapping[str, float] = KIND_SHARES
 ) -> list[dict]:
     """Draw word problems.
 
@@ -88,7 +89,8 @@ def make_problems(
     ```
     """
     rng = random.Random(seed)
-    problems, questions = [], set()
+    problems: list[dict] = []
+    questions = set()
     while len(problems) < num_problems:
         kind, num_steps = _choose(rng, kind_shares), _choose(rng, NUM_STEPS_SHARES)
         # Redraw within the kind and the number of steps, so that rejections leave the shares as they are.
@@ -282,5 +284,5 @@ def _result(step: str) -> int:
     return int(step.rpartition("=")[2])
 
 
-def _choose(rng: random.Random, shares: dict):
-    return rng.choices(list(shares), weights=shares.values())[0]
+def _choose(rng: random.Random, shares: Mapping):
+    return rng.choices(list(shares), weights=list(shares.values()))[0]

@@ -271,9 +271,9 @@ def _equal_item(gold: str, answer: str, terms: _Terms) -> bool:
         return gold_digits == answer_digits and (base == answer_base or None in (base, answer_base))
     if ":" in gold + answer or _RATIO.match(gold) or _RATIO.match(answer):
         return _equal_time_or_ratio(gold, answer, terms)
-    sides = [_split(text.replace("==", "="), {"="}) for text in (gold, answer)]
-    if max(map(len, sides)) > 1 and not _INEQUALITY.search(gold + answer):
-        return _equal_equation(gold, *sides, terms)
+    gold_sides, answer_sides = (_split(text.replace("==", "="), {"="}) for text in (gold, answer))
+    if max(len(gold_sides), len(answer_sides)) > 1 and not _INEQUALITY.search(gold + answer):
+        return _equal_equation(gold, gold_sides, answer_sides, terms)
 
     gold_quantity = _quantity(gold)
     # Behind a number that is asked for "m" is metres, in a formula it is a variable
@@ -352,9 +352,13 @@ def _equal_time_or_ratio(gold: str, answer: str, terms: _Terms) -> bool:
     if gold_ratio and answer_ratio:
         return gold_ratio == answer_ratio
     # 3:4 is 3/4
-    numbers = [Number(Fraction(ratio[0]) / ratio[1]) if ratio and len(ratio) == 2 and ratio[1] else read_number(text)
-               for ratio, text in ((gold_ratio, gold), (answer_ratio, answer))]  # fmt: skip
-    return all(numbers) and same_number(*numbers, terms.tolerance)
+    gold_number, answer_number = (
+        Number(Fraction(ratio[0]) / ratio[1]) if ratio and len(ratio) == 2 and ratio[1] else read_number(text)
+        for ratio, text in ((gold_ratio, gold), (answer_ratio, answer))
+    )
+    if gold_number is None or answer_number is None:
+        return False
+    return same_number(gold_number, answer_number, terms.tolerance)
 
 
 def _ratio(text: str) -> tuple[int, ...] | None:
@@ -507,10 +511,12 @@ def _equal_formulas(gold: str, answer: str, tolerance: float | None) -> bool:
         return _same_equation(*expressions)
     if all(isinstance(expression, sympy.Expr) and expression.is_number for expression in expressions):
         # math-verify compares fifteen digits
-        numbers = [read_number(text) or _approximation(e) for text, e in zip((gold, answer), expressions, strict=True)]
-        if all(numbers):
-            difference = abs(numbers[0].value - numbers[1].value)
-            return same_number(*numbers, tolerance) or difference <= abs(numbers[0].value) / 10**40
+        first, second = (
+            read_number(text) or _approximation(e) for text, e in zip((gold, answer), expressions, strict=True)
+        )
+        if first and second:
+            difference = abs(first.value - second.value)
+            return same_number(first, second, tolerance) or difference <= abs(first.value) / 10**40
     return verify(*expressions, allow_set_relation_comp=True, timeout_seconds=limit)
 
 

@@ -88,8 +88,8 @@ def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
     from .provenance import hub_id
     from .sharing import open_repo, push_evaluation_to_hub
 
-    repo_id = script_args.hub_model_id or hub_id(script_args.model)
-    if script_args.push_to_hub and repo_id is None:
+    repo_id = script_args.hub_model_id or hub_id(script_args.model) or ""
+    if script_args.push_to_hub and not repo_id:
         raise ValueError(
             f"{script_args.model!r} is a folder. Name the repository of its model card with `--hub_model_id`."
         )

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ def evaluate(
     if importlib.util.find_spec("math_verify") is None:
         raise ImportError("Grading needs math-verify: `pip install 'trl-lightreasoner[eval]'`.")
     processes = Processes()
-    problems = {name: load_benchmark(name, args.data_dir, args.max_samples) for name in args.benchmarks}
+    problems = {name: load_benchmark(name, args.data_dir, args.max_samples) for name in args.benchmarks or []}
     candidates = [_Candidate("model", model, processing_class, quantization_config, args, problems, processes)]
     if baseline is not None:
         candidates.append(
@@ -209,7 +210,9 @@ class _Candidate:
         problems: dict[str, Dataset],
         processes: Processes,
     ):
-        self.role, self.model, self.args, self.processes = role, model, args, processes
+        self.role, self.args, self.processes = role, args, processes
+        self.model: Any = model  # a name or a path until `answer` loads it
+        self.decode: Any = None
         self.name = model if isinstance(model, str) else None
         prefix = "" if role == "model" else "baseline_"
         kwargs = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
@@ -228,8 +231,10 @@ class _Candidate:
         self.tokenizer = tokenizer
         self.vocabulary = model_vocabulary(tokenizer, config.vocab_size, role)
         self.eos_ids = find_eos_ids(model, tokenizer, **self.kwargs)
-        context = getattr(config, "max_position_embeddings", None) or float("inf")
-        self.prompt_ids, self.plans, self.writers = {}, {}, {}
+        context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        self.prompt_ids: dict[str, list[list[int]]] = {}
+        self.plans: dict[str, list[tuple[int, int]]] = {}  # rows and the room for their answers
+        self.writers: dict[str, StepWriter] = {}
         for name, dataset in problems.items():
             rows = [{"prompt": make_prompt(question, args)} for question in dataset["question"]]
             ids = self.prompt_ids[name] = encode_rows(rows, tokenizer, set(self.eos_ids))["prompt_ids"]
@@ -250,7 +255,7 @@ class _Candidate:
         lengths = [len(self.prompt_ids[name][row]) + room for name, plan in self.plans.items() for row, room in plan]
         vllm = None
         if self.args.use_vllm and lengths:
-            vllm = connect_vllm(self.args, self.name, max(lengths), self.role, **self.kwargs)
+            vllm = connect_vllm(self.args, self.model, max(lengths), self.role, **self.kwargs)
         try:
             self.model = load_model(self.model, **self.kwargs)
             self.description = describe_model(self.model, self.name)
@@ -326,7 +331,8 @@ class _Candidate:
 
     def _complete(self, prompt_ids: list[list[int]], room: int) -> tuple[list[list[int]], list[bool]]:
         """The completion of each prompt, and whether it came to an end."""
-        completions, ended = [[] for _ in prompt_ids], [False] * len(prompt_ids)
+        completions: list[list[int]] = [[] for _ in prompt_ids]
+        ended = [False] * len(prompt_ids)
         for start in range(0, room, self._tokens_a_piece):
             length = min(self._tokens_a_piece, room - start)
             # The prompt of a later piece is what was written before it, as greedy decoding would read it
@@ -378,7 +384,7 @@ def make_prompt(question: str, args: EvaluationConfig) -> str | list[dict[str, s
 
     ```
     """
-    text = args.prompt_template.replace("{question}", question)
+    text = args.prompt_template.replace("{question}", question)  # type: ignore[union-attr]  # set in `__post_init__`
     if args.prompt_style == "raw":
         return text
     system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
@@ -388,7 +394,7 @@ def make_prompt(question: str, args: EvaluationConfig) -> str | list[dict[str, s
 def _grade(candidates: list[_Candidate], args: EvaluationConfig) -> dict[str, Any]:
     """Grade what was answered, and write results.json."""
     benchmarks: dict[str, dict[str, Any]] = {}
-    for name in args.benchmarks:
+    for name in args.benchmarks or []:
         scores = benchmarks[name] = {}
         verdicts = []
         for candidate in candidates:

@@ -58,8 +58,8 @@ class Benchmark(NamedTuple):
 def _row(question: str, *gold: str, kind: str = "math", tolerance: float | None = None, unit: str | None = None):
     if not question.strip() or not all(text.strip() for text in gold) or not gold:
         raise ValueError("its question or its answer is empty")
-    gold = [text.strip() for text in gold]
-    return {"question": question.strip(), "gold": gold, "kind": kind, "tolerance": tolerance, "unit": unit or None}
+    answers = [text.strip() for text in gold]
+    return {"question": question.strip(), "gold": answers, "kind": kind, "tolerance": tolerance, "unit": unit or None}
 
 
 def _sentence(text: str) -> str:
@@ -88,7 +88,9 @@ def _read_svamp(row: dict[str, Any]) -> dict[str, Any]:
 def _read_asdiv(row: dict[str, Any]) -> dict[str, Any] | None:
     if ";" in row["answer"]:  # several answers; the usual evaluations leave them out
         return None
-    answer, unit = re.fullmatch(r"(.*?)\s*(?:\((.*)\))?", row["answer"].strip(), flags=re.DOTALL).groups()
+    parts = re.fullmatch(r"(.*?)\s*(?:\((.*)\))?", row["answer"].strip(), flags=re.DOTALL)
+    assert parts is not None  # any text is an answer
+    answer, unit = parts.groups()
     return _row(f"{_sentence(row['body'])} {row['question'].strip()}", answer, unit=unit)
 
 
@@ -175,7 +177,7 @@ def load_benchmark(name: str, data_dir: str | None = None, max_samples: int | No
                 f"{benchmark.title} in {source!r} has no column {column.replace(' | ', ' or ')!r}: expected are "
                 f"{expected}, and it has {', '.join(dataset.column_names)}."
             )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, row in enumerate(dataset):
         if len(rows) == max_samples:
             break

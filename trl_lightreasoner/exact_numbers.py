@@ -58,8 +58,8 @@ def read_number(text: str) -> Number | None:
         place = Fraction(10) ** (int(exponent or 0) - len(behind))
         value = int(whole + behind) * place * (-1 if sign == "-" else 1)
         return Number(value, place if behind or exponent else None, len((whole + behind).lstrip("0")))
-    value = _arithmetic(text)
-    return None if value is None else Number(value)
+    result = _arithmetic(text)
+    return None if result is None else Number(result)
 
 
 def _arithmetic(text: str) -> Fraction | None:

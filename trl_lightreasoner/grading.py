@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from .answers import find_answer, find_letter, last_sentence
 from .equal_answers import Symbolic, clean, equal_answers, equal_by_math_verify, says, words_of
@@ -128,7 +128,7 @@ def grade_all(items: Iterable[dict], num_workers: int | None = None, timeout: fl
             finally:  # of an interrupted run, too
                 threads.shutdown(wait=False, cancel_futures=True)
                 workers.close()
-    return verdicts
+    return [verdict for verdict in verdicts if verdict is not None]  # every one is there
 
 
 # ---- One completion ----
@@ -203,9 +203,10 @@ class _Workers:
         timer = threading.Timer(self.timeout, kill)
         timer.start()
         try:
-            worker.stdin.write(json.dumps(item) + "\n")
-            worker.stdin.flush()
-            line = worker.stdout.readline()
+            requests, replies = _pipes(worker)
+            requests.write(json.dumps(item) + "\n")
+            requests.flush()
+            line = replies.readline()
         except OSError:  # it died
             line = ""
         timer.cancel()
@@ -220,9 +221,10 @@ class _Workers:
         for worker in self._all:
             worker.kill()
             worker.wait()
-            worker.stdout.close()
+            requests, replies = _pipes(worker)
+            replies.close()
             with contextlib.suppress(OSError):  # what it did not read
-                worker.stdin.close()
+                requests.close()
 
     def _start(self) -> subprocess.Popen:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
@@ -237,9 +239,14 @@ class _Workers:
         )
         self._all.append(worker)
         # Its start is not counted against the first completion
-        if worker.stdout.readline() != "ready\n":
+        if _pipes(worker)[1].readline() != "ready\n":
             raise RuntimeError("A grading process did not start; `python -c 'import math_verify'` may tell why.")
         return worker
+
+
+def _pipes(worker: subprocess.Popen) -> tuple[IO[str], IO[str]]:
+    assert worker.stdin is not None and worker.stdout is not None
+    return worker.stdin, worker.stdout
 
 
 def _answer_text(item: dict) -> str | None:
@@ -249,7 +256,7 @@ def _answer_text(item: dict) -> str | None:
 
 def _serve() -> None:
     """What a worker does: a line of JSON in, a line of JSON out."""
-    sys.stdin.reconfigure(encoding="utf-8")
+    sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     import math_verify  # noqa: F401
 
     output = os.fdopen(os.dup(1), "w", encoding="utf-8")

@@ -175,7 +175,8 @@ class LightReasonerConfig(TrainingArguments):
 
     def __getstate__(self) -> dict[str, Any]:
         # `Trainer` leaves its arguments beside the model, as training_args.bin, and uploads them with it
-        return {**self.__dict__, "hub_token": None, "model_init_kwargs": _without_token(self.model_init_kwargs)}
+        kwargs: Any = self.model_init_kwargs  # a dict since `__post_init__`
+        return {**self.__dict__, "hub_token": None, "model_init_kwargs": _without_token(kwargs)}
 
     def to_dict(self) -> dict[str, Any]:
         # What trackers are given

@@ -128,6 +128,7 @@ class LightReasonerTrainer(Trainer):
 
     # `compute_loss` divides by the kept steps of the whole update, so that nothing is left for `Trainer` to scale
     loss_is_scaled_for_ga = True
+    _signature_columns: list[str] | None
 
     def __init__(
         self,
@@ -179,7 +180,7 @@ class LightReasonerTrainer(Trainer):
             open_repo(repo_id, private=args.hub_private_repo, token=args.hub_token)
 
         # Processing class and vocabulary
-        model_init_kwargs = dict(args.model_init_kwargs or {})
+        model_init_kwargs = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # no text by now
         model_init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
         model_init_kwargs = add_quantization(model_init_kwargs, model, quantization_config, "trainer")
         config = load_config(model, **model_init_kwargs)
@@ -356,7 +357,8 @@ class LightReasonerTrainer(Trainer):
         """
         label_probs = inputs["label_probs"]
         is_step = label_probs.sum(-1) > 0
-        model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
+        keys = ("input_ids", "attention_mask", "position_ids")
+        model_inputs: dict[str, torch.Tensor] = {key: inputs[key] for key in keys if key in inputs}
         step_mask = inputs["step_mask"]
         if is_packed(self._model_config):
             model_inputs = pack({"input_ids": inputs["input_ids"], "step_mask": step_mask}, inputs["attention_mask"])

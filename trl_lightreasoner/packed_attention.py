@@ -7,6 +7,7 @@ reads the same arguments. In any other case a batch stays padded.
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, PretrainedConfig
@@ -109,7 +110,7 @@ def packed_attention_forward(
 if varlen_attn is not None:
     # Its arguments still change from one version of PyTorch to the next
     _arguments = inspect.signature(varlen_attn).parameters
-    _CAUSAL = {"is_causal": True} if "is_causal" in _arguments else {"window_size": (-1, 0)}
+    _CAUSAL: dict[str, Any] = {"is_causal": True} if "is_causal" in _arguments else {"window_size": (-1, 0)}
     if "enable_gqa" in _arguments:
         _CAUSAL["enable_gqa"] = True
     AttentionInterface.register(_NAME, packed_attention_forward)

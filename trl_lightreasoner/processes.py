@@ -49,13 +49,13 @@ class Processes:
             if self.is_main:
                 try:
                     outcome[0] = function()
-                except Exception as error:
-                    outcome[1] = error
+                except Exception as raised:
+                    outcome[1] = raised
             torch.distributed.broadcast_object_list(outcome, src=0, group=self.group)
-        except RuntimeError as error:  # a connection was closed
+        except RuntimeError as closed:  # a connection was closed
             raise ConnectionError(
                 f"Process {self.index} waited for another one, which has ended. Run the same again to go on."
-            ) from error
+            ) from closed
         result, error = outcome
         if error is not None:
             raise error

@@ -73,7 +73,7 @@ def encode_rows(
     # All prompts in one call, which a tokenizer spreads over the processor's cores
     prompt_ids = tokenizer([text["prompt"] for text in texts], add_special_tokens=False)["input_ids"]
     has_bos = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    encoded = {"prompt_ids": []}
+    encoded: dict[str, list[list[int]]] = {"prompt_ids": []}
     if "completion" in rows[0]:
         encoded["completion_ids"] = []
     for row, text, ids in zip(rows, texts, prompt_ids, strict=True):

@@ -69,23 +69,26 @@ def differences(sampled: dict[str, Any], trained: dict[str, Any], adapts: bool =
         return sampled.get(key), trained.get(key)
 
     if _differ(*map(_last_part, values("model"))):
-        return [tuple(f"as {name!r}" for name in values("model"))]
-    pairs = []
+        was, is_now = values("model")
+        return [(f"as {was!r}", f"as {is_now!r}")]
+    pairs: list[tuple[str, str]] = []
     if _differ(*values("revision")):
-        pairs.append(tuple(f"at revision {revision}" for revision in values("revision")))
+        was, is_now = values("revision")
+        pairs.append((f"at revision {was}", f"at revision {is_now}"))
     adapters = values("adapter")
     one_is_missing = bool(adapters[0]) != bool(adapters[1]) and bool(adapters[0] or adapts)
     both_have_names = all(isinstance(adapter, str) for adapter in adapters)
     if one_is_missing or (both_have_names and _differ(*map(_last_part, adapters))):
-        pairs.append(tuple(map(_adapter, adapters)))
-    quantizations = tuple(map(describe_quantization, values("quantization")))
+        pairs.append((_adapter(adapters[0]), _adapter(adapters[1])))
+    was, is_now = values("quantization")
+    quantizations = (describe_quantization(was), describe_quantization(is_now))
     if _differ(*quantizations):
         pairs.append(quantizations)
     dtypes = values("dtype")
     if set(dtypes) <= _FLOATS:
         was, is_now = (getattr(torch, dtype) for dtype in dtypes)
         if torch.promote_types(was, is_now) != is_now:  # the weights lose digits
-            pairs.append(tuple(f"in {dtype}" for dtype in dtypes))
+            pairs.append((f"in {dtypes[0]}", f"in {dtypes[1]}"))
     return pairs
 
 
@@ -101,11 +104,12 @@ def hub_id(name: str | None) -> str | None:
 
     ```
     """
-    parts = (name or "").replace("\\", "/").split("/")
+    name = name or ""
+    parts = name.replace("\\", "/").split("/")
     if len(parts) > 2 and parts[-2] == "snapshots":  # the Hub's cache: models--owner--name/snapshots/commit
         return "/".join(parts[-3].split("--")[1:])
     try:
-        validate_repo_id(name or "")
+        validate_repo_id(name)
     except HFValidationError:
         return None
     # A name without an owner is what is left of a path
@@ -119,7 +123,7 @@ def public_name(name: str | None) -> str | None:
 
 def _read_expert(text: str | None) -> dict[str, Any] | None:
     try:
-        expert = json.loads(text)["expert"]
+        expert = json.loads(text or "")["expert"]
     except (TypeError, KeyError, ValueError):  # somebody else's column
         return None
     return expert if isinstance(expert, dict) else None

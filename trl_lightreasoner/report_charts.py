@@ -325,7 +325,7 @@ def _tokens(dataset: ReportedDataset, style: str) -> str:
         rows = "".join(
             f'<tr><th scope="row"><code>{escape(label_of(texts(token.token_id)))}</code></th>'
             f'<td class="bar-cell"><span style="width:{100 * abs(token.gain) / largest:.1f}%"></span></td>'
-            f"<td>{_signed(token.gain)}</td><td>{token.count:,}</td></tr>"
+            f"<td>{_signed(token.gain)}</td><td>{token.num_steps:,}</td></tr>"
             for token in tokens
         )
         return (

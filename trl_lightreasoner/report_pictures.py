@@ -63,9 +63,10 @@ def _pictures(datasets: list[ReportedDataset], curves: dict[str, dict[str, Curve
         for i, each in enumerate(datasets):
             name = "tokens" if len(datasets) == 1 else f"tokens_{i + 1}"
             yield name, lambda axes, each=each: _tokens(axes, each, len(datasets) > 1)
-    for key in order_curves(curves or {}):
+    curves = curves or {}
+    for key in order_curves(curves):
         name = "".join(char if char.isalnum() else "_" for char in key)
-        yield f"training_{name}", lambda axes, key=key: _curve(axes, key, curves[key])
+        yield f"training_{name}", lambda axes, key=key, curve=curves[key]: _curve(axes, key, curve)
 
 
 def _series(datasets: list[ReportedDataset]) -> Iterator[tuple[dict, ReportedDataset]]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Value
 
@@ -157,7 +158,7 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
 
     prompts = load_split(script_args.dataset_name, script_args.dataset_config, script_args.dataset_split)
     prompts = as_prompts(prompts, script_args)
-    hub = {"private": script_args.hub_private_repo, "token": script_args.hub_token}
+    hub: dict[str, Any] = {"private": script_args.hub_private_repo, "token": script_args.hub_token}
     if script_args.push_to_hub and Processes().is_main:  # who may not write shall know it now
         name = script_args.hub_dataset_id or Path(sampling_args.output_dir).absolute().name
         repo_id = open_repo(name, "dataset", **hub)

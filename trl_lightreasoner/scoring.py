@@ -78,7 +78,7 @@ def score_trajectories(
     Raises:
         [`NonFiniteLogitsError`]: If a model's logits are NaN or infinite; names the trajectory and the step.
     """
-    scores: list[TrajectoryScores | None] = [None] * len(trajectories)
+    scores: dict[int, TrajectoryScores] = {}
     contrasted: list[tuple[list[int], ContrastedSteps]] = []
 
     def read() -> None:
@@ -96,16 +96,16 @@ def score_trajectories(
         read()  # of the group before, while a GPU is at work on this one
         for rows in _parts(positions.sum(-1).tolist(), max(expert_logits.width, amateur_logits.width)):
             part = group[rows]
-            logits = [vocabulary.select(each(rows)) for each in (expert_logits, amateur_logits)]
+            of_expert, of_amateur = (vocabulary.select(each(rows)) for each in (expert_logits, amateur_logits))
             try:
-                steps = contrast_steps(*logits, alpha=alpha, beta=beta)
+                steps = contrast_steps(of_expert, of_amateur, alpha=alpha, beta=beta)
             except NonFiniteLogitsError as error:
                 i, t = [(i, t) for i in part for t in range(len(trajectories[i].completion_ids))][error.row]
                 place = f"step {t} of {names[i] if names else f'trajectory {i}'}"
                 raise NonFiniteLogitsError(error.model, error.row, place) from None
             contrasted.append((part, ContrastedSteps(*(each.cpu() for each in steps))))
     read()
-    return scores
+    return [scores[i] for i in range(len(trajectories))]
 
 
 def _by_trajectory(

@@ -137,7 +137,7 @@ def _without_paths(dataset: Dataset) -> Dataset:
 
 def _public(text: str | None) -> str | None:
     try:
-        sampling: dict[str, Any] = json.loads(text)
+        sampling: dict[str, Any] = json.loads(text or "")
         models = [sampling[role] for role in ("expert", "amateur") if sampling[role]]
         for model in models:
             for key in ("model", "adapter"):

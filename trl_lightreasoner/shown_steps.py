@@ -233,7 +233,8 @@ def _read(
 ) -> list[list[list[float]]]:
     """Probabilities of the tokens of each step of each trajectory."""
     device = get_base_model(model).get_input_embeddings().weight.device
-    to_keep, probabilities = accepts_logits_to_keep(model), []
+    to_keep = accepts_logits_to_keep(model)
+    probabilities: list[list[list[float]]] = []
     for trajectory in tqdm(trajectories, f"Reading the {role}", leave=False, disable=None):
         if not trajectory.steps:
             probabilities.append([])

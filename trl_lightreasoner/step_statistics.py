@@ -43,12 +43,12 @@ class TokenGain(NamedTuple):
         token_id (`int`): The token.
         gain (`float`): Sum of v_C - 1/|support| over the kept steps whose support holds it: above 0 where the expert
             prefers it to the other plausible tokens more than the amateur does, below 0 where less.
-        count (`int`): Number of those steps.
+        num_steps (`int`): Number of those steps.
     """
 
     token_id: int
     gain: float
-    count: int
+    num_steps: int
 
 
 class StepStatistics:
@@ -140,7 +140,11 @@ class StepStatistics:
             raise ValueError(f"Row {self.num_rows} of the {name} cannot be reported: {error}.") from None
 
     def _add(self, rows: list[dict[str, list]], keys: list[int]) -> None:
-        new = [row for row, key in zip(rows, keys, strict=True) if key not in self._seen and not self._seen.add(key)]
+        new = []
+        for row, key in zip(rows, keys, strict=True):
+            if key not in self._seen:
+                self._seen.add(key)
+                new.append(row)
         self.num_trajectories += len(new)
         width = self.position_edges[1]
         if new:

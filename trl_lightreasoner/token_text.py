@@ -86,6 +86,7 @@ class TokenTexts:
         return self.tokenizer is not None and token_id in self._special
 
     def _text(self, token_id: int) -> str:
+        assert self.tokenizer is not None
         token = self.tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < self._size else None
         if token is None:
             return f"\u27e8token {token_id}\u27e9"
@@ -105,6 +106,7 @@ class TokenTexts:
         return spell_out(token)
 
     def _decode(self, token_ids: list[int]) -> str:
+        assert self.tokenizer is not None
         return self.tokenizer.decode(
             [*self._anchor, *token_ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )

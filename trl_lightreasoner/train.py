@@ -89,7 +89,7 @@ def main(
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         **({} if model_args.dtype is None else {"dtype": model_args.dtype}),
-        **(training_args.model_init_kwargs or {}),
+        **(training_args.model_init_kwargs or {}),  # type: ignore[dict-item]  # no text by now
     }
     checkpoint = find_checkpoint(training_args)
     hub_kwargs = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}

@@ -125,7 +125,7 @@ def prepare_rows(
     dataset = dataset.with_format(None)  # lists, whatever the user looked at it as
 
     def prepare(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        kept_rows = {column: [] for column in batch}
+        kept_rows: dict[str, list] = {column: [] for column in batch}
         for i, index in enumerate(indices):
             row = {column: values[i] for column, values in batch.items()}
             try:

@@ -103,11 +103,11 @@ def parse_unit(text: str) -> Unit | None:
                 return None
             parts.append((*found, sign * square))
             square = 1
-    total = Counter()
+    exponents: Counter[str] = Counter()
     for _, dimensions, power in parts:
-        total.update({name: exponent * power for name, exponent in dimensions.items()})
-    total = frozenset((name, power) for name, power in total.items() if power)
-    return Unit(math.prod(factor**power for factor, _, power in parts), total) if total else None
+        exponents.update({name: exponent * power for name, exponent in dimensions.items()})
+    total = frozenset((name, power) for name, power in exponents.items() if power)
+    return Unit(math.prod((factor**power for factor, _, power in parts), start=Fraction(1)), total) if total else None
 
 
 def _look_up(word: str) -> tuple[Fraction, dict[str, int]] | None:

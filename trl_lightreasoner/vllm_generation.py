@@ -175,7 +175,7 @@ class ColocatedVLLM(VLLMGeneration):
         import vllm
 
         self.version = vllm.__version__
-        self.llm = None
+        self.llm: Any = None
         self.expert, self.name = expert, name
         self.kwargs = {"max_model_len": max_length, "gpu_memory_utilization": gpu_memory_utilization, **kwargs}
 

@@ -45,7 +45,7 @@ class Vocabulary:
     def __len__(self) -> int:
         return self._size
 
-    def __contains__(self, token_id: int) -> bool:
+    def __contains__(self, token_id: object) -> bool:
         return token_id in self._members
 
     def to(self, device: torch.device) -> "Vocabulary":

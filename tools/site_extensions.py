@@ -1,0 +1,44 @@
+"""What the documentation's site needs beside zensical: equations without a script, and the docstrings' own dialect.
+
+Used by `zensical.toml`; `make docs` builds the site.
+"""
+
+import re
+
+import griffe
+from latex2mathml.converter import convert
+
+
+def math_fence(source: str, language: str, css_class: str, options: dict, md, **kwargs) -> str:
+    """A ```` ```math ```` block, which GitHub shows as well, as MathML, which browsers draw by themselves."""
+    return f'<div class="math" tabindex="0">{convert(source, display="block")}</div>'
+
+
+class TransformersDocstrings(griffe.Extension):
+    """
+    The docstrings are written as those of transformers and TRL are: "name (`type`, *optional*, defaults to `x`):" and
+    "[`~package.Name`]". This makes of them what mkdocstrings understands.
+    """
+
+    def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = translate(obj.docstring.value)
+
+
+def translate(docstring: str) -> str:
+    """
+    >>> translate("beta (`float`, *optional*, defaults to `0.4`):\\n    See [`~trl.TrlParser`].")
+    'beta (float):\\n    See `TrlParser`.'
+    """
+    docstring = re.sub(r"\[`~?(?:\w+\.)*(\w+)`\]", r"`\1`", docstring)
+    # Groups of parameters are sections with a title
+    docstring = re.sub(r"^Parameters:\n(?= *>)", "", docstring, flags=re.MULTILINE)
+    docstring = re.sub(r"^ +> (Parameters.*)$", r"Parameters: \1", docstring, flags=re.MULTILINE)
+    # One line a parameter; the signature already tells defaults
+    head = re.compile(r"^( *\w+) \((.+)\):$", re.MULTILINE)
+    docstring = head.sub(lambda match: f"{match[1]} ({_plain(match[2])}):", docstring)
+    return re.sub(r"^( +)`(\w+Error)`:", r"\1\2:", docstring, flags=re.MULTILINE)
+
+
+def _plain(annotation: str) -> str:
+    return re.sub(r",? or |, (?=`)", " | ", annotation.partition(", *optional*")[0]).replace("`", "")
