@@ -49,6 +49,7 @@ def run(prog: str, make_parser: Callable, command: Callable, argv: Sequence[str]
     """Parse `argv` and run one command; a mistake of the user's becomes one sentence on stderr and exit status 2."""
     try:
         command(*make_parser(prog).parse(argv))
+        _leave_process_group()
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         from .arguments import printable
 
@@ -57,6 +58,13 @@ def run(prog: str, make_parser: Callable, command: Callable, argv: Sequence[str]
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _leave_process_group() -> None:
+    """With threads of the group still at work, the end of a process can be an abort."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

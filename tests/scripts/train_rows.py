@@ -57,3 +57,5 @@ def main(settings: dict) -> None:
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
+    if torch.distributed.is_initialized():  # with its threads still at work, the end can be an abort
+        torch.distributed.destroy_process_group()
