@@ -115,6 +115,9 @@ def test_docstrings_are_translated_for_the_site():
     assert site_extensions["translate"](grouped) == (
         "Parameters: Parameters that control the output\n\n    a (str | C):\n        D."
     )
+    assert site_extensions["translate"]("    a (`T` of shape `(N, V)`, *optional*): B (see c): d.") == (
+        "    a (T of shape (N, V)): B (see c): d."
+    )
     assert site_extensions["math_fence"]("v_C", "math", "math", {}, None).count("<msub>") == 1
 
 

@@ -35,8 +35,10 @@ def translate(docstring: str) -> str:
     docstring = re.sub(r"^Parameters:\n(?= *>)", "", docstring, flags=re.MULTILINE)
     docstring = re.sub(r"^ +> (Parameters.*)$", r"Parameters: \1", docstring, flags=re.MULTILINE)
     # One line a parameter; the signature already tells defaults
-    head = re.compile(r"^( *\w+) \((.+)\):$", re.MULTILINE)
+    head = re.compile(r"^( *\w+) \((.+?)\):(?=$| )", re.MULTILINE)
     docstring = head.sub(lambda match: f"{match[1]} ({_plain(match[2])}):", docstring)
+    # The signature tells the type as well
+    docstring = re.sub(r"^( *Returns:\n +)`[^`\n]+`: ", r"\1", docstring, flags=re.MULTILINE)
     return re.sub(r"^( +)`(\w+Error)`:", r"\1\2:", docstring, flags=re.MULTILINE)
 
 
