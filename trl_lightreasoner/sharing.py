@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, DatasetDict
-from huggingface_hub import DatasetCard, HfApi, ModelCard
+from huggingface_hub import DatasetCard, HfApi, ModelCard, RepoCard
 from huggingface_hub.errors import EntryNotFoundError
 
 from .cards import add_evaluation, dataset_card
@@ -72,7 +72,7 @@ def push_dataset_to_hub(
             ((name, split),) = splits.items()
             split.push_to_hub(repo_id, split=name, token=token)
         card = dataset_card(splits, repo_id, existing=DatasetCard.load(repo_id, token=token))
-        card.push_to_hub(repo_id, token=token, commit_message="Update the dataset card")
+        _upload_card(card, repo_id, "dataset", token, "Update the dataset card")
     return repo_id
 
 
@@ -95,7 +95,7 @@ def push_evaluation_to_hub(evaluation: "Evaluation", repo_id: str, token: str | 
             card = ModelCard("---\n---\n")
         card.data.model_name = card.data.model_name or repo_id.split("/")[-1]
         add_evaluation(card, evaluation)
-        card.push_to_hub(repo_id, token=token, commit_message="Add accuracies")
+        _upload_card(card, repo_id, "model", token, "Add accuracies")
 
 
 def open_repo(repo_id: str, repo_type: str = "model", private: bool | None = None, token: str | None = None) -> str:
@@ -110,6 +110,18 @@ def open_repo(repo_id: str, repo_type: str = "model", private: bool | None = Non
         "leave out `push_to_hub`."
     ):
         return HfApi(token=token).create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+
+
+def _upload_card(card: RepoCard, repo_id: str, repo_type: str, token: str | None, message: str) -> None:
+    # `RepoCard.push_to_hub` asks huggingface.co about the card first, in huggingface_hub 1 even if HF_ENDPOINT names
+    # another Hub; a Hub looks at the metadata of what it is sent by itself
+    HfApi(token=token).upload_file(
+        path_or_fileobj=str(card).encode(),
+        path_in_repo="README.md",
+        repo_id=repo_id,
+        repo_type=repo_type,
+        commit_message=message,
+    )
 
 
 @contextmanager

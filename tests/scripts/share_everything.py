@@ -82,6 +82,7 @@ def from_python(expert: str, folder: Path, evaluation: Evaluation) -> None:
     card = DatasetCard.load("me/again")
     card.text += "\nBen made this.\n"
     card.data["language"] = "en"
+    card.validate = lambda **kwargs: None  # huggingface_hub 1 asks huggingface.co
     card.push_to_hub("me/again", token="hf_SECRET")
     other = rows.remove_columns("id").add_column("difficulty", [0.5] * len(rows)).select(range(4))
     push_dataset_to_hub(other, "me/again", token="hf_SECRET")
