@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import logging as transformers_logging
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
 
@@ -133,3 +134,11 @@ def steps(tmp_path_factory, expert_path, amateur_path, prompts) -> Dataset:
     """A Dataset of kept steps of the tiny pair, with rows of unequal lengths and numbers of kept steps."""
     args = ContrastiveSamplingConfig(str(tmp_path_factory.mktemp("steps")), max_new_tokens=12, beta=1.95)
     return ContrastiveStepSampler(expert_path, amateur_path, args).sample(prompts)
+
+
+@pytest.fixture
+def propagated_logs():
+    """What transformers' loggers say reaches `caplog`."""
+    transformers_logging.enable_propagation()
+    yield
+    transformers_logging.disable_propagation()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from trl_lightreasoner import (
     sampling_metadata,
 )
 from trl_lightreasoner.arguments import load_split
-from trl_lightreasoner.cli import COMMANDS, main
+from trl_lightreasoner.cli import COMMANDS, main, run
 from trl_lightreasoner.eval import EvaluationArguments
 from trl_lightreasoner.import_steps import ImportArguments
 from trl_lightreasoner.merge import MergeArguments
@@ -504,3 +505,12 @@ def test_a_conversation_is_made_of_text_prompts_on_request(expert_path, amateur_
     assert main(["sample", *argv]) == 0
     dataset = Dataset.from_parquet(str(tmp_path / "steps" / "data" / "*.parquet"))
     assert dataset[1]["prompt"] == [{"role": "user", "content": QUESTIONS[1]}]
+
+
+def test_a_command_leaves_its_process_group(monkeypatch):
+    left = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+    parser = SimpleNamespace(parse=lambda argv: ())
+    assert run("lightreasoner nothing", lambda prog: parser, lambda: None, []) == 0
+    assert left == [True]

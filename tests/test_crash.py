@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import die_at_call
 from datasets import Dataset
-from transformers import logging
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
 
@@ -21,11 +20,7 @@ from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
 NUM_PROMPTS = 40
 
 
-@pytest.fixture(autouse=True)
-def _propagate():
-    logging.enable_propagation()
-    yield
-    logging.disable_propagation()
+pytestmark = pytest.mark.usefixtures("propagated_logs")
 
 
 @pytest.fixture(scope="module")

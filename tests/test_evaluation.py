@@ -16,7 +16,7 @@ from datasets import Dataset
 from huggingface_hub import ModelCardData
 from peft import LoraConfig, get_peft_model
 from test_evaluation_sets import FILES, write
-from transformers import AutoTokenizer, logging
+from transformers import AutoTokenizer
 
 from trl_lightreasoner import EvaluationConfig, evaluate, evaluation
 from trl_lightreasoner.cli import main
@@ -33,11 +33,7 @@ pytest.importorskip("math_verify")
 NUM_PROBLEMS = 10
 
 
-@pytest.fixture(autouse=True)
-def _propagate():
-    logging.enable_propagation()
-    yield
-    logging.disable_propagation()
+pytestmark = pytest.mark.usefixtures("propagated_logs")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer, import_published_steps, sampling_metadata
 from trl_lightreasoner.arguments import load_split
@@ -17,11 +17,7 @@ from trl_lightreasoner.step_dataset import STEP_FEATURES, count_steps, raise_bet
 GOLDEN = Path(__file__).parent / "data" / "sampling_golden"
 
 
-@pytest.fixture(autouse=True)
-def _propagate():
-    logging.enable_propagation()
-    yield
-    logging.disable_propagation()
+pytestmark = pytest.mark.usefixtures("propagated_logs")
 
 
 def read_lines(file: Path) -> list[dict]:

@@ -6,16 +6,12 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
 
 
-@pytest.fixture(autouse=True)
-def _propagate():
-    logging.enable_propagation()
-    yield
-    logging.disable_propagation()
+pytestmark = pytest.mark.usefixtures("propagated_logs")
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

@@ -7,17 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, logging
+from transformers import AutoModelForCausalLM
 
 from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
 from trl_lightreasoner.watching import DriftWarnings, adapter_off
 
 
-@pytest.fixture(autouse=True)
-def _propagate():
-    logging.enable_propagation()
-    yield
-    logging.disable_propagation()
+pytestmark = pytest.mark.usefixtures("propagated_logs")
 
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

@@ -7,12 +7,13 @@ Everything else is bounded.
 
 import math
 import re
-import threading
 from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
+from .answer_writing import WRAPPERS, clean, squeeze
 from .exact_numbers import Number, TooLarge, is_huge, read_number, same_number
+from .formulas import equal_by_math_verify
 from .units import Unit, parse_unit
 
 
@@ -64,87 +65,6 @@ def equal_answers(
         return False
 
 
-# ---- Writing: the same thing is written the same way ----
-
-_WRAPPERS = r"\\(?:text|textbf|textrm|textit|mbox|hbox|mathrm|rm|operatorname)\s*\{([^{}]*)\}"
-_SAME = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        ("−|–", "-"),
-        ("×", r" \\times "),
-        ("·|⋅", r" \\cdot "),
-        ("÷", "/"),
-        ("π", r"\\pi "),
-        ("∞", r"\\infty "),
-        ("≤", r"\\le "),
-        ("≥", r"\\ge "),
-        ("±", r"\\pm "),
-        ("∪", r"\\cup "),
-        ("∈", r"\\in "),
-        (r"≈|≃|\\simeq\b|\\thickapprox\b", r"\\approx "),
-        (r"√\s*\(?(\w+)\)?", r"\\sqrt{\1}"),
-        ("°", r"^\\circ "),
-        ("²", "^2"),
-        ("³", "^3"),
-        (r"\\[$]|\\textdollar\b", "¤"),
-        (r"\$(?=\.?\d[^$]*$)", "¤"),  # "$18", with no other dollar sign behind it
-        (r"\$|\*\*|`|(?<!\\)\\[()\[\]]|\\displaystyle|\\boldsymbol|\\mathbf", ""),
-        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
-        (r"\\lbrace|\\lbrack", lambda match: r"\{" if "brace" in match[0] else "["),
-        (r"\\rbrace|\\rbrack", lambda match: r"\}" if "brace" in match[0] else "]"),
-        (r"\\langle", "("),
-        (r"\\rangle", ")"),
-        (r"(\d),?\s*(?:\\[!,]|\{,\})\s*(?=\d{3}(?!\d))", r"\1"),  # separators of thousands that can be nothing else
-        (r",\\!", ","),
-        (r"(?<!\\)\\[!,;:> ]|~|\\q?quad\b|\\hspace\{[^{}]*\}", " "),
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\(ge|le)qslant|\\(ge|le)q(?![a-z])", lambda match: "\\" + (match[1] or match[2]) + " "),
-        (r"<=", r"\\le "),
-        (r">=", r"\\ge "),
-        (r"\\colon\b", ":"),
-        (r"\\%|\\?\s*\bper ?cent\b", "%"),
-        (r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree", r" \\text{degrees} "),
-        (r"\^\s*\{\s*\\prime\s*\\prime\s*\}", r" \\text{arcseconds} "),
-        (r"\bnp\.(?=[a-z])", r"\\"),
-        (r"(?<=\d)(?:st|nd|rd|th)\b|(?<=\d)\s*\^\s*\{\s*\\\w+\s*\{(?:st|nd|rd|th)\}\s*\}", ""),
-        (r"\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}", ","),
-        (r"(\d) and (?=\d+ ?/ ?\d+)", r"\1 "),  # one and a quarter
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
-        (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
-        (r"(\d+)\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", lambda match: _mixed(*match.groups())),
-        (r"(?<![\d/.^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])", lambda match: _mixed(*match.groups())),
-        (r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?", lambda match: _repeating(*match.groups())),
-        (r"(?<=\d)\s*(?:million\b|\\text\s*\{\s*million\s*\})", r" \\times 10^6 "),
-        (r"(?<=\d)\s*(?:billion\b|\\text\s*\{\s*billion\s*\})", r" \\times 10^9 "),
-        (r"([_^])\{(\w)\}", r"\1\2"),
-    )
-]
-
-
-def clean(text: str) -> str:
-    for pattern, replacement in _SAME:
-        text = pattern.sub(replacement, text)
-    return text.strip(" \n\t,;:").rstrip(" .")
-
-
-def _mixed(whole: str, numerator: str, denominator: str) -> str:
-    if int(numerator) >= int(denominator):  # 3\frac{5}{2} is a product, if anything
-        return rf"{whole}\cdot\frac{{{numerator}}}{{{denominator}}}"
-    return f"(({int(whole) * int(denominator) + int(numerator)})/({denominator}))"
-
-
-def _repeating(whole: str, digits: str, period: str) -> str:
-    r"""0.\overline{3} is 3/9, 0.1\overline{6} is 15/90."""
-    numerator = int(whole + digits + period) - int(whole + digits or 0)
-    return f"(({numerator})/({10 ** (len(digits) + len(period)) - 10 ** len(digits)}))"
-
-
-def _squeeze(text: str) -> str:
-    # A space between digits stays: "1 1" is not 11
-    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(_WRAPPERS, r"\1", text))
-
-
 # ---- Structure: lists, sets, pairs, intervals, unions ----
 
 _OPENING, _CLOSING = {"(", "[", "{", r"\{"}, {")", "]", "}", r"\}"}
@@ -160,7 +80,7 @@ class _Parts(NamedTuple):
 
 
 def _equal(gold: str, answer: str, terms: _Terms) -> bool:
-    if _squeeze(gold) == _squeeze(answer):
+    if squeeze(gold) == squeeze(answer):
         return True
     gold, answer = _without_approximation(gold), _without_approximation(answer)
     gold_parts, answer_parts = _parts(gold), _parts(answer)
@@ -259,15 +179,15 @@ _NAME = re.compile(
 
 
 def _equal_item(gold: str, answer: str, terms: _Terms) -> bool:
-    if _squeeze(gold) == _squeeze(answer):
+    if squeeze(gold) == squeeze(answer):
         return True
     if words := words_of(gold):
         return words == (words_of(answer) or words_of(rf"\text{{{answer}}}"))
 
     if (gold_base := _base(gold)) or _base(answer):
         # An answer without a base is taken to be in the one that was asked for
-        gold_digits, base = gold_base or (_squeeze(gold), None)
-        answer_digits, answer_base = _base(answer) or (_squeeze(answer), None)
+        gold_digits, base = gold_base or (squeeze(gold), None)
+        answer_digits, answer_base = _base(answer) or (squeeze(answer), None)
         return gold_digits == answer_digits and (base == answer_base or None in (base, answer_base))
     if ":" in gold + answer or _RATIO.match(gold) or _RATIO.match(answer):
         return _equal_time_or_ratio(gold, answer, terms)
@@ -292,7 +212,7 @@ def _equal_item(gold: str, answer: str, terms: _Terms) -> bool:
             for n in _percents(number, gold_quantity, answer_quantity)
         )
     if gold_quantity.number and re.search(
-        r"[a-zA-Z]{2,}", re.sub(_WRAPPERS + r"|\\[a-zA-Z]+", "", answer_quantity.text)
+        r"[a-zA-Z]{2,}", re.sub(WRAPPERS + r"|\\[a-zA-Z]+", "", answer_quantity.text)
     ):
         return False  # prose
     if is_huge(gold_quantity.text) or is_huge(answer_quantity.text):
@@ -305,8 +225,8 @@ def _equal_item(gold: str, answer: str, terms: _Terms) -> bool:
 
 def words_of(text: str) -> str | None:
     r"""A text answer in small letters without articles; `None` for numbers and formulas."""
-    wrapped = re.search(_WRAPPERS, text)
-    plain = re.sub(_WRAPPERS, r" \1 ", text)
+    wrapped = re.search(WRAPPERS, text)
+    plain = re.sub(WRAPPERS, r" \1 ", text)
     letters = re.sub(r"[^A-Za-z]", "", plain)
     if (
         not re.fullmatch(r"[\w\s.,'’()&:?!-]+", plain)
@@ -331,7 +251,7 @@ def says(sentence: str, words: str) -> bool:
 
 
 def _base(text: str) -> tuple[str, int | None] | None:
-    match = _BASE.match(re.sub(_WRAPPERS, r"\1", text).strip())
+    match = _BASE.match(re.sub(WRAPPERS, r"\1", text).strip())
     if not match:
         return None
     base = match[2] or match[3]
@@ -341,7 +261,7 @@ def _base(text: str) -> tuple[str, int | None] | None:
 
 
 def _equal_time_or_ratio(gold: str, answer: str, terms: _Terms) -> bool:
-    gold, answer = re.sub(_WRAPPERS, r"\1", gold).strip(), re.sub(_WRAPPERS, r"\1", answer).strip()
+    gold, answer = re.sub(WRAPPERS, r"\1", gold).strip(), re.sub(WRAPPERS, r"\1", answer).strip()
     gold_time, answer_time = _TIME.match(gold), _TIME.match(answer)
     if gold_time and answer_time and (gold_time[4] or answer_time[4]):
         # An answer without a.m. or p.m. is like one without a unit
@@ -402,7 +322,7 @@ class _Quantity(NamedTuple):
     is_percent: bool = False
 
 
-_UNIT_WORD = rf"(?:{_WRAPPERS}|\{{\s*[A-Za-z~\s]+\}}|[A-Za-zµμ'’-]++\.?|\\(?:AA|mu|cdot)(?![a-zA-Z]))"
+_UNIT_WORD = rf"(?:{WRAPPERS}|\{{\s*[A-Za-z~\s]+\}}|[A-Za-zµμ'’-]++\.?|\\(?:AA|mu|cdot)(?![a-zA-Z]))"
 _UNIT_TAIL = re.compile(
     r"(?:(?<=[\d)}!.])|(?<=[a-z])(?=\s*\\(?:text|mbox|mathrm)\b))"
     rf"\s*(?P<unit>(?:{_UNIT_WORD}|/(?=\s*{_UNIT_WORD}))(?:{_UNIT_WORD}|\^\s*\{{?\s*-?\d\s*\}}?|/|\s)*)$"
@@ -419,8 +339,8 @@ def _quantity(text: str, letter_is_unit: bool = False) -> _Quantity:
         text, unit = bracketed[1], parse_unit(bracketed[2])
     for tail in [] if bracketed else _UNIT_TAIL.finditer(text):
         value = text[: tail.start()].strip()
-        words = re.sub(_WRAPPERS, r" \1 ", tail["unit"]).strip()
-        is_wrapped = re.match(_WRAPPERS + r"|\{", tail["unit"]) is not None
+        words = re.sub(WRAPPERS, r" \1 ", tail["unit"]).strip()
+        is_wrapped = re.match(WRAPPERS + r"|\{", tail["unit"]) is not None
         found = parse_unit(words)
         known_word = found is not None and re.search("[A-Za-zµμ]{2}", words)
         plain_words = re.match(r"[\s(]*[a-z][A-Za-z'’-]{2,}", words) and text[tail.start() : tail.start("unit")]
@@ -435,7 +355,7 @@ def _quantity(text: str, letter_is_unit: bool = False) -> _Quantity:
 
 
 def _unit(text: str) -> Unit | None:
-    return parse_unit(re.sub(_WRAPPERS, r" \1 ", clean(text)))
+    return parse_unit(re.sub(WRAPPERS, r" \1 ", clean(text)))
 
 
 def _conversion(gold: _Quantity, answer: _Quantity) -> Fraction | None:
@@ -458,7 +378,7 @@ def _percents(number: Number, gold: _Quantity, answer: _Quantity) -> list[Number
 
 def _quantity_in_prose(text: str) -> _Quantity | None:
     """The only number among words, "18 apples are left" or "she has 18"; `None` if there are several or a formula."""
-    plain = re.sub(_WRAPPERS, r" \1 ", text)
+    plain = re.sub(WRAPPERS, r" \1 ", text)
     numbers = list(re.finditer(r"(?<![\w.])[-+]?[¤€£¥]?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+)?\s*%?", plain))
     rest = re.sub(r"[\s,.;:'’!?-]", "", plain[: numbers[0].start()] + plain[numbers[0].end() :]) if numbers else ""
     words = plain[numbers[0].end() :].split() if numbers else []
@@ -475,64 +395,3 @@ def _quantity_in_prose(text: str) -> _Quantity | None:
         parse_unit(re.split(r"\b(?:for|in|per|on|at|of)\b", " ".join(words))[0]) if words else None
     )
     return quantity._replace(unit=unit) if quantity.number else None
-
-
-# ---- Formulas ----
-
-
-def equal_by_math_verify(gold: str, answer: str, tolerance: float | None) -> bool:
-    """Whether two formulas in LaTeX are equal; the reference answer has to be the first."""
-    try:
-        return _equal_formulas(gold, answer, tolerance)
-    except Exception:  # computer algebra fails in many ways; what it cannot compare is not equal
-        return False
-
-
-def _equal_formulas(gold: str, answer: str, tolerance: float | None) -> bool:
-    import sympy
-    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    # What looks like a unit here is a variable
-    writing = NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
-    )
-    config = [LatexExtractionConfig(normalization_config=writing)]
-    # Its limit of time is a signal, which only the main thread may use
-    limit = 5 if threading.current_thread() is threading.main_thread() else None
-    expressions = []
-    for text in (gold, answer):
-        found = parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=limit)
-        if not found:
-            return False
-        expressions.append(found[0])
-
-    if all(isinstance(expression, sympy.Eq) for expression in expressions):
-        return _same_equation(*expressions)
-    if all(isinstance(expression, sympy.Expr) and expression.is_number for expression in expressions):
-        # math-verify compares fifteen digits
-        first, second = (
-            read_number(text) or _approximation(e) for text, e in zip((gold, answer), expressions, strict=True)
-        )
-        if first and second:
-            difference = abs(first.value - second.value)
-            return same_number(first, second, tolerance) or difference <= abs(first.value) / 10**40
-    return verify(*expressions, allow_set_relation_comp=True, timeout_seconds=limit)
-
-
-def _same_equation(gold, answer) -> bool:
-    """Up to sign and scale: one side less the other is the same, times a number."""
-    import sympy
-
-    difference, other = (sympy.expand((e.lhs - e.rhs).doit()) for e in (gold, answer))
-    if difference == 0 or other == 0:
-        return difference == other
-    return bool(sympy.simplify(difference / other).is_number)
-
-
-def _approximation(expression) -> Number | None:
-    """Sixty digits of a real number such as a root."""
-    import sympy
-
-    value = sympy.N(expression.doit(), 60)
-    return Number(Fraction(str(value))) if value.is_Float and value.is_finite else None

@@ -20,8 +20,10 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, NamedTuple
 
+from .answer_writing import clean
 from .answers import find_answer, find_letter, last_sentence
-from .equal_answers import Symbolic, clean, equal_answers, equal_by_math_verify, says, words_of
+from .equal_answers import Symbolic, equal_answers, says, words_of
+from .formulas import equal_by_math_verify
 
 
 # Longer ones are no answers but runaway text

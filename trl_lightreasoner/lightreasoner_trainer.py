@@ -1,10 +1,9 @@
 """`LightReasonerTrainer`: fine-tunes an expert on the kept steps of a Dataset, `D_KL(v_C || pi_theta)` at each."""
 
 import copy
-import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -16,7 +15,6 @@ from transformers import (
     DataCollator,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerState,
     TrainingArguments,
@@ -26,7 +24,7 @@ from transformers import (
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import EvalLoopOutput
 
-from .cards import draw_curve, model_card
+from .base_trainer import _BaseTrainer
 from .combinations import check_combinations
 from .contrast import contrastive_loss
 from .data_collator import DataCollatorForLightReasoner
@@ -46,18 +44,14 @@ from .models import (
 )
 from .nonfinite_updates import SkipNonFiniteUpdates
 from .packed_attention import can_pack, is_packed, pack, packed_attention
-from .provenance import hub_id, warn_of_another_expert
+from .provenance import warn_of_another_expert
 from .resuming import RememberEpochs, load_state, plan_training
-from .sharing import hub_errors, open_repo
+from .sharing import open_repo
 from .step_dataset import STEP_COLUMNS
 from .step_writer import check_folder
 from .training_rows import prepare_rows
 from .vocabulary import model_vocabulary
 from .watching import DriftWarnings, adapter_off, divergence_at, starts_as_expert
-
-
-if TYPE_CHECKING:
-    from .evaluation import Evaluation
 
 
 logger = logging.get_logger(__name__)
@@ -69,7 +63,7 @@ _UPDATE_WHOLE_TRAJECTORIES = (2, 1)
 _EPOCHS_WHOLE_TRAJECTORIES = 2.0
 
 
-class LightReasonerTrainer(Trainer):
+class LightReasonerTrainer(_BaseTrainer):
     """
     Trainer for LightReasoner (arXiv 2510.07962): minimises `D_KL(v_C || pi_theta)` at the kept steps of a Dataset.
 
@@ -482,59 +476,6 @@ class LightReasonerTrainer(Trainer):
             logs["num_nonfinite_updates"] = self.skip_nonfinite_updates.count
             self._sums = torch.zeros_like(self._sums)
         super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        # PEFT's card of the folder tells where the base model lies on this machine
-        if self.is_world_process_zero():
-            model_card(self, self._model_name()).save(os.path.join(output_dir or self.args.output_dir, "README.md"))
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        # What is uploaded while training goes on has a card as well; an upload that goes on must not see it change
-        if self.args.push_to_hub and self.is_world_process_zero():
-            if self.push_in_progress is None or self.push_in_progress.is_done():
-                self.create_model_card()
-        super()._save_checkpoint(model, trial)
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        evaluation: "Evaluation | None" = None,
-    ) -> None:
-        """
-        Model card in `args.output_dir`, with TRL's arguments, and the training curve as a picture if matplotlib is
-        installed. [`~transformers.Trainer.push_to_hub`] makes it and passes these arguments on.
-
-        Args:
-            model_name (`str`, *optional*): Name of the model.
-            dataset_name (`str`, *optional*): Id on the Hub of the dataset used for training.
-            tags (`str` or `list[str]`, *optional*): Tags beside the method's own.
-            evaluation ([`~trl_lightreasoner.evaluation.Evaluation`], *optional*):
-                What [`~trl_lightreasoner.evaluate`] returned for the model.
-        """
-        if not self.is_world_process_zero():
-            return
-        folder = self.args.output_dir
-        os.makedirs(folder, exist_ok=True)
-        has_figure = draw_curve(self.state, os.path.join(folder, "training_curve.png"))
-        tags = [tags] if isinstance(tags, str) else tags or []
-        card = model_card(self, model_name or self._model_name(), dataset_name, tags, evaluation, has_figure)
-        card.save(os.path.join(folder, "README.md"))
-
-    def push_to_hub(self, *args, **kwargs):
-        base = self._model_config._name_or_path
-        if isinstance(self.model, PeftModel) and hub_id(base) is None and self.is_world_process_zero():
-            logger.warning(
-                f"The adapter is of {base!r}, a folder of this machine, which its adapter_config.json names. Push the "
-                "base model as well and name it there, so that others can load the adapter."
-            )
-        with hub_errors(f"What was trained is in {self.args.output_dir!r}, which `hf upload` can send as well."):
-            return super().push_to_hub(*args, **kwargs)
-
-    def _model_name(self) -> str:
-        return (self.args.hub_model_id or Path(self.args.output_dir).absolute().name).split("/")[-1]
 
 
 def _is_plain_lora(model: PeftModel) -> bool:

@@ -1,0 +1,97 @@
+"""How answers are written: what means the same is made to look the same, before anything is compared.
+
+Text in, text out; standard library only.
+"""
+
+import re
+
+
+WRAPPERS = r"\\(?:text|textbf|textrm|textit|mbox|hbox|mathrm|rm|operatorname)\s*\{([^{}]*)\}"
+_SAME = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        ("−|–", "-"),
+        ("×", r" \\times "),
+        ("·|⋅", r" \\cdot "),
+        ("÷", "/"),
+        ("π", r"\\pi "),
+        ("∞", r"\\infty "),
+        ("≤", r"\\le "),
+        ("≥", r"\\ge "),
+        ("±", r"\\pm "),
+        ("∪", r"\\cup "),
+        ("∈", r"\\in "),
+        (r"≈|≃|\\simeq\b|\\thickapprox\b", r"\\approx "),
+        (r"√\s*\(?(\w+)\)?", r"\\sqrt{\1}"),
+        ("°", r"^\\circ "),
+        ("²", "^2"),
+        ("³", "^3"),
+        (r"\\[$]|\\textdollar\b", "¤"),
+        (r"\$(?=\.?\d[^$]*$)", "¤"),  # "$18", with no other dollar sign behind it
+        (r"\$|\*\*|`|(?<!\\)\\[()\[\]]|\\displaystyle|\\boldsymbol|\\mathbf", ""),
+        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
+        (r"\\lbrace|\\lbrack", lambda match: r"\{" if "brace" in match[0] else "["),
+        (r"\\rbrace|\\rbrack", lambda match: r"\}" if "brace" in match[0] else "]"),
+        (r"\\langle", "("),
+        (r"\\rangle", ")"),
+        (r"(\d),?\s*(?:\\[!,]|\{,\})\s*(?=\d{3}(?!\d))", r"\1"),  # separators of thousands that can be nothing else
+        (r",\\!", ","),
+        (r"(?<!\\)\\[!,;:> ]|~|\\q?quad\b|\\hspace\{[^{}]*\}", " "),
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\(ge|le)qslant|\\(ge|le)q(?![a-z])", lambda match: "\\" + (match[1] or match[2]) + " "),
+        (r"<=", r"\\le "),
+        (r">=", r"\\ge "),
+        (r"\\colon\b", ":"),
+        (r"\\%|\\?\s*\bper ?cent\b", "%"),
+        (r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree", r" \\text{degrees} "),
+        (r"\^\s*\{\s*\\prime\s*\\prime\s*\}", r" \\text{arcseconds} "),
+        (r"\bnp\.(?=[a-z])", r"\\"),
+        (r"(?<=\d)(?:st|nd|rd|th)\b|(?<=\d)\s*\^\s*\{\s*\\\w+\s*\{(?:st|nd|rd|th)\}\s*\}", ""),
+        (r"\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}", ","),
+        (r"(\d) and (?=\d+ ?/ ?\d+)", r"\1 "),  # one and a quarter
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+        (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+        (r"(\d+)\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", lambda match: _mixed(*match.groups())),
+        (r"(?<![\d/.^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])", lambda match: _mixed(*match.groups())),
+        (r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?", lambda match: _repeating(*match.groups())),
+        (r"(?<=\d)\s*(?:million\b|\\text\s*\{\s*million\s*\})", r" \\times 10^6 "),
+        (r"(?<=\d)\s*(?:billion\b|\\text\s*\{\s*billion\s*\})", r" \\times 10^9 "),
+        (r"([_^])\{(\w)\}", r"\1\2"),
+    )
+]
+
+
+def clean(text: str) -> str:
+    r"""
+    An answer in one way of writing.
+
+    Example:
+
+    ```python
+    >>> clean(r"$1,450{,}000\%$."), clean("1 1/4")
+    ('1,450000%', '((5)/(4))')
+
+    ```
+    """
+    for pattern, replacement in _SAME:
+        text = pattern.sub(replacement, text)
+    return text.strip(" \n\t,;:").rstrip(" .")
+
+
+def _mixed(whole: str, numerator: str, denominator: str) -> str:
+    if int(numerator) >= int(denominator):  # 3\frac{5}{2} is a product, if anything
+        return rf"{whole}\cdot\frac{{{numerator}}}{{{denominator}}}"
+    return f"(({int(whole) * int(denominator) + int(numerator)})/({denominator}))"
+
+
+def _repeating(whole: str, digits: str, period: str) -> str:
+    r"""0.\overline{3} is 3/9, 0.1\overline{6} is 15/90."""
+    numerator = int(whole + digits + period) - int(whole + digits or 0)
+    return f"(({numerator})/({10 ** (len(digits) + len(period)) - 10 ** len(digits)}))"
+
+
+def squeeze(text: str) -> str:
+    """Without wrappers such as `\\text{}`, and without the spaces that mean nothing."""
+    # A space between digits stays: "1 1" is not 11
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", re.sub(WRAPPERS, r"\1", text))

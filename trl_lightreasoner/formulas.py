@@ -1,0 +1,67 @@
+"""Formulas, compared by math-verify: what only computer algebra can decide.
+
+It may fail in many ways and take forever: what it cannot compare is not equal, and `grade_all` sets the limit.
+"""
+
+import threading
+from fractions import Fraction
+
+from .exact_numbers import Number, read_number, same_number
+
+
+def equal_by_math_verify(gold: str, answer: str, tolerance: float | None) -> bool:
+    """Whether two formulas in LaTeX are equal; the reference answer has to be the first."""
+    try:
+        return _equal_formulas(gold, answer, tolerance)
+    except Exception:  # computer algebra fails in many ways; what it cannot compare is not equal
+        return False
+
+
+def _equal_formulas(gold: str, answer: str, tolerance: float | None) -> bool:
+    import sympy
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # What looks like a unit here is a variable
+    writing = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
+    )
+    config = [LatexExtractionConfig(normalization_config=writing)]
+    # Its limit of time is a signal, which only the main thread may use
+    limit = 5 if threading.current_thread() is threading.main_thread() else None
+    expressions = []
+    for text in (gold, answer):
+        found = parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=limit)
+        if not found:
+            return False
+        expressions.append(found[0])
+
+    if all(isinstance(expression, sympy.Eq) for expression in expressions):
+        return _same_equation(*expressions)
+    if all(isinstance(expression, sympy.Expr) and expression.is_number for expression in expressions):
+        # math-verify compares fifteen digits
+        first, second = (
+            read_number(text) or _approximation(e) for text, e in zip((gold, answer), expressions, strict=True)
+        )
+        if first and second:
+            difference = abs(first.value - second.value)
+            return same_number(first, second, tolerance) or difference <= abs(first.value) / 10**40
+    return verify(*expressions, allow_set_relation_comp=True, timeout_seconds=limit)
+
+
+def _same_equation(gold, answer) -> bool:
+    """Up to sign and scale: one side less the other is the same, times a number."""
+    import sympy
+
+    difference, other = (sympy.expand((e.lhs - e.rhs).doit()) for e in (gold, answer))
+    if difference == 0 or other == 0:
+        return difference == other
+    return bool(sympy.simplify(difference / other).is_number)
+
+
+def _approximation(expression) -> Number | None:
+    """Sixty digits of a real number such as a root."""
+    import sympy
+
+    value = sympy.N(expression.doit(), 60)
+    return Number(Fraction(str(value))) if value.is_Float and value.is_finite else None
