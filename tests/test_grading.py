@@ -122,6 +122,18 @@ def test_tolerance_is_a_share_of_the_reference():
     check("(1, 2)", ["(1.001, 2)"], ["(1.1, 2)"], tolerance=0.01)
 
 
+def test_the_reference_answer_is_the_first_that_math_verify_gets(monkeypatch):
+    calls = []
+    monkeypatch.setattr("math_verify.verify", lambda gold, answer, **kwargs: calls.append((str(gold), str(answer))))
+    grade(r"\boxed{x + y + 1}", "x + z")
+    assert calls == [("x + z", "x + y + 1")]
+
+
+def test_signs_may_be_typographic():
+    check("-3", ["\u22123", "\u20133"], ["3"])
+    check("x-1", ["x \u2212 1"], ["x + 1"])
+
+
 def test_unit_of_the_reference():
     check("1.5", ["1.5", "90 minutes", r"1.5\text{ h}"], ["90", "1.5 minutes", "1.5 km"], unit="hours")
 
