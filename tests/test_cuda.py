@@ -7,6 +7,7 @@ import torch
 from conftest import make_model, make_tokenizer
 from peft import LoraConfig
 from test_generation import make_prompts
+from transformers import TrainerCallback
 
 from trl_lightreasoner import (
     ContrastiveSamplingConfig,
@@ -16,7 +17,7 @@ from trl_lightreasoner import (
     LightReasonerTrainer,
 )
 from trl_lightreasoner.contrast import NonFiniteLogitsError, contrast_steps, step_divergence
-from trl_lightreasoner.fused_divergence import can_fuse, fused_divergence
+from trl_lightreasoner.fused_divergence import can_fuse, compile_ahead, fused_divergence
 from trl_lightreasoner.generation import generate_greedy
 from trl_lightreasoner.graph_generation import generate_greedy_by_graph, rows_that_fit, why_no_graph
 from trl_lightreasoner.vocabulary import model_vocabulary
@@ -104,6 +105,63 @@ def test_a_packed_batch_has_the_loss_and_the_gradient_of_a_padded_one(model, big
     (loss, gradient), (packed_loss, packed_gradient) = results
     torch.testing.assert_close(loss, packed_loss, rtol=2e-2, atol=2e-2)
     assert torch.nn.functional.cosine_similarity(gradient, packed_gradient, dim=0) > 0.995
+
+
+def test_the_fused_divergence_can_be_compiled_ahead():
+    wide = torch.randn(3, 999, device="cuda", dtype=torch.float16)
+    compile_ahead(wide[:1].to("meta")[:, :991], wide[:1].to("meta")[:, :991], wide.device)
+    one, other = wide[:, :991], wide.flip(0)[:, :991]
+    expected = step_divergence(one.float().log_softmax(-1), other.float().log_softmax(-1))
+    torch.testing.assert_close(fused_divergence(one, other), expected, rtol=1e-4, atol=1e-5)
+
+
+class Recorder(TrainerCallback):
+    """The weights of an adapter after every update."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        weights = [parameter.detach().flatten() for parameter in model.parameters() if parameter.requires_grad]
+        self.weights.append(torch.cat(weights).clone())
+
+
+def train(trainer_class, model, tokenizer, steps, tmp_path, callback):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none"}
+    args = LightReasonerConfig(str(tmp_path), bf16=True, logging_steps=6, learning_rate=1e-2, **settings)
+    trainer = trainer_class(
+        model, args, train_dataset=steps, processing_class=tokenizer, callbacks=[callback], peft_config=lora
+    )
+    trainer.train()
+    return trainer
+
+
+def test_no_update_waits_for_the_one_before(model, big_tokenizer, steps, tmp_path):
+    class NoWaiting(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            torch.cuda.set_sync_debug_mode("error" if state.global_step in (2, 3, 4) else "default")
+
+    try:
+        trainer = train(LightReasonerTrainer, model, big_tokenizer, steps, tmp_path, NoWaiting())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer._packs and trainer.state.global_step == 6
+
+
+def test_an_update_that_is_not_finite_is_left_out_on_a_gpu(model, big_tokenizer, steps, tmp_path):
+    class Poisoned(LightReasonerTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return loss * math.nan if self.state.global_step in (1, 2, 5) else loss
+
+    recorder = Recorder()
+    trainer = train(Poisoned, model, big_tokenizer, steps, tmp_path, recorder)
+    pairs = zip(recorder.weights, recorder.weights[1:], strict=False)
+    assert [not torch.equal(before, after) for before, after in pairs] == [False, False, True, True, False]
+    assert recorder.weights[-1].isfinite().all()
+    (log,) = [log for log in trainer.state.log_history if "loss" in log]
+    assert log["num_nonfinite_updates"] == 3 and math.isfinite(log["loss"])
 
 
 def test_the_sampler_gives_on_a_gpu_what_it_gives_on_a_cpu(expert, amateur, tokenizer, prompts, tmp_path):

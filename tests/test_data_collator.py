@@ -127,7 +127,19 @@ def test_padding_of_a_label_is_a_token_of_the_label():
 
 def test_other_columns_are_left_out():
     batch = DataCollatorForLightReasoner()([{**row, "prompt": "text", "kl_divergence": [0.5]} for row in ROWS])
-    assert sorted(batch) == ["attention_mask", "input_ids", "label_ids", "label_probs", "step_mask"]
+    masks = ["attention_mask", "input_ids", "label_ids", "label_probs", "step_mask"]
+    assert sorted(batch) == sorted([*masks, "label_index", "step_index", "token_index"])
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_indices_take_what_the_masks_take(padding_side):
+    batch = DataCollatorForLightReasoner(padding_side=padding_side)(ROWS)
+    is_token = batch["attention_mask"].bool()
+    tokens = batch["input_ids"].flatten()[batch["token_index"]]
+    assert torch.equal(tokens, batch["input_ids"][is_token])
+    assert torch.equal(tokens[batch["step_index"]], batch["input_ids"][batch["step_mask"]])
+    is_step = batch["label_probs"].sum(-1) > 0
+    assert torch.equal(batch["label_ids"].flatten(0, 1)[batch["label_index"]], batch["label_ids"][is_step])
 
 
 @pytest.mark.parametrize("padding_side", ["right", "left"])

@@ -125,8 +125,7 @@ def test_hidden_states_are_those_of_a_pass_over_the_whole(expert, vocabulary, na
     eos_ids = [naive[1][2], naive[3][5]] if ends else []
     generated = generate_greedy_by_graph(expert, make_prompts(), vocabulary, eos_ids, 20)
     for prompt, completion, hidden_states in zip(make_prompts(), *generated, strict=True):
-        positions = torch.zeros(1, len(prompt) + len(completion) - 1, dtype=torch.bool)
-        positions[0, len(prompt) - 1 :] = True
+        positions = torch.arange(len(prompt) - 1, len(prompt) + len(completion) - 1)
         with torch.no_grad():
             expected = hidden_states_at(expert, positions, torch.tensor([prompt + completion[:-1]]))
         assert hidden_states.shape == (len(completion), expert.config.hidden_size)

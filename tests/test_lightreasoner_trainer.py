@@ -447,9 +447,10 @@ class Poisoned(LightReasonerTrainer):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
-def test_an_update_that_is_not_finite_is_left_out(poison, max_grad_norm, expert, steps, tmp_path, caplog):
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+def test_an_update_that_is_not_finite_is_left_out(poison, max_grad_norm, optim, expert, steps, tmp_path, caplog):
     recorder = Recorder(expert)
-    args = config(tmp_path, max_steps=5, max_grad_norm=max_grad_norm, weight_decay=0.1)
+    args = config(tmp_path, max_steps=5, max_grad_norm=max_grad_norm, weight_decay=0.1, optim=optim)
     trainer = Poisoned(expert, args, train_dataset=steps, callbacks=[recorder])
     trainer.poison, trainer.updates = poison, (1, 2)
     with caplog.at_level(logging.WARNING, logger="trl_lightreasoner.lightreasoner_trainer"):
@@ -458,6 +459,7 @@ def test_an_update_that_is_not_finite_is_left_out(poison, max_grad_norm, expert,
     assert all(weight.isfinite().all() for weight in recorder.weights[-1].values())
     logged = [log["num_nonfinite_updates"] for log in trainer.state.log_history if "loss" in log]
     assert logged == [0, 1, 2, 2, 2]
+    assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
     assert "The gradient of update 2 is not finite; the update is left out (1 so far)." in caplog.messages
 
 
@@ -475,9 +477,11 @@ def test_one_bad_batch_of_an_update_leaves_the_whole_update_out(expert, steps, t
     assert recorder.moved() == [True, False, True, True]
 
 
-def test_three_updates_in_a_row_that_are_not_finite_stop_the_training(expert, steps, tmp_path):
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+def test_three_updates_in_a_row_that_are_not_finite_stop_the_training(optim, expert, steps, tmp_path):
     recorder = Recorder(expert)
-    trainer = Poisoned(expert, config(tmp_path, max_steps=9), train_dataset=steps, callbacks=[recorder])
+    args = config(tmp_path, max_steps=9, optim=optim)
+    trainer = Poisoned(expert, args, train_dataset=steps, callbacks=[recorder])
     trainer.updates = range(2, 9)
     with pytest.raises(FloatingPointError, match="3 times in a row.*update 5.*NaN in the base model's weights.*0.01"):
         trainer.train()

@@ -229,8 +229,7 @@ def test_hidden_states_that_are_known_are_not_computed_again(expert, amateur):
     expected = score(expert, amateur, trajectories)
     hidden_states = []
     for prompt, completion in trajectories:
-        positions = torch.zeros(1, len(prompt) + len(completion) - 1, dtype=torch.bool)
-        positions[0, len(prompt) - 1 :] = True
+        positions = torch.arange(len(prompt) - 1, len(prompt) + len(completion) - 1)
         input_ids = torch.tensor([prompt + completion[:-1]])
         with torch.no_grad():
             hidden_states.append(hidden_states_at(expert, positions, input_ids))
@@ -275,8 +274,7 @@ def test_a_model_that_changes_its_logits_in_place_is_scored_by_its_logits(amateu
 
 def test_hidden_states_are_what_the_head_makes_the_logits_of(expert):
     input_ids = torch.tensor([[1, 2, 3], [4, 5, 0]])
-    positions = torch.tensor([[False, True, True], [True, True, False]])
     with torch.no_grad():
-        made = expert.lm_head(hidden_states_at(expert, positions, input_ids))
-        logits = expert(input_ids).logits[positions]
+        made = expert.lm_head(hidden_states_at(expert, torch.tensor([1, 2, 3, 4]), input_ids))
+        logits = expert(input_ids).logits.flatten(0, 1)[1:5]
     torch.testing.assert_close(made, logits)

@@ -19,7 +19,7 @@ from .generation import find_eos_ids
 from .models import add_quantization, describe_model, load_config, load_model, load_tokenizer, weight_fingerprint
 from .processes import Processes
 from .prompts import check_prompts, encode_rows
-from .scoring import Trajectory, TrajectoryScores, score_trajectories
+from .scoring import Trajectory, TrajectoryScores, prepare_scoring, score_trajectories
 from .step_dataset import kl_quantiles
 from .step_writer import StepWriter
 from .vllm_generation import check_vllm, connect_vllm
@@ -229,6 +229,7 @@ class ContrastiveStepSampler:
         def length(index: int) -> int:
             return len(encoded[index]["prompt_ids"])
 
+        prepare_scoring(self.expert, self.amateur, self.shared_vocabulary)
         desc = f"Sampling, {'given completions' if self._decode is None else self._decode.way}"
         with evaluating(self.expert, self.amateur):
             run_in_batches(order, self.batch_size, run, write, length, self.processes, desc)

@@ -1,6 +1,7 @@
 """`DataCollatorForLightReasoner`: from rows of kept steps to one padded batch."""
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,8 @@ class DataCollatorForLightReasoner(DataCollatorMixin):
     - `input_ids`, `attention_mask` `(B, L)`;
     - `step_mask` `(B, L)`, bool: True at the last token of the context of a kept step, where its distribution is;
     - `label_ids` `(B, S, K)` and `label_probs` `(B, S, K)`: v_C of the kept steps in the order of the mask. A step
-      that is padding holds no probability.
+      that is padding holds no probability;
+    - `token_index`, `step_index`, `label_index`: what [`find_indices`] makes of these.
 
     Example:
 
@@ -48,30 +50,73 @@ class DataCollatorForLightReasoner(DataCollatorMixin):
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        lengths = [len(example["prompt_ids"]) + example["step_positions"][-1] for example in examples]
-        num_rows, length = len(examples), max(lengths)
-        num_steps = max(len(example["step_positions"]) for example in examples)
-        support = max(len(ids) for example in examples for ids in example["label_ids"])
+        prompt_lengths = torch.tensor([len(example["prompt_ids"]) for example in examples])
+        lengths = prompt_lengths + torch.tensor([example["step_positions"][-1] for example in examples])
+        num_steps = torch.tensor([len(example["step_positions"]) for example in examples])
+        tokens = [
+            (example["prompt_ids"] + example["completion_ids"])[:row_length]
+            for example, row_length in zip(examples, lengths.tolist(), strict=True)
+        ]
+        positions = torch.arange(int(lengths.max()))
+        starts = len(positions) - lengths if self.padding_side == "left" else torch.zeros_like(lengths)
+        ends = starts + lengths
+        is_token = (positions >= starts[:, None]) & (positions < ends[:, None])
+        input_ids = torch.full(is_token.shape, self.pad_token_id)
+        input_ids[is_token] = torch.tensor(list(chain.from_iterable(tokens)))
+        # The step t is predicted at the token before it
+        steps = torch.tensor([t for example in examples for t in example["step_positions"]])
+        rows = torch.arange(len(examples)).repeat_interleave(num_steps)
+        step_mask = torch.zeros_like(is_token)
+        step_mask[rows, (starts + prompt_lengths - 1)[rows] + steps] = True
+
+        is_step = torch.arange(int(num_steps.max())) < num_steps[:, None]
+        label_ids = [ids for example in examples for ids in example["label_ids"]]
+        label_probs = [probs for example in examples for probs in example["label_probs"]]
+        supports = torch.tensor([len(ids) for ids in label_ids])
+        in_support = torch.arange(int(supports.max())) < supports[:, None]
+        # Padding repeats a token of the label, which is sure to be one of the vocabulary
+        ids = torch.tensor([ids[0] for ids in label_ids])[:, None].repeat(1, in_support.shape[1])
+        ids[in_support] = torch.tensor(list(chain.from_iterable(label_ids)))
+        probs = torch.zeros(in_support.shape)
+        probs[in_support] = torch.tensor(list(chain.from_iterable(label_probs)))
         batch = {
-            "input_ids": torch.full((num_rows, length), self.pad_token_id),
-            "attention_mask": torch.zeros(num_rows, length, dtype=torch.long),
-            "step_mask": torch.zeros(num_rows, length, dtype=torch.bool),
+            "input_ids": input_ids,
+            "attention_mask": is_token.long(),
+            "step_mask": step_mask,
+            "label_ids": torch.zeros(*is_step.shape, ids.shape[1], dtype=torch.long),
+            "label_probs": torch.zeros(*is_step.shape, probs.shape[1]),
         }
-        label_ids, label_probs = [], []
-        for row, (example, row_length) in enumerate(zip(examples, lengths, strict=True)):
-            start = length - row_length if self.padding_side == "left" else 0
-            ids = (example["prompt_ids"] + example["completion_ids"])[:row_length]
-            batch["input_ids"][row, start : start + row_length] = torch.tensor(ids)
-            batch["attention_mask"][row, start : start + row_length] = 1
-            # The step t is predicted at the token before it
-            before_step = start + len(example["prompt_ids"]) - 1
-            batch["step_mask"][row, [before_step + t for t in example["step_positions"]]] = True
-            # Padding repeats a token of the label, which is sure to be one of the vocabulary
-            labels = [ids + ids[:1] * (support - len(ids)) for ids in example["label_ids"]]
-            label_ids.append(labels + [[0] * support] * (num_steps - len(labels)))
-            labels = [probs + [0.0] * (support - len(probs)) for probs in example["label_probs"]]
-            label_probs.append(labels + [[0.0] * support] * (num_steps - len(labels)))
-        batch["label_ids"], batch["label_probs"] = torch.tensor(label_ids), torch.tensor(label_probs)
+        batch["label_ids"][is_step], batch["label_probs"][is_step] = ids, probs
         if self.padding_side == "left":
             batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-        return batch
+        return {**batch, **find_indices(batch)}
+
+
+def find_indices(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Where the N tokens and the n kept steps of a batch are, for who changes its masks to make anew. A GPU takes them by
+    an index without the processor, which learns how many a mask takes only when the GPU has done all work before.
+
+    Args:
+        batch (`dict`): `attention_mask`, `step_mask` and `label_probs` as [`DataCollatorForLightReasoner`] makes them.
+
+    Returns:
+        `dict` of int64 tensors: `token_index` `(N,)` into the flattened `input_ids`, `step_index` `(n,)` into those
+        tokens, `label_index` `(n,)` into the flattened labels `(B * S, K)`.
+
+    Example:
+
+    ```python
+    >>> masks = {"attention_mask": torch.tensor([[1, 1], [1, 0]]), "step_mask": torch.tensor([[0, 1], [1, 0]])}
+    >>> find_indices({**masks, "label_probs": torch.ones(2, 1, 1)})
+    {'token_index': tensor([0, 1, 2]), 'step_index': tensor([1, 2]), 'label_index': tensor([0, 1])}
+
+    ```
+    """
+    is_token = batch["attention_mask"].flatten().bool()
+    is_step = batch["label_probs"].sum(-1).flatten() > 0
+    return {
+        "token_index": is_token.nonzero().flatten(),
+        "step_index": batch["step_mask"].flatten()[is_token].nonzero().flatten(),
+        "label_index": is_step.nonzero().flatten(),
+    }

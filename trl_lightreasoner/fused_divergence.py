@@ -5,9 +5,11 @@ copies of the logits, which are the largest tensors of the whole method. A progr
 a step once, block by block, and keeps five numbers in fp32: both maxima and normalisers, and the sum of p_E (e - a).
 """
 
+import contextlib
 import functools
 import shutil
 import sysconfig
+import threading
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ except ImportError:
     triton = None
 
 _BLOCK = 4096
+_compiling: threading.Thread | None = None
 
 
 def can_fuse(expert_logits: torch.Tensor, amateur_logits: torch.Tensor) -> bool:
@@ -34,6 +37,29 @@ def _compiles() -> bool:
     return triton is not None and compiler and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
+def compile_ahead(expert_logits: torch.Tensor, amateur_logits: torch.Tensor, device: torch.device) -> None:
+    """
+    Compile in a thread what [`fused_divergence`] of such logits needs, which takes more than a second, while a GPU
+    generates what is to be scored.
+
+    Args:
+        expert_logits (`torch.Tensor` of shape `(1, V)`): Of the dtype and with the strides to come, on any device.
+        amateur_logits (`torch.Tensor` of shape `(1, V)`): Likewise.
+        device (`torch.device`): Where the logits will be.
+    """
+    global _compiling
+    if device.type != "cuda" or not _compiles():
+        return
+
+    def work() -> None:
+        with torch.cuda.device(device), contextlib.suppress(Exception):  # which will come again when it is needed
+            dtypes = expert_logits.dtype, amateur_logits.dtype, torch.float32
+            _kernel.warmup(*dtypes, *_sizes(expert_logits, amateur_logits), BLOCK=_BLOCK, grid=(1,))
+
+    _compiling = threading.Thread(target=work, daemon=True)
+    _compiling.start()
+
+
 def fused_divergence(expert_logits: torch.Tensor, amateur_logits: torch.Tensor) -> torch.Tensor:
     """
     What [`~trl_lightreasoner.contrast.step_divergence`] returns of the log-softmax of two models' logits.
@@ -45,12 +71,19 @@ def fused_divergence(expert_logits: torch.Tensor, amateur_logits: torch.Tensor) 
     Returns:
         `torch.Tensor` of shape `(N,)`, fp32: Nats; NaN or infinity where a logit is.
     """
+    global _compiling
+    if _compiling is not None:
+        _compiling.join()
+        _compiling = None
     divergence = torch.empty(len(expert_logits), dtype=torch.float32, device=expert_logits.device)
     if len(divergence):
-        strides = expert_logits.stride(0), amateur_logits.stride(0)
-        width = expert_logits.shape[1]
-        _kernel[(len(divergence),)](expert_logits, amateur_logits, divergence, *strides, width, BLOCK=_BLOCK)
+        sizes = _sizes(expert_logits, amateur_logits)
+        _kernel[(len(divergence),)](expert_logits, amateur_logits, divergence, *sizes, BLOCK=_BLOCK)
     return divergence
+
+
+def _sizes(expert_logits: torch.Tensor, amateur_logits: torch.Tensor) -> tuple[int, int, int]:
+    return expert_logits.stride(0), amateur_logits.stride(0), expert_logits.shape[1]
 
 
 if triton is not None:

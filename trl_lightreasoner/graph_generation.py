@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
 from .generation import cut_after_eos
-from .models import attention_backends, get_base_model, has_full_attention, head_makes_logits
+from .models import attention_backends, get_base_model, has_full_attention, head_makes_logits, to_device
 from .vocabulary import Vocabulary
 
 
@@ -173,9 +173,9 @@ class _Decoder:
             at_last = torch.tensor([[len(ids) - 1] for ids in prompts])
             cache = DynamicCache(config=self.model.config)
             logits = self.model(
-                input_ids=input_ids.to(self.device),
+                input_ids=to_device(input_ids, self.device),
                 use_cache=True,
-                logits_to_keep=at_last.to(self.device),
+                logits_to_keep=to_device(at_last, self.device),
                 **{self.cache_name: cache},
             ).logits
             if start == 0:
@@ -261,7 +261,7 @@ class _Decoder:
             # A plain step first, in which the libraries set themselves up
             self._step()
             # `torch.cuda.graph` would collect garbage before, which takes longer than the capture
-            graph.capture_begin()
+            graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self._step()
             finally:

@@ -27,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from .base_trainer import _BaseTrainer
 from .combinations import check_combinations
 from .contrast import contrastive_loss
-from .data_collator import DataCollatorForLightReasoner
+from .data_collator import DataCollatorForLightReasoner, find_indices
 from .lightreasoner_config import LightReasonerConfig
 from .models import (
     accepts_logits_to_keep,
@@ -146,6 +146,7 @@ class LightReasonerTrainer(_BaseTrainer):
             dict_args["hub_token"] = args.hub_token  # to_dict hides the hub_token
             args = LightReasonerConfig(**dict_args)
         args = copy.copy(args)  # what depends on the rows is filled in below
+        args.accelerator_config = copy.copy(args.accelerator_config)
 
         if train_dataset is None:
             raise ValueError("`train_dataset` is required")
@@ -161,6 +162,10 @@ class LightReasonerTrainer(_BaseTrainer):
         if isinstance(train_dataset, IterableDataset):
             # Processes pad their batches to different lengths, which dispatching would try to concatenate
             args.accelerator_config.dispatch_batches = False
+        # On a GPU no update has to wait for the one before: not for its batch, nor for a look at its loss, which
+        # `training_step` filters where it is
+        args.accelerator_config.non_blocking = args.dataloader_pin_memory
+        self._filters_loss, args.logging_nan_inf_filter = args.logging_nan_inf_filter, False
 
         # What can be refused before any weights are loaded
         check_folder(args.output_dir)
@@ -349,22 +354,23 @@ class LightReasonerTrainer(_BaseTrainer):
             The loss, or the loss and the outputs: `outputs.logits` holds the logits at the N kept steps, `(N, W)`, and
             `outputs.steps` the [`ContrastiveLoss`] of each, in the order of the rows.
         """
-        label_probs = inputs["label_probs"]
-        is_step = label_probs.sum(-1) > 0
+        if "token_index" not in inputs:  # as a collator of the user's own may leave it
+            inputs = {**inputs, **find_indices(inputs)}
+        label_ids, label_probs = (
+            inputs[key].flatten(0, 1)[inputs["label_index"]] for key in ("label_ids", "label_probs")
+        )
         keys = ("input_ids", "attention_mask", "position_ids")
         model_inputs: dict[str, torch.Tensor] = {key: inputs[key] for key in keys if key in inputs}
-        step_mask = inputs["step_mask"]
+        positions = inputs["step_mask"]
         if is_packed(self._model_config):
-            model_inputs = pack({"input_ids": inputs["input_ids"], "step_mask": step_mask}, inputs["attention_mask"])
-            step_mask = model_inputs.pop("step_mask")
+            model_inputs = pack(inputs["input_ids"], inputs["attention_mask"], inputs["token_index"])
+            positions = inputs["step_index"]
         elif (inputs["attention_mask"].diff(dim=-1) <= 0).all():
             # Padding behind the tokens, where no causal model looks: without a mask the fastest attention applies
             del model_inputs["attention_mask"]
-        outputs = forward_at(model, step_mask, self._accepts_logits_to_keep, **model_inputs)
+        outputs = forward_at(model, positions, self._accepts_logits_to_keep, **model_inputs)
         outputs.steps = contrastive_loss(
-            self.vocabulary.select(outputs.logits),
-            self.vocabulary.columns_of(inputs["label_ids"][is_step]),
-            label_probs[is_step],
+            self.vocabulary.select(outputs.logits), self.vocabulary.columns_of(label_ids), label_probs
         )
         divergence = outputs.steps.kl_divergence
         if num_items_in_batch is None:
@@ -374,10 +380,11 @@ class LightReasonerTrainer(_BaseTrainer):
             if self.args.average_tokens_across_devices:  # DDP takes the mean of the processes' gradients
                 loss = loss * self.accelerator.num_processes
         if model.training:
-            steps = outputs.steps
-            sums = torch.stack([steps.entropy.sum(), steps.agreement.sum(), is_step.sum()]).to(_sum_dtype(loss.device))
+            entropy, agreement = outputs.steps.entropy.sum(), outputs.steps.agreement.sum()
+            num_steps = inputs["step_mask"].sum()
+            sums = torch.stack([entropy, agreement, num_steps]).to(_sum_dtype(loss.device))
             self._sums = self._sums + sums
-            seen = torch.stack([is_step.sum(), inputs["attention_mask"].sum()]).to(sums.dtype)
+            seen = torch.stack([num_steps, inputs["attention_mask"].sum()]).to(sums.dtype)
             self._seen = self._seen + seen
         return (loss, outputs) if return_outputs else loss
 
@@ -396,7 +403,11 @@ class LightReasonerTrainer(_BaseTrainer):
 
     def training_step(self, *args, **kwargs):
         with attention_backends(self.accelerator.device), self._attention():
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+        if self.is_in_train and self._filters_loss:
+            usual = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
+            loss = torch.where(loss.isfinite(), loss, usual)
+        return loss
 
     def _attention(self) -> AbstractContextManager:
         # Around the backward pass as well, in which activation checkpointing calls the layers again

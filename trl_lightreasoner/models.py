@@ -416,13 +416,14 @@ def forward_at(model: torch.nn.Module, positions: torch.Tensor, to_keep: bool, *
 
     Args:
         model (`torch.nn.Module`): The model as it is called, wrapped by DDP or not.
-        positions (`torch.Tensor` of shape `(batch, length)`, bool): True where logits are wanted.
+        positions (`torch.Tensor` of shape `(batch, length)`, bool): True where logits are wanted. Or, if there is one
+            row, where that is: `(n,)`, int64.
         to_keep (`bool`): What [`accepts_logits_to_keep`] says of the model. If False, all logits are computed and the
             rest is dropped afterwards.
         inputs: `input_ids`, `attention_mask` and so on.
 
     Returns:
-        The model's output with `logits` of shape `(positions.sum(), W)`, in the order of the batch's rows.
+        The model's output with `logits` of shape `(positions.sum(), W)` or `(n, W)`, in the order of the batch's rows.
     """
     if to_keep:
         outputs = model(**inputs, logits_to_keep=positions, use_cache=False)
@@ -431,8 +432,14 @@ def forward_at(model: torch.nn.Module, positions: torch.Tensor, to_keep: bool, *
     else:
         outputs = model(**inputs, use_cache=False)
         _check_logits(model, outputs)
-        outputs.logits = outputs.logits[positions.to(outputs.logits.device)]
+        logits = outputs.logits if positions.ndim == 2 else outputs.logits[0]
+        outputs.logits = logits[positions.to(logits.device)]
     return outputs
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on another device, without waiting until a GPU has done what it had to do before."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def hidden_states_at(model: torch.nn.Module, positions: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor | None:
@@ -441,16 +448,17 @@ def hidden_states_at(model: torch.nn.Module, positions: torch.Tensor, input_ids:
 
     Args:
         model (`torch.nn.Module`): The model.
-        positions (`torch.Tensor` of shape `(batch, length)`, bool): True where hidden states are wanted.
+        positions (`torch.Tensor` of shape `(n,)`, int64): Where, in the flattened batch, hidden states are wanted.
         input_ids (`torch.Tensor` of shape `(batch, length)`): Ids, padding behind them if there is any.
 
     Returns:
-        `(positions.sum(), hidden_size)`, in the order of the batch's rows, from which `get_output_embeddings()` makes
-        the logits; or `None` where [`head_makes_logits`] is false.
+        `(n, hidden_size)`, from which `get_output_embeddings()` makes the logits; or `None` where
+        [`head_makes_logits`] is false.
     """
     if not head_makes_logits(model, input_ids):
         return None
-    return get_base_model(model).get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state[positions]
+    hidden_states = get_base_model(model).get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    return hidden_states.flatten(0, 1)[positions]
 
 
 def head_makes_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> bool:

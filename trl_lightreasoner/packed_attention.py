@@ -52,33 +52,33 @@ def is_packed(config: PretrainedConfig) -> bool:
     return config._attn_implementation == _NAME
 
 
-def pack(inputs: dict[str, torch.Tensor], attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, token_index: torch.Tensor) -> dict[str, Any]:
     """
     Take the padding out of a batch.
 
     Args:
-        inputs (`dict`): Tensors of shape `(B, L)`.
+        input_ids (`torch.Tensor` of shape `(B, L)`): Ids.
         attention_mask (`torch.Tensor` of shape `(B, L)`): 1 at the N tokens that are no padding.
+        token_index (`torch.Tensor` of shape `(N,)`, int64): Where those are in the flattened batch.
 
     Returns:
-        `dict`: The tensors as `(1, N)`, and what tells the model where a row begins.
+        `dict`: `input_ids` `(1, N)`, and what tells the model where a row begins.
 
     Example:
 
     ```python
-    >>> packed = pack({"input_ids": torch.tensor([[5, 6], [7, 0]])}, torch.tensor([[1, 1], [1, 0]]))
+    >>> packed = pack(torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]]), torch.tensor([0, 1, 2]))
     >>> packed["input_ids"].tolist(), packed["position_ids"].tolist(), packed["cu_seq_lens_q"].tolist()
     ([[5, 6, 7]], [[0, 1, 0]], [0, 2, 3])
 
     ```
     """
-    is_token = attention_mask.bool()
-    lengths = is_token.sum(-1)
-    begins = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    longest = int(lengths.max())
+    ends = attention_mask.sum(-1).cumsum(0)
+    begins = torch.nn.functional.pad(ends, (1, 0)).int()
+    longest = attention_mask.shape[1]
     return {
-        **{name: tensor[is_token][None] for name, tensor in inputs.items()},
-        "position_ids": (is_token.cumsum(-1) - 1)[is_token][None],
+        "input_ids": input_ids.flatten()[token_index][None],
+        "position_ids": (attention_mask.cumsum(-1) - 1).flatten()[token_index][None],
         "cu_seq_lens_q": begins,
         "cu_seq_lens_k": begins,
         "max_length_q": longest,
