@@ -15,12 +15,13 @@ python benchmarks/speed.py --expert Qwen/Qwen2.5-Math-1.5B --amateur Qwen/Qwen2.
 import argparse
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import published
 import torch
@@ -28,7 +29,7 @@ import transformers
 from datasets import Dataset, disable_caching, disable_progress_bars
 from peft import LoraConfig, get_peft_model
 from published import Measured, clock, peak_gib, reset_peak
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from trl_lightreasoner import (
@@ -82,6 +83,33 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class Trained(NamedTuple):
+    """
+    What a training took.
+
+    Attributes:
+        seconds (`float`): All of it.
+        rate (`float`): Kept steps a second after the first update, which sets things up.
+        update_s (`float`): The median of an update's seconds, without the first.
+        peak_gib (`float`, *optional*): As of [`Measured`].
+    """
+
+    seconds: float
+    rate: float
+    update_s: float
+    peak_gib: float | None
+
+
+class Ends(TrainerCallback):
+    """When each update ended; on a GPU, when it was launched."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.times.append(time.perf_counter())
+
+
 class Pair:
     """Two models that are loaded, with all that the slow path needs."""
 
@@ -119,8 +147,10 @@ class Pair:
         self.batch_size = sampler.batch_size
         return Measured(dataset, seconds, len(prompts) / seconds, peak_gib())
 
-    def train(self, dataset: Dataset, rows: int | None = None) -> tuple[Measured, float]:
+    def train(self, dataset: Dataset, rows: int | None = None) -> tuple["Trained", float]:
         """One epoch of `LightReasonerTrainer`, and the seconds before, for construction with its check of all rows."""
+        rows = rows or self.args.train_rows
+        ends = Ends()
         reset_peak()
         start = clock()
         trainer = LightReasonerTrainer(
@@ -128,7 +158,7 @@ class Pair:
             LightReasonerConfig(
                 str(self.args.output_dir / "adapter"),
                 num_train_epochs=1,
-                per_device_train_batch_size=rows or self.args.train_rows,
+                per_device_train_batch_size=rows,
                 gradient_accumulation_steps=1,
                 use_liger_kernel=self.args.use_liger_kernel,
                 save_strategy="no",
@@ -139,16 +169,23 @@ class Pair:
             ),
             train_dataset=dataset,
             processing_class=self.tokenizer,
+            callbacks=[ends],
             peft_config=lora(),
         )
         trainer.remove_callback(PrinterCallback)
         constructed = clock()
         trainer.train()
-        seconds = clock() - constructed
-        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-        peak = peak_gib()
+        end, peak = clock(), peak_gib()
         trainer.model.unload()
-        return Measured(losses, seconds, count_steps(dataset) / seconds, peak), constructed - start
+        num_steps = count_steps(dataset)
+        first, *others = (
+            later - sooner for sooner, later in zip([constructed, *ends.times], ends.times, strict=False)
+        )
+        rate = num_steps / (end - constructed)
+        if others:
+            # As of the published way, without the first update, which holds about as many steps as its share of rows
+            rate = num_steps * (1 - min(1, rows / len(dataset))) / (end - constructed - first)
+        return Trained(end - constructed, rate, statistics.median(others or [first]), peak), constructed - start
 
     def train_published(self, dataset: Dataset) -> Measured:
         model = get_peft_model(self.expert, lora())
@@ -341,6 +378,8 @@ def measure(pair: Pair, args: argparse.Namespace) -> dict[str, Any]:
             "sample_peak_gib": sampled.peak_gib,
             "train_steps_per_s": trained.rate,
             "train_peak_gib": trained.peak_gib,
+            "train_s": trained.seconds,
+            "update_s": trained.update_s,
             "whole_s": sampled.seconds + trained.seconds + constructed,
         },
         "quality": quality,
@@ -348,11 +387,13 @@ def measure(pair: Pair, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_size(pair: Pair, args: argparse.Namespace, num_problems: int) -> dict[str, Any]:
-    tell(f"Sampling and training, {num_problems:,} problems")
+    tell(f"Sampling {num_problems:,} problems")
     prompts, num_different = load_prompts(args, num_problems)
     sampled = pair.sample(prompts)
     kept = keep_share(sampled.result, args.train_share)
+    tell(f"{sampled.seconds:.1f} s. Training on {count_steps(kept):,} steps")
     trained, constructed = pair.alone(lambda: pair.train(kept))
+    tell(f"{trained.seconds:.1f} s.")
     return {
         "problems": num_problems,
         "different_problems": num_different,
@@ -360,6 +401,7 @@ def measure_size(pair: Pair, args: argparse.Namespace, num_problems: int) -> dic
         "sample_s": sampled.seconds,
         "sample_peak_gib": sampled.peak_gib,
         "train_s": trained.seconds,
+        "train_steps_per_s": trained.rate,
         "construction_s": constructed,
         "train_peak_gib": trained.peak_gib,
     }
@@ -372,6 +414,7 @@ def measure_batches(pair: Pair, args: argparse.Namespace) -> dict[str, list[dict
     for size in args.batch_sizes:
         tell(f"Sampling by {size}")
         sampled = pair.sample(prompts, size)
+        tell(f"{sampled.seconds:.1f} s.")
         batches.append({"prompts": size, "sample_s": sampled.seconds, "sample_peak_gib": sampled.peak_gib})
     if args.update_rows:
         kept = keep_share(pair.sample(prompts).result, args.train_share)
@@ -379,10 +422,11 @@ def measure_batches(pair: Pair, args: argparse.Namespace) -> dict[str, list[dict
         tell(f"Training by {rows}")
         part = kept.select(range(min(len(kept), rows * UPDATES_OF_EACH)))
         trained, _ = pair.alone(lambda part=part, rows=rows: pair.train(part, rows))
+        tell(f"{trained.seconds:.1f} s.")
         updates.append(
             {
                 "rows": rows,
-                "update_s": trained.seconds / math.ceil(len(part) / rows),
+                "update_s": trained.update_s,
                 "train_steps_per_s": trained.rate,
                 "train_peak_gib": trained.peak_gib,
             }
@@ -420,9 +464,11 @@ def report(results: dict[str, Any]) -> str:
         "",
         f"[^1]: Scaled from {old['problems']} problems and {old['updates']} updates of {published.ROWS_PER_BATCH} x "
         f"{published.BATCHES_PER_UPDATE} steps.",
-        f"[^2]: {results['train_rows']} trajectories an update, LoRA{results['training']}.",
-        f"[^3]: Sampling, one epoch of training and, of this library, {results['construction_s']:.1f} s in which the "
-        "trainer is made and checks every row. Models are loaded already.",
+        f"[^2]: {results['train_rows']} trajectories an update, LoRA{results['training']}; after the first update, "
+        f"which sets things up. One took {new['update_s']:.3f} s (median).",
+        f"[^3]: Sampling, one epoch of training ({new['train_s']:.1f} s) and, of this library, "
+        f"{results['construction_s']:.1f} s in which the trainer is made and checks every row. Models are loaded "
+        "already.",
         "",
         f"Of the {quality['problems']} problems done again in the slow way, {quality['completions_alike']} have the "
         f"same completion{parted}. {quality['kept_steps_alike']:,} of {quality['kept_steps']:,} kept steps are the "
@@ -441,11 +487,11 @@ def report(results: dict[str, Any]) -> str:
         lines += ["", repeated]
     if sizes := results["sizes"]:
         lines += table(
-            "| problems | kept steps | sampling, s | peak GiB | trainer, s | training, s | peak GiB |",
+            "| problems | kept steps | sampling, s | peak GiB | trainer, s | training, s | steps/s | peak GiB |",
             [
                 f"| {size['problems']:,} | {size['kept_steps']:,} | {size['sample_s']:.1f} | "
                 f"{gib(size['sample_peak_gib'])} | {size['construction_s']:.1f} | {size['train_s']:.1f} | "
-                f"{gib(size['train_peak_gib'])} |"
+                f"{size['train_steps_per_s']:,.0f} | {gib(size['train_peak_gib'])} |"
                 for size in sizes
             ],
         )
@@ -458,7 +504,7 @@ def report(results: dict[str, Any]) -> str:
         )
     if updates := results["update_rows"]:
         lines += table(
-            "| trajectories an update | s an update | kept steps a second | peak GiB |",
+            "| trajectories an update | s an update, median | kept steps a second | peak GiB |",
             [
                 f"| {u['rows']:,} | {u['update_s']:.3f} | {u['train_steps_per_s']:,.0f} | {gib(u['train_peak_gib'])} |"
                 for u in updates

@@ -7,7 +7,7 @@ import torch
 from conftest import make_model, make_tokenizer
 from peft import LoraConfig
 from test_generation import make_prompts
-from transformers import TrainerCallback
+from transformers import BitsAndBytesConfig, TrainerCallback
 
 from trl_lightreasoner import (
     ContrastiveSamplingConfig,
@@ -20,6 +20,7 @@ from trl_lightreasoner.contrast import NonFiniteLogitsError, contrast_steps, ste
 from trl_lightreasoner.fused_divergence import can_fuse, compile_ahead, fused_divergence
 from trl_lightreasoner.generation import generate_greedy
 from trl_lightreasoner.graph_generation import generate_greedy_by_graph, rows_that_fit, why_no_graph
+from trl_lightreasoner.models import load_model
 from trl_lightreasoner.vocabulary import model_vocabulary
 
 
@@ -96,6 +97,7 @@ def test_a_packed_batch_has_the_loss_and_the_gradient_of_a_padded_one(model, big
     batch = {name: tensor.cuda() for name, tensor in batch.items()}
     results = []
     model = trainer.accelerator.prepare_model(trainer.model)  # under autocast
+    trainer._graphs = None
     for packs in (False, True):
         trainer._packs = packs
         trainer.model.zero_grad()
@@ -105,6 +107,56 @@ def test_a_packed_batch_has_the_loss_and_the_gradient_of_a_padded_one(model, big
     (loss, gradient), (packed_loss, packed_gradient) = results
     torch.testing.assert_close(loss, packed_loss, rtol=2e-2, atol=2e-2)
     assert torch.nn.functional.cosine_similarity(gradient, packed_gradient, dim=0) > 0.995
+
+
+def quantized(tmp_path, model):
+    model.save_pretrained(tmp_path / "model")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return load_model(str(tmp_path / "model"), dtype="bfloat16", quantization_config=nf4)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "nf4"])
+def test_a_graph_trains_an_adapter_as_its_kernels_do_one_by_one(weights, model, big_tokenizer, steps, tmp_path):
+    if weights == "nf4":
+        pytest.importorskip("bitsandbytes")
+    model = quantized(tmp_path, model) if weights == "nf4" else model.to(getattr(torch, weights))
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    args = LightReasonerConfig(str(tmp_path), bf16=True, report_to="none")
+    trainer = LightReasonerTrainer(model, args, train_dataset=steps, processing_class=big_tokenizer, peft_config=lora)
+    graphs = trainer._graphs
+    model = trainer.accelerator.prepare_model(trainer.model)  # under autocast
+    results = []
+    for trainer._graphs in (None, graphs):
+        trainer.model.zero_grad()
+        for rows in (range(4), range(2, 5), range(1, 5)):  # two sizes, one of them twice; gradients add up
+            batch = DataCollatorForLightReasoner()(list(steps.select(rows)))
+            batch = {name: tensor.cuda() for name, tensor in batch.items()}
+            loss = trainer.training_step(model, batch, batch["step_mask"].sum())
+        trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+        results.append((loss, torch.cat([parameter.grad.flatten().float() for parameter in trained])))
+    assert not graphs.failed and len(graphs._captured) == 2
+    (loss, gradient), (graphed_loss, graphed_gradient) = results
+    torch.testing.assert_close(loss, graphed_loss, rtol=1e-2, atol=1e-2)
+    assert torch.nn.functional.cosine_similarity(gradient, graphed_gradient, dim=0) > 0.999
+    torch.testing.assert_close(gradient.norm(), graphed_gradient.norm(), rtol=2e-2, atol=0)
+
+
+def test_every_replay_has_a_dropout_of_its_own(model, big_tokenizer, steps, tmp_path):
+    lora = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.5, task_type="CAUSAL_LM"
+    )
+    args = LightReasonerConfig(str(tmp_path), bf16=True, report_to="none")
+    trainer = LightReasonerTrainer(model, args, train_dataset=steps, processing_class=big_tokenizer, peft_config=lora)
+    batch = DataCollatorForLightReasoner()(list(steps.select(range(4))))
+    batch = {name: tensor.cuda() for name, tensor in batch.items()}
+    model = trainer.accelerator.prepare_model(trainer.model)  # under autocast
+
+    def losses():
+        torch.cuda.manual_seed(0)
+        return [trainer.training_step(model, batch, batch["step_mask"].sum()).item() for _ in range(4)]
+
+    first, again = losses(), losses()
+    assert len(set(first)) == 4 and first == again
 
 
 def test_the_fused_divergence_can_be_compiled_ahead():

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers.data.data_collator import DataCollatorMixin
 
@@ -50,45 +51,48 @@ class DataCollatorForLightReasoner(DataCollatorMixin):
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        prompt_lengths = torch.tensor([len(example["prompt_ids"]) for example in examples])
-        lengths = prompt_lengths + torch.tensor([example["step_positions"][-1] for example in examples])
-        num_steps = torch.tensor([len(example["step_positions"]) for example in examples])
+        # By NumPy: on a machine of many cores PyTorch would wake up all of them for every line
+        prompt_lengths = np.array([len(example["prompt_ids"]) for example in examples])
+        lengths = prompt_lengths + np.array([example["step_positions"][-1] for example in examples])
+        num_steps = np.array([len(example["step_positions"]) for example in examples])
+        positions = np.arange(lengths.max())
+        starts = len(positions) - lengths if self.padding_side == "left" else np.zeros_like(lengths)
+        is_token = (positions >= starts[:, None]) & (positions < (starts + lengths)[:, None])
         tokens = [
             (example["prompt_ids"] + example["completion_ids"])[:row_length]
-            for example, row_length in zip(examples, lengths.tolist(), strict=True)
+            for example, row_length in zip(examples, lengths, strict=True)
         ]
-        positions = torch.arange(int(lengths.max()))
-        starts = len(positions) - lengths if self.padding_side == "left" else torch.zeros_like(lengths)
-        ends = starts + lengths
-        is_token = (positions >= starts[:, None]) & (positions < ends[:, None])
-        input_ids = torch.full(is_token.shape, self.pad_token_id)
-        input_ids[is_token] = torch.tensor(list(chain.from_iterable(tokens)))
+        input_ids = np.full(is_token.shape, self.pad_token_id)
+        input_ids[is_token] = np.array(list(chain.from_iterable(tokens)))
         # The step t is predicted at the token before it
-        steps = torch.tensor([t for example in examples for t in example["step_positions"]])
-        rows = torch.arange(len(examples)).repeat_interleave(num_steps)
-        step_mask = torch.zeros_like(is_token)
+        steps = np.array([t for example in examples for t in example["step_positions"]])
+        rows = np.arange(len(examples)).repeat(num_steps)
+        step_mask = np.zeros_like(is_token)
         step_mask[rows, (starts + prompt_lengths - 1)[rows] + steps] = True
 
-        is_step = torch.arange(int(num_steps.max())) < num_steps[:, None]
+        is_step = np.arange(num_steps.max()) < num_steps[:, None]
         label_ids = [ids for example in examples for ids in example["label_ids"]]
         label_probs = [probs for example in examples for probs in example["label_probs"]]
-        supports = torch.tensor([len(ids) for ids in label_ids])
-        in_support = torch.arange(int(supports.max())) < supports[:, None]
+        supports = np.array([len(ids) for ids in label_ids])
+        in_support = np.arange(supports.max()) < supports[:, None]
         # Padding repeats a token of the label, which is sure to be one of the vocabulary
-        ids = torch.tensor([ids[0] for ids in label_ids])[:, None].repeat(1, in_support.shape[1])
-        ids[in_support] = torch.tensor(list(chain.from_iterable(label_ids)))
-        probs = torch.zeros(in_support.shape)
-        probs[in_support] = torch.tensor(list(chain.from_iterable(label_probs)))
-        batch = {
+        ids = np.array([ids[0] for ids in label_ids])[:, None].repeat(in_support.shape[1], axis=1)
+        ids[in_support] = np.array(list(chain.from_iterable(label_ids)))
+        probs = np.zeros(in_support.shape, dtype=np.float32)
+        probs[in_support] = np.array(list(chain.from_iterable(label_probs)))
+        all_ids = np.zeros((*is_step.shape, ids.shape[1]), dtype=np.int64)
+        all_probs = np.zeros(all_ids.shape, dtype=np.float32)
+        all_ids[is_step], all_probs[is_step] = ids, probs
+        arrays = {
             "input_ids": input_ids,
-            "attention_mask": is_token.long(),
+            "attention_mask": is_token.astype(np.int64),
             "step_mask": step_mask,
-            "label_ids": torch.zeros(*is_step.shape, ids.shape[1], dtype=torch.long),
-            "label_probs": torch.zeros(*is_step.shape, probs.shape[1]),
+            "label_ids": all_ids,
+            "label_probs": all_probs,
         }
-        batch["label_ids"][is_step], batch["label_probs"][is_step] = ids, probs
         if self.padding_side == "left":
-            batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+            arrays["position_ids"] = (is_token.cumsum(-1) - 1).clip(min=0)
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return {**batch, **find_indices(batch)}
 
 
@@ -113,10 +117,13 @@ def find_indices(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
     ```
     """
-    is_token = batch["attention_mask"].flatten().bool()
-    is_step = batch["label_probs"].sum(-1).flatten() > 0
-    return {
-        "token_index": is_token.nonzero().flatten(),
-        "step_index": batch["step_mask"].flatten()[is_token].nonzero().flatten(),
-        "label_index": is_step.nonzero().flatten(),
+    attention_mask, step_mask, label_probs = (
+        batch[key].cpu().numpy() for key in ("attention_mask", "step_mask", "label_probs")
+    )
+    is_token = attention_mask.flatten() > 0
+    indices = {
+        "token_index": is_token.nonzero()[0],
+        "step_index": step_mask.flatten()[is_token].nonzero()[0],
+        "label_index": (label_probs.sum(-1).flatten() > 0).nonzero()[0],
     }
+    return {name: torch.from_numpy(index).to(batch["step_mask"].device) for name, index in indices.items()}

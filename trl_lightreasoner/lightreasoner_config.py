@@ -41,6 +41,12 @@ class LightReasonerConfig(TrainingArguments):
             Whether to train on rows of one kept step each, as the paper does, instead of on whole trajectories, whose
             steps share one forward pass.
 
+        > Parameters that control the training
+
+        use_cuda_graphs (`bool`, *optional*, defaults to `True`):
+            Whether to train an adapter by CUDA graphs where that is possible: on a GPU in half precision, without
+            activation checkpointing, `torch_compile`, FSDP or DeepSpeed. Forward hooks of the layers do not run then.
+
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `per_device_train_batch_size`: Defaults to `None` instead of `8`. If neither it nor
@@ -126,6 +132,16 @@ class LightReasonerConfig(TrainingArguments):
         metadata={
             "help": "Whether to train on rows of one kept step each, as the paper does, instead of on whole "
             "trajectories, whose steps share one forward pass."
+        },
+    )
+
+    # Parameters that control the training
+    use_cuda_graphs: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to train an adapter by CUDA graphs where that is possible: on a GPU in half precision, "
+            "without activation checkpointing, `torch_compile`, FSDP or DeepSpeed. Forward hooks of the layers do not "
+            "run then."
         },
     )
 

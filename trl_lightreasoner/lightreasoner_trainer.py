@@ -28,6 +28,7 @@ from .base_trainer import _BaseTrainer
 from .combinations import check_combinations
 from .contrast import contrastive_loss
 from .data_collator import DataCollatorForLightReasoner, find_indices
+from .graph_training import GraphedLayers, can_capture
 from .lightreasoner_config import LightReasonerConfig
 from .models import (
     accepts_logits_to_keep,
@@ -302,6 +303,11 @@ class LightReasonerTrainer(_BaseTrainer):
         is_half = args.bf16 or args.fp16 or get_base_model(model).dtype in (torch.bfloat16, torch.float16)
         self._model_config = get_base_model(model).config
         self._packs = args.device.type == "cuda" and is_half and can_pack(model)
+        recomputes = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._graphs: GraphedLayers | None = None
+        if self._packs and args.use_cuda_graphs and not (recomputes or is_sharded or args.torch_compile):
+            self._graphs = GraphedLayers(model) if can_capture(model) else None
         if is_quantized and self.accelerator.is_fsdp2:
             # FSDP2 would cast packed 4-bit weights as if they were numbers; autocast does what is needed
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
@@ -393,7 +399,11 @@ class LightReasonerTrainer(_BaseTrainer):
         # LoRA layers cast what they get to their own float32, only for autocast to cast it back
         autocasts = self.accelerator.native_amp and isinstance(self.model, PeftModel)
         with disable_input_dtype_casting(self.model, active=autocasts and _is_plain_lora(self.model)):
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            try:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            finally:
+                if self._graphs is not None:
+                    self._graphs.clear()
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
         def plan(args: TrainingArguments) -> tuple:
@@ -402,7 +412,8 @@ class LightReasonerTrainer(_BaseTrainer):
         return plan(args) if self._resumed is None else plan_training(plan, args, dataloader, self._resumed)
 
     def training_step(self, *args, **kwargs):
-        with attention_backends(self.accelerator.device), self._attention():
+        graphs = nullcontext() if self._graphs is None else self._graphs.once()
+        with attention_backends(self.accelerator.device), self._attention(), graphs:
             loss = super().training_step(*args, **kwargs)
         if self.is_in_train and self._filters_loss:
             usual = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
