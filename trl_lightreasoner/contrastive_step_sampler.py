@@ -117,7 +117,10 @@ class ContrastiveStepSampler:
         self.shared_vocabulary = shared_vocabulary(
             processing_class, amateur_processing_class, expert_width, amateur_width
         )
-        self.expert_vocabulary = model_vocabulary(processing_class, expert_width, "expert")
+        if len(self.shared_vocabulary) == len(processing_class):  # the usual case
+            self.expert_vocabulary = self.shared_vocabulary
+        else:
+            self.expert_vocabulary = model_vocabulary(processing_class, expert_width, "expert")
         contexts = [
             getattr(config.get_text_config(), "max_position_embeddings", None)
             for config in (expert_config, amateur_config)

@@ -52,9 +52,13 @@ def compile_ahead(expert_logits: torch.Tensor, amateur_logits: torch.Tensor, dev
         return
 
     def work() -> None:
-        with torch.cuda.device(device), contextlib.suppress(Exception):  # which will come again when it is needed
-            dtypes = expert_logits.dtype, amateur_logits.dtype, torch.float32
-            _kernel.warmup(*dtypes, *_sizes(expert_logits, amateur_logits), BLOCK=_BLOCK, grid=(1,))
+        # What fails here will fail again when it is needed
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)), contextlib.suppress(Exception):
+            examples = (
+                torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device=device)
+                for each in (expert_logits, amateur_logits)
+            )
+            _launch(*examples)
 
     _compiling = threading.Thread(target=work, daemon=True)
     _compiling.start()
@@ -75,15 +79,15 @@ def fused_divergence(expert_logits: torch.Tensor, amateur_logits: torch.Tensor) 
     if _compiling is not None:
         _compiling.join()
         _compiling = None
+    return _launch(expert_logits, amateur_logits)
+
+
+def _launch(expert_logits: torch.Tensor, amateur_logits: torch.Tensor) -> torch.Tensor:
     divergence = torch.empty(len(expert_logits), dtype=torch.float32, device=expert_logits.device)
     if len(divergence):
-        sizes = _sizes(expert_logits, amateur_logits)
+        sizes = expert_logits.stride(0), amateur_logits.stride(0), expert_logits.shape[1]
         _kernel[(len(divergence),)](expert_logits, amateur_logits, divergence, *sizes, BLOCK=_BLOCK)
     return divergence
-
-
-def _sizes(expert_logits: torch.Tensor, amateur_logits: torch.Tensor) -> tuple[int, int, int]:
-    return expert_logits.stride(0), amateur_logits.stride(0), expert_logits.shape[1]
 
 
 if triton is not None:
