@@ -4,7 +4,7 @@ Which settings help a real pair? Samples, trains and evaluates one setting after
 A setting is a line of JSON with the fields of `Setting` that differ from their defaults. The first rows of the dataset
 are learned from, the last ones are held back and answered, by the expert as it was and as it is after each setting;
 test sets are for the one that is chosen in the end. What was evaluated already is not done again, and nothing is left
-out of the log: log.jsonl has a line a setting, table.md shows them all.
+out of the log: log.jsonl has a line a setting, table.md shows them all, NAME/adapter is what a setting has trained.
 
 ```bash
 echo '{"name": "paper", "learning_rate": 5e-5, "updates": 125}' > settings.jsonl
@@ -227,6 +227,7 @@ class Exploration:
                 trainer.train()
                 seconds["training_s"] += time.perf_counter() - start
                 model = trainer.model.eval()
+            trainer.save_model(str(self.folder / setting.name / "adapter"))
             logs = [log for log in trainer.state.log_history if "loss" in log]
             entry |= {
                 f"{name}_{key}": logs[i][key]

@@ -1,8 +1,9 @@
 """
 Does training on several GPUs give what one GPU gives, with how much memory and in which time?
 
-Runs `examples/train.py` on one GPU and under every file of `examples/accelerate_configs`, as many rows an update each:
-LoRA, QLoRA and all weights. Prints a Markdown table and writes it as JSON.
+Runs `examples/train.py` on one GPU, with CUDA graphs and kernel by kernel, and under every file of
+`examples/accelerate_configs`, as many rows an update each: LoRA, QLoRA and all weights. Prints a Markdown table and
+writes it as JSON.
 
 ```bash
 python benchmarks/several_gpus.py --model_name_or_path Qwen/Qwen2.5-Math-1.5B --dataset_name steps --output_dir gpus
@@ -26,21 +27,12 @@ TRAINED = {
 }
 # FSDP2 gathers 4-bit weights unchanged only if they are stored in this type
 STORAGE = ["--bnb_4bit_quant_storage", "float32"]
-RUNS = [
-    ("LoRA", None),
-    ("LoRA", "ddp"),
-    ("LoRA", "fsdp2"),
-    ("LoRA", "deepspeed_zero2"),
-    ("LoRA", "deepspeed_zero3"),
-    ("QLoRA", None),
-    ("QLoRA", "ddp"),
-    ("QLoRA", "fsdp2"),
-    ("all weights", None),
-    ("all weights", "ddp"),
-    ("all weights", "fsdp2"),
-    ("all weights", "deepspeed_zero2"),
-    ("all weights", "deepspeed_zero3"),
-]
+# On one GPU, and under the files of examples/accelerate_configs
+CONFIGS = {
+    "LoRA": ["one", "kernels", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"],
+    "QLoRA": ["one", "kernels", "ddp", "fsdp2"],
+    "all weights": ["one", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"],
+}
 
 
 def train(output: str, argv: list[str]) -> None:
@@ -77,19 +69,23 @@ def main() -> None:
     parser.add_argument(
         "--trained", nargs="+", choices=TRAINED, default=list(TRAINED), help="What to train, in order."
     )
+    parser.add_argument("--configs", nargs="+", choices=CONFIGS["LoRA"], help="How to train it; by default every way.")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     results = []
+    ways = {"one": "one", "kernels": "one, kernel by kernel"}
     print("| trained | GPUs | first loss | last loss | largest difference from one GPU | s | peak GiB a GPU |")
     print("|---|---|---|---|---|---|---|")
-    runs = [run for trained in args.trained for run in RUNS if run[0] == trained]
+    runs = [(trained, config) for trained in args.trained for config in CONFIGS[trained]]
     for trained, config in runs:
-        count = 1 if config is None else args.num_processes
-        name = f"{trained} {config or 'one'}".replace(" ", "_")
+        if args.configs and config not in args.configs:
+            continue
+        count = 1 if config in ("one", "kernels") else args.num_processes
+        name = f"{trained} {config}".replace(" ", "_")
         output = args.output_dir / f"{name}.json"
         command = [sys.executable, "-m", "accelerate.commands.launch"]
-        if config is None:
+        if count == 1:
             command = [sys.executable]
         else:
             file = ROOT / "examples" / "accelerate_configs" / f"{config}.yaml"
@@ -101,7 +97,9 @@ def main() -> None:
         command += ["--disable_tqdm", "true", "--report_to", "none", *TRAINED[trained]]
         if trained == "QLoRA" and config == "fsdp2":
             command += STORAGE
-        environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": "0"} if config is None else {})}
+        if config == "kernels":
+            command += ["--use_cuda_graphs", "false"]
+        environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": "0"} if count == 1 else {})}
         log = args.output_dir / f"{name}.log"
         with open(log, "w") as file:
             status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
@@ -115,7 +113,7 @@ def main() -> None:
         difference = max(abs(a - b) for a, b in zip(result["losses"], one, strict=True))
         peaks = ", ".join(f"{peak:.1f}" for peak in result["peak_gib"])
         print(
-            f"| {trained} | {'one' if config is None else f'{count}, {config}'} | {result['losses'][0]:.4f} | "
+            f"| {trained} | {ways.get(config, f'{count}, {config}')} | {result['losses'][0]:.4f} | "
             f"{result['losses'][-1]:.4f} | {difference:.4f} | {result['train_s']:.1f} | {peaks} |",
             flush=True,
         )

@@ -45,6 +45,8 @@ def test_each_setting_is_a_line_of_the_log_and_of_the_table(explore, argv, capsy
     log = explore.main(argv)
     assert [entry["name"] for entry in log] == [setting["name"] for setting in settings]
     assert all(entry["kept_steps"] > 0 for entry in log)
+    folder = Path(argv[argv.index("--output_dir") + 1])
+    assert all((folder / entry["name"] / "adapter" / "adapter_config.json").exists() for entry in log)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines[2:4]] == ["| expert, chat, 4 problems", "| expert, raw, 4 problems"]
     assert len(lines) == 2 + 2 + len(settings)
