@@ -54,7 +54,7 @@ def test_a_packed_batch_has_the_loss_and_the_gradient_of_a_padded_one(
             model, tokenizer, steps, tmp_path, packs, **({"peft_config": peft_config} if adapter else {})
         )
         shapes = []
-        model.register_forward_pre_hook(
+        model.model.register_forward_pre_hook(
             lambda module, args, kwargs, shapes=shapes: shapes.append(tuple(kwargs["input_ids"].shape)),
             with_kwargs=True,
         )
