@@ -13,13 +13,13 @@ python benchmarks/speed.py --expert Qwen/Qwen2.5-Math-1.5B --amateur Qwen/Qwen2.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,6 +110,22 @@ class Ends(TrainerCallback):
         self.times.append(time.perf_counter())
 
 
+def pace(start: float, ends: list[float], end: float, num_steps: int, first_share: float) -> tuple[float, float]:
+    """
+    Steps a second after the first update, as the published way is timed, and the median of an update's seconds.
+
+    Args:
+        start, end (`float`): When the training began and was over, in seconds.
+        ends (`list[float]`): When each update ended.
+        num_steps (`int`): Kept steps of all updates.
+        first_share (`float`): Share of them that the first update holds.
+    """
+    if len(ends) == 1:
+        return num_steps / (end - start), ends[0] - start
+    updates = [later - sooner for sooner, later in itertools.pairwise(ends)]
+    return num_steps * (1 - first_share) / (end - ends[0]), statistics.median(updates)
+
+
 class Pair:
     """Two models that are loaded, with all that the slow path needs."""
 
@@ -147,7 +163,7 @@ class Pair:
         self.batch_size = sampler.batch_size
         return Measured(dataset, seconds, len(prompts) / seconds, peak_gib())
 
-    def train(self, dataset: Dataset, rows: int | None = None) -> tuple["Trained", float]:
+    def train(self, dataset: Dataset, rows: int | None = None) -> tuple[Trained, float]:
         """One epoch of `LightReasonerTrainer`, and the seconds before, for construction with its check of all rows."""
         rows = rows or self.args.train_rows
         ends = Ends()
@@ -177,15 +193,9 @@ class Pair:
         trainer.train()
         end, peak = clock(), peak_gib()
         trainer.model.unload()
-        num_steps = count_steps(dataset)
-        first, *others = (
-            later - sooner for sooner, later in zip([constructed, *ends.times], ends.times, strict=False)
-        )
-        rate = num_steps / (end - constructed)
-        if others:
-            # As of the published way, without the first update, which holds about as many steps as its share of rows
-            rate = num_steps * (1 - min(1, rows / len(dataset))) / (end - constructed - first)
-        return Trained(end - constructed, rate, statistics.median(others or [first]), peak), constructed - start
+        first_share = min(1, rows / len(dataset))  # of the rows, and so about of the steps
+        rate, update_s = pace(constructed, ends.times, end, count_steps(dataset), first_share)
+        return Trained(end - constructed, rate, update_s, peak), constructed - start
 
     def train_published(self, dataset: Dataset) -> Measured:
         model = get_peft_model(self.expert, lora())
@@ -300,7 +310,7 @@ def compare(pair: Pair, dataset: Dataset) -> dict[str, Any]:
 @torch.no_grad()
 def _gap(pair: Pair, prompt: list[int], fast: list[int], other: list[int]) -> tuple[float, float]:
     """How much lower the logit of `fast`'s first own token is than the best, and the spacing of such logits."""
-    t = next(t for t, (a, b) in enumerate(zip_longest(fast, other)) if a != b)
+    t = next(t for t, (a, b) in enumerate(itertools.zip_longest(fast, other)) if a != b)
     context = torch.tensor([prompt + fast[:t]], device=pair.expert.device)
     logits = pair.vocabulary.select(pair.expert(context).logits[0, -1])
     best = logits.max().item()

@@ -124,6 +124,12 @@ def test_padding_share(speed):
     assert speed.padding_share([4, 4], [[0, 1]]) == 0
 
 
+def test_the_first_update_is_not_timed(speed):
+    # 5 s for the first of four updates, then 1, 3 and 1, and 2 s until all is over; it held a quarter of the steps
+    assert speed.pace(10.0, [15.0, 16.0, 19.0, 20.0], 22.0, 80, 0.25) == (60 / 7, 1.0)
+    assert speed.pace(10.0, [14.0], 15.0, 80, 1.0) == (16.0, 4.0)
+
+
 def test_it_runs_whole(speed, tmp_path, expert_path, amateur_path, prompts, capsys):
     prompts.rename_column("prompt", "question").to_json(tmp_path / "prompts.jsonl")
     argv = ["--expert", expert_path, "--amateur", amateur_path, "--dataset_name", str(tmp_path / "prompts.jsonl")]

@@ -136,6 +136,34 @@ def test_weights_that_move_are_captured_anew(trainers, steps):
     torch.testing.assert_close(plain, graphed, rtol=1e-4, atol=1e-6)
 
 
+def test_an_adapter_that_comes_later_is_trained(trainers, steps):
+    rows, results = list(steps)[:3], []
+    for trainer in trainers:
+        step(trainer, rows)
+        torch.manual_seed(1)
+        lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        trainer.model.add_adapter("later", lora)
+        trainer.model.set_adapter("later")
+        trainer.model.zero_grad()
+        results.append((step(trainer, rows), gradients(trainer)))
+    assert all(gradient.any() for gradient in results[1][1].values())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_that_fits_neither_way_leaves_the_graphs_on(trainers, steps, monkeypatch):
+    graphed = trainers[1]
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr("trl_lightreasoner.graph_training._CapturedLayers", fail)
+        patch.setattr(graphed._graphs.layers, "forward", fail)
+        step(graphed, list(steps)[:3])
+    step(graphed, list(steps)[:2])
+    assert graphed._graphs._captured
+
+
 def test_layers_that_cannot_be_captured_run_as_they_are(trainers, steps, caplog, monkeypatch):
     plain, graphed = trainers
 

@@ -23,10 +23,12 @@ def train(tmp_path, steps, expert_path):
     path = tmp_path / "rows.parquet"
     type(steps).from_list(rows, features=steps.features).to_parquet(path)
 
-    def run(name: str, num_processes: int, num_eval_rows: int = 12, lora: bool = False, **args) -> dict:
+    def run(
+        name: str, num_processes: int, num_eval_rows: int = 12, lora: bool = False, graphs: bool = False, **args
+    ) -> dict:
         folder = tmp_path / name
         settings = {"rows": str(path), "model": expert_path, "output_dir": str(folder), "args": args}
-        settings |= {"num_eval_rows": num_eval_rows, "lora": lora}
+        settings |= {"num_eval_rows": num_eval_rows, "lora": lora, "graphs": graphs}
         launcher = [sys.executable]
         if num_processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
@@ -56,6 +58,16 @@ def test_two_processes_train_as_one(lora, train):
             torch.testing.assert_close(other["weights"][parameter], weight, rtol=1e-5, atol=1e-6, msg=name)
         assert other["losses"] == pytest.approx(one["losses"], rel=1e-5), name
         assert other["num_kept_steps"] == one["num_kept_steps"], name
+
+
+def test_two_processes_that_replay_their_layers_train_as_one_that_does_not(train):
+    pytest.importorskip("torch.nn.attention.varlen", reason="needs PyTorch 2.10")
+    one = train("one", 1, lora=True, per_device_train_batch_size=8, gradient_accumulation_steps=1)
+    two = train("two", 2, lora=True, graphs=True, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert two["num_graphs"] > 0 == one["num_graphs"]
+    for parameter, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][parameter], weight, rtol=1e-5, atol=1e-6)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
 
 
 @pytest.mark.parametrize("num_eval_rows", [5, 7, 12])

@@ -33,6 +33,8 @@ class ArgumentParser(TrlParser):
 
     Args:
         dataclass_types (`Iterable[type]`): Dataclasses whose fields become flags.
+        first (`str`, *optional*): Field whose values may come first, without their flag.
+        hint (`str`, *optional*): What is said where a value stands in another place without a flag.
         kwargs: For [`argparse.ArgumentParser`].
 
     Example:
@@ -49,8 +51,15 @@ class ArgumentParser(TrlParser):
     ```
     """
 
-    def __init__(self, dataclass_types: Iterable[type], **kwargs: Any):
+    def __init__(
+        self,
+        dataclass_types: Iterable[type],
+        first: str | None = None,
+        hint: str = "Settings are given as flags, such as `--output_dir DIR`.",
+        **kwargs: Any,
+    ):
         dataclass_types = list(dataclass_types)
+        self._first, self._hint = first, hint
         self._hints = {name: str(hint) for each in dataclass_types for name, hint in get_type_hints(each).items()}
         super().__init__(dataclass_types=dataclass_types, allow_abbrev=False, **kwargs)
         # TrlParser takes `--config` out before argparse sees it; declared for `--help`
@@ -58,6 +67,8 @@ class ArgumentParser(TrlParser):
 
     def parse(self, args: Sequence[str]) -> tuple:
         """Instances of the dataclasses, from flags and from the YAML file that `--config` names."""
+        if self._first is not None and args and not args[0].startswith("-"):
+            args = [f"--{self._first}", *args]
         args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
         if "--config" in args:
             index = args.index("--config") + 1
@@ -112,7 +123,7 @@ class ArgumentParser(TrlParser):
 
     def _unknown(self, kind: str, name: str) -> str:
         if not name.startswith("--"):
-            return f"Unexpected argument {name!r}. Settings are given as flags, such as `--output_dir DIR`."
+            return f"Unexpected argument {name!r}. {self._hint}"
         name = re.split("[ =]", name)[0]
         names = [option for action in self._actions for option in action.option_strings]
         if kind == "key":

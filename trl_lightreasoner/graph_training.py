@@ -50,9 +50,9 @@ class GraphedLayers:
         self.adapter: Any = _adapter(model)
         self.failed = False
         self._captured: dict[tuple, _CapturedLayers] = {}
-        # What a graph was captured with: where the weights are, which of them are trained, the adapter
+        # What the graphs were captured with: the adapter, where the weights are, which of them are trained
         self._state: tuple = ()
-        self._parameters = list(self.layers.parameters())
+        self._parameters: list[torch.nn.Parameter] = []
         self._plain: Callable = self.layers.forward
         self._left = 0
         self._memory: _Memory | None = None
@@ -60,7 +60,7 @@ class GraphedLayers:
     def clear(self) -> None:
         """Let all graphs go, and their memory."""
         self._captured.clear()
-        self._memory = None
+        self._state, self._memory = (), None
 
     @contextmanager
     def once(self) -> Iterator[None]:
@@ -86,13 +86,15 @@ class GraphedLayers:
         try:
             captured = self._capture(input_ids, kwargs["position_ids"], cu_seq_lens_q, kwargs["max_length_q"])
         except RuntimeError as error:
-            self.failed = True
             self.clear()
+            # What does not fit into memory either way is told as it would be without graphs
+            outputs = self._plain(input_ids=input_ids, cu_seq_lens_q=cu_seq_lens_q, **kwargs)
+            self.failed = True
             logger.warning(
                 f"Training goes on without CUDA graphs, which is slower ({str(error).splitlines()[0]}). "
                 "`use_cuda_graphs=False` leaves them out from the beginning."
             )
-            return self._plain(input_ids=input_ids, cu_seq_lens_q=cu_seq_lens_q, **kwargs)
+            return outputs
         captured.fill(input_ids, kwargs["position_ids"], cu_seq_lens_q)
         hidden_states = _Replay.apply(captured, *captured.parameters)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states[:, : input_ids.shape[1]])
@@ -100,11 +102,10 @@ class GraphedLayers:
     def _capture(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, begins: torch.Tensor, longest: int
     ) -> "_CapturedLayers":
-        state = tuple((each.data_ptr(), each.requires_grad) for each in self._parameters)
-        state += tuple(self.adapter.active_adapters)
-        if state != self._state:
+        if self._find_state() != self._state:
             self.clear()
-            self._state = state
+            self._parameters = list(self.layers.parameters())
+            self._state = self._find_state()
         num_tokens, step = round_up(input_ids.shape[1])
         longest = 2 ** (max(longest, step) - 1).bit_length()
         key = num_tokens, longest, len(begins)
@@ -115,6 +116,10 @@ class GraphedLayers:
             batch = input_ids, position_ids, begins
             self._captured[key] = _CapturedLayers(self._plain, parameters, num_tokens, longest, batch, self._memory)
         return self._captured[key]
+
+    def _find_state(self) -> tuple:
+        weights = tuple((each.data_ptr(), each.requires_grad) for each in self._parameters)
+        return *self.adapter.active_adapters, *weights
 
 
 def round_up(num_tokens: int) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """`lightreasoner import`: the published scripts' JSON lines to a Dataset of kept steps."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .arguments import ArgumentParser
@@ -53,23 +52,11 @@ class ImportArguments:
             raise ValueError(f"`output_dir` must name a folder, got {self.output_dir!r}.")
 
 
-class _ImportParser(ArgumentParser):
-    """The file comes first, without a flag."""
-
-    def parse(self, args: Sequence[str]) -> tuple:
-        args = list(args)
-        return super().parse([*(["--file"] if args and not args[0].startswith("-") else []), *args])
-
-    def _unknown(self, kind: str, name: str) -> str:
-        if name.startswith("--"):
-            return super()._unknown(kind, name)
-        return f"Unexpected argument {name!r}. The file comes first: `lightreasoner import FILE --output_dir DIR`."
-
-
 def make_parser(prog: str | None = None) -> ArgumentParser:
     prog = prog or "lightreasoner import"
     usage = f"{prog} FILE [--flag VALUE ...] [--config FILE.yaml]"
-    return _ImportParser([ImportArguments], prog=prog, usage=usage, description=__doc__)
+    hint = "The file comes first: `lightreasoner import FILE --output_dir DIR`."
+    return ArgumentParser([ImportArguments], first="file", hint=hint, prog=prog, usage=usage, description=__doc__)
 
 
 def main(args: ImportArguments) -> None:

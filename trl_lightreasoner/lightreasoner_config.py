@@ -7,6 +7,8 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from .contrastive_sampling_config import check_flags
+
 
 @dataclass
 class LightReasonerConfig(TrainingArguments):
@@ -157,6 +159,7 @@ class LightReasonerConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be a whole number, 1 or more, got {value!r}.")
+        check_flags(self, ("one_step_per_row", "use_cuda_graphs", "trust_remote_code"))
         epochs = self.num_train_epochs
         if epochs is not None and not (isinstance(epochs, int | float) and 0 < epochs < float("inf")):
             raise ValueError(f"`num_train_epochs` must be a finite number above 0, got {epochs!r}.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch.utils.data import DataLoader
 from transformers import (
@@ -24,6 +24,7 @@ from transformers import (
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import EvalLoopOutput
 
+from .adapters import is_plain_lora, is_quantized, prepare_adapter
 from .base_trainer import _BaseTrainer
 from .combinations import check_combinations
 from .contrast import contrastive_loss
@@ -241,39 +242,10 @@ class LightReasonerTrainer(_BaseTrainer):
                 )
             settle_4bit_layers(model)
         warn_of_another_expert(train_dataset, model, name)
-        is_quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
-
-        # PEFT
-        if peft_config is not None:
-            if isinstance(model, PeftModel):
-                raise ValueError(
-                    "You passed a `PeftModel` instance together with a `peft_config` to the trainer. Please first "
-                    "merge and unload the existing adapter, save the resulting base model, and then pass that base "
-                    "model along with the new `peft_config` to the trainer."
-                )
-            # The adapter remembers which revision of its base model it belongs to
-            revision = None if name is None else model_init_kwargs.get("revision")
-            model = get_peft_model(model, peft_config, revision=revision)
-        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-            raise ValueError(
-                f"{model.active_peft_config.peft_type.value} is not supported: it adds positions in front of the "
-                "prompt. Use LoRA or another method that changes weights."
-            )
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError(
-                "The model has no trainable parameter. Load the adapter with `is_trainable=True`, or pass a "
-                "`peft_config`."
-            )
-        # When using gradient checkpointing with PEFT, we need to enable input gradients.
-        if isinstance(model, PeftModel) and (
-            args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
-        ):
-            model.enable_input_require_grads()
-        # QLoRA's adapter weights are bf16, as in its paper; DoRA's magnitude vector would freeze in bf16.
-        if is_quantized:
-            for parameter_name, parameter in model.named_parameters():
-                if parameter.requires_grad and "lora_magnitude_vector" not in parameter_name:
-                    parameter.data = parameter.data.to(torch.bfloat16)
+        recomputes = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
+        # The adapter remembers which revision of its base model it belongs to
+        revision = None if name is None else model_init_kwargs.get("revision")
+        model = prepare_adapter(model, peft_config, revision, recomputes)
 
         if args.use_liger_kernel:
             # Its forward for cross entropy takes no mask of positions
@@ -303,12 +275,11 @@ class LightReasonerTrainer(_BaseTrainer):
         is_half = args.bf16 or args.fp16 or get_base_model(model).dtype in (torch.bfloat16, torch.float16)
         self._model_config = get_base_model(model).config
         self._packs = args.device.type == "cuda" and is_half and can_pack(model)
-        recomputes = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self._graphs: GraphedLayers | None = None
         if self._packs and args.use_cuda_graphs and not (recomputes or is_sharded or args.torch_compile):
             self._graphs = GraphedLayers(model) if can_capture(model) else None
-        if is_quantized and self.accelerator.is_fsdp2:
+        if is_quantized(model) and self.accelerator.is_fsdp2:
             # FSDP2 would cast packed 4-bit weights as if they were numbers; autocast does what is needed
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.skip_nonfinite_updates = SkipNonFiniteUpdates(self)
@@ -398,7 +369,7 @@ class LightReasonerTrainer(_BaseTrainer):
         self._resumed = load_state(resume_from_checkpoint, self.args.output_dir)
         # LoRA layers cast what they get to their own float32, only for autocast to cast it back
         autocasts = self.accelerator.native_amp and isinstance(self.model, PeftModel)
-        with disable_input_dtype_casting(self.model, active=autocasts and _is_plain_lora(self.model)):
+        with disable_input_dtype_casting(self.model, active=autocasts and is_plain_lora(self.model)):
             try:
                 return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
@@ -498,10 +469,6 @@ class LightReasonerTrainer(_BaseTrainer):
             logs["num_nonfinite_updates"] = self.skip_nonfinite_updates.count
             self._sums = torch.zeros_like(self._sums)
         super().log(logs, start_time)
-
-
-def _is_plain_lora(model: PeftModel) -> bool:
-    return all(isinstance(config, LoraConfig) and not config.use_dora for config in model.peft_config.values())
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

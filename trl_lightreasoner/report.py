@@ -2,15 +2,9 @@
 
 import os
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .arguments import ArgumentParser, load_split
-
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 @dataclass
@@ -99,29 +93,19 @@ class ReportArguments:
 
 
 class _ReportParser(ArgumentParser):
-    """The datasets come first, without a flag."""
-
-    def parse(self, args: "Sequence[str]") -> tuple:
-        names = list(takewhile(lambda arg: not arg.startswith("-"), args))
-        return super().parse([*(["--dataset_name"] if names else []), *args])
-
     def error(self, message: str):
         if "dataset_name" in message:
             message = "A dataset is missing. It comes first: `lightreasoner report DATASET --output_dir DIR`"
         super().error(message)
 
-    def _unknown(self, kind: str, name: str) -> str:
-        if name.startswith("--"):
-            return super()._unknown(kind, name)
-        return (
-            f"Unexpected argument {name!r}. The datasets come first: `lightreasoner report DATASET --output_dir DIR`."
-        )
-
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
     prog = prog or "lightreasoner report"
     usage = f"{prog} DATASET [DATASET2] [--flag VALUE ...] [--config FILE.yaml]"
-    return _ReportParser([ReportArguments], prog=prog, usage=usage, description=__doc__)
+    hint = "The datasets come first: `lightreasoner report DATASET --output_dir DIR`."
+    return _ReportParser(
+        [ReportArguments], first="dataset_name", hint=hint, prog=prog, usage=usage, description=__doc__
+    )
 
 
 def main(args: ReportArguments) -> None:

@@ -2,14 +2,30 @@
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
-from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
+from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer, packed_attention
+from trl_lightreasoner.graph_training import GraphedLayers
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from test_packed_attention import naive_varlen_attn  # noqa: E402
+
+
+class Graphs(TrainerCallback):
+    """How many sizes of batch are captured by the end of an update."""
+
+    def __init__(self, trainer):
+        self.trainer, self.count = trainer, 0
+
+    def on_step_end(self, *args, **kwargs):
+        self.count = len(self.trainer._graphs._captured)
 
 
 def main(settings: dict) -> None:
@@ -38,6 +54,11 @@ def main(settings: dict) -> None:
         eval_dataset=steps.select(range(settings["num_eval_rows"])),
         peft_config=lora if settings["lora"] else None,
     )
+    graphs = Graphs(trainer)
+    if settings["graphs"]:  # as on a GPU, where packed layers are replayed
+        packed_attention.varlen_attn = naive_varlen_attn
+        trainer._packs, trainer._graphs = True, GraphedLayers(trainer.model)
+        trainer.add_callback(graphs)
     trainer.train()
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
@@ -46,6 +67,7 @@ def main(settings: dict) -> None:
         logs = [log for log in trainer.state.log_history if "loss" in log]
         result = {
             "world_size": trainer.args.world_size,
+            "num_graphs": graphs.count,
             "losses": [log["loss"] for log in logs],
             "num_kept_steps": [log["num_kept_steps"] for log in logs],
             "eval_loss": metrics["eval_loss"],

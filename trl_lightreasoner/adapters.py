@@ -1,0 +1,57 @@
+"""From a model and the user's `peft_config` to the model that is trained, or a refusal."""
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+
+
+def prepare_adapter(
+    model: torch.nn.Module, peft_config: PeftConfig | None, revision: str | None, recomputes: bool
+) -> torch.nn.Module:
+    """
+    The model with its adapter, if it is to have one, and the adapter's weights in the dtype that they are trained in.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model, loaded.
+        peft_config ([`~peft.PeftConfig`], *optional*): A new adapter.
+        revision (`str`, *optional*): Revision of the model on the Hub.
+        recomputes (`bool`): Whether activations are computed again in the backward pass.
+
+    Raises:
+        `ValueError`: If there would be two adapters, one that adds positions, or nothing to train.
+    """
+    if peft_config is not None:
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "You passed a `PeftModel` instance together with a `peft_config` to the trainer. Please first merge "
+                "and unload the existing adapter, save the resulting base model, and then pass that base model along "
+                "with the new `peft_config` to the trainer."
+            )
+        model = get_peft_model(model, peft_config, revision=revision)
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{model.active_peft_config.peft_type.value} is not supported: it adds positions in front of the prompt. "
+            "Use LoRA or another method that changes weights."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "The model has no trainable parameter. Load the adapter with `is_trainable=True`, or pass a `peft_config`."
+        )
+    # When using gradient checkpointing with PEFT, we need to enable input gradients.
+    if isinstance(model, PeftModel) and recomputes:
+        model.enable_input_require_grads()
+    # QLoRA's adapter weights are bf16, as in its paper; DoRA's magnitude vector would freeze in bf16.
+    if is_quantized(model):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def is_quantized(model: torch.nn.Module) -> bool:
+    """Whether bitsandbytes holds the model's weights in 4 or 8 bits."""
+    return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+
+
+def is_plain_lora(model: PeftModel) -> bool:
+    """Whether all adapters are LoRA without DoRA's magnitudes."""
+    return all(isinstance(config, LoraConfig) and not config.use_dora for config in model.peft_config.values())
