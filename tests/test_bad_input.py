@@ -742,6 +742,7 @@ def test_wrong_settings_of_sampling(settings, sentence, tmp_path):
         ({"learning_rate": "fast"}, r"`learning_rate` must be a finite number, 0 or more, got 'fast'\."),
         ({"per_device_train_batch_size": 2.5}, r"`per_device_train_batch_size` must be a whole number, .* got 2\.5\."),
         ({"num_train_epochs": NAN}, r"`num_train_epochs` must be a finite number above 0, got nan\."),
+        ({"use_cuda_graphs": "no"}, r"`use_cuda_graphs` must be true or false, got 'no'\."),
         ({"max_length": "long"}, r"`max_length` must be a whole number, 1 or more, or `None`, got 'long'\."),
     ],
 )

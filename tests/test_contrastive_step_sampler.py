@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from conftest import QUESTIONS, make_model
+from conftest import QUESTIONS, make_model, make_tokenizer
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
@@ -433,6 +433,15 @@ def test_eos_is_kept_and_ends_the_row(sample, prompts, expert, steps, loaded_tok
         assert row["completion_ids"] == expected and len(row["kl_divergence"]) == len(expected)
     assert made[0]["completion_ids"][-1] == eos_id
     assert sampling_metadata(made)["eos_token_ids"] == sorted([loaded_tokenizer.eos_token_id, eos_id])
+
+
+def test_the_expert_may_choose_a_token_that_the_amateur_lacks(tmp_path):
+    big, small = make_tokenizer(), make_tokenizer()
+    big.add_tokens(["<own>"])
+    args = ContrastiveSamplingConfig(str(tmp_path / "steps"))
+    sampler = ContrastiveStepSampler(make_model(big), make_model(small, seed=1), args, big, small)
+    own = big.convert_tokens_to_ids("<own>")
+    assert own in sampler.expert_vocabulary and own not in sampler.shared_vocabulary
 
 
 def test_a_sampler_can_be_used_again(tmp_path, expert_path, amateur_path, prompts):

@@ -463,6 +463,15 @@ def test_an_update_that_is_not_finite_is_left_out(poison, max_grad_norm, optim, 
     assert "The gradient of update 2 is not finite; the update is left out (1 so far)." in caplog.messages
 
 
+def test_the_last_update_is_told_of_as_well(expert, steps, tmp_path, caplog):
+    trainer = Poisoned(expert, config(tmp_path, max_steps=2, logging_steps=10), train_dataset=steps)
+    trainer.updates = (1,)
+    with caplog.at_level(logging.WARNING, logger="trl_lightreasoner.nonfinite_updates"):
+        trainer.train()
+    assert "The gradient of update 2 is not finite; the update is left out (1 so far)." in caplog.messages
+    assert not hasattr(trainer.optimizer.optimizer, "found_inf")  # or it would leave out what others do with it
+
+
 def test_one_bad_batch_of_an_update_leaves_the_whole_update_out(expert, steps, tmp_path):
     class OneBatch(LightReasonerTrainer):
         num_batches = 0

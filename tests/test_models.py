@@ -237,6 +237,14 @@ def test_forward_at_gives_the_logits_at_the_positions(expert, ids, to_keep, peft
 
 
 @pytest.mark.parametrize("to_keep", [False, True])
+def test_forward_at_takes_the_indices_of_one_row(expert, ids, to_keep):
+    with torch.no_grad():
+        logits = forward_at(expert, torch.tensor([0, 3, 6]), to_keep, input_ids=ids[:1]).logits
+        expected = expert(ids[:1]).logits[0, [0, 3, 6]]
+    torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("to_keep", [False, True])
 def test_forward_at_no_position_gives_no_logits(expert, ids, to_keep):
     logits = forward_at(expert, torch.zeros_like(ids, dtype=torch.bool), to_keep, input_ids=ids).logits
     assert logits.shape == (0, expert.config.vocab_size)

@@ -206,6 +206,30 @@ def test_padding_on_either_side_gives_the_same_update(expert_path, rows, tmp_pat
     assert (weights[1] - weights[0]).norm() < 1e-6 * weights[0].norm()
 
 
+def test_a_collator_may_leave_the_indices_to_the_trainer(expert_path, rows, tmp_path):
+    def without_indices(examples):
+        batch = DataCollatorForLightReasoner()(examples)
+        return {name: tensor for name, tensor in batch.items() if not name.endswith("_index")}
+
+    weights = []
+    for collator in (None, without_indices):
+        model = AutoModelForCausalLM.from_pretrained(expert_path)
+        args = config(tmp_path, per_device_train_batch_size=8)
+        LightReasonerTrainer(model, args, data_collator=collator, train_dataset=rows).train()
+        weights.append(flat(model))
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("pins", [False, True])
+def test_batches_from_pinned_memory_are_not_waited_for(pins, expert, rows, tmp_path):
+    args = config(tmp_path)
+    args.dataloader_pin_memory = pins  # as it is by default where there is a GPU
+    trainer = LightReasonerTrainer(expert, args, train_dataset=rows)
+    assert trainer.get_train_dataloader()._non_blocking == pins
+    # What the trainer sets for itself is not the user's
+    assert args.logging_nan_inf_filter and not args.accelerator_config.non_blocking
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 64])
 def test_eval_loss_is_the_mean_over_steps(batch_size, expert, tokenizer, rows, tmp_path):
     expected = torch.stack(naive_losses(expert, tokenizer, rows)).mean().item()

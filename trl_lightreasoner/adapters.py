@@ -4,9 +4,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 
-def prepare_adapter(
-    model: torch.nn.Module, peft_config: PeftConfig | None, revision: str | None, recomputes: bool
-) -> torch.nn.Module:
+def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, revision: str | None) -> torch.nn.Module:
     """
     The model with its adapter, if it is to have one, and the adapter's weights in the dtype that they are trained in.
 
@@ -14,7 +12,6 @@ def prepare_adapter(
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model, loaded.
         peft_config ([`~peft.PeftConfig`], *optional*): A new adapter.
         revision (`str`, *optional*): Revision of the model on the Hub.
-        recomputes (`bool`): Whether activations are computed again in the backward pass.
 
     Raises:
         `ValueError`: If there would be two adapters, one that adds positions, or nothing to train.
@@ -36,9 +33,6 @@ def prepare_adapter(
         raise ValueError(
             "The model has no trainable parameter. Load the adapter with `is_trainable=True`, or pass a `peft_config`."
         )
-    # When using gradient checkpointing with PEFT, we need to enable input gradients.
-    if isinstance(model, PeftModel) and recomputes:
-        model.enable_input_require_grads()
     # QLoRA's adapter weights are bf16, as in its paper; DoRA's magnitude vector would freeze in bf16.
     if is_quantized(model):
         for name, parameter in model.named_parameters():

@@ -242,10 +242,9 @@ class LightReasonerTrainer(_BaseTrainer):
                 )
             settle_4bit_layers(model)
         warn_of_another_expert(train_dataset, model, name)
-        recomputes = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
         # The adapter remembers which revision of its base model it belongs to
         revision = None if name is None else model_init_kwargs.get("revision")
-        model = prepare_adapter(model, peft_config, revision, recomputes)
+        model = prepare_adapter(model, peft_config, revision)
 
         if args.use_liger_kernel:
             # Its forward for cross entropy takes no mask of positions
@@ -275,6 +274,7 @@ class LightReasonerTrainer(_BaseTrainer):
         is_half = args.bf16 or args.fp16 or get_base_model(model).dtype in (torch.bfloat16, torch.float16)
         self._model_config = get_base_model(model).config
         self._packs = args.device.type == "cuda" and is_half and can_pack(model)
+        recomputes = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self._graphs: GraphedLayers | None = None
         if self._packs and args.use_cuda_graphs and not (recomputes or is_sharded or args.torch_compile):

@@ -43,9 +43,6 @@ class SkipNonFiniteUpdates(TrainerCallback):
         self._read()
         return self._count
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self._unread = None  # of a training that was interrupted
-
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
     ):
