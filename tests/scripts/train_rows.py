@@ -14,10 +14,6 @@ from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer, packed_
 from trl_lightreasoner.graph_training import GraphedLayers
 
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_packed_attention import naive_varlen_attn  # noqa: E402
-
-
 class Graphs(TrainerCallback):
     """How many sizes of batch are captured by the end of an update."""
 
@@ -56,6 +52,9 @@ def main(settings: dict) -> None:
     )
     graphs = Graphs(trainer)
     if settings["graphs"]:  # as on a GPU, where packed layers are replayed
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        from test_packed_attention import naive_varlen_attn
+
         packed_attention.varlen_attn = naive_varlen_attn
         trainer._packs, trainer._graphs = True, GraphedLayers(trainer.model)
         trainer.add_callback(graphs)
