@@ -43,6 +43,7 @@ from trl_lightreasoner.contrast import contrast_steps
 from trl_lightreasoner.evaluation import make_prompt
 from trl_lightreasoner.evaluation_statistics import compare, standard_error
 from trl_lightreasoner.models import load_model, load_tokenizer
+from trl_lightreasoner.prompts import encode_rows
 from trl_lightreasoner.step_dataset import count_steps, kl_quantiles
 
 
@@ -60,7 +61,7 @@ class Setting:
         name (`str`): What the log calls it.
         prompt_style (`str`): `"chat"` or `"raw"`, in sampling and in evaluation.
         amateur (`str`): `"given"`; `"rounded to 3 bits"` (or 2, 4): the expert with rounded weights; `"careless
-            prompt"`: the expert, asked to answer without steps (chat only); or the path of a model or an adapter.
+            prompt"`: the expert, asked to answer without steps; or the path of a model or an adapter.
         num_problems, max_new_tokens, alpha, beta, include_first_step: Of sampling.
         label (`str`): `"contrast"`, or for comparison `"one-hot"` (the expert's own token) and `"expert"` (pi_E over
             the same tokens).
@@ -185,8 +186,8 @@ class Exploration:
             return model(ids, logits_to_keep=len(completion_ids)).logits[0, :, : len(self.tokenizer)]
 
         def contrast(row: dict[str, Any]) -> dict[str, Any]:
-            messages = [{"role": "system", "content": CARELESS}, row["prompt"][-1]]
-            prompt_ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            careless = encode_rows([{"prompt": careless_prompt(row["prompt"])}], self.tokenizer, set())
+            prompt_ids = careless["prompt_ids"][0]
             logits = [logits_behind(ids, row["completion_ids"]) for ids in (row["prompt_ids"], prompt_ids)]
             steps = contrast_steps(*logits, alpha=setting.alpha, beta=setting.beta)
             positions = steps.kept.nonzero()[:, 0].tolist()
@@ -269,6 +270,13 @@ class Exploration:
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
+
+
+def careless_prompt(prompt: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
+    """The same question, asked for the bare number."""
+    if isinstance(prompt, str):
+        return f"{CARELESS}\n\n{prompt}"
+    return [{"role": "system", "content": CARELESS}, prompt[-1]]
 
 
 @torch.no_grad()

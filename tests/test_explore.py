@@ -39,6 +39,7 @@ def test_each_setting_is_a_line_of_the_log_and_of_the_table(explore, argv, capsy
         {"name": "two rounds", "rounds": 2, "prompt_style": "raw"},
         {"name": "two bits", "amateur": "rounded to 2 bits"},
         {"name": "careless", "amateur": "careless prompt"},
+        {"name": "careless, raw", "amateur": "careless prompt", "prompt_style": "raw"},
         {"name": "one-hot", "label": "one-hot", "lora": "all"},
     ]
     write(argv, *settings)
