@@ -115,25 +115,39 @@ def quantized(tmp_path, model):
     return load_model(str(tmp_path / "model"), dtype="bfloat16", quantization_config=nf4)
 
 
+def adapted(model, tokenizer, steps, tmp_path, dropout=0.0):
+    """A trainer of an adapter, and its model under autocast."""
+    lora = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=dropout, task_type="CAUSAL_LM"
+    )
+    args = LightReasonerConfig(str(tmp_path), bf16=True, report_to="none")
+    trainer = LightReasonerTrainer(model, args, train_dataset=steps, processing_class=tokenizer, peft_config=lora)
+    return trainer, trainer.accelerator.prepare_model(trainer.model)
+
+
+def step(trainer, model, steps, rows):
+    batch = DataCollatorForLightReasoner()(list(steps.select(rows)))
+    batch = {name: tensor.cuda() for name, tensor in batch.items()}
+    return trainer.training_step(model, batch, batch["step_mask"].sum())
+
+
+def trained(trainer):
+    return [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+
+
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "nf4"])
 def test_a_graph_trains_an_adapter_as_its_kernels_do_one_by_one(weights, model, big_tokenizer, steps, tmp_path):
     if weights == "nf4":
         pytest.importorskip("bitsandbytes")
     model = quantized(tmp_path, model) if weights == "nf4" else model.to(getattr(torch, weights))
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    args = LightReasonerConfig(str(tmp_path), bf16=True, report_to="none")
-    trainer = LightReasonerTrainer(model, args, train_dataset=steps, processing_class=big_tokenizer, peft_config=lora)
+    trainer, model = adapted(model, big_tokenizer, steps, tmp_path)
     graphs = trainer._graphs
-    model = trainer.accelerator.prepare_model(trainer.model)  # under autocast
     results = []
     for trainer._graphs in (None, graphs):
         trainer.model.zero_grad()
         for rows in (range(4), range(2, 5), range(1, 5)):  # two sizes, one of them twice; gradients add up
-            batch = DataCollatorForLightReasoner()(list(steps.select(rows)))
-            batch = {name: tensor.cuda() for name, tensor in batch.items()}
-            loss = trainer.training_step(model, batch, batch["step_mask"].sum())
-        trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-        results.append((loss, torch.cat([parameter.grad.flatten().float() for parameter in trained])))
+            loss = step(trainer, model, steps, rows)
+        results.append((loss, torch.cat([parameter.grad.flatten().float() for parameter in trained(trainer)])))
     assert not graphs.failed and len(graphs._captured) == 2
     (loss, gradient), (graphed_loss, graphed_gradient) = results
     torch.testing.assert_close(loss, graphed_loss, rtol=1e-2, atol=1e-2)
@@ -142,21 +156,50 @@ def test_a_graph_trains_an_adapter_as_its_kernels_do_one_by_one(weights, model, 
 
 
 def test_every_replay_has_a_dropout_of_its_own(model, big_tokenizer, steps, tmp_path):
-    lora = LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.5, task_type="CAUSAL_LM"
-    )
-    args = LightReasonerConfig(str(tmp_path), bf16=True, report_to="none")
-    trainer = LightReasonerTrainer(model, args, train_dataset=steps, processing_class=big_tokenizer, peft_config=lora)
-    batch = DataCollatorForLightReasoner()(list(steps.select(range(4))))
-    batch = {name: tensor.cuda() for name, tensor in batch.items()}
-    model = trainer.accelerator.prepare_model(trainer.model)  # under autocast
+    trainer, model = adapted(model, big_tokenizer, steps, tmp_path, dropout=0.5)
 
     def losses():
         torch.cuda.manual_seed(0)
-        return [trainer.training_step(model, batch, batch["step_mask"].sum()).item() for _ in range(4)]
+        return [step(trainer, model, steps, range(4)).item() for _ in range(4)]
 
     first, again = losses(), losses()
     assert len(set(first)) == 4 and first == again
+
+
+def test_parameters_that_autograd_knows_from_another_stream_are_captured(model, big_tokenizer, steps, tmp_path):
+    """As under DDP, which holds what adds up the gradient of each parameter."""
+    trainer, model = adapted(model, big_tokenizer, steps, tmp_path)
+    held = [parameter.expand_as(parameter).grad_fn.next_functions[0][0] for parameter in trained(trainer)]
+    step(trainer, model, steps, range(4))
+    assert held and not trainer._graphs.failed and trainer._graphs._captured
+
+
+def test_training_goes_on_after_a_capture_that_broke_off(model, big_tokenizer, steps, tmp_path, caplog):
+    """With dropout, which draws from a generator that took part in it."""
+    trainer, model = adapted(model, big_tokenizer, steps, tmp_path, dropout=0.5)
+    layer = trainer.model.get_base_model().model.layers[1]
+
+    def synchronize(*args):
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+
+    layer.register_forward_hook(synchronize)
+    with caplog.at_level("WARNING", logger="trl_lightreasoner.graph_training"):
+        losses = [step(trainer, model, steps, range(4)).item() for _ in range(3)]
+    assert trainer._graphs.failed and len(set(losses)) == 3
+    assert any("not permitted when stream is capturing" in message for message in caplog.messages)
+    # The allocator must not believe that it goes on either: then it would keep all that it has
+    before = torch.cuda.memory_reserved()
+    filler = torch.empty(2**28, device="cuda")
+    del filler
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
+    whole = torch.cuda.CUDAGraph()
+    number = torch.zeros(1, device="cuda")
+    with torch.cuda.graph(whole):
+        number += 1
+    whole.replay()
+    assert number.item() == 1
 
 
 def test_the_fused_divergence_can_be_compiled_ahead():

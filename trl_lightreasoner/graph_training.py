@@ -7,12 +7,13 @@ looks at. What follows the layers, from the output head to the optimizer, is not
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.func import functional_call
 from transformers import logging
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -110,11 +111,10 @@ class GraphedLayers:
         longest = 2 ** (max(longest, step) - 1).bit_length()
         key = num_tokens, longest, len(begins)
         if key not in self._captured:
-            parameters = [parameter for parameter in self._parameters if parameter.requires_grad]
             if self._memory is None and input_ids.is_cuda:
                 self._memory = _Memory(input_ids.device)
-            batch = input_ids, position_ids, begins
-            self._captured[key] = _CapturedLayers(self._plain, parameters, num_tokens, longest, batch, self._memory)
+            layers, batch = _Layers(self.layers, self._plain), (input_ids, position_ids, begins)
+            self._captured[key] = _CapturedLayers(layers, num_tokens, longest, batch, self._memory)
         return self._captured[key]
 
     def _find_state(self) -> tuple:
@@ -147,19 +147,34 @@ class _Memory:
         self.is_new = True
 
 
+class _Layers(torch.nn.Module):
+    """Layers whose forward pass is the one that is given, and none of their hooks."""
+
+    def __init__(self, layers: torch.nn.Module, forward: Callable):
+        super().__init__()
+        self.layers, self.plain_forward = layers, forward
+
+    def forward(self, **kwargs: Any) -> Any:
+        return self.plain_forward(**kwargs)
+
+
 class _CapturedLayers:
     """Both passes through the layers for packed batches of one size, which are copied into its buffers."""
 
     def __init__(
         self,
-        forward: Callable,
-        parameters: list[torch.nn.Parameter],
+        layers: _Layers,
         num_tokens: int,
         longest: int,
         batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         memory: _Memory | None,
     ):
-        self.forward, self.parameters, self.longest = forward, parameters, longest
+        self.layers, self.longest = layers, longest
+        trained = {name: parameter for name, parameter in layers.named_parameters() if parameter.requires_grad}
+        self.parameters = list(trained.values())
+        # The same memory under another name. What autograd keeps of a parameter itself belongs to the stream on which
+        # it was first used, which DDP does, and a capture must not wait for that
+        self.aliases = {name: parameter.detach().requires_grad_() for name, parameter in trained.items()}
         input_ids, position_ids, begins = batch
         self.input_ids, self.position_ids = input_ids.new_zeros(1, num_tokens), position_ids.new_zeros(1, num_tokens)
         # One row more: the padding
@@ -183,19 +198,21 @@ class _CapturedLayers:
         with torch.autocast(
             device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
         ):
-            self.output = self.forward(
-                input_ids=self.input_ids,
-                position_ids=self.position_ids,
-                cu_seq_lens_q=self.begins,
-                cu_seq_lens_k=self.begins,
-                max_length_q=self.longest,
-                max_length_k=self.longest,
-                use_cache=False,
-            ).last_hidden_state
+            batch = {
+                "input_ids": self.input_ids,
+                "position_ids": self.position_ids,
+                "cu_seq_lens_q": self.begins,
+                "cu_seq_lens_k": self.begins,
+                "max_length_q": self.longest,
+                "max_length_k": self.longest,
+                "use_cache": False,
+            }
+            self.output = functional_call(self.layers, self.aliases, kwargs=batch).last_hidden_state
 
     def _run_backward(self) -> None:
         with torch.autocast(self.input_ids.device.type, enabled=False):
-            self.gradients = torch.autograd.grad(self.output, self.parameters, self.output_gradient, allow_unused=True)
+            aliases = list(self.aliases.values())
+            self.gradients = torch.autograd.grad(self.output, aliases, self.output_gradient, allow_unused=True)
 
     def _capture(self, device: torch.device, memory: _Memory | None) -> tuple[Callable[[], None], Callable[[], None]]:
         if memory is None:  # without a GPU the layers run again
@@ -205,24 +222,26 @@ class _CapturedLayers:
             return self._with_gradients, self._run_backward
         random_state = torch.cuda.get_rng_state(device)
         memory.stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(memory.stream):
-            if memory.is_new:
-                # Plain passes first, in which the libraries set themselves up
-                self._with_gradients()
+        try:
+            with torch.cuda.stream(memory.stream):
+                if memory.is_new:
+                    # Plain passes first, in which the libraries set themselves up
+                    self._with_gradients()
+                    self.output_gradient = torch.zeros_like(self.output)
+                    self._run_backward()
+                    del self.output, self.output_gradient, self.gradients
+                    torch.cuda.synchronize(device)
+                    torch.cuda.empty_cache()  # the pool is apart from it
+                    memory.is_new = False
+                graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+                with _capturing(graphs[0], memory):
+                    self._with_gradients()
                 self.output_gradient = torch.zeros_like(self.output)
-                self._run_backward()
-                del self.output, self.output_gradient, self.gradients
-                torch.cuda.synchronize(device)
-                torch.cuda.empty_cache()  # the pool is apart from it
-                memory.is_new = False
-            graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with _capturing(graphs[0], memory):
-                self._with_gradients()
-            self.output_gradient = torch.zeros_like(self.output)
-            with _capturing(graphs[1], memory):
-                self._run_backward()
-        torch.cuda.current_stream(device).wait_stream(memory.stream)
-        torch.cuda.set_rng_state(random_state, device)
+                with _capturing(graphs[1], memory):
+                    self._run_backward()
+            torch.cuda.current_stream(device).wait_stream(memory.stream)
+        finally:
+            torch.cuda.set_rng_state(random_state, device)
         return graphs[0].replay, graphs[1].replay
 
     def _with_gradients(self) -> None:
@@ -236,8 +255,23 @@ def _capturing(graph: torch.cuda.CUDAGraph, memory: _Memory) -> Iterator[None]:
     graph.capture_begin(pool=memory.pool, capture_error_mode="relaxed")
     try:
         yield
-    finally:
         graph.capture_end()
+    except RuntimeError:
+        _break_off(graph, memory)
+        raise
+
+
+def _break_off(graph: torch.cuda.CUDAGraph, memory: _Memory) -> None:
+    """End a capture that went wrong."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        # CUDA gave it up before, and PyTorch does not tell those that take part: neither the allocator, which frees
+        # little as long as a graph is captured, nor the random generator, which draws for the graph alone
+        index = memory.stream.device_index
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(index, memory.pool)
+        torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(memory.stream.device))
 
 
 class _Replay(torch.autograd.Function):
