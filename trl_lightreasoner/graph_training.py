@@ -256,7 +256,7 @@ def _capturing(graph: torch.cuda.CUDAGraph, memory: _Memory) -> Iterator[None]:
     try:
         yield
         graph.capture_end()
-    except RuntimeError:
+    except BaseException:
         _break_off(graph, memory)
         raise
 
