@@ -13,6 +13,7 @@ from conftest import QUESTIONS, make_model
 from datasets import Dataset, DatasetDict, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ScriptArguments
 
@@ -507,10 +508,19 @@ def test_a_conversation_is_made_of_text_prompts_on_request(expert_path, amateur_
     assert dataset[1]["prompt"] == [{"role": "user", "content": QUESTIONS[1]}]
 
 
-def test_a_command_leaves_its_process_group(monkeypatch):
-    left = []
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
-    parser = SimpleNamespace(parse=lambda argv: ())
-    assert run("lightreasoner nothing", lambda prog: parser, lambda: None, []) == 0
-    assert left == [True]
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the threads of a process are listed by Linux")
+def test_a_command_leaves_its_process_group_and_the_threads_of_it_end():
+    def threads():
+        return set(os.listdir("/proc/self/task"))
+
+    def train():
+        before = threads()
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        begun.update(threads() - before)
+        trainer = SimpleNamespace(model=DistributedDataParallel(torch.nn.Linear(2, 2)))
+        trainer.callback = SimpleNamespace(trainer=trainer)
+
+    begun = set()
+    assert run("lightreasoner nothing", lambda prog: SimpleNamespace(parse=lambda argv: ()), train, []) == 0
+    assert not torch.distributed.is_initialized()
+    assert begun and not begun & threads()

@@ -1,5 +1,6 @@
 """The `lightreasoner` program. Only the command that runs is imported, so that `--help` answers at once."""
 
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -65,6 +66,7 @@ def _leave_process_group() -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+        gc.collect()  # its threads end with the last user of the group: a trainer, a cycle, holds DDP and so the group
 
 
 if __name__ == "__main__":

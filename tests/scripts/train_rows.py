@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer, packed_attention
+from trl_lightreasoner.cli import _leave_process_group
 from trl_lightreasoner.graph_training import GraphedLayers
 
 
@@ -78,5 +79,4 @@ def main(settings: dict) -> None:
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
-    if torch.distributed.is_initialized():  # with its threads still at work, the end can be an abort
-        torch.distributed.destroy_process_group()
+    _leave_process_group()
