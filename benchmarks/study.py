@@ -549,8 +549,8 @@ def claims() -> list[Claim]:
         *(Claim("The method beats SFT on right answers", METHOD, name) for name in sft),
         *(Claim("An amateur too close to the expert hurts", METHOD, name) for name in too_close),
         *(Claim("The amateur must be coherent", METHOD, name) for name in incoherent),
-        # The paper asks for these two and names no third condition
-        Claim("An amateur that is coherent and clearly weaker is enough", skill_gap, BASE),
+        # The paper asks for these two and names no third condition, but does not say that they suffice
+        Claim("Coherent and clearly weaker is enough for an amateur (a reading of the paper)", skill_gap, BASE),
     ]
 
 
@@ -655,7 +655,7 @@ def judge(results: dict[str, list[Outcome]]) -> list[dict]:
             continue
         rights = [[outcome.right for outcome in results[name]] for name in (claim.better, claim.worse)]
         difference, low, high = difference_interval(*rights)
-        verdict = "agrees" if low > 0 else "does not agree" if high <= 0 else "not settled"
+        verdict = "agrees" if low > 0 else "does not agree" if high < 0 else "not settled"
         judged.append(vars(claim) | {"difference": difference, "low": low, "high": high, "verdict": verdict})
     return judged
 

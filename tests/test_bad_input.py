@@ -117,6 +117,8 @@ SKIPPED = (
     r"Every prompt of the dataset had to be skipped \(1 {}; the models' context is 256 tokens\). Shorten the "
     + (r"prompts, or raise `max_prompt_length`\.")
 )
+EMPTY = r"Every row of the dataset is empty\. There must be text in the column `prompt`\."
+SPLITS = r".* Should be one of \['train'\]\. Rows of another split can be held out, such as .*"
 NO_DATASET = (
     r"It must be a file \(\.json, \.jsonl, \.parquet, \.csv, \.txt\), a folder, or the id of a dataset on the Hub; "
     r"private and gated ones need `hf auth login`, offline ones must be in the cache\."
@@ -196,8 +198,8 @@ SAMPLE = [
     ),
     prompts("sharegpt.jsonl", BOTH + r"\[{'from': 'human', 'value': '2\+2='}\]\."),
     prompts("strings.jsonl", BOTH + r"\['2\+2=', '3\+3='\]\."),
-    prompts("no_messages.jsonl", SKIPPED.format("empty")),
-    prompts("empty_text.jsonl", SKIPPED.format("empty")),
+    prompts("no_messages.jsonl", EMPTY),
+    prompts("empty_text.jsonl", EMPTY),
     prompts("long.jsonl", SKIPPED.format("no room")),
     prompts("long.jsonl", SKIPPED.format("longer than max_prompt_length=9"), max_prompt_length="9"),
     prompts(
@@ -226,10 +228,10 @@ SAMPLE = [
     ),
     prompts("nowhere.jsonl", r"There is no file or folder '{folder}/nowhere\.jsonl'\."),
     prompts("no_files", r"The dataset '{folder}/no_files' cannot be loaded: .* any data files\. " + NO_DATASET),
-    prompts("no_template", r"'{folder}/no_template' is a model, not a dataset\."),
+    prompts("no_template", r"'{folder}/no_template' is a model, not a dataset\. Name a file, or the .*"),
     setting("dataset_name", "", r"There is no file or folder ''\."),
     setting("dataset_name", "no/where", r"The dataset 'no/where' cannot be loaded: .*\. " + NO_DATASET),
-    setting("dataset_split", "dev", r"Unknown split \"dev\"\. Should be one of \['train'\]\."),
+    setting("dataset_split", "dev", r"The dataset '.*' has no split 'dev': " + SPLITS),
     setting("dataset_split", "train[", r"Unrecognized instruction format: train\["),
     setting("dataset_split", "train[:0]", r"The dataset '.*' has no row in its split 'train\[:0\]'\."),
     # Settings
@@ -443,9 +445,13 @@ TRAIN = [
         r"Sampling into '{folder}/unfinished' is not finished\. Run the same `lightreasoner sample` again to go on "
         r"with it\.",
     ),
-    setting("dataset_name", "{folder}/adapter", r"'{folder}/adapter' is a model, not a dataset\."),
-    setting("dataset_train_split", "dev", r"Unknown split \"dev\"\. Should be one of \['train'\]\."),
-    setting("eval_strategy", "steps", r"Unknown split \"test\"\. Should be one of \['train'\]\."),
+    setting(
+        "dataset_name",
+        "{folder}/adapter",
+        r"'{folder}/adapter' is a model, not a dataset\. Name a file, or the folder of",
+    ),
+    setting("dataset_train_split", "dev", r"The dataset '.*' has no split 'dev': " + SPLITS),
+    setting("eval_strategy", "steps", r"The dataset '.*' has no split 'test': " + SPLITS),
     # Settings
     setting("max_length", "0", r"`max_length` must be a whole number, 1 or more, or `None`, got 0\."),
     setting("learning_rate", "nan", r"`learning_rate` must be a finite number, 0 or more, got nan\."),

@@ -337,7 +337,13 @@ def test_a_file_that_is_no_dataset_is_refused(name, content, reason, refused, tr
 
 
 def test_a_split_that_does_not_exist_is_refused(refused, train):
-    assert refused(*train, "--dataset_train_split", "dev").startswith('Unknown split "dev". Should be one of')
+    said = refused(*train, "--dataset_train_split", "dev")
+    assert "has no split 'dev': Unknown split" in said and "Rows of another split can be held out" in said
+
+
+@pytest.mark.parametrize("flag", ["--dataset_streaming", "--ignore_bias_buffers"])
+def test_a_flag_that_does_nothing_is_refused(flag, refused, train):
+    assert "do nothing here. Leave them out." in refused(*train, flag, "true")
 
 
 @pytest.mark.parametrize("model", ["nowhere", "no/where", "{tmp_path}/nowhere"])
@@ -369,6 +375,21 @@ def test_a_dataset_saved_to_disk_is_a_dataset(as_dict, steps, tmp_path):
     assert load_split(str(tmp_path / "saved"), None, "train")["id"][:] == steps["id"][:]
     with pytest.raises(ValueError, match="There is no split 'dev' in .* It has \\['train'\\]"):
         load_split(str(tmp_path / "saved"), None, "dev")
+
+
+def test_a_name_with_brackets_is_no_pattern(tmp_path):
+    for name in ("p[1]", "p1"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"prompt": "{name}"}}\n')
+    assert load_split(str(tmp_path / "p[1].jsonl"), None, "train")["prompt"][:] == ["p[1]"]
+
+
+def test_a_configuration_of_a_folder_is_read_alone(tmp_path):
+    configs = [{"config_name": name, "data_files": f"data/{name}.parquet"} for name in ("en", "fr")]
+    (tmp_path / "data").mkdir()
+    for name in ("en", "fr"):
+        Dataset.from_dict({"prompt": [name]}).to_parquet(tmp_path / "data" / f"{name}.parquet")
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    assert load_split(str(tmp_path), "fr", "train")["prompt"][:] == ["fr"]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])

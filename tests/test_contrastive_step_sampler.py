@@ -160,7 +160,7 @@ def test_no_kept_step_is_a_warning_with_quantiles(sample, prompts, caplog):
     divergences = torch.tensor([kl for row in made["kl_divergence"] for kl in row])
     assert "No step reached beta = 50.0" in caplog.text
     half, most, tenth = (f"{divergences.quantile(q):.3g}" for q in (0.5, 0.99, 0.9))
-    assert f"half of the divergences are below {half} and 99 % below {most} nats" in caplog.text
+    assert f"half of the divergences are at most {half} and 99 % at most {most} nats" in caplog.text
     assert f"beta = {tenth} would keep 10 %" in caplog.text
 
 
@@ -201,6 +201,11 @@ def test_other_columns_are_carried_along(sample):
 
 def test_a_formatted_dataset_is_sampled_like_any_other(sample, prompts):
     assert_same_rows(sample(prompts.with_format("torch", columns=["id"])), sample(prompts))
+
+
+def test_a_transform_of_the_users_makes_the_prompts(sample, prompts, loaded_tokenizer):
+    made = sample(prompts.with_transform(lambda rows: {"prompt": [f"Q: {text}" for text in rows["prompt"]]}))
+    assert [loaded_tokenizer.decode(ids) for ids in made["prompt_ids"]] == [f"Q: {text}" for text in prompts["prompt"]]
 
 
 def test_given_completions_are_scored_and_nothing_is_generated(sample, loaded_tokenizer, monkeypatch):
@@ -288,7 +293,14 @@ def test_given_completions_that_do_not_fit_are_skipped(sample, loaded_tokenizer,
     assert "Skipped 3 of 4 prompts: 2 empty, 1 no room" in caplog.text
 
 
-@pytest.mark.parametrize("texts", [["", ""], ["$" * 300], ["What is 2+2?", ""]])
+def test_rows_without_text_alone_are_told_by_their_column(sample):
+    with pytest.raises(ValueError, match="Every row of the dataset is empty. .* the column `prompt`."):
+        sample(prompts_of("", ""))
+    with pytest.raises(ValueError, match="Every row of the dataset is empty. .* the column `prompt` or `completion`."):
+        sample(prompts_of("2+2=", completion=[""]))
+
+
+@pytest.mark.parametrize("texts", [["$" * 300], ["What is 2+2?", ""]])
 def test_nothing_left_is_an_error(sample, tmp_path, texts):
     with pytest.raises(ValueError, match="Every prompt of the dataset had to be skipped .*Shorten the prompts"):
         sample(prompts_of(*texts), max_prompt_length=3, output_dir=str(tmp_path / "folder"))
@@ -411,6 +423,29 @@ def test_an_adapter_is_part_of_the_expert(sample, prompts, expert, steps, tmp_pa
     assert_same_rows(sample(prompts, expert=merged), made)
 
 
+def test_the_active_adapter_is_part_of_the_run(expert, prompts, amateur_path, loaded_tokenizer, tmp_path):
+    model = get_peft_model(expert, LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
+    model.add_adapter("other", LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
+    args = ContrastiveSamplingConfig(str(tmp_path / "folder"), max_new_tokens=4)
+    ContrastiveStepSampler(model, amateur_path, args, loaded_tokenizer).sample(prompts)
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="was begun with expert weights = "):
+        ContrastiveStepSampler(model, amateur_path, args, loaded_tokenizer).sample(prompts)
+
+
+def test_a_column_that_was_corrected_is_not_given_back_as_it_was(sample, tmp_path):
+    folder = str(tmp_path / "folder")
+    sample(prompts_of("2+2=", answer=["5"]), output_dir=folder)
+    with pytest.raises(ValueError, match=r"was begun with rows \(SHA-256\) = "):
+        sample(prompts_of("2+2=", answer=["4"]), output_dir=folder)
+
+
+def test_the_home_folder_may_be_named_by_a_tilde(sample, prompts, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(sample(prompts, output_dir="~/of mine")) == len(prompts)
+    assert (tmp_path / "of mine" / "data").is_dir()
+
+
 def test_a_tokenizer_without_pad_and_eos_tokens_works(sample, prompts, expert, amateur, loaded_tokenizer):
     # The models have no EOS either: every completion goes to the limit
     bare = PreTrainedTokenizerFast(tokenizer_object=loaded_tokenizer.backend_tokenizer)
@@ -442,6 +477,49 @@ def test_the_expert_may_choose_a_token_that_the_amateur_lacks(tmp_path):
     sampler = ContrastiveStepSampler(make_model(big), make_model(small, seed=1), args, big, small)
     own = big.convert_tokens_to_ids("<own>")
     assert own in sampler.expert_vocabulary and own not in sampler.shared_vocabulary
+
+
+@pytest.fixture
+def with_own_token(tmp_path):
+    """Samples with an expert that has one token more, and one embedding more, than the amateur."""
+    big, small = make_tokenizer(), make_tokenizer()
+    big.add_tokens(["<own>"])
+    own = big.convert_tokens_to_ids("<own>")
+    expert, amateur = make_model(big), make_model(small, seed=1)
+    amateur.resize_token_embeddings(own)
+
+    def sample(dataset, number):
+        args = ContrastiveSamplingConfig(str(tmp_path / f"own{number}"), max_new_tokens=8, beta=0.0)
+        return ContrastiveStepSampler(expert, amateur, args, big, small).sample(dataset)
+
+    return sample, expert, amateur, own
+
+
+def test_a_token_that_the_amateur_cannot_read_ends_the_completion(with_own_token, monkeypatch):
+    sample, expert, amateur, own = with_own_token
+    monkeypatch.setattr("trl_lightreasoner.contrastive_step_sampler.find_eos_ids", lambda *args, **kwargs: [])
+    usual = sample(prompts_of(*QUESTIONS), 0)
+    # From its third token on the expert prefers its own one
+    third = [row["completion_ids"][2] for row in usual]
+    with torch.no_grad():
+        expert.get_output_embeddings().weight[own] = 3 * expert.get_output_embeddings().weight[third[0]]
+    (row,) = sample(prompts_of(QUESTIONS[0]), 1)
+    end = row["completion_ids"].index(own)
+    assert row["completion_ids"][end:] == [own] and row["completion_ids"][:end] == usual[0]["completion_ids"][:end]
+    assert len(row["kl_divergence"]) == end + 1 and end not in row["step_positions"]
+
+
+@pytest.mark.parametrize("columns", [{"prompt": ["<own>?"]}, {"prompt": ["a"], "completion": ["<own>?"]}])
+def test_a_text_that_the_amateur_cannot_read_is_named(columns, with_own_token):
+    sample, *_ = with_own_token
+    with pytest.raises(ValueError, match=r"Row 0 has the token '<own>', for which the amateur has no embedding"):
+        sample(Dataset.from_dict(columns), 0)
+
+
+def test_a_last_token_that_the_amateur_need_not_read_is_scored(with_own_token):
+    sample, *_, own = with_own_token
+    (row,) = sample(Dataset.from_dict({"prompt": ["a"], "completion": ["b<own>"]}), 0)
+    assert row["completion_ids"][-1] == own and len(row["kl_divergence"]) == len(row["completion_ids"])
 
 
 def test_a_sampler_can_be_used_again(tmp_path, expert_path, amateur_path, prompts):

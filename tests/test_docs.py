@@ -106,15 +106,16 @@ def test_a_block_that_is_not_run_says_why():
 
 
 def test_docstrings_are_translated_for_the_site():
-    pytest.importorskip("griffe")
+    griffe = pytest.importorskip("griffe")
     pytest.importorskip("latex2mathml")
     site_extensions = runpy.run_path(str(ROOT / "tools" / "site_extensions.py"))
     grouped = (
         "Parameters:\n    > Parameters that control the output\n\n    a (`str` or [`~b.C`], *optional*):\n        D."
     )
-    assert site_extensions["translate"](grouped) == (
-        "Parameters: Parameters that control the output\n\n    a (str | C):\n        D."
-    )
+    translated = site_extensions["translate"](grouped)
+    assert translated == "Parameters: Parameters that control the output\n    a (str | C):\n        D."
+    _, section = griffe.Docstring(f"Settings.\n\n{translated}").parse("google")
+    assert (section.title, section.value[0].name) == ("Parameters that control the output", "a")
     assert site_extensions["translate"]("    a (`T` of shape `(N, V)`, *optional*): B (see c): d.") == (
         "    a (T of shape (N, V)): B (see c): d."
     )

@@ -318,7 +318,7 @@ def test_a_run_that_has_ended_is_graded_anew_and_answers_nothing(config, says, e
         ({"max_samples": 3}, "number of problems = 10, but it is now 3"),
         ({"dtype": "bfloat16"}, "model dtype = 'float32', but it is now 'bfloat16'"),
         ("weights", "model weights = "),
-        ("gold", "problems = "),
+        ("gold", "rows (SHA-256) = "),
     ],
     ids=str,
 )

@@ -319,6 +319,13 @@ def test_training_on_an_iterable_dataset(named_columns, expert, tokenizer, steps
     assert changed(before, expert) == set(before)
 
 
+def test_streams_that_processes_would_not_share_evenly_are_refused(expert, steps, tmp_path, monkeypatch):
+    monkeypatch.setattr(LightReasonerConfig, "world_size", 2)
+    rows = steps.to_iterable_dataset(num_shards=2)
+    with pytest.raises(ValueError, match="The train dataset is streamed from 2 files.* Load it without streaming."):
+        LightReasonerTrainer(expert, config(tmp_path, max_steps=3), train_dataset=rows)
+
+
 def test_an_iterable_dataset_needs_max_steps(expert, steps, tmp_path):
     rows = steps.to_iterable_dataset()
     with pytest.raises(ValueError, match="max_steps has to be specified"):
@@ -569,6 +576,13 @@ def test_an_update_holds_two_whole_trajectories_by_default(expert, steps, tmp_pa
 def test_an_update_size_that_is_set_is_kept(kwargs, expert, steps, tmp_path):
     trainer = LightReasonerTrainer(expert, config(tmp_path, **kwargs), train_dataset=steps)
     assert update_size(trainer.args) == (8, 2)
+
+
+def test_an_update_size_that_is_set_later_is_kept(expert, steps, tmp_path):
+    args = LightReasonerConfig(str(tmp_path), use_cpu=True, report_to="none")
+    args.per_device_train_batch_size = 6
+    trainer = LightReasonerTrainer(expert, args, train_dataset=steps)
+    assert (trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps) == (6, 2)
 
 
 def test_the_config_passed_in_is_left_as_it_was(expert, steps, tmp_path):

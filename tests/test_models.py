@@ -58,15 +58,24 @@ def adapter_path(tmp_path_factory, expert_path):
 
 
 @pytest.fixture
-def hub_id(tmp_path, monkeypatch, expert_path):
-    """The expert in a cache as a download leaves it."""
-    snapshots = tmp_path / "models--someone--expert" / "snapshots"
-    snapshots.mkdir(parents=True)
-    (snapshots / ("a" * 40)).symlink_to(expert_path, target_is_directory=True)
-    (tmp_path / "models--someone--expert" / "refs").mkdir()
-    (tmp_path / "models--someone--expert" / "refs" / "main").write_text("a" * 40)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    return "someone/expert"
+def in_cache(tmp_path, monkeypatch):
+    """Puts a folder into a cache as a download leaves it; returns the id."""
+
+    def put(folder, name) -> str:
+        repository = tmp_path / f"models--someone--{name}"
+        (repository / "snapshots").mkdir(parents=True)
+        (repository / "snapshots" / ("a" * 40)).symlink_to(folder, target_is_directory=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("a" * 40)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        return f"someone/{name}"
+
+    return put
+
+
+@pytest.fixture
+def hub_id(in_cache, expert_path):
+    return in_cache(expert_path, "expert")
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +142,20 @@ def test_an_adapter_has_the_config_of_its_base_model(adapter_path, expert):
 def test_the_tokenizer_of_an_adapter_is_that_of_its_base_model(adapter_path, expert_path, tokenizer):
     for model in (adapter_path, load_model(adapter_path)):
         assert load_tokenizer(model).get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("from_hub", [False, True])
+def test_a_tokenizer_beside_an_adapter_comes_before_that_of_its_base_model(
+    from_hub, adapter_path, expert_path, tmp_path, in_cache
+):
+    shutil.copytree(adapter_path, tmp_path / "adapter")
+    own = AutoTokenizer.from_pretrained(expert_path)
+    own.chat_template = "{{ messages[0]['content'] }} of my own"
+    own.save_pretrained(tmp_path / "adapter")
+    name = str(tmp_path / "adapter")
+    if from_hub:
+        name = in_cache(tmp_path / "adapter", "adapter")
+    assert load_tokenizer(name).chat_template == own.chat_template
 
 
 def test_a_model_without_a_name_asks_for_a_tokenizer(tokenizer):

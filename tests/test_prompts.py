@@ -145,6 +145,12 @@ def test_tools_reach_the_template(tokenizer):
     assert tokenizer.decode(encoded["prompt_ids"]) == "[calculator]" + RENDERED
 
 
+def test_tools_can_be_json(tokenizer):
+    tokenizer.chat_template = "{% for tool in tools %}[{{ tool['name'] }}]{% endfor %}" + tokenizer.chat_template
+    encoded = encode(tokenizer, prompt=MESSAGES, tools='[{"name": "calculator"}]')
+    assert tokenizer.decode(encoded["prompt_ids"]) == "[calculator]" + RENDERED
+
+
 def test_a_text_completion_is_taken_whole(tokenizer):
     # EOS inside a text is the user's, and none is added behind it
     completion = "4<|im_end|>\nand more"

@@ -210,6 +210,15 @@ def test_an_empty_file_is_refused(expert_golden, tmp_path):
         import_published_steps(str(tmp_path / "samples.jsonl"), str(tmp_path / "steps"), expert_golden)
 
 
+def test_another_chat_template_is_another_import(expert_golden, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(expert_golden)
+    file = str(GOLDEN / "samples.jsonl")
+    import_published_steps(file, str(tmp_path / "steps"), expert_golden, processing_class=tokenizer)
+    tokenizer.chat_template = "! " + tokenizer.chat_template
+    with pytest.raises(ValueError, match="was begun with tokens = "):
+        import_published_steps(file, str(tmp_path / "steps"), expert_golden, processing_class=tokenizer)
+
+
 def test_the_program_leaves_a_folder_that_can_be_trained_on(golden, expert_golden, tmp_path, capsys):
     steps = str(tmp_path / "steps")
     argv = ["import", str(GOLDEN / "samples.jsonl"), "--output_dir", steps, "--expert", expert_golden]

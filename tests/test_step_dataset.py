@@ -257,6 +257,23 @@ def test_a_folder_with_other_files_is_used_and_keeps_them(tmp_path):
     assert (tmp_path / "steps" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["st[e]ps", "st*ps", "st?ps", "~steps", "st{e}ps", "st#ps"])
+def test_the_name_of_a_folder_is_no_pattern(name, tmp_path):
+    write(tmp_path / "steps", make_input(2), [[0, 1]])
+    made = write(tmp_path / name, make_input(3), [[2], [0, 1]])
+    assert made["completion_ids"][:] == columns_of(range(3))["completion_ids"]
+
+
+def test_other_files_beside_the_rows_neither_damage_nor_join_them(made, tmp_path):
+    (tmp_path / "steps" / "data" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "steps" / "data" / "README.md").write_text("mine")
+    Dataset.from_dict({"a": [1]}).to_parquet(tmp_path / "steps" / "data" / "other.parquet")
+    writer = StepWriter(str(tmp_path / "steps"), make_input())
+    assert writer.open({}, METADATA) == set(range(6))
+    writer.close()
+    assert writer.load().to_list() == made.to_list()
+
+
 def test_overwriting_replaces_the_rows(made, tmp_path):
     again = write(tmp_path / "steps", make_input(), [[3]], overwrite=True)
     assert again["completion"][:] == ["answer 3"]
@@ -341,6 +358,18 @@ def test_raising_beta_keeps_the_steps_that_reach_it(made, beta):
 
 def test_raising_beta_is_told_by_the_metadata(made):
     assert sampling_metadata(raise_beta(made, 0.6))["settings"]["beta"] == 0.6
+
+
+def test_beta_is_lowered_for_no_row_of_several_samplings(made):
+    higher = raise_beta(made, 0.6)
+    for both in ([made, higher], [higher, made]):
+        with pytest.raises(ValueError, match="sampled with beta = 0.6; steps below it have no label"):
+            raise_beta(concatenate_datasets(both), 0.5)
+
+
+def test_beta_of_all_splits_at_once_is_refused(made):
+    with pytest.raises(TypeError, match=r"must be a `datasets.Dataset`, got `DatasetDict`. Choose a split"):
+        raise_beta(DatasetDict({"train": made}), 0.6)
 
 
 def test_beta_cannot_be_lowered(made):

@@ -238,6 +238,49 @@ def test_eval_loss_is_the_mean_over_steps(batch_size, expert, tokenizer, rows, t
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_eval_loss_of_streamed_rows_is_that_of_a_dataset(batch_size, expert, rows, tmp_path):
+    args = config(tmp_path, per_device_eval_batch_size=batch_size)
+    trainer = LightReasonerTrainer(expert, args, train_dataset=rows)
+    streamed = trainer.evaluate(rows.to_iterable_dataset())["eval_loss"]
+    assert streamed == pytest.approx(trainer.evaluate(rows)["eval_loss"], rel=1e-6)
+
+
+def test_predict_takes_rows_as_they_were_sampled(expert, rows, tmp_path):
+    without = {"step_positions": [], "label_ids": [], "label_probs": []}
+    sampled = rows.map(lambda row, i: row if i else without, with_indices=True)
+    trainer = LightReasonerTrainer(expert, config(tmp_path), train_dataset=rows)
+    assert trainer.predict(sampled).metrics["test_loss"] == trainer.evaluate(sampled)["eval_loss"]
+
+
+def test_rows_can_be_grouped_by_length(expert, rows, tmp_path):
+    args = config(tmp_path, train_sampling_strategy="group_by_length", max_steps=1)
+    trainer = LightReasonerTrainer(expert, args, train_dataset=rows)
+    trainer.train()
+    ends = [len(row["prompt_ids"]) + row["step_positions"][-1] for row in rows if row["step_positions"]]
+    assert trainer.train_dataset["length"][:] == ends
+
+
+class OwnLoss(LightReasonerTrainer):
+    """A loss that has nothing of the parent's."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(input_ids=inputs["input_ids"])
+        loss = outputs.logits.square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_loss_all_of_a_subclass_is_evaluated(expert, tokenizer, rows, tmp_path):
+    args = config(tmp_path, per_device_eval_batch_size=1)
+    trainer = OwnLoss(expert, args, train_dataset=rows)
+    batches = [trainer.data_collator([row]) for row in trainer.train_dataset]
+    with torch.no_grad():
+        losses = [trainer.model(input_ids=batch["input_ids"]).logits.square().mean().item() for batch in batches]
+    weights = [batch["step_mask"].sum().item() for batch in batches]
+    mean = sum(w * each for w, each in zip(weights, losses, strict=True)) / sum(weights)
+    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(mean, rel=1e-5)
+
+
 def test_eval_loss_is_on_the_scale_of_the_training_loss(expert, rows, tmp_path):
     args = config(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=5, per_device_eval_batch_size=3)
     trainer = LightReasonerTrainer(expert, args, train_dataset=rows, eval_dataset=rows)

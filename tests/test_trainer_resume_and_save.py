@@ -145,7 +145,28 @@ def test_resuming_a_finished_run_says_so(peft_config, max_steps, streams, expert
 def test_a_checkpoint_says_how_many_epochs_were_asked_for(expert_path, steps, tmp_path):
     args = config(tmp_path, max_steps=-1, num_train_epochs=0.3, gradient_accumulation_steps=1)
     LightReasonerTrainer(expert_path, args, train_dataset=steps).train()
-    assert json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["num_train_epochs"] == 0.3
+    state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["RememberEpochs"]["attributes"] == {"num_train_epochs": 0.3}
+
+
+def test_epochs_that_follow_from_max_steps_are_not_taken_for_asked_for(expert_path, steps, tmp_path, caplog):
+    asked = {"gradient_accumulation_steps": 1}  # three updates an epoch
+    LightReasonerTrainer(expert_path, config(tmp_path, **asked, max_steps=4), train_dataset=steps).train()
+    args = config(tmp_path, **asked, max_steps=-1, num_train_epochs=2)
+    trainer = LightReasonerTrainer(expert_path, args, train_dataset=steps)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
+    assert "complete" not in caplog.text and OTHER_SHARE not in caplog.text
+
+
+@pytest.mark.parametrize("updates, warns", [(2, False), (4, True)])  # three read all rows once
+def test_streamed_rows_that_begin_anew_are_told_of(updates, warns, expert_path, steps, tmp_path, caplog):
+    rows = steps.to_iterable_dataset()
+    asked = {"gradient_accumulation_steps": 1, "max_steps": 8, "save_steps": updates}
+    LightReasonerTrainer(expert_path, config(tmp_path, **asked), train_dataset=rows).train()
+    trainer = LightReasonerTrainer(expert_path, config(tmp_path, **asked), train_dataset=rows)
+    trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{updates}"))
+    assert ("goes on from the first row" in caplog.text) == warns
 
 
 def test_a_saved_adapter_loads_onto_its_base(expert, expert_path, tokenizer, steps, tmp_path):

@@ -33,7 +33,8 @@ def translate(docstring: str) -> str:
     docstring = re.sub(r"\[`~?(?:\w+\.)*(\w+)`\]", r"`\1`", docstring)
     # Groups of parameters are sections with a title
     docstring = re.sub(r"^Parameters:\n(?= *>)", "", docstring, flags=re.MULTILINE)
-    docstring = re.sub(r"^ +> (Parameters.*)$", r"Parameters: \1", docstring, flags=re.MULTILINE)
+    # without the empty line behind it, with which it would be none
+    docstring = re.sub(r"^ +> (Parameters.*)\n+", r"Parameters: \1\n", docstring, flags=re.MULTILINE)
     # One line a parameter; the signature already tells defaults
     head = re.compile(r"^( *\w+) \((.+?)\):(?=$| )", re.MULTILINE)
     docstring = head.sub(lambda match: f"{match[1]} ({_plain(match[2])}):", docstring)

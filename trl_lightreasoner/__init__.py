@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 # Where each public name lives. PyTorch and transformers are imported when a name is first used, so that importing the
 # package costs nothing and `lightreasoner --help` answers at once.

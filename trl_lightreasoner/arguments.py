@@ -178,7 +178,7 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
     if path.is_file() and path.suffix not in _BUILDERS:
         raise ValueError(f"{name!r} is not a dataset file. Known endings are {', '.join(_BUILDERS)}.")
     if list(path.glob("*config.json")) and list(path.glob("*.safetensors")):
-        raise ValueError(f"{name!r} is a model, not a dataset.")
+        raise ValueError(f"{name!r} is a model, not a dataset. Name a file, or the folder of `lightreasoner sample`.")
     if (path / "run.json").is_file() and (path / "shards").is_dir() and not (path / "data").is_dir():
         raise ValueError(
             f"Sampling into {name!r} is not finished. Run the same `lightreasoner sample` again to go on with it."
@@ -199,6 +199,11 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
     except ValueError as error:
         if "corresponds to no data" in str(error):
             raise ValueError(f"The dataset {name!r} has no row in its split {split!r}.") from error
+        if "Unknown split" in str(error):
+            raise ValueError(
+                f"The dataset {name!r} has no split {split!r}: {_first_line(error)}. Rows of another split can be "
+                "held out, such as 'train[:95%]' and 'train[95%:]'."
+            ) from error
         raise
 
 
@@ -207,9 +212,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def _load_split(name: str, config: str | None, split: str) -> Dataset:
+    from .step_writer import literal_path
+
     path = Path(name)
     if path.is_file():
-        return load_dataset(_BUILDERS[path.suffix], data_files=name, split=split)
+        return load_dataset(_BUILDERS[path.suffix], data_files=literal_path(name), split=split)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # written by save_to_disk
         dataset = load_from_disk(name)
         dataset = dataset if isinstance(dataset, DatasetDict) else DatasetDict({"train": dataset})
@@ -217,6 +224,6 @@ def _load_split(name: str, config: str | None, split: str) -> Dataset:
             raise ValueError(f"There is no split {split!r} in {name!r}. It has {list(dataset)}.")
         return dataset[split]
     # A bare name could also be that of another folder in the cache of `datasets`, hence builders and absolute paths
-    if list((path / "data").glob("*.parquet")):  # written by `lightreasoner sample`
+    if config is None and list((path / "data").glob("*.parquet")):  # written by `lightreasoner sample`
         return load_dataset("parquet", data_dir=str(path / "data"), split=split)
     return load_dataset(str(path.resolve()) if path.is_dir() else name, name=config, split=split)

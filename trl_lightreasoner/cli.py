@@ -1,6 +1,7 @@
 """The `lightreasoner` program. Only the command that runs is imported, so that `--help` answers at once."""
 
 import gc
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(prog: str, make_parser: Callable, command: Callable, argv: Sequence[str]) -> int:
     """Parse `argv` and run one command; a mistake of the user's becomes one sentence on stderr and exit status 2."""
+    # It would tell at every start that a kernel for 4 bits on CPUs is not installed
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         command(*make_parser(prog).parse(argv))
         _leave_process_group()

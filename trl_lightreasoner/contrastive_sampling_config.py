@@ -213,6 +213,7 @@ def check_choices(config: Any, names: Iterable[str]) -> None:
 def check_output_dir(config: Any) -> None:
     if not config.output_dir or not isinstance(config.output_dir, str | os.PathLike):
         raise ValueError(f"`output_dir` must name a folder, got {config.output_dir!r}.")
+    config.output_dir = os.path.expanduser(config.output_dir)  # as TrainingArguments do
 
 
 def check_flags(config: Any, names: Iterable[str]) -> None:

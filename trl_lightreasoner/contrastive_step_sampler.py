@@ -6,7 +6,6 @@ import platform
 import uuid
 from typing import Any
 
-import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, List, Value
 from peft import PeftModel
@@ -21,7 +20,7 @@ from .processes import Processes
 from .prompts import check_prompts, encode_rows
 from .scoring import Trajectory, TrajectoryScores, prepare_scoring, score_trajectories
 from .step_dataset import kl_quantiles
-from .step_writer import StepWriter
+from .step_writer import StepWriter, describe_rows, hash_ids
 from .vllm_generation import check_vllm, connect_vllm
 from .vocabulary import model_vocabulary, shared_vocabulary
 
@@ -121,6 +120,8 @@ class ContrastiveStepSampler:
             self.expert_vocabulary = self.shared_vocabulary
         else:
             self.expert_vocabulary = model_vocabulary(processing_class, expert_width, "expert")
+        ids = self.expert_vocabulary.ids
+        self._unreadable_ids = ids[ids >= amateur_width].tolist()  # the amateur has no embedding for them
         contexts = [
             getattr(config.get_text_config(), "max_position_embeddings", None)
             for config in (expert_config, amateur_config)
@@ -156,8 +157,10 @@ class ContrastiveStepSampler:
                 "`use_vllm`, or remove the column."
             )
         columns = ["prompt_ids", "completion_ids"] if scoring_only else ["prompt_ids"]
+        # A transform of the user's is applied; any other format only costs time
+        prompts = dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
         # With a fingerprint of ours `map` need not hash what it is given, which for a tokenizer takes seconds
-        encoded = dataset.with_format(None).map(
+        encoded = prompts.map(
             _encode,
             with_indices=True,
             batched=True,
@@ -167,7 +170,7 @@ class ContrastiveStepSampler:
             keep_in_memory=True,
             new_fingerprint=uuid.uuid4().hex,
             desc="Tokenizing prompts",
-        )
+        ).with_format(None)
         plan = self._plan(encoded, scoring_only)
         self._vllm = None
         if self.args.use_vllm:
@@ -178,11 +181,12 @@ class ContrastiveStepSampler:
         self.amateur = load_model(self.amateur, **self._amateur_kwargs)
         self._decode = None
         if not scoring_only:
-            self._decode = GreedyDecoder(self.expert, self.expert_vocabulary, self.eos_ids, self._vllm)
+            # Behind a token that the amateur cannot read, it has nothing to say
+            end_ids = [*self.eos_ids, *self._unreadable_ids]
+            self._decode = GreedyDecoder(self.expert, self.expert_vocabulary, end_ids, self._vllm)
         try:
-            types = {name: str(feature) for name, feature in dataset.features.items()}
             done = self.processes.on_main(
-                lambda: writer.open({**self._identity(encoded), "columns": types}, self._metadata())
+                lambda: writer.open({**self._identity(encoded), **describe_rows(dataset)}, self._metadata())
             )
             if not self.processes.is_main:
                 writer.join()
@@ -200,9 +204,9 @@ class ContrastiveStepSampler:
         if not any(sampled["step_positions"]):
             low, high, tenth = kl_quantiles(sampled, [0.5, 0.99, 0.9])
             logger.warning(
-                f"No step reached beta = {self.args.beta}: half of the divergences are below {low:.3g} and 99 % below "
-                f"{high:.3g} nats. beta = {tenth:.3g} would keep 10 %; if that is near 0, the amateur is too close to "
-                "the expert: choose a weaker one."
+                f"No step reached beta = {self.args.beta}: half of the divergences are at most {low:.3g} and 99 % at "
+                f"most {high:.3g} nats. beta = {tenth:.3g} would keep 10 %; if that is near 0, the amateur is too "
+                "close to the expert: choose a weaker one."
             )
         return sampled
 
@@ -247,7 +251,10 @@ class ContrastiveStepSampler:
         empty, too_long, no_room = skipped
         plan = []
         for index, row in enumerate(encoded):
-            prompt_length, completion_length = len(row["prompt_ids"]), len(row.get("completion_ids") or [])
+            completion_ids = row.get("completion_ids") or []
+            if self._unreadable_ids:
+                self._check_readable([*row["prompt_ids"], *completion_ids[:-1]], index)
+            prompt_length, completion_length = len(row["prompt_ids"]), len(completion_ids)
             room = args.max_new_tokens
             if self.max_length is not None:
                 room = min(room, self.max_length - prompt_length)
@@ -260,6 +267,9 @@ class ContrastiveStepSampler:
             else:
                 plan.append((prompt_length + completion_length, index, 0 if scoring_only else room))
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items() if count)
+        if skipped[empty] == len(encoded):
+            columns = "`prompt` or `completion`" if scoring_only else "`prompt`"
+            raise ValueError(f"Every row of the dataset is empty. There must be text in the column {columns}.")
         if not plan:
             raise ValueError(
                 f"Every prompt of the dataset had to be skipped ({reasons}; the models' context is {self.max_length} "
@@ -272,6 +282,14 @@ class ContrastiveStepSampler:
             )
         plan.sort(key=lambda item: (-item[0], item[1]))
         return [(index, room) for _, index, room in plan]
+
+    def _check_readable(self, ids: list[int], index: int) -> None:
+        for token_id in set(ids) & set(self._unreadable_ids):
+            raise ValueError(
+                f"Row {index} has the token {self.processing_class.convert_ids_to_tokens(token_id)!r}, for which the "
+                f"amateur has no embedding: its id is {token_id}. Choose another amateur, leave the token out, or "
+                "resize the amateur's embeddings and pass it as a model."
+            )
 
     def _run(
         self, indices: list[int], rows: dict[str, list], room: int | None
@@ -311,10 +329,6 @@ class ContrastiveStepSampler:
 
     def _identity(self, encoded: Dataset) -> dict[str, Any]:
         """Everything that the rows depend on, by the names that a user knows."""
-        prompts = hashlib.sha256()
-        for row in encoded:
-            for ids in row.values():
-                prompts.update(np.array([len(ids), *ids], dtype=np.int32).tobytes())
         args = self.args
         return {
             **{name: getattr(args, name) for name in _SETTINGS},
@@ -325,7 +339,7 @@ class ContrastiveStepSampler:
             "shared vocabulary": hashlib.sha256(self.shared_vocabulary.ids.numpy().tobytes()).hexdigest(),
             "EOS tokens": self.eos_ids,
             "number of prompts": len(encoded),
-            "prompts (tokens)": prompts.hexdigest(),
+            "prompts (tokens)": hash_ids(ids for row in encoded for ids in row.values()),
         }
 
     def _metadata(self) -> dict[str, Any]:

@@ -10,7 +10,6 @@ or to add benchmarks. Another model or setting in the same folder is refused by 
 can be refused has been: settings, files, columns, tokenizers, configs.
 """
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -21,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate.logging import get_logger
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, Value
@@ -40,7 +38,7 @@ from .grading import grade_all
 from .models import add_quantization, describe_model, load_config, load_model, load_tokenizer, weight_fingerprint
 from .processes import Processes
 from .prompts import encode_rows
-from .step_writer import StepWriter
+from .step_writer import StepWriter, describe_rows, hash_ids
 from .vllm_generation import check_vllm, connect_vllm
 from .vocabulary import model_vocabulary
 
@@ -355,19 +353,14 @@ class _Candidate:
 
     def _identity(self, name: str) -> dict[str, Any]:
         """Everything that the answers depend on, by the names that a user knows."""
-        rows, tokens = hashlib.sha256(), hashlib.sha256()
-        for row in self.writers[name].input.with_format(None):
-            rows.update(json.dumps(row, sort_keys=True).encode())
-        for ids in self.prompt_ids[name]:
-            tokens.update(np.array([len(ids), *ids], dtype=np.int32).tobytes())
         return {
             **{setting: getattr(self.args, setting) for setting in _SETTINGS},
             f"{self.role} dtype": self.description["dtype"],
             f"{self.role} weights": self.weights,
             "EOS tokens": self.eos_ids,
             "number of problems": len(self.prompt_ids[name]),
-            "problems": rows.hexdigest(),
-            "prompts (tokens)": tokens.hexdigest(),
+            "prompts (tokens)": hash_ids(self.prompt_ids[name]),
+            **describe_rows(self.writers[name].input),
         }
 
 

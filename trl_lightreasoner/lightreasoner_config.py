@@ -10,6 +10,10 @@ from transformers.utils import is_torch_bf16_gpu_available
 from .contrastive_sampling_config import check_flags
 
 
+# Rows a batch and batches an update, the paper's
+_UPDATE_ONE_STEP_PER_ROW = (8, 2)
+
+
 @dataclass
 class LightReasonerConfig(TrainingArguments):
     r"""
@@ -181,16 +185,23 @@ class LightReasonerConfig(TrainingArguments):
                 f"{self.model_init_kwargs!r}."
             )
         # The paper's, unless the trainer finds whole trajectories
-        self.update_size_is_default = (
-            self.per_device_train_batch_size is None and self.gradient_accumulation_steps is None
+        self._names_update_size = (
+            self.per_device_train_batch_size is not None or self.gradient_accumulation_steps is not None
         )
+        batch_size, accumulation = _UPDATE_ONE_STEP_PER_ROW
         if self.per_device_train_batch_size is None:
-            self.per_device_train_batch_size = 8
+            self.per_device_train_batch_size = batch_size
         if self.gradient_accumulation_steps is None:
-            self.gradient_accumulation_steps = 2
+            self.gradient_accumulation_steps = accumulation
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
+
+    @property
+    def update_size_is_default(self) -> bool:
+        """Whether nobody named the rows of an update, neither at the beginning nor since."""
+        sizes = (self.per_device_train_batch_size, self.gradient_accumulation_steps)
+        return not self._names_update_size and sizes == _UPDATE_ONE_STEP_PER_ROW
 
     def __getstate__(self) -> dict[str, Any]:
         # `Trainer` leaves its arguments beside the model, as training_args.bin, and uploads them with it

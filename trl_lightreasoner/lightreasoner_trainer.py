@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from .adapters import is_plain_lora, is_quantized, prepare_adapter
 from .base_trainer import _BaseTrainer
@@ -63,6 +63,8 @@ logger = logging.get_logger(__name__)
 _UPDATES_ONE_STEP_PER_ROW = 1000
 _UPDATE_WHOLE_TRAJECTORIES = (2, 1)
 _EPOCHS_WHOLE_TRAJECTORIES = 2.0
+# Values of `train_sampling_strategy` for which `Trainer` reads the lengths of the rows
+_BY_LENGTH = ("group_by_length", "batch_rebalance")
 
 
 class LightReasonerTrainer(_BaseTrainer):
@@ -161,9 +163,9 @@ class LightReasonerTrainer(_BaseTrainer):
             raise TypeError(
                 f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(train_dataset).__name__}`."
             )
-        if isinstance(train_dataset, IterableDataset):
-            # Processes pad their batches to different lengths, which dispatching would try to concatenate
-            args.accelerator_config.dispatch_batches = False
+        # Batches of streamed rows are made where they are used: dispatching would cut every tensor of a batch to the
+        # number of its rows, those with an entry a token as well
+        args.accelerator_config.dispatch_batches = False
         # On a GPU no update has to wait for the one before: not for its batch, nor for a look at its loss, which
         # `training_step` filters where it is
         args.accelerator_config.non_blocking = args.dataloader_pin_memory
@@ -206,9 +208,18 @@ class LightReasonerTrainer(_BaseTrainer):
 
         # Dataset
         def prepare(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-            return prepare_rows(
+            if isinstance(dataset, IterableDataset) and 1 < args.world_size <= dataset.num_shards:
+                raise ValueError(
+                    f"The {name} dataset is streamed from {dataset.num_shards} files, of which {args.world_size} "
+                    "processes would take different numbers of rows, and wait for each other without end. Load it "
+                    "without streaming."
+                )
+            rows = prepare_rows(
                 dataset, name, self.vocabulary, config.vocab_size, args.max_length, args.one_step_per_row
             )
+            if args.train_sampling_strategy in _BY_LENGTH and isinstance(rows, Dataset):
+                rows = rows.map(_add_length, fn_kwargs={"column": args.length_column_name})
+            return rows
 
         self._prepare_rows = prepare
         with args.main_process_first():
@@ -301,7 +312,7 @@ class LightReasonerTrainer(_BaseTrainer):
     def _set_signature_columns_if_needed(self):
         # What `Trainer` keeps of a dataset under `remove_unused_columns=True`
         if self._signature_columns is None:
-            self._signature_columns = list(STEP_COLUMNS)
+            self._signature_columns = [*STEP_COLUMNS, self.args.length_column_name]
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device):
         # The items of an update are its kept steps, of every batch and process
@@ -412,6 +423,8 @@ class LightReasonerTrainer(_BaseTrainer):
         label_probs = inputs["label_probs"]
         with torch.no_grad(), self._attention(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            if not hasattr(outputs, "steps"):  # a subclass has a loss all of its own
+                _, outputs = LightReasonerTrainer.compute_loss(self, model, inputs, return_outputs=True)
             steps = outputs.steps
             row, step = (label_probs.sum(-1) > 0).nonzero(as_tuple=True)
             # A subclass may add to the loss; what it adds counts for every step of the batch alike
@@ -441,6 +454,11 @@ class LightReasonerTrainer(_BaseTrainer):
             with self.args.main_process_first():
                 eval_dataset = self._prepare_rows(eval_dataset, metric_key_prefix)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset: Dataset | IterableDataset, *args, **kwargs) -> PredictionOutput:
+        with self.args.main_process_first():
+            test_dataset = self._prepare_rows(test_dataset, "test")
+        return super().predict(test_dataset, *args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         device = self.accelerator.device
@@ -473,6 +491,10 @@ class LightReasonerTrainer(_BaseTrainer):
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+
+
+def _add_length(row: dict[str, Any], column: str) -> dict[str, int]:
+    return {column: len(row["prompt_ids"]) + row["step_positions"][-1]}  # behind the last kept step a row is cut
 
 
 def _one_step_each(dataset: Dataset) -> bool:

@@ -30,6 +30,7 @@ from transformers import (
     logging,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -183,7 +184,7 @@ def load_tokenizer(
     model: str | torch.nn.Module, name: str = "model", argument: str = "processing_class", **kwargs: Any
 ) -> PreTrainedTokenizerBase:
     """
-    The tokenizer that lies beside a model; for an adapter, beside its base model.
+    The tokenizer that lies beside a model; for an adapter without one, beside its base model.
 
     Args:
         model (`str` or `torch.nn.Module`): Id or path, or a loaded model that knows where it came from.
@@ -196,13 +197,16 @@ def load_tokenizer(
     """
     if isinstance(model, str):
         source, repository = _locate(model, name, kwargs)
+        if source != model and _has_tokenizer(model, hub_kwargs(kwargs)):
+            # The kind of tokenizer is told by a config.json, which an adapter has not
+            config = AutoConfig.from_pretrained(source, **repository)
+            source, repository = model, {**hub_kwargs(kwargs), "config": config}
     else:
         source, repository = get_base_model(model).config._name_or_path, hub_kwargs(kwargs)
     if not source:
         raise ValueError(f"The {name} does not say where its tokenizer is. Pass the tokenizer as `{argument}`.")
     folder = Path(source)
-    # Without these, transformers would make an empty tokenizer
-    if folder.is_dir() and not any(path for pattern in _VOCABULARY_FILES for path in folder.glob(pattern)):
+    if folder.is_dir() and not _has_tokenizer(source, repository):  # transformers would make an empty one
         raise ValueError(
             f"There is no tokenizer beside the {name}: {source!r} holds no tokenizer.json. Save the model's tokenizer "
             f"there, or pass it as `{argument}`."
@@ -213,6 +217,15 @@ def load_tokenizer(
         raise ValueError(
             f"The tokenizer of the {name} {source!r} cannot be loaded: {' '.join(str(error).split()).rstrip('.')}."
         ) from error
+
+
+def _has_tokenizer(source: str, repository: dict[str, Any]) -> bool:
+    """Whether a tokenizer lies in a folder, or in a repository of the Hub."""
+    folder = Path(source)
+    if folder.is_dir():
+        return any(path for pattern in _VOCABULARY_FILES for path in folder.glob(pattern))
+    where = {name: value for name, value in repository.items() if name != "trust_remote_code"}
+    return bool(get_tokenizer_config(source, **where))
 
 
 def load_generation_config(model: str | PreTrainedModel | PeftModel, **kwargs: Any) -> GenerationConfig:
@@ -372,8 +385,8 @@ def get_base_model(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def weight_fingerprint(model: torch.nn.Module) -> str:
-    """A checksum over the names, shapes, dtypes and bytes of all weights, the same on every device."""
-    digest = hashlib.sha256()
+    """A checksum over the names, shapes, dtypes and bytes of all weights and the active adapters, on every device."""
+    digest = hashlib.sha256(str(model.active_adapters if isinstance(model, PeftModel) else []).encode())
     for name, tensor in model.state_dict().items():
         content = tensor.detach().contiguous().flatten().view(torch.uint8)
         whole = len(content) // 8 * 8

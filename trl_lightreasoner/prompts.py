@@ -4,12 +4,15 @@ TRL's conventions hold: `prompt` is text, taken verbatim, or a list of messages,
 applied once. BOS comes once, wherever it comes from. A `completion` is the answer to score instead of one generated.
 """
 
+import json
 from typing import Any
 
 from datasets import Dataset, Value
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational
+
+from .step_dataset import check_dataset
 
 
 def check_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -20,9 +23,7 @@ def check_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
         `ValueError`: If the `prompt` column is missing, or messages come without a chat template.
         `TypeError`: If it is not a [`~datasets.Dataset`].
     """
-    if not isinstance(dataset, Dataset):
-        hint = " Choose a split, such as `dataset['train']`." if hasattr(dataset, "keys") else ""
-        raise TypeError(f"`dataset` must be a `datasets.Dataset`, got `{type(dataset).__name__}`.{hint}")
+    check_dataset(dataset)
     if "prompt" not in dataset.column_names:
         raise ValueError(
             f"The dataset has no `prompt` column; it has {dataset.column_names}. Map your rows to "
@@ -122,7 +123,8 @@ def _as_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[st
         for message in messages:
             _check_message(message, column)
     try:
-        return apply_chat_template(text, tokenizer, tools=row.get("tools"))
+        tools = row.get("tools")
+        return apply_chat_template(text, tokenizer, tools=json.loads(tools) if isinstance(tools, str) else tools)
     except TemplateError as error:
         raise ValueError(f"The chat template refuses the messages {prompt!r}: {error}.") from None
 

@@ -22,7 +22,7 @@ from trl import apply_chat_template
 from . import __version__
 from .models import load_config, load_tokenizer
 from .prompts import encode_continuation
-from .step_writer import StepWriter
+from .step_writer import StepWriter, hash_ids
 from .training_rows import check_row
 from .vocabulary import Vocabulary, model_vocabulary
 
@@ -96,7 +96,9 @@ def import_published_steps(
         "versions": {"trl-lightreasoner": __version__},
     }
     try:
-        done = writer.open({"expert": expert, "system_prompt": system_prompt, "file (SHA-256)": checksum}, metadata)
+        tokens = hash_ids(ids for row in rows for ids in (row["prompt_ids"], row["completion_ids"], *row["label_ids"]))
+        identity = {"expert": expert, "system_prompt": system_prompt, "file (SHA-256)": checksum, "tokens": tokens}
+        done = writer.open(identity, metadata)
         if len(done) < len(rows):
             writer.write(list(range(len(rows))), {name: [row[name] for row in rows] for name in rows[0]})
         writer.finish(set(range(len(rows))))

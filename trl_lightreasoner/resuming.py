@@ -9,18 +9,26 @@ from collections.abc import Callable
 
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, logging
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint, has_length
 
 
 logger = logging.get_logger(__name__)
 
 
-class RememberEpochs(TrainerCallback):
-    """Lets a checkpoint say how many epochs were asked for, which a run that is resumed compares with its own."""
+class RememberEpochs(TrainerCallback, ExportableState):
+    """
+    Lets a checkpoint say how many epochs were asked for, which a run that is resumed compares with its own. What
+    `Trainer` writes there is rounded up, or follows from `max_steps`.
+    """
+
+    num_train_epochs: float | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        if args.max_steps < 0:
-            state.num_train_epochs = args.num_train_epochs
+        self.num_train_epochs = args.num_train_epochs if args.max_steps < 0 else None
+
+    def state(self) -> dict[str, dict]:
+        return {"args": {}, "attributes": {"num_train_epochs": self.num_train_epochs}}
 
 
 def load_state(checkpoint: str | bool | None, output_dir: str) -> TrainerState | None:
@@ -47,7 +55,8 @@ def plan_training(
     """
     values = plan(args)
     planned = values[-1]
-    if args.max_steps < 0 and args.num_train_epochs == resumed.num_train_epochs:
+    remembered = (resumed.stateful_callbacks or {}).get(RememberEpochs.__name__, RememberEpochs().state())
+    if args.max_steps < 0 and args.num_train_epochs == remembered["attributes"]["num_train_epochs"]:
         # The same epochs stay the same updates, whatever an update holds by now
         args = copy.copy(args)
         args.max_steps = resumed.max_steps
@@ -63,6 +72,11 @@ def plan_training(
         return (step // updates_per_epoch, *values[1:])
     # Where `Trainer` goes on: it takes all updates before for such as they are now. The last batch of an epoch, of
     # fewer rows, moves that by less than a batch where nothing else does
+    if not has_length(dataloader) and (resumed.epoch or 0) >= 1:
+        logger.warning(
+            "The rows are streamed and had all been read before the checkpoint: training goes on from the first row "
+            "instead of where it was."
+        )
     epoch = step // updates_per_epoch
     epoch += step % updates_per_epoch * args.gradient_accumulation_steps / batches_per_epoch
     batches = abs(epoch - (resumed.epoch or 0)) * batches_per_epoch if has_length(dataloader) else 0

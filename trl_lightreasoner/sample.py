@@ -176,10 +176,15 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
         push_dataset_to_hub(dataset, repo_id, **hub)
         print(f"The Dataset is at {repo_id} on the Hub.")
     num_steps, num_kept = sum(map(len, dataset["completion_ids"])), count_steps(dataset)
+    advice = "There is nothing to train on: choose a weaker amateur, or a lower `beta`."
+    if num_kept:
+        advice = (
+            f"Next: lightreasoner train --model_name_or_path {script_args.expert} --dataset_name "
+            f"{sampling_args.output_dir} {_quantization_flags(script_args)}--output_dir ADAPTER"
+        )
     print(
         f"{len(dataset):,} trajectories with {num_kept:,} of {num_steps:,} steps kept ({num_kept / num_steps:.1%}) "
-        f"are in {sampling_args.output_dir}. Next: lightreasoner train --model_name_or_path {script_args.expert} "
-        f"--dataset_name {sampling_args.output_dir} {_quantization_flags(script_args)}--output_dir ADAPTER"
+        f"are in {sampling_args.output_dir}. {advice}"
     )
 
 

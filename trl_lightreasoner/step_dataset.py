@@ -47,12 +47,23 @@ def sampling_metadata(dataset: Dataset) -> dict[str, Any] | None:
     """
     if "sampling_metadata" not in dataset.column_names or len(dataset) == 0:
         return None
+    return _parse_metadata(dataset[0]["sampling_metadata"])
+
+
+def _parse_metadata(text: str) -> dict[str, Any]:
     try:
-        return json.loads(dataset[0]["sampling_metadata"])
+        return json.loads(text)
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"The `sampling_metadata` of the dataset is not JSON ({error}). Remove the column, or sample again."
         ) from error
+
+
+def check_dataset(dataset: Any) -> None:
+    """Refuse what is not a [`~datasets.Dataset`], such as all the splits of one."""
+    if not isinstance(dataset, Dataset):
+        hint = " Choose a split, such as `dataset['train']`." if hasattr(dataset, "keys") else ""
+        raise TypeError(f"`dataset` must be a `datasets.Dataset`, got `{type(dataset).__name__}`.{hint}")
 
 
 def count_steps(dataset: Dataset) -> int:
@@ -75,8 +86,9 @@ def raise_beta(dataset: Dataset, beta: float) -> Dataset:
         beta (`float`): Threshold in nats, at least the one that the dataset was sampled with.
 
     Raises:
-        `ValueError`: If the dataset was sampled with a higher threshold, so that labels would be missing, or the
-            divergence of a kept step is not known.
+        `ValueError`: If a row was sampled with a higher threshold, so that labels would be missing, or the divergence
+            of a kept step is not known.
+        `TypeError`: If it is not a [`~datasets.Dataset`].
 
     Example:
 
@@ -86,9 +98,13 @@ def raise_beta(dataset: Dataset, beta: float) -> Dataset:
 
     ```
     """
+    check_dataset(dataset)
     metadata = sampling_metadata(dataset)
-    sampled_with = None if metadata is None else metadata["settings"]["beta"]
-    if sampled_with is not None and beta < sampled_with:
+    # Rows of several samplings can stand in one Dataset
+    made_with = [] if metadata is None else map(_parse_metadata, dataset.unique("sampling_metadata"))
+    betas = [each["settings"]["beta"] for each in made_with]
+    sampled_with = max((each for each in betas if each is not None), default=beta)
+    if beta < sampled_with:
         raise ValueError(
             f"The dataset was sampled with beta = {sampled_with}; steps below it have no label. Sample again to lower "
             "it."

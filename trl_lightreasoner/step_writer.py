@@ -11,10 +11,12 @@ not match the checksum in its name is made again. Where several processes write,
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +112,8 @@ class StepWriter:
             self._write(self.run, json.dumps(self.begun, indent=2).encode())
         self._set_metadata()
         if self.data.exists():
-            if self._checksums(self.data) == self.begun.get("files"):
+            files = self.begun.get("files", {})
+            if files and self._checksums(self.data, files) == files:
                 return set(range(len(self.input)))
             logger.warning(f"{self.data} is damaged; everything is made again.")
             shutil.rmtree(self.data)
@@ -172,7 +175,8 @@ class StepWriter:
 
     def load(self) -> Dataset:
         """The finished Dataset, memory-mapped."""
-        return Dataset.from_parquet([str(path) for path in sorted(self.data.glob("*.parquet"))])
+        files = json.loads(self.run.read_text(encoding="utf-8"))["files"]
+        return Dataset.from_parquet([literal_path(self.data / name) for name in sorted(files)])
 
     def _merge(self, rows: set[int]) -> None:
         shutil.rmtree(self.merging, ignore_errors=True)  # of a run that was killed here
@@ -185,14 +189,14 @@ class StepWriter:
                 f"{len(missing):,} of {len(rows):,} rows are missing in {str(self.shards)!r}, first row "
                 f"{min(missing)}. Choose an `output_dir` that all processes share."
             )
-        made = Dataset.from_parquet(shards, cache_dir=str(self.merging / "cache"))
+        made = Dataset.from_parquet([literal_path(path) for path in shards], cache_dir=str(self.merging / "cache"))
         made = made.select(np.argsort(made.data[_ROW].to_numpy(), kind="stable")).remove_columns(_ROW)
         num_files = 1 + made.data.nbytes // _MAX_FILE_BYTES
         for i in range(num_files):
             path = data / f"train-{i:05d}-of-{num_files:05d}.parquet"
             made.shard(num_files, i, contiguous=True).to_parquet(path)
             _sync(path)
-        self.begun["files"] = self._checksums(data)
+        self.begun["files"] = self._checksums(data, os.listdir(data))
         self._write(self.run, json.dumps(self.begun, indent=2).encode())
         os.replace(data, self.data)
         _sync(self.folder)
@@ -206,11 +210,12 @@ class StepWriter:
                     "`overwrite_output_dir=True` to delete what is there."
                 )
 
-    def _checksums(self, folder: Path) -> dict[str, str]:
+    def _checksums(self, folder: Path, names: Iterable[str]) -> dict[str, str]:
         checksums = {}
-        for path in sorted(folder.iterdir()):
-            with open(path, "rb") as file:
-                checksums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        for path in (folder / name for name in sorted(names)):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    checksums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
         return checksums
 
     def _sound_shards(self) -> list[Path]:
@@ -240,6 +245,29 @@ class StepWriter:
                 f"Cannot write to {str(path.parent)!r} ({error.strerror}). What was written before is kept: make "
                 "room, or see to the permissions, and run the same again to go on."
             ) from error
+
+
+def describe_rows(dataset: Dataset) -> dict[str, Any]:
+    """What the input is, by the names that a user knows, for the `identity` of [`~StepWriter.open`]."""
+    digest = hashlib.sha256()
+    for batch in dataset.with_format("arrow").iter(1000):
+        for row in batch.to_pylist():
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    types = {name: str(feature) for name, feature in dataset.features.items()}
+    return {"columns": types, "rows (SHA-256)": digest.hexdigest()}
+
+
+def hash_ids(lists: Iterable[list[int]]) -> str:
+    """A checksum over lists of token ids."""
+    digest = hashlib.sha256()
+    for ids in lists:
+        digest.update(np.array([len(ids), *ids], dtype=np.int32).tobytes())
+    return digest.hexdigest()
+
+
+def literal_path(path: str | Path) -> str:
+    """A path as `datasets` takes it literally: a `*` or `[` in it is no pattern, a leading `~` no home."""
+    return glob.escape(os.path.abspath(path))
 
 
 def check_folder(output_dir: str) -> None:

@@ -85,6 +85,11 @@ def main(
         raise ValueError(
             "`--dataset_name` is required: a dataset on the Hub, or the folder of `lightreasoner sample`."
         )
+    if script_args.dataset_streaming or script_args.ignore_bias_buffers:
+        raise ValueError(
+            "`--dataset_streaming` and `--ignore_bias_buffers` are of TRL's other trainers and do nothing here. Leave "
+            "them out."
+        )
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
