@@ -448,7 +448,7 @@ TRAIN = [
     setting(
         "dataset_name",
         "{folder}/adapter",
-        r"'{folder}/adapter' is a model, not a dataset\. Name a file, or the folder of",
+        r"'{folder}/adapter' is a model, not a dataset\. Name a file, or the .*",
     ),
     setting("dataset_train_split", "dev", r"The dataset '.*' has no split 'dev': " + SPLITS),
     setting("eval_strategy", "steps", r"The dataset '.*' has no split 'test': " + SPLITS),

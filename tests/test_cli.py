@@ -380,7 +380,10 @@ def test_a_dataset_saved_to_disk_is_a_dataset(as_dict, steps, tmp_path):
 def test_a_name_with_brackets_is_no_pattern(tmp_path):
     for name in ("p[1]", "p1"):
         (tmp_path / f"{name}.jsonl").write_text(f'{{"prompt": "{name}"}}\n')
-    assert load_split(str(tmp_path / "p[1].jsonl"), None, "train")["prompt"][:] == ["p[1]"]
+        (tmp_path / name / "data").mkdir(parents=True)
+        Dataset.from_dict({"prompt": [name]}).to_parquet(tmp_path / name / "data" / "train-00000-of-00001.parquet")
+    for path in ("p[1].jsonl", "p[1]"):
+        assert load_split(str(tmp_path / path), None, "train")["prompt"][:] == ["p[1]"]
 
 
 def test_a_configuration_of_a_folder_is_read_alone(tmp_path):

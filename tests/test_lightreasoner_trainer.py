@@ -1,5 +1,6 @@
 import logging
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -321,6 +322,7 @@ def test_training_on_an_iterable_dataset(named_columns, expert, tokenizer, steps
 
 def test_streams_that_processes_would_not_share_evenly_are_refused(expert, steps, tmp_path, monkeypatch):
     monkeypatch.setattr(LightReasonerConfig, "world_size", 2)
+    monkeypatch.setattr(LightReasonerConfig, "main_process_first", nullcontext)
     rows = steps.to_iterable_dataset(num_shards=2)
     with pytest.raises(ValueError, match="The train dataset is streamed from 2 files.* Load it without streaming."):
         LightReasonerTrainer(expert, config(tmp_path, max_steps=3), train_dataset=rows)

@@ -225,5 +225,5 @@ def _load_split(name: str, config: str | None, split: str) -> Dataset:
         return dataset[split]
     # A bare name could also be that of another folder in the cache of `datasets`, hence builders and absolute paths
     if config is None and list((path / "data").glob("*.parquet")):  # written by `lightreasoner sample`
-        return load_dataset("parquet", data_dir=str(path / "data"), split=split)
+        return load_dataset("parquet", data_dir=literal_path(path / "data"), split=split)
     return load_dataset(str(path.resolve()) if path.is_dir() else name, name=config, split=split)
