@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 from importlib import import_module
@@ -530,6 +531,15 @@ def test_a_conversation_is_made_of_text_prompts_on_request(expert_path, amateur_
     assert main(["sample", *argv]) == 0
     dataset = Dataset.from_parquet(str(tmp_path / "steps" / "data" / "*.parquet"))
     assert dataset[1]["prompt"] == [{"role": "user", "content": QUESTIONS[1]}]
+
+
+def test_the_command_that_comes_next_can_be_run_as_it_is(expert_path, amateur_path, prompts_file, tmp_path, capsys):
+    argv = ["--expert", expert_path, "--amateur", amateur_path, "--dataset_name", prompts_file]
+    argv += ["--prompt_column", "question", "--max_new_tokens", "8", "--beta", "0.1"]
+    assert main(["sample", *argv, "--output_dir", str(tmp_path / "my steps")]) == 0
+    program, *command = shlex.split(capsys.readouterr().out.partition("Next: ")[2])
+    assert (program, command[-1]) == ("lightreasoner", "ADAPTER")
+    assert main([*command[:-1], str(tmp_path / "adapter"), "--use_cpu", "--max_steps", "1"]) == 0
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the threads of a process are listed by Linux")

@@ -264,6 +264,11 @@ def test_the_name_of_a_folder_is_no_pattern(name, tmp_path):
     assert made["completion_ids"][:] == columns_of(range(3))["completion_ids"]
 
 
+def test_a_name_that_is_taken_for_a_chain_of_file_systems_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Choose another `output_dir`"):
+        StepWriter(str(tmp_path / "steps::zip"), make_input())
+
+
 def test_other_files_beside_the_rows_neither_damage_nor_join_them(made, tmp_path):
     (tmp_path / "steps" / "data" / ".ipynb_checkpoints").mkdir()
     (tmp_path / "steps" / "data" / "README.md").write_text("mine")

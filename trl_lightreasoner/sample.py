@@ -1,5 +1,6 @@
 """`lightreasoner sample`: prompts to a Dataset of kept steps."""
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,24 +179,23 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
     num_steps, num_kept = sum(map(len, dataset["completion_ids"])), count_steps(dataset)
     advice = "There is nothing to train on: choose a weaker amateur, or a lower `beta`."
     if num_kept:
-        advice = (
-            f"Next: lightreasoner train --model_name_or_path {script_args.expert} --dataset_name "
-            f"{sampling_args.output_dir} {_quantization_flags(script_args)}--output_dir ADAPTER"
-        )
+        command = ["lightreasoner", "train", "--model_name_or_path", script_args.expert]
+        command += ["--dataset_name", sampling_args.output_dir, *_quantization_flags(script_args)]
+        advice = f"Next: {shlex.join([*command, '--output_dir', 'ADAPTER'])}"
     print(
         f"{len(dataset):,} trajectories with {num_kept:,} of {num_steps:,} steps kept ({num_kept / num_steps:.1%}) "
         f"are in {sampling_args.output_dir}. {advice}"
     )
 
 
-def _quantization_flags(args: SampleArguments) -> str:
-    """The flags of `lightreasoner train` that load the expert as it was sampled, each with a blank behind."""
+def _quantization_flags(args: SampleArguments) -> list[str]:
+    """The flags of `lightreasoner train` that load the expert as it was sampled."""
     if args.load_in_8bit:
-        return "--load_in_8bit "
+        return ["--load_in_8bit"]
     if not args.load_in_4bit:
-        return ""
-    quant_type = "" if args.bnb_4bit_quant_type == "nf4" else f"--bnb_4bit_quant_type {args.bnb_4bit_quant_type} "
-    return f"--load_in_4bit {quant_type}{'--use_bnb_nested_quant ' if args.use_bnb_nested_quant else ''}"
+        return []
+    quant_type = [] if args.bnb_4bit_quant_type == "nf4" else ["--bnb_4bit_quant_type", args.bnb_4bit_quant_type]
+    return ["--load_in_4bit", *quant_type, *(["--use_bnb_nested_quant"] if args.use_bnb_nested_quant else [])]
 
 
 def as_prompts(dataset: Dataset, args: SampleArguments) -> Dataset:

@@ -60,6 +60,10 @@ class StepWriter:
             )
         self.folder = Path(output_dir)
         check_folder(output_dir)
+        if "::" in str(self.folder.absolute()):
+            raise ValueError(
+                f"'::' in {output_dir!r} is taken for a chain of file systems. Choose another `output_dir`."
+            )
         self.overwrite = overwrite
         self.run = self.folder / "run.json"
         self.shards, self.merging, self.data = (self.folder / name for name in ("shards", "merging", "data"))
