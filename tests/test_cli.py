@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -385,6 +386,19 @@ def test_a_name_with_brackets_is_no_pattern(tmp_path):
         Dataset.from_dict({"prompt": [name]}).to_parquet(tmp_path / name / "data" / "train-00000-of-00001.parquet")
     for path in ("p[1].jsonl", "p[1]"):
         assert load_split(str(tmp_path / path), None, "train")["prompt"][:] == ["p[1]"]
+    shutil.rmtree(tmp_path / "p[1]" / "data")
+    (tmp_path / "p[1]" / "train.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match="would be taken for a pattern of names. Rename the folder"):
+        load_split(str(tmp_path / "p[1]"), None, "train")
+
+
+def test_a_file_beside_the_rows_of_a_sampling_is_not_read(steps, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("train-00000-of-00001.parquet", "train-00000-of-00001-Copy1.parquet"):
+        steps.to_parquet(tmp_path / "data" / name)
+    assert len(load_split(str(tmp_path), None, "train")) == 2 * len(steps)
+    (tmp_path / "run.json").write_text(json.dumps({"files": {"train-00000-of-00001.parquet": "SHA-256"}}))
+    assert load_split(str(tmp_path), None, "train").to_list() == steps.to_list()
 
 
 def test_a_configuration_of_a_folder_is_read_alone(tmp_path):

@@ -208,6 +208,15 @@ def test_a_transform_of_the_users_makes_the_prompts(sample, prompts, loaded_toke
     assert [loaded_tokenizer.decode(ids) for ids in made["prompt_ids"]] == [f"Q: {text}" for text in prompts["prompt"]]
 
 
+@pytest.mark.parametrize(
+    "stored, seen", [(["prompt"], ["prompt", "completion"]), (["prompt", "completion"], ["prompt"])]
+)
+def test_a_transform_that_adds_or_drops_completions_is_refused(stored, seen, sample):
+    dataset = Dataset.from_dict(dict.fromkeys(stored, QUESTIONS))
+    with pytest.raises(ValueError, match="The transform of the dataset makes .* Apply it by `dataset.map` first"):
+        sample(dataset.with_transform(lambda rows: dict.fromkeys(seen, rows["prompt"])))
+
+
 def test_given_completions_are_scored_and_nothing_is_generated(sample, loaded_tokenizer, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("a given completion must not be generated")
@@ -428,6 +437,8 @@ def test_the_active_adapter_is_part_of_the_run(expert, prompts, amateur_path, lo
     model.add_adapter("other", LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
     args = ContrastiveSamplingConfig(str(tmp_path / "folder"), max_new_tokens=4)
     ContrastiveStepSampler(model, amateur_path, args, loaded_tokenizer).sample(prompts)
+    with model.disable_adapter(), pytest.raises(ValueError, match="was begun with expert weights = "):
+        ContrastiveStepSampler(model, amateur_path, args, loaded_tokenizer).sample(prompts)
     model.set_adapter("other")
     with pytest.raises(ValueError, match="was begun with expert weights = "):
         ContrastiveStepSampler(model, amateur_path, args, loaded_tokenizer).sample(prompts)

@@ -56,6 +56,12 @@ def check(gold: str | list[str], right: list[str], wrong: list[str], **kwargs) -
         pytest.param(
             "(3,2)", ["(3, 2)", r"\left(3,2\right)", "3, 2", "(x,y) = (3,2)"], ["(2,3)", r"\{3,2\}"], id="pair"
         ),
+        pytest.param(
+            r"\left(3, \frac{\pi}{2}\right)",
+            [r"(r,\theta) = (3, \frac{\pi}{2})", r"(x_1, x_2) = (3, \pi/2)", r"(A,B)=(3,\pi/2)"],
+            [r"(r,\theta) = (\frac{\pi}{2}, 3)"],
+            id="named pair",
+        ),
         pytest.param(r"\{1,2\}", [r"\{2,1\}", "1, 2", "1 or 2"], ["1", r"\{1,2,3\}", "(1,2)"], id="set"),
         pytest.param("1,-2", ["-2, 1", "x=1 or x=-2", "(1, -2)"], ["1", "1, 2", "(-2, 1)"], id="list"),
         pytest.param("(2,5)", ["2 < x < 5", r"x \in (2,5)"], ["[2,5]", "(2,5]", r"2 \le x < 5"], id="open interval"),
@@ -97,7 +103,20 @@ def check(gold: str | list[str], right: list[str], wrong: list[str], **kwargs) -
             id="about",
         ),
         pytest.param("(a+5)(b+2)", ["ab+2a+5b+10", "(2+b)(a+5)"], ["ab+2a+5b+9"], id="formula"),
-        pytest.param("6 - 5i", ["-5i+6"], ["6+5i"], id="complex"),
+        pytest.param("6 - 5i", ["-5i+6", "-5 i + 6"], ["6+5i"], id="complex"),
+        pytest.param(r"\frac{x^2+1}{x}", [r"x+\frac{1}{x}"], [r"x+\frac{1}{y}"], id="letter in the denominator"),
+        pytest.param(r"\frac{K-1}{L}", ["(K-1)/L"], ["(K-1)/M"], id="letter below letters"),
+        pytest.param(
+            r"(\gamma-1)mc^2", [r"\gamma mc^2 - mc^2"], [r"(\gamma-2)mc^2", r"(\gamma+1)mc^2"], id="gamma is a letter"
+        ),
+        pytest.param(r"\Gamma+2", [r"2+\Gamma"], [r"\Gamma+1"], id="a large gamma, too"),
+        pytest.param("24", [r"\Gamma(5)"], [r"\Gamma(4)"], id="the gamma function"),
+        pytest.param(
+            r"m \frac{d v}{d t}+b v=f",
+            [r"m\frac{dv}{dt}=f-bv", r"f - bv = m \frac{dv}{dt}"],
+            ["bv=f", r"m\frac{dv}{dt}=bv-f", r"2m\frac{dv}{dt}=f-bv"],
+            id="differential equation",
+        ),
         pytest.param(
             r"\begin{pmatrix} -1/3 \\ 2 \end{pmatrix}",
             [r"\begin{pmatrix} -\frac13 \\ 2 \end{pmatrix}"],
@@ -132,6 +151,11 @@ def test_the_reference_answer_is_the_first_that_math_verify_gets(monkeypatch):
 def test_signs_may_be_typographic():
     check("-3", ["\u22123", "\u20133"], ["3"])
     check("x-1", ["x \u2212 1"], ["x + 1"])
+
+
+def test_of_a_rate_the_first_unit_may_be_asked_for():
+    check("12", [r"12 \text{ inches per day}", r"1 \text{ foot per day}"], [r"12 \text{ feet per day}"], unit="inches")
+    check("5", [], [r"5 \text{ m/s}"], unit="m")
 
 
 def test_unit_of_the_reference():
@@ -173,6 +197,10 @@ def test_the_last_box(text, expected):
         ("9*2=18\n#### 18", "18"),
         ("#### Step 1\n4 + 5 = 9\n#### Step 2\n18", "18"),
         ("#### 18\n#### 20", "20"),
+        ("#### 1. Eggs left\n16 - 3 - 4 = 9\n\n#### 2. Money\n9 * 2 = 18\n\nThe answer is 18.", "18"),
+        ("The answer is **18** dollars (9 eggs at $2 each).", "18"),
+        ("The answer is **Yes**, because 3 > 2.", "Yes"),
+        ("**Answer:** The total is **18** dollars.", "18"),
         ("\\boxed{17}\n#### 18", "18"),
         ("#### 17\nNo, \\boxed{18}", "18"),
         ("5 + 4 = 9 eggs. So she has **18** eggs", "18"),
@@ -201,6 +229,10 @@ def test_answer_that_counts(completion, answer):
     [
         (r"\boxed{\text{Janet makes } 18 \text{ dollars}}", True),
         (r"\boxed{The answer is 18}", True),
+        (r"\boxed{\text{Total: } 18}", True),
+        ("So,\n\n**Total cost: $18**", True),
+        ("Final Answer: Total cost: $18", True),
+        ("**Total cost: $19**", False),
         (r"\boxed{9 \cdot 2 = 18}", True),
         (r"\boxed{It is not 18}", False),
         (r"\boxed{18 \text{ or } 19}", False),
@@ -242,6 +274,9 @@ def test_a_text_answer_may_stand_in_the_last_sentence():
         ("#### B", "B"),
         ("The answer is (A). Wait, the answer is (B).", "B"),
         ("So option B is what remains.", "B"),
+        ('The answer is "B".', "B"),
+        ("So the answer must be B.", "B"),
+        ("B is the correct answer.", "B"),
         (r"\boxed{A and B}", "A,B"),
         (r"\boxed{AB}", "A,B"),
         (r"\boxed{A} or \boxed{B}", "A,B"),
@@ -266,6 +301,7 @@ def test_letter_of_a_multiple_choice(completion, letter):
         (r"\boxed{18}. Wait, no. \boxed{20}. Next: \boxed{3}", r"\boxed{18}. Wait, no. \boxed{20}."),
         (r"\boxed{1} and \boxed{3}. More: \boxed{4}", r"\boxed{1} and \boxed{3}."),
         ("9*2=18\n#### 18\nTom has 5\n#### 5", "9*2=18\n#### 18"),
+        ("#### 1. Eggs\n16-7=9\n#### 2. Money\n#### 18\nTom", "#### 1. Eggs\n16-7=9\n#### 2. Money\n#### 18"),
         (
             "Answer: Let us add 5 and 4.\nThe answer is 9.5 or so. Next",
             "Answer: Let us add 5 and 4.\nThe answer is 9.5 or so.",

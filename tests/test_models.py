@@ -158,6 +158,22 @@ def test_a_tokenizer_beside_an_adapter_comes_before_that_of_its_base_model(
     assert load_tokenizer(name).chat_template == own.chat_template
 
 
+@pytest.mark.parametrize("from_hub", [False, True])
+@pytest.mark.parametrize("vocabulary", ["larger than the logits", "none"])
+def test_a_tokenizer_beside_an_adapter_that_does_not_fit_gives_way(
+    vocabulary, from_hub, adapter_path, expert_path, tmp_path, in_cache, caplog
+):
+    shutil.copytree(adapter_path, tmp_path / "adapter")
+    own = AutoTokenizer.from_pretrained(expert_path)
+    own.add_tokens([f"<{i}>" for i in range(200)])
+    own.save_pretrained(tmp_path / "adapter")
+    if vocabulary == "none":
+        (tmp_path / "adapter" / "tokenizer.json").unlink()
+    name = in_cache(tmp_path / "adapter", "adapter") if from_hub else str(tmp_path / "adapter")
+    assert load_tokenizer(name).get_vocab() == AutoTokenizer.from_pretrained(expert_path).get_vocab()
+    assert ("has more tokens than the base model has logits" in caplog.text) == (vocabulary != "none")
+
+
 def test_a_model_without_a_name_asks_for_a_tokenizer(tokenizer):
     with pytest.raises(
         ValueError, match="The amateur does not say .* Pass the tokenizer as `amateur_processing_class`"

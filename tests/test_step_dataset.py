@@ -1,3 +1,4 @@
+import datetime
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ from datasets import (
 
 from trl_lightreasoner import sampling_metadata, step_writer
 from trl_lightreasoner.step_dataset import STEP_FEATURES, count_steps, kl_quantiles, raise_beta
-from trl_lightreasoner.step_writer import StepWriter
+from trl_lightreasoner.step_writer import StepWriter, describe_rows
 
 
 METADATA = {"expert": {"model": "größer", "revision": None}, "settings": {"alpha": 0.2, "beta": 0.4}}
@@ -258,9 +259,10 @@ def test_a_folder_with_other_files_is_used_and_keeps_them(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["st[e]ps", "st*ps", "st?ps", "~steps", "st{e}ps", "st#ps"])
-def test_the_name_of_a_folder_is_no_pattern(name, tmp_path):
-    write(tmp_path / "steps", make_input(2), [[0, 1]])
-    made = write(tmp_path / name, make_input(3), [[2], [0, 1]])
+def test_the_name_of_a_folder_is_no_pattern(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("steps", make_input(2), [[0, 1]])
+    made = write(name, make_input(3), [[2], [0, 1]])
     assert made["completion_ids"][:] == columns_of(range(3))["completion_ids"]
 
 
@@ -277,6 +279,24 @@ def test_other_files_beside_the_rows_neither_damage_nor_join_them(made, tmp_path
     assert writer.open({}, METADATA) == set(range(6))
     writer.close()
     assert writer.load().to_list() == made.to_list()
+
+
+def test_rows_without_checksums_are_made_again(made, tmp_path):
+    run = tmp_path / "steps" / "run.json"
+    begun = json.loads(run.read_text())
+    run.write_text(json.dumps({name: value for name, value in begun.items() if name != "files"}))
+    writer = StepWriter(str(tmp_path / "steps"), make_input())
+    assert writer.open({}, METADATA) == set()
+    writer.close()
+
+
+def test_any_column_tells_one_input_from_another():
+    def columns_with(byte, day):
+        return Dataset.from_dict({"of": [{"bytes": [bytes([byte]), None]}], "day": [datetime.date(2026, 1, day)]})
+
+    described = [describe_rows(columns_with(*of)) for of in ((1, 1), (1, 1), (2, 1), (1, 2))]
+    assert described[0] == described[1]
+    assert len({json.dumps(each) for each in described}) == 3
 
 
 def test_overwriting_replaces_the_rows(made, tmp_path):

@@ -268,6 +268,15 @@ def test_models_that_are_not_here_are_no_mistake(steps, tmp_path):
     assert all(re.fullmatch(r"#\d+␣", token) for step in details.values() for token in step["tokens"])
 
 
+def test_models_without_embeddings_for_the_tokens_are_not_shown(steps, amateur_path, expert_path):
+    rows = steps.map(lambda row: {"completion_ids": [token_id + 1000 for token_id in row["completion_ids"]]})
+    trajectories = load_trajectories(rows, list(range(len(rows))))
+    reason = add_probabilities(trajectories, sampling_metadata(rows), None, None)
+    assert reason.startswith("the dataset holds tokens beyond the ")
+    with pytest.raises(ValueError, match="The models cannot be read: the dataset holds tokens beyond the "):
+        add_probabilities(trajectories, sampling_metadata(rows), expert_path, amateur_path)
+
+
 def test_models_that_give_another_label_are_not_shown(steps, amateur_path, expert_path):
     trajectories = load_trajectories(steps, list(range(len(steps))))
     metadata = sampling_metadata(steps)

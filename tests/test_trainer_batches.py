@@ -253,8 +253,9 @@ def test_predict_takes_rows_as_they_were_sampled(expert, rows, tmp_path):
     assert trainer.predict(sampled).metrics["test_loss"] == trainer.evaluate(sampled)["eval_loss"]
 
 
-def test_rows_can_be_grouped_by_length(expert, rows, tmp_path):
-    args = config(tmp_path, train_sampling_strategy="group_by_length", max_steps=1)
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_rows_can_be_grouped_by_length(strategy, expert, rows, tmp_path):
+    args = config(tmp_path, train_sampling_strategy=strategy, max_steps=1)
     trainer = LightReasonerTrainer(expert, args, train_dataset=rows)
     trainer.train()
     ends = [len(row["prompt_ids"]) + row["step_positions"][-1] for row in rows if row["step_positions"]]

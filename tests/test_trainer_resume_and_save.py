@@ -149,6 +149,18 @@ def test_a_checkpoint_says_how_many_epochs_were_asked_for(expert_path, steps, tm
     assert state["stateful_callbacks"]["RememberEpochs"]["attributes"] == {"num_train_epochs": 0.3}
 
 
+def test_a_checkpoint_that_says_nothing_of_epochs_is_gone_on_from(expert_path, steps, tmp_path):
+    asked = {"gradient_accumulation_steps": 1, "save_steps": 2}
+    LightReasonerTrainer(expert_path, config(tmp_path, **asked, max_steps=2), train_dataset=steps).train()
+    file = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    del state["stateful_callbacks"]["RememberEpochs"]
+    file.write_text(json.dumps(state))
+    trainer = LightReasonerTrainer(expert_path, config(tmp_path, **asked, max_steps=4), train_dataset=steps)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4 and (tmp_path / "checkpoint-4").is_dir()
+
+
 def test_epochs_that_follow_from_max_steps_are_not_taken_for_asked_for(expert_path, steps, tmp_path, caplog):
     asked = {"gradient_accumulation_steps": 1}  # three updates an epoch
     LightReasonerTrainer(expert_path, config(tmp_path, **asked, max_steps=4), train_dataset=steps).train()

@@ -44,7 +44,8 @@ _WITHDRAWN = re.compile(
 
 # "The answer is", "Answer:", "**Final Answer**" before a line break; "answer to the question is"
 _PHRASE = re.compile(
-    r"\banswers?\b(?:[*_ ]{0,4}(?:to [^.\n:]{0,80}? )?(?:(?:is|are)\b(?: thus| therefore)?|[:=])[*_: ]*"
+    r"\banswers?\b(?:[*_ ]{0,4}(?:to [^.\n:]{0,80}? )?"
+    r"(?:(?:is|are|(?:must|should|would) be)\b(?: thus| therefore)?|[:=])[*_: ]*"
     r"|[*_ ]*(?=\n))",
     re.I,
 )
@@ -172,7 +173,9 @@ def find_letter(completion: str, letters: str = "ABCDEFGHIJ") -> str | None:
     if first:
         return _leading_letters(text.split("\n")[0], letters)
     named = re.findall(
-        rf"\((?=[{letters}]\))([{letters}])\)|\b(?:[Oo]ption|[Cc]hoice)(?: is)?:? \(?([{letters}])\b", text
+        rf"\((?=[{letters}]\))([{letters}])\)|\b(?:[Oo]ption|[Cc]hoice)(?: is)?:? \(?([{letters}])\b"
+        rf"|\b([{letters}]) is (?:the )?(?:correct|right|best)\b",
+        text,
     )
     return next(filter(None, named[-1])) if named else None
 
@@ -222,10 +225,14 @@ def _suffix(text: str, end: int) -> str:
 
 
 def _after_hashes(text: str) -> list[tuple[int, str]]:
-    """The end and the text of each answer behind `####`. A heading, "#### Step 2", is none unless it is the end."""
+    """
+    The end and the text of each answer behind `####`. A heading, "#### Step 2" or "#### 2. Money", is none unless it
+    is the end.
+    """
     found = []
     for match in re.finditer(r"#### *([^\n]+)", text):
-        if re.match(r"[^A-Za-z\d]*\d|\W*\\", match[1]) or not text[match.end() :].strip():
+        is_value = re.match(r"[^A-Za-z\d]*\d|\W*\\", match[1]) and not re.match(r"\d+[.):]\s+\D", match[1])
+        if is_value or not text[match.end() :].strip():
             found.append((match.end(), _value(match[1])))
     return [(end, value) for end, value in found if value]
 
@@ -237,6 +244,8 @@ def _after_phrases(text: str) -> list[str]:
         # A formula set apart may take several lines, text does not
         formula = re.match(r"(?:\*\*)?(?:\$\$|\\\[)", line)
         line = line if formula else line.split("\n")[0]
+        if match[0].endswith("**") and (bold := re.match(r"([^*]+)\*\*", line)):  # "answer is **18** dollars"
+            line = bold[1]
         if line and not _NO_VALUE.match(line):
             values.append(_value(line))
     return [value for value in values if value]
@@ -278,7 +287,7 @@ def _sentence_end(text: str, start: int) -> int:
 
 
 def _leading_letters(text: str, letters: str) -> str | None:
-    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname)\s*\{|[${}*]|\\[()]|\\left|\\right", "", text)
+    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname)\s*\{|[${}*\"“”]|\\[()]|\\left|\\right", "", text)
     text = re.sub(
         r"^\W*(?:(?:the )?(?:correct )?(?:option|choice|answer)s?\b(?: is)?:?\s*|both |either )+", "", text, flags=re.I
     ).strip()

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import glob
 import json
 import os
 import re
@@ -224,6 +225,24 @@ def _load_split(name: str, config: str | None, split: str) -> Dataset:
             raise ValueError(f"There is no split {split!r} in {name!r}. It has {list(dataset)}.")
         return dataset[split]
     # A bare name could also be that of another folder in the cache of `datasets`, hence builders and absolute paths
-    if config is None and list((path / "data").glob("*.parquet")):  # written by `lightreasoner sample`
+    if config is None and list((path / "data").glob("*.parquet")):
+        if files := _sampled_files(path):
+            return load_dataset("parquet", data_files={"train": files}, split=split)
         return load_dataset("parquet", data_dir=literal_path(path / "data"), split=split)
-    return load_dataset(str(path.resolve()) if path.is_dir() else name, name=config, split=split)
+    if not path.is_dir():
+        return load_dataset(name, name=config, split=split)
+    folder = str(path.resolve())
+    if glob.has_magic(folder):
+        raise ValueError(f"{folder!r} would be taken for a pattern of names. Rename the folder, or name a file in it.")
+    return load_dataset(folder, name=config, split=split)
+
+
+def _sampled_files(folder: Path) -> list[str]:
+    """What `lightreasoner sample` wrote into a folder, whatever lies beside it."""
+    from .step_writer import literal_path
+
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return [literal_path(folder / "data" / name) for name in sorted(run["files"])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

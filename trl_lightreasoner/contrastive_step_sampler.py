@@ -137,7 +137,8 @@ class ContrastiveStepSampler:
             dataset ([`~datasets.Dataset`]):
                 A prompt-only dataset, standard (`"prompt": text`) or conversational (`"prompt": [messages]`); or a
                 prompt-completion dataset, whose completions are scored instead of generated. Other columns are carried
-                along.
+                along. A transform (`dataset.with_transform`) is applied before tokenizing, and must leave `prompt` and
+                `completion` where they are; what is carried along is what is stored.
 
         Returns:
             [`~datasets.Dataset`] with one row a trajectory, in the order of the prompts, memory-mapped from the
@@ -159,6 +160,11 @@ class ContrastiveStepSampler:
         columns = ["prompt_ids", "completion_ids"] if scoring_only else ["prompt_ids"]
         # A transform of the user's is applied; any other format only costs time
         prompts = dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
+        if set(columns) != {f"{name}_ids" for name in prompts[0] if name in ("prompt", "completion")}:
+            raise ValueError(
+                f"The transform of the dataset makes the columns {list(prompts[0])} of {dataset.column_names}. Apply "
+                "it by `dataset.map` first."
+            )
         # With a fingerprint of ours `map` need not hash what it is given, which for a tokenizer takes seconds
         encoded = prompts.map(
             _encode,

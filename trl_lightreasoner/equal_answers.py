@@ -112,7 +112,7 @@ def _without_approximation(text: str) -> str:
 def _parts(text: str) -> _Parts:
     text = re.sub(r"^\s*[a-zA-Z]\w*\s*\\in\b(?!fty)", "", text).strip()
     # "(x, y) = (3, 4)", "S = \{1, 2\}"
-    named = re.match(r"(?:\([a-z, ]+\)|[A-Za-z]\w*)\s*=\s*(?=\(|\[|\\\{)", text)
+    named = re.match(r"(?:\(\s*[A-Za-z\\][\w\\{}, ]*\)|[A-Za-z]\w*)\s*=\s*(?=\(|\[|\\\{)", text)
     if named and _is_enclosed(text[named.end() :].strip()):
         text = text[named.end() :].strip()
     union = _split(text, {r"\cup"})
@@ -172,6 +172,7 @@ _TIME = re.compile(r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s*(?:([ap])\.?\s*m\.?)?
 _RATIO = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(?::|\bto\b)\s*(\d+(?:\.\d+)?)\s*)(?:(?::|\bto\b)\s*(\d+(?:\.\d+)?)\s*)?$")
 _BASE = re.compile(r"(\d[\dA-F]*)\s*(?:_\{?\s*(\d+|[a-z]+)\s*\}?|\(?\s*(?:in )?base[ -](\d+|[a-z]+)\s*\)?)$")
 _BASE_NAMES = "zero one two three four five six seven eight nine ten eleven twelve".split() + ["sixteen"]
+_LABEL = re.compile(r"(?:[A-Za-z][A-Za-z' ]*+:\s*)+(?=\S)")  # "Total cost: 18"
 _INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|lt|gt|ne|neq)\b")
 _NAME = re.compile(
     r"(?:\\(?:angle|triangle|text|mathrm|operatorname)\b)?[\sA-Za-z\\]*(?:_\{?[\w\s\\]*\}?)?(?:\([\w\s,]*\))?$"
@@ -189,6 +190,8 @@ def _equal_item(gold: str, answer: str, terms: _Terms) -> bool:
         gold_digits, base = gold_base or (squeeze(gold), None)
         answer_digits, answer_base = _base(answer) or (squeeze(answer), None)
         return gold_digits == answer_digits and (base == answer_base or None in (base, answer_base))
+    if ":" not in gold and (label := _LABEL.match(plain := re.sub(WRAPPERS, r"\1", answer))):
+        answer = plain[label.end() :]
     if ":" in gold + answer or _RATIO.match(gold) or _RATIO.match(answer):
         return _equal_time_or_ratio(gold, answer, terms)
     gold_sides, answer_sides = (_split(text.replace("==", "="), {"="}) for text in (gold, answer))
@@ -314,12 +317,16 @@ def _bare_name(text: str) -> str:
 
 
 class _Quantity(NamedTuple):
-    """The text without its unit, its value if that is a number, and whether it is a percentage."""
+    """
+    The text without its unit, its value if that is a number, whether it is a percentage, and of "5 dollars per hour"
+    the unit of what comes first.
+    """
 
     text: str
     number: Number | None
     unit: Unit | None
     is_percent: bool = False
+    first_unit: Unit | None = None
 
 
 _UNIT_WORD = rf"(?:{WRAPPERS}|\{{\s*[A-Za-z~\s]+\}}|[A-Za-zµμ'’-]++\.?|\\(?:AA|mu|cdot)(?![a-zA-Z]))"
@@ -330,7 +337,7 @@ _UNIT_TAIL = re.compile(
 
 
 def _quantity(text: str, letter_is_unit: bool = False) -> _Quantity:
-    text, unit = text.strip(), None
+    text, unit, first_unit = text.strip(), None, None
     currency = re.match(r"([-+]?)\s*([¤€£¥])\s*", text)
     if currency:
         text, unit = currency[1] + text[currency.end() :], parse_unit(currency[2])
@@ -345,13 +352,16 @@ def _quantity(text: str, letter_is_unit: bool = False) -> _Quantity:
         known_word = found is not None and re.search("[A-Za-zµμ]{2}", words)
         plain_words = re.match(r"[\s(]*[a-z][A-Za-z'’-]{2,}", words) and text[tail.start() : tail.start("unit")]
         one_letter = letter_is_unit and found is not None and read_number(value)
+        if tail["unit"].startswith("{") and text[: tail.start("unit")].endswith("}"):
+            break  # the denominator of \frac{3}{x}
         if value.count("{") == value.count("}") and (is_wrapped or known_word or plain_words or one_letter):
-            # 5 dollars per hour: what comes first is asked for; several words, "feet tall", are no measure
+            # Several words, "feet tall", are no measure
             text, unit = value, unit or found
+            first_unit = parse_unit(words.split(" per ")[0]) if " per " in words else None
         break
     is_percent = text.endswith("%")
     text = text.removesuffix("%").strip()
-    return _Quantity(text, read_number(text), unit, is_percent)
+    return _Quantity(text, read_number(text), unit, is_percent, first_unit)
 
 
 def _unit(text: str) -> Unit | None:
@@ -362,9 +372,10 @@ def _conversion(gold: _Quantity, answer: _Quantity) -> Fraction | None:
     """What to multiply the answer by to have the unit of the reference; `None` if that measures something else."""
     if gold.unit is None or answer.unit is None:
         return Fraction(1)  # a unit that is missing or not known is not held against anybody
-    if gold.unit.dimensions != answer.unit.dimensions:
-        return None
-    return answer.unit.factor / gold.unit.factor
+    for unit in (answer.unit, answer.first_unit):
+        if unit is not None and unit.dimensions == gold.unit.dimensions:
+            return unit.factor / gold.unit.factor
+    return None
 
 
 def _percents(number: Number, gold: _Quantity, answer: _Quantity) -> list[Number]:

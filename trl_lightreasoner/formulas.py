@@ -3,6 +3,7 @@
 It may fail in many ways and take forever: what it cannot compare is not equal, and `grade_all` sets the limit.
 """
 
+import re
 import threading
 from fractions import Fraction
 
@@ -31,7 +32,7 @@ def _equal_formulas(gold: str, answer: str, tolerance: float | None) -> bool:
     limit = 5 if threading.current_thread() is threading.main_thread() else None
     expressions = []
     for text in (gold, answer):
-        found = parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=limit)
+        found = parse(f"${_with_plain_letters(text)}$", config, fallback_mode="no_fallback", parsing_timeout=limit)
         if not found:
             return False
         expressions.append(found[0])
@@ -49,11 +50,22 @@ def _equal_formulas(gold: str, answer: str, tolerance: float | None) -> bool:
     return verify(*expressions, allow_set_relation_comp=True, timeout_seconds=limit)
 
 
+def _with_plain_letters(text: str) -> str:
+    r"""`\gamma`, otherwise Euler's constant or the Gamma function, and a `\Gamma` of nothing, as letters of no use."""
+    text = re.sub(r"(?<=\d)\s+i(?![a-zA-Z])", "i", text)  # else no imaginary unit
+    text = re.sub(r"\\gamma(?![a-zA-Z])", r"\\varpi", text)
+    return re.sub(r"\\Gamma(?![a-zA-Z])(?!\s*(?:\\left)?\s*\()", r"\\Upsilon", text)
+
+
 def _same_equation(gold, answer) -> bool:
     """Up to sign and scale: one side less the other is the same, times a number."""
     import sympy
 
-    difference, other = (sympy.expand((e.lhs - e.rhs).doit()) for e in (gold, answer))
+    def as_symbol(*of):  # `doit` would take dx/dt for the derivative of a constant
+        return sympy.Symbol(str(of))
+
+    differences = [(e.lhs - e.rhs).replace(sympy.Derivative, as_symbol) for e in (gold, answer)]
+    difference, other = (sympy.expand(each.doit()) for each in differences)
     if difference == 0 or other == 0:
         return difference == other
     return bool(sympy.simplify(difference / other).is_number)

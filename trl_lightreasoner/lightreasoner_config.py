@@ -199,7 +199,7 @@ class LightReasonerConfig(TrainingArguments):
 
     @property
     def update_size_is_default(self) -> bool:
-        """Whether nobody named the rows of an update, neither at the beginning nor since."""
+        """Whether nobody named the rows of an update, or changed them since."""
         sizes = (self.per_device_train_batch_size, self.gradient_accumulation_steps)
         return not self._names_update_size and sizes == _UPDATE_ONE_STEP_PER_ROW
 

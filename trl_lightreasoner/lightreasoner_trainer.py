@@ -456,8 +456,9 @@ class LightReasonerTrainer(_BaseTrainer):
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset: Dataset | IterableDataset, *args, **kwargs) -> PredictionOutput:
-        with self.args.main_process_first():
-            test_dataset = self._prepare_rows(test_dataset, "test")
+        if isinstance(test_dataset, Dataset | IterableDataset):
+            with self.args.main_process_first():
+                test_dataset = self._prepare_rows(test_dataset, "test")
         return super().predict(test_dataset, *args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:

@@ -30,8 +30,7 @@ from transformers import (
     logging,
 )
 from transformers.cache_utils import DynamicLayer
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import is_bitsandbytes_available
+from transformers.utils import cached_file, is_bitsandbytes_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 
@@ -200,7 +199,13 @@ def load_tokenizer(
         if source != model and _has_tokenizer(model, hub_kwargs(kwargs)):
             # The kind of tokenizer is told by a config.json, which an adapter has not
             config = AutoConfig.from_pretrained(source, **repository)
-            source, repository = model, {**hub_kwargs(kwargs), "config": config}
+            own = _load_tokenizer(model, name, {**hub_kwargs(kwargs), "config": config})
+            if max(own.get_vocab().values()) < config.get_text_config().vocab_size:
+                return own
+            logger.warning(
+                f"The tokenizer beside the {name} {model!r} has more tokens than the base model has logits. That of "
+                "the base model is used."
+            )
     else:
         source, repository = get_base_model(model).config._name_or_path, hub_kwargs(kwargs)
     if not source:
@@ -211,6 +216,10 @@ def load_tokenizer(
             f"There is no tokenizer beside the {name}: {source!r} holds no tokenizer.json. Save the model's tokenizer "
             f"there, or pass it as `{argument}`."
         )
+    return _load_tokenizer(source, name, repository)
+
+
+def _load_tokenizer(source: str, name: str, repository: dict[str, Any]) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source, **repository)
     except Exception as error:  # tokenizers raises nothing narrower
@@ -225,7 +234,9 @@ def _has_tokenizer(source: str, repository: dict[str, Any]) -> bool:
     if folder.is_dir():
         return any(path for pattern in _VOCABULARY_FILES for path in folder.glob(pattern))
     where = {name: value for name, value in repository.items() if name != "trust_remote_code"}
-    return bool(get_tokenizer_config(source, **where))
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return any(cached_file(source, file, **where, **quietly) is not None for file in files)
 
 
 def load_generation_config(model: str | PreTrainedModel | PeftModel, **kwargs: Any) -> GenerationConfig:
@@ -386,7 +397,8 @@ def get_base_model(model: torch.nn.Module) -> torch.nn.Module:
 
 def weight_fingerprint(model: torch.nn.Module) -> str:
     """A checksum over the names, shapes, dtypes and bytes of all weights and the active adapters, on every device."""
-    digest = hashlib.sha256(str(model.active_adapters if isinstance(model, PeftModel) else []).encode())
+    adapters = [model.active_adapters, model.get_model_status().enabled] if isinstance(model, PeftModel) else []
+    digest = hashlib.sha256(str(adapters).encode())
     for name, tensor in model.state_dict().items():
         content = tensor.detach().contiguous().flatten().view(torch.uint8)
         whole = len(content) // 8 * 8

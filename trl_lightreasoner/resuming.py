@@ -26,6 +26,8 @@ class RememberEpochs(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self.num_train_epochs = args.num_train_epochs if args.max_steps < 0 else None
+        # `Trainer` writes it over what it finds in the state, which may come from a checkpoint without it
+        state.stateful_callbacks[type(self).__name__] = self.state()
 
     def state(self) -> dict[str, dict]:
         return {"args": {}, "attributes": {"num_train_epochs": self.num_train_epochs}}

@@ -234,6 +234,9 @@ def _read(
     """Probabilities of the tokens of each step of each trajectory."""
     device = get_base_model(model).get_input_embeddings().weight.device
     to_keep = accepts_logits_to_keep(model)
+    width = get_base_model(model).config.get_text_config().vocab_size
+    if any(token_id >= width for each in trajectories for token_id in each.prompt_ids + each.completion_ids[:-1]):
+        raise ValueError(f"the dataset holds tokens beyond the {width} that the {role} has embeddings for")
     probabilities: list[list[list[float]]] = []
     for trajectory in tqdm(trajectories, f"Reading the {role}", leave=False, disable=None):
         if not trajectory.steps:

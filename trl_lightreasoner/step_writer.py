@@ -193,7 +193,8 @@ class StepWriter:
                 f"{len(missing):,} of {len(rows):,} rows are missing in {str(self.shards)!r}, first row "
                 f"{min(missing)}. Choose an `output_dir` that all processes share."
             )
-        made = Dataset.from_parquet([literal_path(path) for path in shards], cache_dir=str(self.merging / "cache"))
+        cache = os.path.abspath(self.merging / "cache")
+        made = Dataset.from_parquet([literal_path(path) for path in shards], cache_dir=cache)
         made = made.select(np.argsort(made.data[_ROW].to_numpy(), kind="stable")).remove_columns(_ROW)
         num_files = 1 + made.data.nbytes // _MAX_FILE_BYTES
         for i in range(num_files):
