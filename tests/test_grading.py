@@ -129,6 +129,150 @@ def check(gold: str | list[str], right: list[str], wrong: list[str], **kwargs) -
             "120^\\circ", ["120", r"120^{\circ}", r"120\text{ degrees}"], ["12", r"120\text{ rad}"], id="degrees"
         ),
         pytest.param("11", ["11"], ["1 1"], id="space between digits"),
+        pytest.param(
+            "864",
+            [r"864~\mathrm{g~cm^{-3}}", r"864 \text{ m}^{3}", r"864\ {\rm kg\,m^{-3}}"],
+            [r"864 x^{2}"],
+            id="braced exponent of a unit",
+        ),
+        pytest.param(
+            r"3\text{ mm}",
+            [r"3000\ \mu m", r"3000\,\mu\text{m}", r"3000 \mathrm{\mu m}", "3000 μm"],
+            [r"3\ \mu m", r"3000 \mu x"],
+            id="micrometres",
+        ),
+        pytest.param(r"2 \mu m g", [r"2mg\mu"], ["2", r"2 \mu m"], id="mu as a letter"),
+        pytest.param(
+            r"5000\text{ ohms}",
+            [r"5000\,\Omega", "5000 Ω", r"5\ \text{k}\Omega", r"5\,\mathrm{k\Omega}"],
+            [r"5\,\Omega", r"5000 \text{ V}", r"5000 \Omega x"],
+            id="ohms",
+        ),
+        pytest.param(
+            "1.5e3",
+            [r"1.5 \times 10^3 M_\odot", r"1500\,M_{\odot}", r"1500\,\mathrm{M}_\odot", r"1500\,L_{\odot}"],
+            [r"150 M_\odot", r"1500 M_\odot x"],
+            id="solar masses",
+        ),
+        pytest.param(r"\$0.75", ["75¢", r"75\text{¢}", r"75 \cents"], ["0.75¢", "750¢"], id="cent sign"),
+        pytest.param("75¢", ["75", "75 cents", r"\$0.75"], ["7500 cents", r"\$75"], id="cent sign in the reference"),
+        pytest.param(
+            "Yes",
+            [
+                "Yes, because 3 > 2",
+                r"\text{Yes, since } n > 2",
+                r"\text{Yes}, \text{because it is even}",
+                "Yes, it is",
+            ],
+            ["No, because 3 > 2", "Yes, no", "Yes and no", "No, yes is wrong", "Perhaps, because 3 > 2"],
+            id="yes and why",
+        ),
+        pytest.param(
+            r"\text{Purple}",
+            ["Purple, because she has 6", r"\text{Purple (since } 6 > 5)"],
+            ["Red, because Purple has 6", "Purple, as well as Red", "Purple or Red, because"],
+            id="word and why",
+        ),
+        pytest.param(r"\text{(B)}", ["(B), since it is even"], ["A, B because"], id="letter and why"),
+        pytest.param(
+            "2n",
+            [r"2n \text{ rooks}", r"2n\ \text{ways}", r"2n \text{ rooks are needed}"],
+            [
+                r"3n \text{ rooks}",
+                r"2n + 1 \text{ rooks}",
+                r"2n \text{ or } 3n",
+                r"2n \text{ for odd } n",
+                r"2n \text{ plus one}",
+            ],
+            id="words behind a formula",
+        ),
+        pytest.param("12", [r"12 m \text{ per s}"], [r"12n \text{ rooks}"], id="unit in two parts"),
+        pytest.param(
+            r"(3,\infty)",
+            [r"\{x \mid x > 3\}", "\\{x : x > 3\\}", r"\{x \in \mathbb{R} \,|\, x > 3\}"],
+            [r"\{x \mid x \ge 3\}", r"\{x \in \mathbb{Z} \mid x > 3\}", r"\{3\}"],
+            id="set-builder",
+        ),
+        pytest.param(
+            r"(-\infty,-1)\cup(3,\infty)",
+            ["x < -1 or x > 3", r"x > 3 \text{ or } x < -1", r"\{x \mid x < -1 \text{ or } x > 3\}"],
+            ["x < -1", r"x \le -1 \text{ or } x > 3", r"x < -1 \text{ and } x > 3", "x < -1, x > 3, x = 2"],
+            id="conditions for a union",
+        ),
+        pytest.param(
+            r"x < 1 \text{ or } x = 2",
+            [r"(-\infty, 1) \cup \{2\}", "x = 2 or x < 1"],
+            [r"(-\infty, 1]", r"(-\infty, 1) \cup \{3\}"],
+            id="conditions in the reference",
+        ),
+        pytest.param(
+            "f(x)=2x",
+            [
+                r"f(x)=2x \text{ for all } x \in \mathbb{R}",
+                r"2x \quad \forall x \in \mathbb{R}",
+                r"2x, x \in \mathbb{R}",
+            ],
+            [r"f(x)=x \text{ for all } x \in \mathbb{R}", r"f(x)=2x \text{ for all } x > 5"],
+            id="for all x",
+        ),
+        pytest.param(
+            "f(x)=x,f(x)=-x",
+            [r"f(x)=-x \text{ for all } x, f(x)=x \text{ for all } x"],
+            [r"f(x)=x \text{ for all } x"],
+            id="for all x in a list",
+        ),
+        pytest.param(
+            "y''+y=0", [r"y^{\prime\prime}=-y", "y+y''=0"], ["y'+y=0", "y+y=0", r"y^{\prime}=-y"], id="two primes"
+        ),
+        pytest.param("f'(x)", [r"f^{\prime}(x)", r"f^\prime(x)"], ["f(x)", "g'(x)"], id="prime"),
+        pytest.param("y'=2x", ["2x", r"y^{\prime}=2x"], ["y=2x", "y'=3x"], id="assignment to a derivative"),
+        pytest.param(
+            r"m\ddot{x}+b\dot{x}=f", [r"m\ddot x=f-b\dot x"], [r"m\ddot{x}+bx=f", r"m\dot{x}+b\ddot{x}=f"], id="dots"
+        ),
+        pytest.param("2E_1-E_2", ["E_{1}+E_1-E_{2}"], ["2E-E", "2E_2-E_1", "E_1"], id="subscript of E"),
+        pytest.param("2E_1", [r"2 \cdot E_{1}"], ["2E", "2E_2"], id="E is no digit in base 1"),
+        pytest.param("1E_{16}", ["1E"], ["30", "1F"], id="E as a digit"),
+        pytest.param("3I_0", ["I_{0}+2I_0"], ["3I_1"], id="subscript of I"),
+        pytest.param("iR", ["Ri", "R i"], ["-Ri", "R"], id="i as a current"),
+        pytest.param(
+            r"T_{\text{red}} / 2",
+            [r"\frac{T_\text{red}}{2}", r"\frac12 T_{\mathrm{red}}", r"\frac{T_{red}}{2}", r"\frac{T_{\rm red}}{2}"],
+            [r"\frac{T_{\text{blue}}}{2}", r"\frac{T}{2}"],
+            id="subscript in words",
+        ),
+        pytest.param(r"2x_{\max}", [r"2x_{\text{max}}", r"2x_{max}"], [r"2x_{\min}"], id="subscript max"),
+        pytest.param(
+            r"\sqrt{gh}",
+            ["(gh)^{1/2}", r"\sqrt{g}\sqrt{h}"],
+            [r"-\sqrt{gh}", r"\sqrt{g+h}", "gh"],
+            id="root of letters",
+        ),
+        pytest.param(
+            r"\sqrt{4 \pi G \rho r_{0}^{2}}",
+            [r"2r_0\sqrt{\pi G\rho}"],
+            [r"2r_0^2\sqrt{\pi G\rho}"],
+            id="root of a square",
+        ),
+        pytest.param(
+            r"\ln(a/b)", [r"\ln a - \ln b", r"-\ln(b/a)"], [r"\ln(b/a)", r"\ln a + \ln b"], id="logarithm of letters"
+        ),
+        pytest.param("|x|", [r"\sqrt{x^2}"], ["x", "-x"], id="absolute value"),
+        pytest.param("x", ["x"], ["|x|", r"\sqrt{x^2}", r"\max(x, 0)"], id="no absolute value"),
+        pytest.param("e^{0.3t}", ["e^{3t/10}", "e^{0.1t}e^{0.2t}"], ["e^{0.1t}e^{0.1t}"], id="decimal exponent"),
+        pytest.param("x/2", ["0.5x", r"\frac{x}{2}"], ["0.6x", "0.05x"], id="decimal factor"),
+        pytest.param(
+            "0.1x(x+3)+0.2", [r"0.1x^2+0.3x+0.2", r"\frac{1}{10}(x+1)(x+2)"], ["0.1x^2+0.3x"], id="decimals in a sum"
+        ),
+        pytest.param("2:30 p.m.", ["14:30", "2:30"], ["13:30", "2:30 a.m.", "14:31"], id="24 hours"),
+        pytest.param("12:15 a.m.", ["0:15", "12:15"], ["12:15 p.m."], id="midnight"),
+        pytest.param("Ann's", ["Ann’s"], ["Bob’s"], id="curly apostrophe"),
+        pytest.param("6", ["6^{th}", r"6^\text{th}", r"6^{\mathrm{th}}"], ["16^{th}", "6^t"], id="ordinal"),
+        pytest.param(
+            r"60^\circ",
+            [r"\frac{120^\circ}{2}", r"\frac{180^{\circ}}{3}"],
+            [r"\frac{120^\circ}{3}"],
+            id="degree above",
+        ),
     ],
 )
 def test_forms_of_an_answer(gold, right, wrong):
@@ -193,6 +337,11 @@ def test_the_last_box(text, expected):
         (r"It is a half, \boxed{\frac{1}{2}", None),
         (r"\boxed{1} and $\boxed{3}$", "1, 3"),
         ("\\boxed{1}\n\\boxed{3}", "3"),
+        (r"\boxed{1},\ \boxed{3}", "1, 3"),
+        (r"$x = \boxed{3}$, $y_1 = \boxed{4}$", "x = 3, y_1 = 4"),
+        (r"$x = \boxed{3}$. So $y = \boxed{4}$", "4"),
+        (r"so $y = \boxed{4}$", "4"),
+        ("Answer:\n1. Add 5 and 4.\n2. That is 9.", "9"),
         (r"$\boxed{52}_8$", "52_8"),
         ("9*2=18\n#### 18", "18"),
         ("#### Step 1\n4 + 5 = 9\n#### Step 2\n18", "18"),
@@ -246,6 +395,14 @@ def test_text_around_the_number(completion, correct):
     assert grade(completion, "18").correct is correct
 
 
+def test_boxes_with_names_are_one_answer():
+    for gold in ("(3,4)", "3,4", "x=3,y=4"):
+        assert grade(r"So $x = \boxed{3},\ y = \boxed{4}$.", gold).correct
+        assert not grade(r"So $x = \boxed{3},\ y = \boxed{5}$.", gold).correct
+    assert not grade(r"So $x = \boxed{4},\ y = \boxed{3}$.", "x=3,y=4").correct
+    assert not grade(r"So $x = \boxed{4},\ y = \boxed{3}$.", "(3,4)").correct
+
+
 def test_runaway_text_is_no_answer():
     check("301", ["1+" * 300 + "1"], [])
     check("601", [], ["1+" * 600 + "1"])
@@ -255,6 +412,7 @@ def test_a_text_answer_may_stand_in_the_last_sentence():
     assert grade("Ann has 5 and Purple has 6. So Purple won.", "Purple").correct
     assert not grade("Purple has 6. So Red won.", "Purple").correct
     assert not grade("So Red or Purple won.", "Purple").correct
+    assert grade("So it is Ann’s hat.", "Ann's hat").correct
 
 
 @pytest.mark.parametrize(
@@ -306,6 +464,14 @@ def test_letter_of_a_multiple_choice(completion, letter):
             "Answer: Let us add 5 and 4.\nThe answer is 9.5 or so. Next",
             "Answer: Let us add 5 and 4.\nThe answer is 9.5 or so.",
         ),
+        (
+            "We find the answer:\n1. Add 5 and 4.\n2. So \\boxed{9}.\nNext: \\boxed{3}",
+            "We find the answer:\n1. Add 5 and 4.\n2. So \\boxed{9}.",
+        ),
+        ("**Answer:**\n\n1. **Add** 5.\nThe answer is 9.\nNext", "**Answer:**\n\n1. **Add** 5.\nThe answer is 9."),
+        ("**Answer:** 1. Add 5.\n2. The answer is 9.\nNext", "**Answer:** 1. Add 5.\n2. The answer is 9."),
+        ("Answer:\n1.\nNext: \\boxed{3}", "Answer:\n1."),
+        ("The answer is 1. It is odd.\n2. Next: \\boxed{3}", "The answer is 1."),
         ("I think<|im_end|>\nfoo", "I think"),
         ("I think\n\nQ: foo", "I think"),
         ("I think\nHuman: foo", "I think"),

@@ -6,7 +6,9 @@ Text in, text out; standard library only.
 import re
 
 
-WRAPPERS = r"\\(?:text|textbf|textrm|textit|mbox|hbox|mathrm|rm|operatorname)\s*\{([^{}]*)\}"
+_CONTENT = r"((?:[^{}]++|\{[^{}]*\})*)"
+WRAPPERS = rf"\\(?:text|textbf|textrm|textit|mbox|hbox|mathrm|rm|operatorname)\s*\{{{_CONTENT}\}}"
+_ORDINAL = "(?:st|nd|rd|th)"
 _SAME = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -26,6 +28,10 @@ _SAME = [
         ("°", r"^\\circ "),
         ("²", "^2"),
         ("³", "^3"),
+        ("[’‘′]", "'"),
+        ("Ω|Ω", r"\\Omega "),
+        (r"\\?¢|\\(?:text)?cents?(?![a-z])", " cents "),
+        (rf"\{{\s*\\rm\s+{_CONTENT}\}}", r"\\text{\1}"),
         (r"\\[$]|\\textdollar\b", "¤"),
         (r"\$(?=\.?\d[^$]*$)", "¤"),  # "$18", with no other dollar sign behind it
         (r"\$|\*\*|`|(?<!\\)\\[()\[\]]|\\displaystyle|\\boldsymbol|\\mathbf", ""),
@@ -43,10 +49,13 @@ _SAME = [
         (r">=", r"\\ge "),
         (r"\\colon\b", ":"),
         (r"\\%|\\?\s*\bper ?cent\b", "%"),
+        (r"(\\frac\s*\{[^{}]*)\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*(\}\s*\{[^{}]*\})", r"\1\2^\\circ "),
         (r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree", r" \\text{degrees} "),
-        (r"\^\s*\{\s*\\prime\s*\\prime\s*\}", r" \\text{arcseconds} "),
+        (r"(?<=\d)\s*\^\s*\{\s*\\prime\s*\\prime\s*\}", r" \\text{arcseconds} "),
+        (r"\^\s*(?:\\prime|\{((?:\s*\\prime)+)\s*\})", lambda match: "'" * match[0].count("prime")),
         (r"\bnp\.(?=[a-z])", r"\\"),
-        (r"(?<=\d)(?:st|nd|rd|th)\b|(?<=\d)\s*\^\s*\{\s*\\\w+\s*\{(?:st|nd|rd|th)\}\s*\}", ""),
+        (rf"(?<=\d)(?:{_ORDINAL}\b|\s*\^\s*(?:\{{\s*{_ORDINAL}\s*\}}|\{{?\s*\\\w+\s*\{{{_ORDINAL}\}}\s*\}}?))", ""),
+        (r"((?:[<>]|\\[gl]e\b)[^<>,]*)\\(?:text|mbox)\s*\{\s*and\s*\}", r"\1 and "),
         (r"\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}", ","),
         (r"(\d) and (?=\d+ ?/ ?\d+)", r"\1 "),  # one and a quarter
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),

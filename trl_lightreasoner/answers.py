@@ -49,6 +49,8 @@ _PHRASE = re.compile(
     r"|[*_ ]*(?=\n))",
     re.I,
 )
+# "Answer:" above "1. First ..." announces reasoning, but "The answer is 1." does not
+_LIST = re.compile(r"[* ]*\n[*\s]*+1[.)][* ]+\S|(?<![a-z] )1[.)][* ]+\S[^\n]*\n+[* ]*2[.)]\s")
 _NO_VALUE = re.compile(r"\W*(?:not|wrong|incorrect|correct|right|unclear|as follows|given|found|obtained)\b", re.I)
 _SENTENCE_END = re.compile(r"(?<![A-Z])(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)(?<!\b[ap]\.m)[.!?](?=\s+[A-Z\\$*(]|\s*$)")
 
@@ -138,7 +140,7 @@ def first_answer(completion: str) -> str:
     boxes, _ = _find_boxes(text)
     ends = {_sentence_end(text, box.end) for box in boxes}
     ends |= {position for position, _ in _after_hashes(text)}
-    for match in _PHRASE.finditer(text):
+    for match in _phrases(text):
         if value := _VALUE.match(text, match.end()):
             ends.add(_sentence_end(text, value.end()))
     for end in sorted(ends):
@@ -204,18 +206,29 @@ def _find_boxes(text: str) -> tuple[list[_Box], int | None]:
     return boxes, unfinished
 
 
-_BETWEEN_BOXES = re.compile(r"(?:[ $,;]|\\[()]|\\q?quad|\\text ?\{ ?(?:and|or) ?\}|\b(?:and|or)\b)*")
+_BETWEEN_BOXES = re.compile(r"(?:[ $,;~]|\\[(),;:! ]|\\q?quad|\\text ?\{ ?(?:and|or) ?\}|\b(?:and|or)\b)*")
+_NAME_OF_BOX = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z](?:_\w|_\{\w+\})? ?= ?$")
 
 
 def _joined(text: str, boxes: list[_Box]) -> tuple[int, str]:
-    """Where the last answer in boxes ends, and its text."""
+    """Where the last answer in boxes ends, and its text. Of several boxes the names count, "x = " before the box."""
     contents = [boxes[-1].content + _suffix(text, boxes[-1].end)]
+    name = _name_before(text, boxes[-1])
     for box, following in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
-        between = text[box.end : following.start]
+        between = text[box.end : following.start].removesuffix(name)
         if not (_BETWEEN_BOXES.fullmatch(between) and re.search(r",|;|and|or", between)):
             break
+        contents[0] = name + contents[0]
+        name = _name_before(text, box)
         contents.insert(0, box.content)
+    if len(contents) > 1:
+        contents[0] = name + contents[0]
     return boxes[-1].end, ", ".join(contents)
+
+
+def _name_before(text: str, box: _Box) -> str:
+    name = _NAME_OF_BOX.search(text[max(box.start - 20, 0) : box.start])
+    return name[0] if name else ""
 
 
 def _suffix(text: str, end: int) -> str:
@@ -237,9 +250,13 @@ def _after_hashes(text: str) -> list[tuple[int, str]]:
     return [(end, value) for end, value in found if value]
 
 
+def _phrases(text: str) -> list[re.Match]:
+    return [match for match in _PHRASE.finditer(text) if not _LIST.match(text, match.end())]
+
+
 def _after_phrases(text: str) -> list[str]:
     values = []
-    for match in _PHRASE.finditer(text):
+    for match in _phrases(text):
         line = text[match.end() : match.end() + 1000].lstrip().split("\n\n")[0]
         # A formula set apart may take several lines, text does not
         formula = re.match(r"(?:\*\*)?(?:\$\$|\\\[)", line)

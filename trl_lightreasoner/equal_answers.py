@@ -82,7 +82,9 @@ class _Parts(NamedTuple):
 def _equal(gold: str, answer: str, terms: _Terms) -> bool:
     if squeeze(gold) == squeeze(answer):
         return True
-    gold, answer = _without_approximation(gold), _without_approximation(answer)
+    gold, answer = (_condition(_without_approximation(_DOMAIN.sub("", text))) for text in (gold, answer))
+    if words_of(gold):
+        answer = _without_explanation(answer)
     gold_parts, answer_parts = _parts(gold), _parts(answer)
     if len(gold_parts.items) == 1 == len(answer_parts.items) and not gold_parts.brackets + answer_parts.brackets:
         return _equal_item(gold_parts.items[0], answer_parts.items[0], terms)
@@ -109,6 +111,34 @@ def _without_approximation(text: str) -> str:
     return approximate.strip() if sign and _NAME.match(exact) else exact.strip()
 
 
+# "for all x in R" behind a function, but not "for all x > 0"
+_DOMAIN = re.compile(
+    r"(?<=[\w)}'])[\s,]*(?:\\forall|(?:\\text\s*\{[\s,]*)?\bfor (?:all|any|each|every)\b|,(?=\s*\w\s*\\in\s*\\mathbb))"
+    r"(?:\\(?:text|in|mathbb)\b|\b(?:(?:real|rational|natural|positive|integer|number|value)s?|of|in|\w)\b"
+    r"|[\s{},^+])*$"
+)
+_SET_BUILDER = re.compile(
+    r"\\\{\s*[a-zA-Z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|\\vert|(?:\\middle\s*)?\||:)(.*)\\\}", re.S
+)
+_EXPLANATION = re.compile(
+    r"\s*(?:[,;.(]?\s*\b(?:because|since|due to)|[,;.(]\s*(?:as(?! well)|for|so|it|this|that|there|they|he|she|we))\b",
+    re.I,
+)
+
+
+def _condition(text: str) -> str:
+    r"""Of \{x | x > 3\} the condition."""
+    builder = _SET_BUILDER.fullmatch(text)
+    return builder[1].strip() if builder else text
+
+
+def _without_explanation(text: str) -> str:
+    """Of "yes, because 3 > 2" what comes first."""
+    plain = re.sub(WRAPPERS, r" \1 ", text)
+    explanation = _EXPLANATION.search(plain)
+    return plain[: explanation.start()].strip() if explanation else text
+
+
 def _parts(text: str) -> _Parts:
     text = re.sub(r"^\s*[a-zA-Z]\w*\s*\\in\b(?!fty)", "", text).strip()
     # "(x, y) = (3, 4)", "S = \{1, 2\}"
@@ -116,6 +146,9 @@ def _parts(text: str) -> _Parts:
     if named and _is_enclosed(text[named.end() :].strip()):
         text = text[named.end() :].strip()
     union = _split(text, {r"\cup"})
+    if len(union) == 1 and _INEQUALITY.search(text) and not _is_enclosed(text):  # x < -1 or x > 3
+        conditions = re.split(r"[,;]|\bor\b|\\lor\b|\\vee\b", text)
+        union = conditions if all(re.search(r"[<>=]|\\[gl]e\b", condition) for condition in conditions) else union
     if len(union) > 1:
         return _Parts("∪", union)
     if _is_enclosed(text):
@@ -175,7 +208,7 @@ _BASE_NAMES = "zero one two three four five six seven eight nine ten eleven twel
 _LABEL = re.compile(r"(?:[A-Za-z][A-Za-z' ]*+:\s*)+(?=\S)")  # "Total cost: 18"
 _INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|lt|gt|ne|neq)\b")
 _NAME = re.compile(
-    r"(?:\\(?:angle|triangle|text|mathrm|operatorname)\b)?[\sA-Za-z\\]*(?:_\{?[\w\s\\]*\}?)?(?:\([\w\s,]*\))?$"
+    r"(?:\\(?:angle|triangle|text|mathrm|operatorname)\b)?[\sA-Za-z\\]*(?:_\{?[\w\s\\]*\}?)?'*(?:\([\w\s,]*\))?$"
 )
 
 
@@ -247,7 +280,8 @@ def words_of(text: str) -> str | None:
 
 
 def says(sentence: str, words: str) -> bool:
-    said = " ".join(re.findall(r"[\w'’]+", re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", sentence.lower())))
+    sentence = sentence.lower().replace("’", "'")
+    said = " ".join(re.findall(r"[\w']+", re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", sentence)))
     if re.search(r"\b(?:or|not|neither)\b", said) and words != "no":
         return False
     return re.search(rf"\b{re.escape(words)}\b", said) is not None
@@ -258,19 +292,19 @@ def _base(text: str) -> tuple[str, int | None] | None:
     if not match:
         return None
     base = match[2] or match[3]
-    if base.isdigit():
-        return match[1], int(base)
-    return (match[1], [*range(13), 16][_BASE_NAMES.index(base)]) if base in _BASE_NAMES else None
+    if base in _BASE_NAMES:
+        base = [*range(13), 16][_BASE_NAMES.index(base)]
+    elif not base.isdigit():
+        return None
+    # 2E_1 is no number
+    return (match[1], int(base)) if all(int(digit, 16) < int(base) for digit in match[1]) else None
 
 
 def _equal_time_or_ratio(gold: str, answer: str, terms: _Terms) -> bool:
     gold, answer = re.sub(WRAPPERS, r"\1", gold).strip(), re.sub(WRAPPERS, r"\1", answer).strip()
     gold_time, answer_time = _TIME.match(gold), _TIME.match(answer)
     if gold_time and answer_time and (gold_time[4] or answer_time[4]):
-        # An answer without a.m. or p.m. is like one without a unit
-        halves = {time[4].lower() for time in (gold_time, answer_time) if time[4]}
-        clocks = [[int(part or 0) for part in time.groups()[:3]] for time in (gold_time, answer_time)]
-        return clocks[0] == clocks[1] and len(halves) == 1
+        return not _readings(gold_time).isdisjoint(_readings(answer_time))
     gold_ratio, answer_ratio = _ratio(gold), _ratio(answer)
     if gold_ratio and answer_ratio:
         return gold_ratio == answer_ratio
@@ -282,6 +316,16 @@ def _equal_time_or_ratio(gold: str, answer: str, terms: _Terms) -> bool:
     if gold_number is None or answer_number is None:
         return False
     return same_number(gold_number, answer_number, terms.tolerance)
+
+
+def _readings(time: re.Match) -> set[tuple[int, int, int]]:
+    """The times of day that are meant; 2:30 without a.m. or p.m., like a number without a unit, may be either."""
+    hour, minute, second = (int(part or 0) for part in time.groups()[:3])
+    if time[4]:
+        hours = {hour % 12 + (12 if time[4] in "pP" else 0)}
+    else:
+        hours = {hour % 12, hour % 12 + 12} if 0 < hour <= 12 else {hour}
+    return {(hour, minute, second) for hour in hours}
 
 
 def _ratio(text: str) -> tuple[int, ...] | None:
@@ -329,10 +373,20 @@ class _Quantity(NamedTuple):
     first_unit: Unit | None = None
 
 
-_UNIT_WORD = rf"(?:{WRAPPERS}|\{{\s*[A-Za-z~\s]+\}}|[A-Za-zµμ'’-]++\.?|\\(?:AA|mu|cdot)(?![a-zA-Z]))"
+_UNIT_WORD = (
+    rf"(?:{WRAPPERS}|\{{\s*[A-Za-z~\s]+\}}|[A-Za-zµμ'’-]++\.?|\\(?:AA|mu|Omega|cdot)(?![a-zA-Z]))"
+    r"(?:\s*_\s*\{?\s*\\odot\s*\}?)?"
+)
 _UNIT_TAIL = re.compile(
-    r"(?:(?<=[\d)}!.])|(?<=[a-z])(?=\s*\\(?:text|mbox|mathrm)\b))"
+    # Behind 2n only the words in \text{} are a unit
+    r"(?:(?<=[\d)}!.])(?!\s*[A-Za-z]{1,2}\s*\\(?:text|mbox|mathrm)\s*\{\s*(?!per\b)[a-z]{3})"
+    r"|(?<=[A-Za-z])(?=\s*\\(?:text|mbox|mathrm)\b))"
     rf"\s*(?P<unit>(?:{_UNIT_WORD}|/(?=\s*{_UNIT_WORD}))(?:{_UNIT_WORD}|\^\s*\{{?\s*-?\d\s*\}}?|/|\s)*)$"
+)
+# "2n plus one", "2n for odd n"
+_CHANGES_A_FORMULA = re.compile(
+    r"(?:for|if|when|where|unless|except|and|or|not|plus|minus|times|divided|over|choose|mod|modulo|more|less|squared"
+    r"|cubed|factorial)\b"
 )
 
 
@@ -347,13 +401,15 @@ def _quantity(text: str, letter_is_unit: bool = False) -> _Quantity:
     for tail in [] if bracketed else _UNIT_TAIL.finditer(text):
         value = text[: tail.start()].strip()
         words = re.sub(WRAPPERS, r" \1 ", tail["unit"]).strip()
-        is_wrapped = re.match(WRAPPERS + r"|\{", tail["unit"]) is not None
+        is_wrapped = re.match(rf"(?:\\mu\s*)?{WRAPPERS}|\{{", tail["unit"]) is not None
         found = parse_unit(words)
-        known_word = found is not None and re.search("[A-Za-zµμ]{2}", words)
+        known_word = found is not None and re.search(r"(?<![A-Za-z\\])[A-Za-zµμ]{2}", words)
         plain_words = re.match(r"[\s(]*[a-z][A-Za-z'’-]{2,}", words) and text[tail.start() : tail.start("unit")]
         one_letter = letter_is_unit and found is not None and read_number(value)
         if tail["unit"].startswith("{") and text[: tail.start("unit")].endswith("}"):
             break  # the denominator of \frac{3}{x}
+        if _CHANGES_A_FORMULA.match(words) and not read_number(value):
+            break
         if value.count("{") == value.count("}") and (is_wrapped or known_word or plain_words or one_letter):
             # Several words, "feet tall", are no measure
             text, unit = value, unit or found

@@ -7,6 +7,7 @@ import re
 import threading
 from fractions import Fraction
 
+from .answer_writing import WRAPPERS
 from .exact_numbers import Number, read_number, same_number
 
 
@@ -35,7 +36,10 @@ def _equal_formulas(gold: str, answer: str, tolerance: float | None) -> bool:
         found = parse(f"${_with_plain_letters(text)}$", config, fallback_mode="no_fallback", parsing_timeout=limit)
         if not found:
             return False
-        expressions.append(found[0])
+        expression = found[0]
+        if isinstance(expression, sympy.Expr | sympy.Eq):  # 0.1 + 0.2 is not 0.3 in binary
+            expression = expression.xreplace({n: sympy.Rational(str(n)) for n in expression.atoms(sympy.Float)})
+        expressions.append(expression)
 
     if all(isinstance(expression, sympy.Eq) for expression in expressions):
         return _same_equation(*expressions)
@@ -47,14 +51,47 @@ def _equal_formulas(gold: str, answer: str, tolerance: float | None) -> bool:
         if first and second:
             difference = abs(first.value - second.value)
             return same_number(first, second, tolerance) or difference <= abs(first.value) / 10**40
+    if all(isinstance(expression, sympy.Expr) for expression in expressions):
+        expressions = _with_positive_letters(*expressions)
     return verify(*expressions, allow_set_relation_comp=True, timeout_seconds=limit)
 
 
+_SUBSCRIPT = re.compile(
+    rf"_\s*(?:(\w)|\{{\s*(?:{WRAPPERS}|\\(max|min|odot))\s*\}}|{WRAPPERS}|\\(max|min|odot)(?![a-z]))"
+)
+
+
 def _with_plain_letters(text: str) -> str:
-    r"""`\gamma`, otherwise Euler's constant or the Gamma function, and a `\Gamma` of nothing, as letters of no use."""
+    r"""
+    `\gamma`, otherwise Euler's constant or the Gamma function, a `\Gamma` of nothing, and E_1, otherwise refused, as
+    letters of no use. Subscripts, dots and primes, otherwise ignored, in one way of writing.
+    """
+    text = _SUBSCRIPT.sub(lambda match: "_{" + "".join(filter(None, match.groups())).replace(" ", "") + "}", text)
+    text = re.sub(r"\\(d?dot)(?:\s+|(?=\\))(\\[a-zA-Z]+|[a-zA-Z])", r"\\\1{\2}", text)
+    text = re.sub(r"('+)\s*_\{([^{}]*)\}", r"_{\2}\1", text)
+    text = re.sub(
+        r"(?:_\{([^{}]*)\}|(?<=[a-zA-Z}]))('+)", lambda m: "_{" + (m[1] or "") + "prime" * len(m[2]) + "}", text
+    )
+    text = re.sub(r"(\\[a-zA-Z]+)|([eE])(?=_)|I(?=_)", lambda m: m[1] or (r"\Xi " if m[2] else "i"), text)
     text = re.sub(r"(?<=\d)\s+i(?![a-zA-Z])", "i", text)  # else no imaginary unit
     text = re.sub(r"\\gamma(?![a-zA-Z])", r"\\varpi", text)
     return re.sub(r"\\Gamma(?![a-zA-Z])(?!\s*(?:\\left)?\s*\()", r"\\Upsilon", text)
+
+
+def _with_positive_letters(*expressions) -> list:
+    r"""
+    Under roots and in logarithms letters stand for what is not negative: \sqrt{gh} is \sqrt{g}\sqrt{h}. Not where the
+    sign is what matters, as in an absolute value or its other form, \sqrt{x^2}.
+    """
+    import sympy
+
+    powers = [power.doit() for expression in expressions for power in expression.atoms(sympy.Pow)]
+    signed = (sympy.Abs, sympy.Max, sympy.Min, sympy.sign)
+    if any(each.has(*signed) for each in expressions) or any(isinstance(power, sympy.Abs) for power in powers):
+        return list(expressions)
+    letters = set().union(*(expression.free_symbols for expression in expressions))
+    positive = {letter: sympy.Symbol(letter.name, positive=True) for letter in letters}
+    return [expression.subs(positive) for expression in expressions]
 
 
 def _same_equation(gold, answer) -> bool:
@@ -65,7 +102,7 @@ def _same_equation(gold, answer) -> bool:
         return sympy.Symbol(str(of))
 
     differences = [(e.lhs - e.rhs).replace(sympy.Derivative, as_symbol) for e in (gold, answer)]
-    difference, other = (sympy.expand(each.doit()) for each in differences)
+    difference, other = (sympy.expand(each.doit()) for each in _with_positive_letters(*differences))
     if difference == 0 or other == 0:
         return difference == other
     return bool(sympy.simplify(difference / other).is_number)

@@ -30,7 +30,7 @@ _UNITS = {
         km__kilometer__kilometre="1000",
         cm__centimeter__centimetre="1/100",
         mm__millimeter__millimetre="1/1000",
-        um__micron__micrometer__µm__μm="1e-6",
+        um__micron__micrometer="1e-6",
         nm__nanometer__nanometre="1e-9",
         pm__picometer="1e-12",
         AA__angstrom="1e-10",
@@ -57,6 +57,10 @@ _UNITS = {
     **_table("power", W__watt="1", kW__kilowatt="1000"),
     **_table("force", N__newton="1", kN="1000"),
     **_table("voltage", V__volt="1"),
+    **_table("resistance", ohm="1", kohm="1000", Mohm="1e6"),
+    **_table("solar mass", solarM="1"),
+    **_table("solar luminosity", solarL="1"),
+    **_table("solar radius", solarR="1"),
     **_table("frequency", Hz__hertz="1", kHz="1000", MHz="1e6", GHz="1e9"),
     **_table("temperature", K__kelvin="1"),
     **_table("amount", mol__mole="1"),
@@ -82,6 +86,8 @@ def parse_unit(text: str) -> Unit | None:
 
     ```
     """
+    text = re.sub(r"\\mu\s*", "µ", re.sub(r"\s*\\Omega(?![a-zA-Z])", "ohm", text))
+    text = re.sub(r"([MLR])\s*_\s*\{?\s*\\odot\s*\}?", r"solar\1", text)
     if _TOKEN.sub("", text):
         return None
     parts: list[tuple[Fraction, dict[str, int], int]] = []  # of "km/h^2": a kilometre, an hour to the power of -2
@@ -113,5 +119,8 @@ def parse_unit(text: str) -> Unit | None:
 def _look_up(word: str) -> tuple[Fraction, dict[str, int]] | None:
     if word in _UNITS:
         return _UNITS[word]
+    if word[:1] in {"µ", "μ"} and word[1:] in _UNITS:
+        factor, dimensions = _UNITS[word[1:]]
+        return factor / 10**6, dimensions
     # "M" is not a metre
     return (_UNITS.get(word.lower()) or _UNITS.get(word.lower().removesuffix("s"))) if len(word) > 2 else None
