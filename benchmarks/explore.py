@@ -16,6 +16,7 @@ python benchmarks/explore.py --expert Qwen/Qwen2.5-Math-1.5B --amateur Qwen/Qwen
 import argparse
 import copy
 import json
+import statistics
 import sys
 import time
 import uuid
@@ -41,7 +42,7 @@ from trl_lightreasoner import (
 )
 from trl_lightreasoner.contrast import contrast_steps
 from trl_lightreasoner.evaluation import make_prompt
-from trl_lightreasoner.evaluation_statistics import compare, standard_error
+from trl_lightreasoner.evaluation_statistics import Z_95, compare, standard_error
 from trl_lightreasoner.models import load_model, load_tokenizer
 from trl_lightreasoner.prompts import encode_rows
 from trl_lightreasoner.step_dataset import count_steps, kl_quantiles
@@ -127,7 +128,7 @@ class Exploration:
         start = time.perf_counter()
         config = self.evaluation(name, style)
         scores = evaluate(model, config, processing_class=self.tokenizer).results["benchmarks"]["gsm8k"]["model"]
-        correct = Dataset.from_parquet(f"{config.output_dir}/model/gsm8k.parquet", keep_in_memory=True)["correct"][:]
+        correct = read_verdicts(self.folder, name, style)
         return {**scores, "correct": correct, "evaluation_s": time.perf_counter() - start}
 
     def base(self, style: str) -> dict[str, Any]:
@@ -318,6 +319,44 @@ def table(log: list[dict[str, Any]], bases: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def read_verdicts(folder: Path, name: str, style: str) -> list[bool]:
+    path = folder / name / style / "model" / "gsm8k.parquet"
+    return Dataset.from_parquet(str(path), keep_in_memory=True)["correct"][:]
+
+
+def label_table(log: list[dict[str, Any]], folder: Path) -> str:
+    """
+    What v_C gains over other labels of the same steps: the mean over the seeds that both were trained with, and over
+    the questions. The interval is over the questions alone.
+    """
+    shared = [field.name for field in fields(Setting) if field.name not in ("name", "label", "seed")]
+    runs: dict[tuple, dict[str, dict[int, list[bool]]]] = {}  # by setting, label and seed
+    for entry in log:
+        labels = runs.setdefault(tuple(entry[name] for name in shared), {})
+        verdicts = read_verdicts(folder, entry["name"], entry["prompt_style"])
+        labels.setdefault(entry["label"], {})[entry["seed"]] = verdicts
+    lines = ["| label | setting | seeds | accuracy | of v_C | v_C - label (95 %) |", "|---|---|---|---|---|---|"]
+    for values, labels in runs.items():
+        contrast = labels.pop("contrast", {})
+        for label, others in labels.items():
+            if not (seeds := contrast.keys() & others.keys()):
+                continue
+            ours, theirs = (
+                [statistics.mean(verdicts) for verdicts in zip(*(each[seed] for seed in seeds), strict=True)]
+                for each in (contrast, others)
+            )
+            gains = [a - b for a, b in zip(ours, theirs, strict=True)]
+            gain, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5
+            setting = dict(zip(shared, values, strict=True))
+            own = [f"{key} {value}" for key, value in setting.items() if value != getattr(Setting(""), key)]
+            lines.append(
+                f"| {label} | {', '.join(own) or 'defaults'} | {len(seeds)} | {statistics.mean(theirs):.1%} | "
+                f"{statistics.mean(ours):.1%} | {100 * gain:+.1f} ({100 * (gain - Z_95 * error):+.1f} to "
+                f"{100 * (gain + Z_95 * error):+.1f}) |"
+            )
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--expert", required=True, help="Id or path.")
@@ -354,7 +393,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             file.write(json.dumps(entry) + "\n")
         print(f"{time.strftime('%H:%M:%S')} {setting.name}: {entry['accuracy']:.1%}", file=sys.stderr, flush=True)
     bases = {style: exploration.base(style) for style in dict.fromkeys(entry["prompt_style"] for entry in log)}
-    text = table(log, bases)
+    text = "\n\n".join(filter(None, [table(log, bases), label_table(log, args.output_dir)]))
     (args.output_dir / "table.md").write_text(text + "\n")
     print(text)
     return log

@@ -2,11 +2,13 @@
 
 import importlib
 import json
+import statistics
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -78,3 +80,27 @@ def test_rounded_weights_have_so_many_values_in_a_group(explore, expert):
     step = original.abs().amax(-1, keepdim=True) / 3
     assert ((weights - original).abs() <= step / 2 + 1e-6).all()
     assert torch.equal(copied.lm_head.weight, expert.lm_head.weight)
+
+
+def test_labels_are_compared_question_by_question_over_their_seeds(explore, tmp_path):
+    verdicts = {
+        ("contrast", 0): [1, 1, 1, 0],
+        ("contrast", 1): [1, 1, 0, 0],
+        ("one-hot", 0): [1, 0, 0, 0],
+        ("one-hot", 1): [1, 0, 0, 1],
+        ("one-hot", 2): [1, 1, 1, 1],  # without its counterpart
+    }
+    log = []
+    for (label, seed), correct in verdicts.items():
+        setting = explore.Setting(f"{label} {seed}", beta=1.6, label=label, seed=seed)
+        log.append(vars(setting))
+        Dataset.from_dict({"correct": list(map(bool, correct))}).to_parquet(
+            tmp_path / setting.name / "chat" / "model" / "gsm8k.parquet"
+        )
+    log.append(vars(explore.Setting("one-hot 0", label="one-hot")))  # of another beta
+    gains = [0, 1, 0.5, -0.5]  # of the means over both seeds: 1, 1, 0.5, 0 and 1, 0, 0, 0.5
+    error = 1.959964 * statistics.stdev(gains) / 2
+    interval = f"{100 * (0.25 - error):+.1f} to {100 * (0.25 + error):+.1f}"
+    assert explore.label_table(log, tmp_path).splitlines()[2:] == [
+        f"| one-hot | beta 1.6 | 2 | 37.5% | 62.5% | +25.0 ({interval}) |"
+    ]
