@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import weakref
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -567,8 +568,11 @@ def test_a_command_leaves_its_process_group_and_the_threads_of_it_end():
         begun.update(threads() - before)
         trainer = SimpleNamespace(model=DistributedDataParallel(torch.nn.Linear(2, 2)))
         trainer.callback = SimpleNamespace(trainer=trainer)
+        weakref.finalize(trainer.model, lambda: initialized.append(torch.distributed.is_initialized()))
 
-    begun = set()
+    begun, initialized = set(), []
     assert run("lightreasoner nothing", lambda prog: SimpleNamespace(parse=lambda argv: ()), train, []) == 0
     assert not torch.distributed.is_initialized()
     assert begun and not begun & threads()
+    # Were DDP the last to hold the group, it would wait for the threads with the GIL held: a deadlock now and then
+    assert initialized == [True]

@@ -68,8 +68,10 @@ def _leave_process_group() -> None:
     """With threads of the group still at work, the end of a process can be an abort."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        # The threads end with the last holder of the group. DDP, held by a trainer, which is a cycle, must go before:
+        # freed by it, the group would wait for its threads with the GIL held, and they may be waiting for the GIL
+        gc.collect()
         distributed.destroy_process_group()
-        gc.collect()  # its threads end with the last user of the group: a trainer, a cycle, holds DDP and so the group
 
 
 if __name__ == "__main__":
