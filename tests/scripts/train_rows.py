@@ -1,8 +1,9 @@
-"""Train a few updates of plain SGD and save weights, logged losses and world size: one process or several."""
+"""A few updates of plain SGD for each of some settings; saves the weights, the losses and the number of processes."""
 
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from datasets import Dataset
@@ -25,8 +26,7 @@ class Graphs(TrainerCallback):
         self.count = len(self.trainer._graphs._captured)
 
 
-def main(settings: dict) -> None:
-    torch.set_num_threads(1)
+def train(settings: dict) -> None:
     steps = Dataset.from_parquet(settings["rows"])
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     trainer = LightReasonerTrainer(
@@ -52,15 +52,16 @@ def main(settings: dict) -> None:
         peft_config=lora if settings["lora"] else None,
     )
     graphs = Graphs(trainer)
-    if settings["graphs"]:  # as on a GPU, where packed layers are replayed
-        sys.path.insert(0, str(Path(__file__).parents[1]))
-        from test_packed_attention import naive_varlen_attn
+    with mock.patch.object(packed_attention, "varlen_attn", packed_attention.varlen_attn):
+        if settings["graphs"]:  # as on a GPU, where packed layers are replayed
+            sys.path.insert(0, str(Path(__file__).parents[1]))
+            from test_packed_attention import naive_varlen_attn
 
-        packed_attention.varlen_attn = naive_varlen_attn
-        trainer._packs, trainer._graphs = True, GraphedLayers(trainer.model)
-        trainer.add_callback(graphs)
-    trainer.train()
-    metrics = trainer.evaluate()
+            packed_attention.varlen_attn = naive_varlen_attn
+            trainer._packs, trainer._graphs = True, GraphedLayers(trainer.model)
+            trainer.add_callback(graphs)
+        trainer.train()
+        metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
         save_file(weights, f"{settings['output_dir']}/weights.safetensors")
@@ -78,5 +79,7 @@ def main(settings: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    torch.set_num_threads(1)
+    for each in json.loads(sys.argv[1]):
+        train(each)
     _leave_process_group()
