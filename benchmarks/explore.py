@@ -324,10 +324,10 @@ def read_verdicts(folder: Path, name: str, style: str) -> list[bool]:
     return Dataset.from_parquet(str(path), keep_in_memory=True)["correct"][:]
 
 
-def label_table(log: list[dict[str, Any]], folder: Path) -> str:
+def label_table(log: list[dict[str, Any]], bases: dict[str, dict[str, Any]], folder: Path) -> str:
     """
-    What v_C gains over other labels of the same steps: the mean over the seeds that both were trained with, and over
-    the questions. The interval is over the questions alone.
+    What v_C and other labels of the same steps gain over the expert, and v_C over each of them: the means over the
+    questions and over the seeds, of the others those that v_C has, too. Intervals are over the questions.
     """
     shared = [field.name for field in fields(Setting) if field.name not in ("name", "label", "seed")]
     runs: dict[tuple, dict[str, dict[int, list[bool]]]] = {}  # by setting, label and seed
@@ -335,9 +335,13 @@ def label_table(log: list[dict[str, Any]], folder: Path) -> str:
         labels = runs.setdefault(tuple(entry[name] for name in shared), {})
         verdicts = read_verdicts(folder, entry["name"], entry["prompt_style"])
         labels.setdefault(entry["label"], {})[entry["seed"]] = verdicts
-    lines = ["| label | setting | seeds | accuracy | of v_C | v_C - label (95 %) |", "|---|---|---|---|---|---|"]
+    lines = []
     for values, labels in runs.items():
-        contrast = labels.pop("contrast", {})
+        setting = dict(zip(shared, values, strict=True))
+        own = [f"{key} {value}" for key, value in setting.items() if value != getattr(Setting(""), key)]
+        base = bases[setting["prompt_style"]]["correct"]
+        contrast = labels.get("contrast", {})
+        rows = []
         for label, others in labels.items():
             if not (seeds := contrast.keys() & others.keys()):
                 continue
@@ -345,16 +349,20 @@ def label_table(log: list[dict[str, Any]], folder: Path) -> str:
                 [statistics.mean(verdicts) for verdicts in zip(*(each[seed] for seed in seeds), strict=True)]
                 for each in (contrast, others)
             )
-            gains = [a - b for a, b in zip(ours, theirs, strict=True)]
-            gain, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5
-            setting = dict(zip(shared, values, strict=True))
-            own = [f"{key} {value}" for key, value in setting.items() if value != getattr(Setting(""), key)]
-            lines.append(
+            rows.append(
                 f"| {label} | {', '.join(own) or 'defaults'} | {len(seeds)} | {statistics.mean(theirs):.1%} | "
-                f"{statistics.mean(ours):.1%} | {100 * gain:+.1f} ({100 * (gain - Z_95 * error):+.1f} to "
-                f"{100 * (gain + Z_95 * error):+.1f}) |"
+                f"{gain(theirs, base)} | {'' if label == 'contrast' else gain(ours, theirs)} |"
             )
-    return "\n".join(lines) if len(lines) > 2 else ""
+        lines += rows if len(rows) > 1 else []  # v_C alone is in the other table
+    header = ["| label | setting | seeds | accuracy | against the expert (95 %) | v_C against it (95 %) |"]
+    return "\n".join([*header, "|---|---|---|---|---|---|", *lines]) if lines else ""
+
+
+def gain(ours: list[float], theirs: list[float]) -> str:
+    """The mean of paired differences, in points, with its interval."""
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{100 * mean:+.1f} ({100 * (mean - Z_95 * error):+.1f} to {100 * (mean + Z_95 * error):+.1f})"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -393,7 +401,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             file.write(json.dumps(entry) + "\n")
         print(f"{time.strftime('%H:%M:%S')} {setting.name}: {entry['accuracy']:.1%}", file=sys.stderr, flush=True)
     bases = {style: exploration.base(style) for style in dict.fromkeys(entry["prompt_style"] for entry in log)}
-    text = "\n\n".join(filter(None, [table(log, bases), label_table(log, args.output_dir)]))
+    text = "\n\n".join(filter(None, [table(log, bases), label_table(log, bases, args.output_dir)]))
     (args.output_dir / "table.md").write_text(text + "\n")
     print(text)
     return log

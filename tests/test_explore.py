@@ -98,9 +98,14 @@ def test_labels_are_compared_question_by_question_over_their_seeds(explore, tmp_
             tmp_path / setting.name / "chat" / "model" / "gsm8k.parquet"
         )
     log.append(vars(explore.Setting("one-hot 0", label="one-hot")))  # of another beta
-    gains = [0, 1, 0.5, -0.5]  # of the means over both seeds: 1, 1, 0.5, 0 and 1, 0, 0, 0.5
-    error = 1.959964 * statistics.stdev(gains) / 2
-    interval = f"{100 * (0.25 - error):+.1f} to {100 * (0.25 + error):+.1f}"
-    assert explore.label_table(log, tmp_path).splitlines()[2:] == [
-        f"| one-hot | beta 1.6 | 2 | 37.5% | 62.5% | +25.0 ({interval}) |"
+    bases = {"chat": {"correct": [True, False, False, False]}}
+
+    def interval(differences: list[float]) -> str:
+        mean, error = statistics.mean(differences), 1.959964 * statistics.stdev(differences) / 2
+        return f"{100 * mean:+.1f} ({100 * (mean - error):+.1f} to {100 * (mean + error):+.1f})"
+
+    # The means over both seeds are 1, 1, 0.5, 0 and 1, 0, 0, 0.5
+    assert explore.label_table(log, bases, tmp_path).splitlines()[2:] == [
+        f"| contrast | beta 1.6 | 2 | 62.5% | {interval([0, 1, 0.5, 0])} |  |",
+        f"| one-hot | beta 1.6 | 2 | 37.5% | {interval([0, 0, 0, 0.5])} | {interval([0, 1, 0.5, -0.5])} |",
     ]

@@ -14,7 +14,7 @@ from trl_lightreasoner.packed_attention import varlen_attn
 
 
 SCRIPT = Path(__file__).parent / "scripts" / "train_rows.py"
-# What an update holds, by what is trained: rows a batch, batches
+# An update of 8 rows: rows of a process's batch, batches
 ONE = {"8 x 1": (8, 1), "1 x 8": (1, 8)}
 TWO = {"4 x 1": (4, 1), "2 x 2": (2, 2)}
 EVAL_ROWS = [5, 7, 12]

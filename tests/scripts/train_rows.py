@@ -51,15 +51,14 @@ def train(settings: dict) -> None:
         eval_dataset=steps.select(range(settings["num_eval_rows"])),
         peft_config=lora if settings["lora"] else None,
     )
-    graphs = Graphs(trainer)
-    with mock.patch.object(packed_attention, "varlen_attn", packed_attention.varlen_attn):
-        if settings["graphs"]:  # as on a GPU, where packed layers are replayed
-            sys.path.insert(0, str(Path(__file__).parents[1]))
-            from test_packed_attention import naive_varlen_attn
+    graphs, attention = Graphs(trainer), packed_attention.varlen_attn
+    if settings["graphs"]:  # as on a GPU, where packed layers are replayed
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        from test_packed_attention import naive_varlen_attn as attention
 
-            packed_attention.varlen_attn = naive_varlen_attn
-            trainer._packs, trainer._graphs = True, GraphedLayers(trainer.model)
-            trainer.add_callback(graphs)
+        trainer._packs, trainer._graphs = True, GraphedLayers(trainer.model)
+        trainer.add_callback(graphs)
+    with mock.patch.object(packed_attention, "varlen_attn", attention):
         trainer.train()
         metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
