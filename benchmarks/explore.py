@@ -38,14 +38,15 @@ from trl_lightreasoner import (
     EvaluationConfig,
     LightReasonerConfig,
     LightReasonerTrainer,
+    count_steps,
     evaluate,
+    kl_quantiles,
 )
 from trl_lightreasoner.contrast import contrast_steps
-from trl_lightreasoner.evaluation import make_prompt
-from trl_lightreasoner.evaluation_statistics import Z_95, compare, standard_error
-from trl_lightreasoner.models import load_model, load_tokenizer
-from trl_lightreasoner.prompts import encode_rows
-from trl_lightreasoner.step_dataset import count_steps, kl_quantiles
+from trl_lightreasoner.evaluation.evaluation import make_prompt
+from trl_lightreasoner.evaluation.statistics import Z_95, compare, standard_error
+from trl_lightreasoner.models.loading import load_model, load_tokenizer
+from trl_lightreasoner.steps.prompts import encode_rows
 
 
 CARELESS = "Answer at once with the final number in \\boxed{}, without any steps."

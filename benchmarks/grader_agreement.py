@@ -15,7 +15,8 @@ import json
 import re
 from pathlib import Path
 
-from trl_lightreasoner.grading import Verdict, grade_all
+from trl_lightreasoner import grade_all
+from trl_lightreasoner.grading.verdicts import Verdict
 
 
 MARKS = {

@@ -32,7 +32,7 @@ import torch
 from datasets import Dataset, Features
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from trl_lightreasoner.step_dataset import STEP_FEATURES
+from trl_lightreasoner.steps.dataset import STEP_FEATURES
 
 
 # Standard deviation of the logits. The best of 150,000 such draws are about SPREAD / 5 apart, so that of the plausible

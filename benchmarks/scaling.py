@@ -22,8 +22,8 @@ import torch
 import transformers
 from datasets import disable_caching, disable_progress_bars
 
+from trl_lightreasoner import count_steps
 from trl_lightreasoner.processes import Processes
-from trl_lightreasoner.step_dataset import count_steps
 
 
 WARM_UP_PROBLEMS = 128

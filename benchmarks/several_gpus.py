@@ -39,7 +39,7 @@ def train(output: str, argv: list[str]) -> None:
     """One process of a run."""
     import torch
 
-    from trl_lightreasoner.train import main, make_parser
+    from trl_lightreasoner.commands.train import main, make_parser
 
     start = time.perf_counter()
     trainer = main(*make_parser().parse(argv))

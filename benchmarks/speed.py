@@ -38,15 +38,16 @@ from trl_lightreasoner import (
     LightReasonerConfig,
     LightReasonerTrainer,
     __version__,
+    count_steps,
+    raise_beta,
 )
-from trl_lightreasoner.arguments import load_split
-from trl_lightreasoner.demo import KIND_SHARES, PAIR, as_prompt
-from trl_lightreasoner.demo_task import make_problems
-from trl_lightreasoner.generation import find_eos_ids, generate_greedy
-from trl_lightreasoner.models import load_model, load_tokenizer
-from trl_lightreasoner.sample import as_prompts
-from trl_lightreasoner.scoring import Trajectory, group_by_length, score_trajectories
-from trl_lightreasoner.step_dataset import count_steps, raise_beta
+from trl_lightreasoner.commands.sample import as_prompts
+from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR, as_prompt
+from trl_lightreasoner.demo.task import make_problems
+from trl_lightreasoner.generation.greedy import find_eos_ids, generate_greedy
+from trl_lightreasoner.models.loading import load_model, load_tokenizer
+from trl_lightreasoner.sampling.scoring import Trajectory, group_by_length, score_trajectories
+from trl_lightreasoner.steps.splits import load_split
 from trl_lightreasoner.vocabulary import model_vocabulary, shared_vocabulary
 
 

@@ -9,7 +9,7 @@ figures (study.png) to the output folder. The same arguments and seed give the s
 ```bash
 python benchmarks/study.py --quick --output_dir study
 python examples/make_demo_pair.py --seed 1 --output_dir pair1  # a GPU makes it in minutes; --size small needs none
-python benchmarks/study.py --pairs trl_lightreasoner/demo_pair pair1 pair2 --output_dir study
+python benchmarks/study.py --pairs trl_lightreasoner/demo/pair pair1 pair2 --output_dir study
 ```
 """
 
@@ -47,14 +47,16 @@ from trl_lightreasoner import (
     ContrastiveStepSampler,
     LightReasonerConfig,
     LightReasonerTrainer,
+    count_steps,
+    kl_quantiles,
+    raise_beta,
 )
 from trl_lightreasoner.contrast import contrastive_label, plausibility_mask, step_divergence
-from trl_lightreasoner.demo import KIND_SHARES, PAIR, as_prompt
-from trl_lightreasoner.demo_task import careful_solution, expert_solution, extract_answer, make_problems
-from trl_lightreasoner.generation import cut_after_eos, find_eos_ids, generate_greedy
-from trl_lightreasoner.models import load_model, load_tokenizer
-from trl_lightreasoner.prompts import encode_rows
-from trl_lightreasoner.step_dataset import count_steps, kl_quantiles, raise_beta
+from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR, as_prompt
+from trl_lightreasoner.demo.task import careful_solution, expert_solution, extract_answer, make_problems
+from trl_lightreasoner.generation.greedy import cut_after_eos, find_eos_ids, generate_greedy
+from trl_lightreasoner.models.loading import load_model, load_tokenizer
+from trl_lightreasoner.steps.prompts import encode_rows
 from trl_lightreasoner.vocabulary import model_vocabulary
 
 

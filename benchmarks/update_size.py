@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 
-from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
-from trl_lightreasoner.arguments import load_split
-from trl_lightreasoner.step_dataset import count_steps
+from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer, count_steps
+from trl_lightreasoner.steps.splits import load_split
 
 
 ONE_STEP = {"one_step_per_row": True, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from trl_lightreasoner import (
@@ -29,14 +30,13 @@ from trl_lightreasoner import (
     LightReasonerConfig,
     LightReasonerTrainer,
 )
-from trl_lightreasoner.demo import KIND_SHARES, PAIR, as_prompt, solve
-from trl_lightreasoner.demo_task import careful_solution, make_problems, sloppy_solution
-from trl_lightreasoner.models import load_model, load_tokenizer
+from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR, as_prompt, solve
+from trl_lightreasoner.demo.task import careful_solution, make_problems, sloppy_solution
 
 
 def main(args: argparse.Namespace) -> dict[str, float]:
-    tokenizer = load_tokenizer(args.expert)
-    model = load_model(args.expert, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(args.expert)
+    model = AutoModelForCausalLM.from_pretrained(args.expert, dtype=torch.float32)
     rng = random.Random(0)
     problems = {
         split: make_problems(args.num_problems, seed=seed, split=split, kind_shares=KIND_SHARES)

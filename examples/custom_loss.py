@@ -26,8 +26,8 @@ from trl_lightreasoner import (
     LightReasonerConfig,
     LightReasonerTrainer,
 )
-from trl_lightreasoner.demo import KIND_SHARES, PAIR, as_prompt
-from trl_lightreasoner.demo_task import make_problems
+from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR, as_prompt
+from trl_lightreasoner.demo.task import make_problems
 
 
 class EntropyBonusTrainer(LightReasonerTrainer):

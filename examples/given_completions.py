@@ -21,10 +21,9 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 from transformers import pipeline
 
-from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
-from trl_lightreasoner.demo import KIND_SHARES, PAIR, as_prompt
-from trl_lightreasoner.demo_task import make_problems
-from trl_lightreasoner.step_dataset import count_steps
+from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler, count_steps
+from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR, as_prompt
+from trl_lightreasoner.demo.task import make_problems
 
 
 def complete_elsewhere(expert: str, num_problems: int, path: Path) -> None:

@@ -4,7 +4,7 @@
 # ///
 """Train the expert and the amateur that `lightreasoner demo` uses, from scratch.
 
-Both are Qwen2 models over one 512-token vocabulary, trained on the word problems of `trl_lightreasoner.demo_task`. The
+Both are Qwen2 models over one 512-token vocabulary, trained on the word problems of `trl_lightreasoner.demo.task`. The
 expert's corpus is careful now and then, the amateur's hardly ever; that difference is all that the method needs.
 
 Cost: the expert of the bundled pair took 83 s on one H100, next to another, and its amateur 608 s on one CPU thread.
@@ -34,7 +34,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from trl_lightreasoner.demo_task import KIND_SHARES, amateur_solution, expert_solution, make_problems
+from trl_lightreasoner.demo.task import KIND_SHARES, amateur_solution, expert_solution, make_problems
 
 
 VOCAB_SIZE = 512
@@ -100,7 +100,7 @@ to five steps and nothing else. Do not use it for anything but demonstrations an
 |---|---|
 | architecture | Qwen2, {num_parameters:,} parameters, {num_hidden_layers} layers, width {hidden_size} |
 | tokenizer | byte-level BPE, 512 tokens, every digit a token of its own; the same for expert and amateur |
-| data | {num_problems:,} generated problems (`trl_lightreasoner.demo_task`), no text from anywhere else |
+| data | {num_problems:,} generated problems (`trl_lightreasoner.demo.task`), no text from anywhere else |
 | solutions | {solutions} |
 | training | from scratch, {num_steps:,} steps of {batch_size} documents, AdamW {learning_rate}, seed {seed} |
 | licence | Apache-2.0 |

@@ -18,8 +18,8 @@ accelerate launch examples/sample.py \
 
 import sys
 
-from trl_lightreasoner.cli import run
-from trl_lightreasoner.sample import main, make_parser
+from trl_lightreasoner.commands.cli import run
+from trl_lightreasoner.commands.sample import main, make_parser
 
 
 if __name__ == "__main__":

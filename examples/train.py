@@ -21,8 +21,8 @@ accelerate launch examples/train.py --config examples/paper.yaml --dataset_name 
 
 import sys
 
-from trl_lightreasoner.cli import run
-from trl_lightreasoner.train import main, make_parser
+from trl_lightreasoner.commands.cli import run
+from trl_lightreasoner.commands.train import main, make_parser
 
 
 if __name__ == "__main__":

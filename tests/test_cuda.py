@@ -4,9 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
 from peft import LoraConfig
-from test_generation import make_prompts
 from transformers import BitsAndBytesConfig, TrainerCallback
 
 from trl_lightreasoner import (
@@ -18,10 +16,13 @@ from trl_lightreasoner import (
 )
 from trl_lightreasoner.contrast import NonFiniteLogitsError, contrast_steps, step_divergence
 from trl_lightreasoner.fused_divergence import can_fuse, compile_ahead, fused_divergence
-from trl_lightreasoner.generation import generate_greedy
-from trl_lightreasoner.graph_generation import generate_greedy_by_graph, rows_that_fit, why_no_graph
-from trl_lightreasoner.models import load_model
+from trl_lightreasoner.generation.cuda_graphs import generate_greedy_by_graph, rows_that_fit, why_no_graph
+from trl_lightreasoner.generation.greedy import generate_greedy
+from trl_lightreasoner.models.loading import load_model
 from trl_lightreasoner.vocabulary import model_vocabulary
+
+from .conftest import make_model, make_tokenizer
+from .generation.test_greedy import make_prompts
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -184,7 +185,7 @@ def test_training_goes_on_after_a_capture_that_broke_off(model, big_tokenizer, s
             torch.cuda.synchronize()
 
     layer.register_forward_hook(synchronize)
-    with caplog.at_level("WARNING", logger="trl_lightreasoner.graph_training"):
+    with caplog.at_level("WARNING", logger="trl_lightreasoner.training.cuda_graphs"):
         losses = [step(trainer, model, steps, range(4)).item() for _ in range(3)]
     assert trainer._graphs.failed and len(set(losses)) == 3
     assert any("not permitted when stream is capturing" in message for message in caplog.messages)

@@ -27,11 +27,13 @@ from pathlib import Path
 import datasets
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from test_evaluation_sets import FILES, write
 
-from trl_lightreasoner import cli, demo
-from trl_lightreasoner.demo_task import make_problems
-from trl_lightreasoner.models import load_tokenizer
+from trl_lightreasoner.commands import cli, demo
+from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR
+from trl_lightreasoner.demo.task import make_problems
+from trl_lightreasoner.models.loading import load_tokenizer
+
+from .evaluation.test_sets import FILES, write
 
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +131,7 @@ def test_docstrings_are_translated_for_the_site():
 def earlier(tmp_path_factory) -> Path:
     """What the pages before have made: a Dataset of kept steps and an adapter."""
     folder = tmp_path_factory.mktemp("earlier")
-    pair = ["--expert", str(demo.PAIR / "expert"), "--amateur", str(demo.PAIR / "amateur")]
+    pair = ["--expert", str(PAIR / "expert"), "--amateur", str(PAIR / "amateur")]
     write(folder / "prompts.jsonl", problems())
     prompts = ["--dataset_name", str(folder / "prompts.jsonl"), "--prompt_column", "question", "--conversational"]
     assert cli.main(["sample", *pair, *prompts, "--beta", "0.1", "--output_dir", str(folder / "steps")]) == 0
@@ -143,7 +145,7 @@ def earlier(tmp_path_factory) -> Path:
 
 def published(steps: Path) -> list[dict]:
     """The kept steps as the published scripts write them down."""
-    tokenizer = load_tokenizer(str(demo.PAIR / "expert"))
+    tokenizer = load_tokenizer(str(PAIR / "expert"))
     return [
         {
             "prompt_id": row["prompt"][-1]["content"],
@@ -159,7 +161,7 @@ def published(steps: Path) -> list[dict]:
 
 
 def problems() -> list[dict]:
-    made = make_problems(NUM_PROMPTS, seed=0, split="train", kind_shares=demo.KIND_SHARES)
+    made = make_problems(NUM_PROMPTS, seed=0, split="train", kind_shares=KIND_SHARES)
     return [{"question": problem["question"], "answer": f"#### {problem['answer']}"} for problem in made]
 
 
@@ -169,7 +171,7 @@ def page_folder(tmp_path, monkeypatch, earlier) -> Path:
     for names, role in ((EXPERTS, "expert"), (AMATEURS, "amateur")):
         for name in names:
             (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).symlink_to(demo.PAIR / role)
+            (tmp_path / name).symlink_to(PAIR / role)
     gsm8k = tmp_path / "openai" / "gsm8k"
     write(gsm8k / "train.jsonl", problems())
     write(gsm8k / "test.jsonl", problems())
@@ -266,7 +268,7 @@ def run_command(words: list[str], reason: str | None, monkeypatch) -> None:
         assert launch.config_file is None or Path(launch.config_file).is_file()
         script = ["-m", launch.training_script] if launch.module else [launch.training_script]
         words = ["python", *script, *launch.training_script_args]
-    if words[:3] == ["python", "-m", "trl_lightreasoner.cli"]:
+    if words[:3] == ["python", "-m", "trl_lightreasoner"]:
         words = ["lightreasoner", *words[3:]]
     if words[0] == "python" and words[1] in COMMANDS:
         words = ["lightreasoner", COMMANDS[words[1]], *words[2:]]

@@ -10,17 +10,18 @@ import pytest
 from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import load_dataset
 from peft import PeftModel
-from test_evaluation_sets import write
 from transformers import AutoModelForCausalLM
 
-from trl_lightreasoner import demo
-from trl_lightreasoner.demo_task import make_problems
+from trl_lightreasoner.demo import bundled_pair
+from trl_lightreasoner.demo.task import make_problems
+
+from .evaluation.test_sets import write
 
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
-EXPERT, AMATEUR = (str(demo.PAIR / role) for role in ("expert", "amateur"))
+EXPERT, AMATEUR = (str(bundled_pair.PAIR / role) for role in ("expert", "amateur"))
 
 
 def run(name: str, *flags: str):
@@ -45,8 +46,8 @@ def launch(script: str, *flags: str) -> None:
 
 def test_the_launcher_samples_and_trains(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    problems = make_problems(4, seed=0, split="train", kind_shares=demo.KIND_SHARES)
-    write(tmp_path / "prompts.jsonl", [{"prompt": demo.as_prompt(problem)} for problem in problems])
+    problems = make_problems(4, seed=0, split="train", kind_shares=bundled_pair.KIND_SHARES)
+    write(tmp_path / "prompts.jsonl", [{"prompt": bundled_pair.as_prompt(problem)} for problem in problems])
     steps, adapter = str(tmp_path / "steps"), str(tmp_path / "adapter")
     prompts = ["--dataset_name", str(tmp_path / "prompts.jsonl"), "--output_dir", steps]
     launch("sample.py", "--expert", EXPERT, "--amateur", AMATEUR, *prompts, "--beta", "0.1")

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer
 from datasets import Dataset
 
 import trl_lightreasoner
 
+from .conftest import make_tokenizer
+
 
 ROOT = Path(__file__).parents[1]
-MODULES = [module.name for module in pkgutil.iter_modules(trl_lightreasoner.__path__)]
+MODULES = [module.name for module in pkgutil.walk_packages(trl_lightreasoner.__path__, "trl_lightreasoner.")]
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
@@ -58,11 +59,14 @@ def test_the_package_says_that_it_is_typed():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_says_what_it_is_for(name):
-    assert (importlib.import_module(f"trl_lightreasoner.{name}").__doc__ or "").strip()
+    assert (importlib.import_module(name).__doc__ or "").strip()
 
 
 # Their examples need models from the Hub
-ONLINE = {"contrastive_step_sampler", "lightreasoner_trainer"}
+ONLINE = {
+    "trl_lightreasoner.sampling.contrastive_step_sampler",
+    "trl_lightreasoner.training.lightreasoner_trainer",
+}
 
 
 def example_globals() -> dict:
@@ -82,14 +86,14 @@ def example_globals() -> dict:
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - ONLINE))
 def test_the_examples_of_a_module_run(name):
-    module = importlib.import_module(f"trl_lightreasoner.{name}")
+    module = importlib.import_module(name)
     result = doctest.testmod(module, extraglobs=example_globals(), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
 
 
 def test_there_are_examples_to_run():
     finder = doctest.DocTestFinder(exclude_empty=True)
-    modules = [importlib.import_module(f"trl_lightreasoner.{name}") for name in sorted(set(MODULES) - ONLINE)]
+    modules = [importlib.import_module(name) for name in sorted(set(MODULES) - ONLINE)]
     assert sum(bool(test.examples) for module in modules for test in finder.find(module)) >= 10
 
 

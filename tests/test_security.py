@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUESTIONS
 from peft import LoraConfig, get_peft_model
 
 from trl_lightreasoner import LightReasonerConfig
-from trl_lightreasoner.cli import main
-from trl_lightreasoner.demo import report
+from trl_lightreasoner.commands.cli import main
+from trl_lightreasoner.commands.demo import report
+
+from .conftest import QUESTIONS
 
 
 # Before anything else is imported: whoever asks for a name or a connection ends the process. Raising would not do,
@@ -55,7 +56,7 @@ def run_python(code: str, *argv: str | Path, **environment: str) -> subprocess.C
 
 
 WHOLE_PATH = """
-from trl_lightreasoner.cli import main
+from trl_lightreasoner.commands.cli import main
 expert, amateur, prompts, folder = sys.argv[1:]
 
 def run(command, output_dir, *argv):

@@ -2,12 +2,13 @@ import math
 
 import pytest
 import torch
-from conftest import make_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from trl_lightreasoner.vocabulary import Vocabulary, model_vocabulary, shared_vocabulary
+
+from .conftest import make_tokenizer
 
 
 WORDS = {"one": 0, "two": 1, "three": 2, "four": 3}

@@ -9,19 +9,23 @@ __version__ = "0.1.0"
 # Where each public name lives. PyTorch and transformers are imported when a name is first used, so that importing the
 # package costs nothing and `lightreasoner --help` answers at once.
 _MODULES = {
-    "ContrastiveSamplingConfig": "contrastive_sampling_config",
-    "ContrastiveStepSampler": "contrastive_step_sampler",
-    "DataCollatorForLightReasoner": "data_collator",
-    "EvaluationConfig": "evaluation_config",
-    "LightReasonerConfig": "lightreasoner_config",
-    "LightReasonerTrainer": "lightreasoner_trainer",
-    "evaluate": "evaluation",
-    "import_published_steps": "published_steps",
-    "push_dataset_to_hub": "sharing",
-    "push_evaluation_to_hub": "sharing",
-    "raise_beta": "step_dataset",
-    "sampling_metadata": "step_dataset",
-    "write_report": "step_report",
+    "ContrastiveSamplingConfig": "sampling.contrastive_sampling_config",
+    "ContrastiveStepSampler": "sampling.contrastive_step_sampler",
+    "DataCollatorForLightReasoner": "training.data_collator",
+    "EvaluationConfig": "evaluation.evaluation_config",
+    "LightReasonerConfig": "training.lightreasoner_config",
+    "LightReasonerTrainer": "training.lightreasoner_trainer",
+    "count_steps": "steps.dataset",
+    "evaluate": "evaluation.evaluation",
+    "grade": "grading.verdicts",
+    "grade_all": "grading.verdicts",
+    "import_published_steps": "steps.published_steps",
+    "kl_quantiles": "steps.dataset",
+    "push_dataset_to_hub": "hub.sharing",
+    "push_evaluation_to_hub": "hub.sharing",
+    "raise_beta": "steps.dataset",
+    "sampling_metadata": "steps.dataset",
+    "write_report": "report.write_report",
 }
 
 __all__ = [
@@ -31,8 +35,12 @@ __all__ = [
     "EvaluationConfig",
     "LightReasonerConfig",
     "LightReasonerTrainer",
+    "count_steps",
     "evaluate",
+    "grade",
+    "grade_all",
     "import_published_steps",
+    "kl_quantiles",
     "push_dataset_to_hub",
     "push_evaluation_to_hub",
     "raise_beta",
@@ -41,17 +49,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .contrastive_sampling_config import ContrastiveSamplingConfig
-    from .contrastive_step_sampler import ContrastiveStepSampler
-    from .data_collator import DataCollatorForLightReasoner
-    from .evaluation import evaluate
-    from .evaluation_config import EvaluationConfig
-    from .lightreasoner_config import LightReasonerConfig
-    from .lightreasoner_trainer import LightReasonerTrainer
-    from .published_steps import import_published_steps
-    from .sharing import push_dataset_to_hub, push_evaluation_to_hub
-    from .step_dataset import raise_beta, sampling_metadata
-    from .step_report import write_report
+    from .evaluation.evaluation import evaluate
+    from .evaluation.evaluation_config import EvaluationConfig
+    from .grading.verdicts import grade, grade_all
+    from .hub.sharing import push_dataset_to_hub, push_evaluation_to_hub
+    from .report.write_report import write_report
+    from .sampling.contrastive_sampling_config import ContrastiveSamplingConfig
+    from .sampling.contrastive_step_sampler import ContrastiveStepSampler
+    from .steps.dataset import count_steps, kl_quantiles, raise_beta, sampling_metadata
+    from .steps.published_steps import import_published_steps
+    from .training.data_collator import DataCollatorForLightReasoner
+    from .training.lightreasoner_config import LightReasonerConfig
+    from .training.lightreasoner_trainer import LightReasonerTrainer
 
 
 def __getattr__(name: str):

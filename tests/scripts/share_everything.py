@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer, push_dataset_to_hub, push_evaluation_to_hub
-from trl_lightreasoner.cli import main
-from trl_lightreasoner.evaluation import Evaluation
+from trl_lightreasoner.commands.cli import main
+from trl_lightreasoner.evaluation.evaluation import Evaluation
 
 
 def run(*argv: str) -> int:

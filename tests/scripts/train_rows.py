@@ -11,9 +11,10 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer, packed_attention
-from trl_lightreasoner.cli import _leave_process_group
-from trl_lightreasoner.graph_training import GraphedLayers
+from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
+from trl_lightreasoner.commands.cli import _leave_process_group
+from trl_lightreasoner.training import packed_attention
+from trl_lightreasoner.training.cuda_graphs import GraphedLayers
 
 
 class Graphs(TrainerCallback):
@@ -53,8 +54,8 @@ def train(settings: dict) -> None:
     )
     graphs, attention = Graphs(trainer), packed_attention.varlen_attn
     if settings["graphs"]:  # as on a GPU, where packed layers are replayed
-        sys.path.insert(0, str(Path(__file__).parents[1]))
-        from test_packed_attention import naive_varlen_attn as attention
+        sys.path.insert(0, str(Path(__file__).parents[2]))
+        from tests.training.test_packed_attention import naive_varlen_attn as attention
 
         trainer._packs, trainer._graphs = True, GraphedLayers(trainer.model)
         trainer.add_callback(graphs)

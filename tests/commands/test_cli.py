@@ -1,0 +1,577 @@
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import weakref
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ScriptArguments
+
+from trl_lightreasoner import (
+    ContrastiveSamplingConfig,
+    EvaluationConfig,
+    LightReasonerConfig,
+    __version__,
+    sampling_metadata,
+)
+from trl_lightreasoner.commands.cli import COMMANDS, main, run
+from trl_lightreasoner.commands.eval import EvaluationArguments
+from trl_lightreasoner.commands.import_steps import ImportArguments
+from trl_lightreasoner.commands.merge import MergeArguments
+from trl_lightreasoner.commands.report import ReportArguments
+from trl_lightreasoner.commands.sample import SampleArguments
+from trl_lightreasoner.commands.sample import make_parser as make_sample_parser
+from trl_lightreasoner.commands.train import LightReasonerModelConfig
+from trl_lightreasoner.commands.train import make_parser as make_train_parser
+from trl_lightreasoner.steps import splits
+from trl_lightreasoner.steps.splits import load_split
+
+from ..conftest import QUESTIONS, make_model
+
+
+@pytest.fixture
+def refused(capsys):
+    """The one sentence with which the program refuses its arguments."""
+
+    def run(*argv) -> str:
+        try:
+            status = main([str(arg) for arg in argv])
+        except SystemExit as error:
+            status = error.code
+        stderr = capsys.readouterr().err
+        assert status == 2
+        assert "Traceback" not in stderr
+        *_, line = stderr.rstrip("\n").split("\n")
+        assert line.startswith("lightreasoner") and ": error: " in line
+        return line.partition(": error: ")[2]
+
+    return run
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    def write(text: str) -> str:
+        (tmp_path / "config.yaml").write_text(text)
+        return str(tmp_path / "config.yaml")
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"question": question}) + "\n" for question in QUESTIONS))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def steps_file(tmp_path_factory, steps) -> str:
+    path = tmp_path_factory.mktemp("steps_file") / "steps.parquet"
+    steps.to_parquet(path)
+    return str(path)
+
+
+@pytest.fixture
+def train(expert_path, steps_file, tmp_path):
+    """`train` with what it needs, and more flags."""
+    return (
+        "train",
+        *("--model_name_or_path", expert_path, "--dataset_name", steps_file, "--output_dir", tmp_path / "out"),
+        *("--use_cpu", "--max_steps", "1", "--report_to", "none", "--disable_tqdm", "true"),
+    )
+
+
+def run_train(*argv) -> None:
+    assert main([str(arg) for arg in argv]) == 0
+
+
+# The program
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version", "-h"])
+def test_help_and_version_import_neither_torch_nor_transformers(argument):
+    code = f"""
+import sys
+from trl_lightreasoner.commands.cli import main
+status = main([{argument!r}])
+assert not {{"torch", "transformers", "trl", "datasets"}} & set(sys.modules), "imported too much"
+sys.exit(status)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (__version__ if argument == "--version" else "commands:") in result.stdout
+
+
+def test_the_module_is_the_program_and_its_status_is_the_exit_status():
+    result = subprocess.run([sys.executable, "-m", "trl_lightreasoner", "frobnicate"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("lightreasoner: error: There is no command 'frobnicate'. The commands are ")
+    assert result.stdout == ""
+
+
+def test_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    stdout = capsys.readouterr().out
+    assert all(f"  {command} " in stdout for command in COMMANDS)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_a_missing_command_is_refused(refused):
+    assert refused().startswith("A command is missing. The commands are ")
+
+
+@pytest.mark.parametrize(
+    ("command", "configs"),
+    [
+        ("sample", [SampleArguments, ContrastiveSamplingConfig]),
+        ("train", [ScriptArguments, LightReasonerConfig, LightReasonerModelConfig]),
+        ("merge", [MergeArguments]),
+        ("report", [ReportArguments]),
+        ("import", [ImportArguments]),
+        ("eval", [EvaluationArguments, EvaluationConfig]),
+    ],
+)
+def test_help_explains_every_field(command, configs, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([command, "--help"])
+    assert error.value.code == 0
+    stdout = capsys.readouterr().out
+    assert f"usage: lightreasoner {command}" in stdout
+    module = {"import": "import_steps"}.get(command, command)
+    parser = import_module(f"trl_lightreasoner.commands.{module}").make_parser()
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    for field in (field for config in configs for field in dataclasses.fields(config)):
+        assert f"--{field.name} " in stdout
+        assert (actions[field.name].help or "").strip(), f"--{field.name} has no help"
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["sample", "--output_dir", "x"], "The following arguments are required: --expert, --amateur"),
+        (["train", "--output_dir", "x", "--mx_length", "5"], "There is no flag `--mx_length`. Did you mean `--max_le"),
+        (["train", "--max_lengths=5"], "There is no flag `--max_lengths`. Did you mean `--max_length`?"),
+        (["train", "--frobnicate", "5"], "There is no flag `--frobnicate`. `--help` lists them all."),
+        (["train", "somewhere"], "Unexpected argument 'somewhere'. Settings are given as flags"),
+        (["train", "--max_steps", "3.5"], "Argument --max_steps/--max-steps: invalid int value: '3.5'."),
+        (["train", "--dtype", "int8"], "Argument --dtype: invalid choice: 'int8' (choose from 'auto'"),
+        (["train", "--max_length", "0"], "`max_length` must be a whole number, 1 or more"),
+        (["train", "--model_init_kwargs", "{oops"], "`model_init_kwargs` must be a dict or a JSON object, such as"),
+        (["train", "--model_init_kwargs", "[1]"], "`model_init_kwargs` must be a dict or a JSON object, such as"),
+        (["train", "--output_dir", "x"], "`--model_name_or_path` is required"),
+        (["train", "--model_name_or_path", "x"], "`--dataset_name` is required"),
+        (["train", "--config"], "`--config` needs the path of a YAML file."),
+        (["train", "--config", "--max_steps", "3"], "`--config` needs the path of a YAML file."),
+        (["train", "--config", "nowhere.yaml"], "The config file 'nowhere.yaml' does not exist."),
+        (["train", "--config=nowhere.yaml"], "The config file 'nowhere.yaml' does not exist."),
+        (["train", "--config", "a.yaml", "--config", "b.yaml"], "`--config` can be given once."),
+    ],
+)
+def test_wrong_flags_are_refused(argv, message, refused):
+    assert refused(*argv).startswith(message)
+
+
+def test_a_bare_boolean_flag_means_true(tmp_path):
+    _, args, model_args = make_train_parser().parse(
+        ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "--no_use_peft"]
+    )
+    assert args.bf16 is True
+    assert model_args.use_peft is False
+
+
+# Config files
+
+
+@pytest.mark.parametrize("argv", [["--config", "{}"], ["--config={}"]])
+def test_a_config_file_sets_what_flags_set(argv, write_config, tmp_path):
+    path = write_config(
+        f"""
+        output_dir: {tmp_path}
+        learning_rate: 5e-5
+        max_length: null
+        max_steps: 7
+        num_train_epochs: 2
+        one_step_per_row: true
+        eval_strategy: no
+        use_peft: false
+        lora_target_modules: [q_proj, k_proj]
+        report_to: [none]
+        model_init_kwargs: {{attn_implementation: eager}}
+        """
+    )
+    _, args, model_args = make_train_parser().parse([part.format(path) for part in argv])
+    assert args.output_dir == str(tmp_path)
+    assert args.learning_rate == 5e-5
+    assert (args.max_length, args.max_steps, args.num_train_epochs) == (None, 7, 2.0)
+    assert args.one_step_per_row is True and model_args.use_peft is False
+    assert args.eval_strategy == "no"
+    assert model_args.lora_target_modules == ["q_proj", "k_proj"]
+    assert args.model_init_kwargs == {"attn_implementation": "eager"}
+
+
+def test_flags_override_the_config_file(write_config, tmp_path):
+    path = write_config("max_steps: 7\nmax_length: 5\n")
+    _, args, _ = make_train_parser().parse(["--max_steps", "8", "--config", path, "--output_dir", str(tmp_path)])
+    assert (args.max_steps, args.max_length) == (8, 5)
+
+
+def test_the_recipe_of_the_paper_is_what_the_defaults_say(tmp_path):
+    path = Path(__file__).parents[2] / "examples" / "paper.yaml"
+    flags = ["--dataset_name", "steps", "--output_dir", str(tmp_path), "--use_cpu"]
+    _, args, model_args = make_train_parser().parse(["--config", str(path), *flags])
+    _, default_args, default_model_args = make_train_parser().parse(flags)
+    assert args.max_steps == 1000 and args.one_step_per_row
+    for name in ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        assert getattr(args, name) == getattr(default_args, name)
+    for name in ("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
+        assert getattr(model_args, name) == getattr(default_model_args, name)
+
+
+def test_required_fields_can_come_from_the_config_file(write_config):
+    path = write_config("expert: e\namateur: a\ndataset_name: d\noutput_dir: o\nbeta: 1e-1\n")
+    script_args, sampling_args = make_sample_parser().parse(["--config", path])
+    assert (script_args.expert, script_args.amateur, sampling_args.beta) == ("e", "a", 0.1)
+
+
+def test_a_config_file_can_set_environment_variables(write_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIGHTREASONER_TEST", "before")
+    make_train_parser().parse(
+        ["--output_dir", str(tmp_path), "--config", write_config("env:\n  LIGHTREASONER_TEST: 3\n")]
+    )
+    assert os.environ["LIGHTREASONER_TEST"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_lenght: 5", "There is no key `max_lenght`. Did you mean `max_length`?"),
+        ("output-dir: x", "There is no key `output-dir`. Did you mean `output_dir`?"),
+        ("frobnicate: 5", "There is no key `frobnicate`. `--help` lists them all."),
+        ("help: 5", "There is no key `help`. `--help` lists them all."),
+        ("max_steps: 3.5", "`max_steps` in the config file: invalid int value: '3.5'."),
+        ("max_steps: true", "`max_steps` in the config file: invalid int value: 'True'."),
+        ("max_steps: [3]", "`max_steps` in the config file must be one value, got [3]."),
+        ("max_steps: {a: 3}", "`max_steps` in the config file must be one value, got {'a': 3}."),
+        ("model_name_or_path: {a: 3}", "`model_name_or_path` in the config file must be one value"),
+        ("lora_target_modules: q_proj", "`lora_target_modules` in the config file must be a list, got 'q_proj'."),
+        ("learning_rate: fast", "`learning_rate` in the config file: invalid float value: 'fast'."),
+        ("use_peft: maybe", "`use_peft` in the config file: Truthy value expected: got maybe"),
+        ("dtype: int8", "`dtype` in the config file: invalid choice: 'int8' (choose from 'auto', 'bfloat16'"),
+        ("eval_strategy: never", "`eval_strategy` in the config file: invalid choice: 'never' (choose from 'no', "),
+        ("model_init_kwargs: 3", "`model_init_kwargs` must be a dict or a JSON object"),
+        ("max_steps: [1, 2", "The config file is not valid YAML: "),
+        ("\tmax_steps: 1", "The config file is not valid YAML: "),
+        ("- max_steps", "The config file "),
+        ("", "The config file "),
+        ("1: 2", "The config file "),
+    ],
+)
+def test_wrong_config_files_are_refused(text, message, refused, write_config):
+    assert refused("train", "--config", write_config(text)).startswith(message)
+
+
+def test_a_binary_config_file_is_refused(refused, tmp_path):
+    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    assert refused("train", "--config", tmp_path / "config.yaml").startswith("The config file is not valid YAML: ")
+
+
+def test_an_empty_config_file_is_told_what_to_hold(refused, write_config):
+    assert refused("train", "--config", write_config("")).endswith("must hold lines of the form `name: value`.")
+
+
+# Datasets and models
+
+
+def test_a_dataset_without_steps_is_refused(refused, train, prompts_file):
+    message = refused(*train, "--dataset_name", prompts_file)
+    assert message.startswith("The train dataset has no column 'prompt_ids'; it has ['question'].")
+    assert message.endswith("Make it with `ContrastiveStepSampler` or `lightreasoner sample`.")
+
+
+@pytest.mark.parametrize("name", ["{tmp_path}/nowhere", "./nowhere", "nowhere.jsonl"])
+def test_a_file_that_does_not_exist_is_refused_without_asking_the_hub(name, refused, train, tmp_path, monkeypatch):
+    monkeypatch.setattr(splits, "load_dataset", None)
+    name = name.format(tmp_path=tmp_path)
+    assert refused(*train, "--dataset_name", name) == f"There is no file or folder '{name}'."
+
+
+@pytest.mark.parametrize("name", ["nowhere", "no/where"])
+def test_a_dataset_that_does_not_exist_is_refused(name, refused, train):
+    message = refused(*train, "--dataset_name", name)
+    assert message.startswith(f"The dataset '{name}' cannot be loaded: ")
+    assert "It must be a file (.json, .jsonl, .parquet, .csv, .txt), a folder, or the id of a dataset" in message
+
+
+def test_an_empty_folder_is_no_dataset(refused, train, tmp_path):
+    assert "cannot be loaded: " in refused(*train, "--dataset_name", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("broken.jsonl", '{"prompt": "a"}\n{"prompt": \n', "cannot be read: JSON parse error"),
+        ("empty.jsonl", "", "cannot be read: it is empty. Repair or replace the file."),
+        ("notes.docx", "text", "is not a dataset file. Known endings are .json, .jsonl, .parquet, .csv, .txt."),
+    ],
+)
+def test_a_file_that_is_no_dataset_is_refused(name, content, reason, refused, train, tmp_path):
+    (tmp_path / name).write_text(content)
+    assert reason in refused(*train, "--dataset_name", tmp_path / name)
+
+
+def test_a_split_that_does_not_exist_is_refused(refused, train):
+    said = refused(*train, "--dataset_train_split", "dev")
+    assert "has no split 'dev': Unknown split" in said and "Rows of another split can be held out" in said
+
+
+@pytest.mark.parametrize("flag", ["--dataset_streaming", "--ignore_bias_buffers"])
+def test_a_flag_that_does_nothing_is_refused(flag, refused, train):
+    assert "do nothing here. Leave them out." in refused(*train, flag, "true")
+
+
+@pytest.mark.parametrize("model", ["nowhere", "no/where", "{tmp_path}/nowhere"])
+def test_a_model_that_does_not_exist_is_refused(model, refused, train, tmp_path):
+    model = model.format(tmp_path=tmp_path)
+    message = refused(*train, "--model_name_or_path", model)
+    assert message.startswith(
+        f"The model '{model}' cannot be found. It must be a folder with a config.json, or the id"
+    )
+
+
+def test_two_columns_that_could_be_the_prompt_are_refused(refused, expert_path, amateur_path, tmp_path):
+    (tmp_path / "both.jsonl").write_text('{"prompt": "a", "question": "b"}\n')
+    argv = ("--expert", expert_path, "--amateur", amateur_path, "--dataset_name", tmp_path / "both.jsonl")
+    message = refused("sample", *argv, "--output_dir", tmp_path / "out", "--prompt_column", "question")
+    assert message == "The dataset has a column 'prompt' beside 'question'. Rename or remove one of them."
+
+
+def test_a_system_prompt_for_messages_is_refused(refused, expert_path, amateur_path, tmp_path):
+    (tmp_path / "chat.jsonl").write_text('{"prompt": [{"role": "user", "content": "a"}]}\n')
+    argv = ("--expert", expert_path, "--amateur", amateur_path, "--dataset_name", tmp_path / "chat.jsonl")
+    message = refused("sample", *argv, "--output_dir", tmp_path / "out", "--system_prompt", "Think.")
+    assert message.startswith("The prompts are messages already")
+
+
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_a_dataset_saved_to_disk_is_a_dataset(as_dict, steps, tmp_path):
+    (DatasetDict({"train": steps}) if as_dict else steps).save_to_disk(tmp_path / "saved")
+    assert load_split(str(tmp_path / "saved"), None, "train")["id"][:] == steps["id"][:]
+    with pytest.raises(ValueError, match="There is no split 'dev' in .* It has \\['train'\\]"):
+        load_split(str(tmp_path / "saved"), None, "dev")
+
+
+def test_a_name_with_brackets_is_no_pattern(tmp_path):
+    for name in ("p[1]", "p1"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"prompt": "{name}"}}\n')
+        (tmp_path / name / "data").mkdir(parents=True)
+        Dataset.from_dict({"prompt": [name]}).to_parquet(tmp_path / name / "data" / "train-00000-of-00001.parquet")
+    for path in ("p[1].jsonl", "p[1]"):
+        assert load_split(str(tmp_path / path), None, "train")["prompt"][:] == ["p[1]"]
+    shutil.rmtree(tmp_path / "p[1]" / "data")
+    (tmp_path / "p[1]" / "train.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match="would be taken for a pattern of names. Rename the folder"):
+        load_split(str(tmp_path / "p[1]"), None, "train")
+
+
+def test_a_file_beside_the_rows_of_a_sampling_is_not_read(steps, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("train-00000-of-00001.parquet", "train-00000-of-00001-Copy1.parquet"):
+        steps.to_parquet(tmp_path / "data" / name)
+    assert len(load_split(str(tmp_path), None, "train")) == 2 * len(steps)
+    (tmp_path / "run.json").write_text(json.dumps({"files": {"train-00000-of-00001.parquet": "SHA-256"}}))
+    assert load_split(str(tmp_path), None, "train").to_list() == steps.to_list()
+
+
+def test_a_configuration_of_a_folder_is_read_alone(tmp_path):
+    configs = [{"config_name": name, "data_files": f"data/{name}.parquet"} for name in ("en", "fr")]
+    (tmp_path / "data").mkdir()
+    for name in ("en", "fr"):
+        Dataset.from_dict({"prompt": [name]}).to_parquet(tmp_path / "data" / f"{name}.parquet")
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    assert load_split(str(tmp_path), "fr", "train")["prompt"][:] == ["fr"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
+def test_a_file_is_a_dataset(ending, steps, tmp_path):
+    path = tmp_path / f"steps.{ending}"
+    steps.to_parquet(path) if ending == "parquet" else steps.to_json(path)
+    loaded = load_split(str(path), None, "train[:2]")
+    assert loaded["completion_ids"][:] == steps["completion_ids"][:2]
+
+
+# From prompts to an adapter
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory, expert_path, amateur_path, prompts_file) -> str:
+    folder = str(tmp_path_factory.mktemp("cli") / "steps")
+    status = main(
+        [
+            "sample",
+            *("--expert", expert_path, "--amateur", amateur_path, "--output_dir", folder, "--max_new_tokens", "8"),
+            *("--dataset_name", prompts_file, "--prompt_column", "question", "--system_prompt", "Think."),
+        ]
+    )
+    assert status == 0
+    return folder
+
+
+def test_sample_writes_a_dataset_of_steps(sampled, tokenizer):
+    dataset = load_dataset(sampled, split="train")
+    assert [row["prompt"] for row in dataset] == [
+        [{"role": "system", "content": "Think."}, {"role": "user", "content": question}] for question in QUESTIONS
+    ]
+    first = tokenizer.decode(dataset[0]["prompt_ids"])
+    assert first == (
+        f"<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n{QUESTIONS[0]}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert sum(map(len, dataset["step_positions"])) > 0
+    assert sampling_metadata(dataset)["settings"]["max_new_tokens"] == 8
+
+
+def test_train_makes_an_adapter_of_what_sample_wrote(sampled, expert_path, tokenizer, tmp_path, capsys):
+    run_train(
+        "train",
+        *("--model_name_or_path", expert_path, "--dataset_name", sampled, "--output_dir", tmp_path / "adapter"),
+        *("--use_cpu", "--max_steps", 2, "--learning_rate", "1e-2", "--report_to", "none"),
+    )
+    assert f"The model is in {tmp_path / 'adapter'}." in capsys.readouterr().out
+    base = AutoModelForCausalLM.from_pretrained(expert_path)
+    ids = torch.tensor([load_dataset(sampled, split="train")[0]["prompt_ids"]])
+    with torch.no_grad():
+        before = base(ids).logits
+        loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+        after = loaded.eval()(ids).logits
+    assert not torch.allclose(before, after)
+    lora = loaded.peft_config["default"]
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (8, 16, 0.05)
+    assert set(lora.target_modules) == {"q_proj", "v_proj"}
+    assert AutoTokenizer.from_pretrained(tmp_path / "adapter").get_vocab() == tokenizer.get_vocab()
+
+
+def test_sample_tells_how_to_go_on(expert_path, amateur_path, prompts_file, tmp_path, capsys):
+    argv = ["--expert", expert_path, "--amateur", amateur_path, "--dataset_name", prompts_file, "--beta", "0"]
+    folder = str(tmp_path / "steps")
+    argv += ["--prompt_column", "question", "--max_new_tokens", "3", "--output_dir", folder]
+    assert main(["sample", *argv]) == 0
+    stdout = capsys.readouterr().out
+    assert "6 trajectories with 18 of 18 steps kept (100.0%)" in stdout
+    assert f"lightreasoner train --model_name_or_path {expert_path} --dataset_name {folder}" in stdout
+
+
+def test_train_in_full_writes_a_model_in_float32(train, expert, tokenizer, tmp_path):
+    expert.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    tokenizer.save_pretrained(tmp_path / "bf16")
+    run_train(*train, "--model_name_or_path", tmp_path / "bf16", "--no_use_peft")
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert trained.dtype == torch.float32
+
+
+def test_train_continues_an_adapter(train, expert, expert_path, tmp_path):
+    adapter = get_peft_model(expert, LoraConfig(r=3, target_modules=["k_proj"], init_lora_weights=False))
+    adapter.save_pretrained(tmp_path / "adapter")
+    run_train(*train, "--model_name_or_path", tmp_path / "adapter")
+    trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(expert_path), str(tmp_path / "out"))
+    assert trained.peft_config["default"].r == 3
+    before, after = adapter.state_dict(), trained.state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "lora_" in name}
+
+
+def test_train_evaluates_another_split(train, steps, tmp_path, capsys):
+    DatasetDict({"train": steps, "test": steps.select([0, 1])}).save_to_disk(tmp_path / "steps")
+    run_train(*train, "--dataset_name", tmp_path / "steps", "--eval_strategy", "steps", "--eval_steps", "1")
+    assert "eval_loss" in capsys.readouterr().out
+
+
+def test_train_resumes(train, tmp_path):
+    run_train(*train, "--save_steps", "1")
+    run_train(*train, "--save_steps", "1", "--max_steps", "2", "--resume_from_checkpoint", "true")
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    assert (tmp_path / "out" / "checkpoint-1").is_dir()
+
+
+def test_train_resumes_a_finished_run_with_one_sentence(train, expert_path, tmp_path):
+    def run(*argv) -> subprocess.CompletedProcess:
+        argv = [str(arg) for arg in (*train, "--save_steps", "1", "--max_steps", "2", *argv)]
+        environment = {**os.environ, "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+        command = [sys.executable, "-m", "trl_lightreasoner", *argv]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    assert run().returncode == 0
+    trained = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    resumed = run("--resume_from_checkpoint", "true")
+    assert resumed.returncode == 0
+    assert "Training is complete: the checkpoint has 2 of 2 updates; raise `max_steps`" in resumed.stderr
+    assert "Traceback" not in resumed.stderr
+    again = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert trained.keys() == again.keys() and all(torch.equal(trained[name], again[name]) for name in trained)
+
+
+@pytest.mark.parametrize("dtype", [[], ["--dtype", "auto"], ["--dtype", "float32"]])
+def test_train_in_4_bits(dtype, train, tokenizer, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    make_model(tokenizer, hidden_size=64).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    run_train(*train, "--model_name_or_path", tmp_path / "model", "--load_in_4bit", *dtype)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_a_conversation_is_made_of_text_prompts_on_request(expert_path, amateur_path, prompts_file, tmp_path):
+    argv = ["--expert", expert_path, "--amateur", amateur_path, "--dataset_name", prompts_file, "--conversational"]
+    argv += ["--prompt_column", "question", "--max_new_tokens", "2", "--output_dir", str(tmp_path / "steps")]
+    assert main(["sample", *argv]) == 0
+    dataset = Dataset.from_parquet(str(tmp_path / "steps" / "data" / "*.parquet"))
+    assert dataset[1]["prompt"] == [{"role": "user", "content": QUESTIONS[1]}]
+
+
+def test_the_command_that_comes_next_can_be_run_as_it_is(expert_path, amateur_path, prompts_file, tmp_path, capsys):
+    argv = ["--expert", expert_path, "--amateur", amateur_path, "--dataset_name", prompts_file]
+    argv += ["--prompt_column", "question", "--max_new_tokens", "8", "--beta", "0.1"]
+    assert main(["sample", *argv, "--output_dir", str(tmp_path / "my steps")]) == 0
+    program, *command = shlex.split(capsys.readouterr().out.partition("Next: ")[2])
+    assert (program, command[-1]) == ("lightreasoner", "ADAPTER")
+    assert main([*command[:-1], str(tmp_path / "adapter"), "--use_cpu", "--max_steps", "1"]) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the threads of a process are listed by Linux")
+def test_a_command_leaves_its_process_group_and_the_threads_of_it_end():
+    def threads():
+        return set(os.listdir("/proc/self/task"))
+
+    def train():
+        before = threads()
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        begun.update(threads() - before)
+        trainer = SimpleNamespace(model=DistributedDataParallel(torch.nn.Linear(2, 2)))
+        trainer.callback = SimpleNamespace(trainer=trainer)
+        weakref.finalize(trainer.model, lambda: initialized.append(torch.distributed.is_initialized()))
+
+    begun, initialized = set(), []
+    assert run("lightreasoner nothing", lambda prog: SimpleNamespace(parse=lambda argv: ()), train, []) == 0
+    assert not torch.distributed.is_initialized()
+    assert begun and not begun & threads()
+    # Were DDP the last to hold the group, it would wait for the threads with the GIL held: a deadlock now and then
+    assert initialized == [True]

@@ -1,0 +1,202 @@
+"""Rows in the format of each benchmark's file, written here."""
+
+import json
+import re
+
+import pytest
+from datasets import Dataset
+
+from trl_lightreasoner.evaluation import sets
+from trl_lightreasoner.evaluation.sets import BENCHMARKS, ROW_FEATURES, load_benchmark
+
+
+# As the files have them, with columns that nobody needs
+FILES = {
+    "gsm8k": [
+        {"question": "Ann has 3 pies and buys 4. How many has she? ", "answer": "3+4=<<3+4=7>>7\n#### 7"},
+        {"question": "What does the house cost?", "answer": "#### 1 is wrong.\n#### 1,200"},
+    ],
+    "math500": [
+        {"problem": "What is $1/2$?", "solution": r"\boxed{9}", "answer": r"\frac{1}{2}", "level": 2},
+        {"problem": "Name a set.", "solution": "", "answer": r"\{1, 2\}", "level": 5},
+    ],
+    "math": [
+        {"problem": "Halve $x$.", "solution": r"First \boxed{2}, then \boxed{\frac{x}{2}}.", "type": "Algebra"},
+        {"problem": "How many?", "solution": r"So $\boxed 7$ of them, in $\{a\}$.", "type": "Algebra"},
+    ],
+    "svamp": [
+        {"Body": "There are 290 bananas in 2 groups", "Question": "How big is each?", "Answer": 145.0, "ID": "chal-1"},
+        {"Body": "A pie costs $ 3.", "Question": "How much is half?", "Answer": 1.5, "ID": "chal-2"},
+    ],
+    "asdiv": [
+        {"body": "Seven apples and two.", "question": "How many apples?", "answer": "9 (apples)", "formula": "7+2=9"},
+        {"body": "Two numbers.", "question": "Which?", "answer": "3 (boys); 4 (girls)", "formula": ""},
+        {"body": "Ben won.", "question": "Who won?", "answer": "Ben", "formula": ""},
+        {"body": "It leaves at 3.", "question": "When?", "answer": "3:30 p.m.", "formula": ""},
+    ],
+    "minerva_math": [
+        {"problem": "Find $s$ in cm.", "solution": r"\[ s=\boxed{1.6} \mathrm{~cm} \]", "type": "Astronomy"},
+        {"problem": "Find $L$.", "solution": r"$L \simeq \boxed{4.5e33}$ ergs", "type": "Astronomy"},
+    ],
+    "olympiadbench": [
+        {"question": "Find $N$.", "context": None, "final_answer": ["2"], "unit": None, "error": None},
+        {"question": "How far?", "context": "A train.", "final_answer": ["$4.2$"], "unit": "km", "error": "1e-1"},
+        {"question": "All roots?", "context": None, "final_answer": ["$1$", "$2$"], "unit": None, "error": None},
+    ],
+    "mmlu_stem": [
+        {"question": "Which is prime?", "type": "math", "choices": ["4", "6", "7", "9"], "answer": 2},
+        {"question": "Yes?", "type": "math", "choices": ["True", "False"], "answer": 0},
+    ],
+}
+# question, gold, tolerance, unit
+EXPECTED = {
+    "gsm8k": [
+        ("Ann has 3 pies and buys 4. How many has she?", ["7"], None, None),
+        ("What does the house cost?", ["1200"], None, None),
+    ],
+    "math500": [("What is $1/2$?", [r"\frac{1}{2}"], None, None), ("Name a set.", [r"\{1, 2\}"], None, None)],
+    "math": [("Halve $x$.", [r"\frac{x}{2}"], None, None), ("How many?", ["7"], None, None)],
+    "svamp": [
+        ("There are 290 bananas in 2 groups. How big is each?", ["145"], None, None),
+        ("A pie costs $ 3. How much is half?", ["1.5"], None, None),
+    ],
+    "asdiv": [
+        ("Seven apples and two. How many apples?", ["9"], None, "apples"),
+        ("Ben won. Who won?", ["Ben"], None, None),
+        ("It leaves at 3. When?", ["3:30 p.m."], None, None),
+    ],
+    "minerva_math": [("Find $s$ in cm.", ["1.6"], None, None), ("Find $L$.", ["4.5e33"], None, None)],
+    "olympiadbench": [
+        ("Find $N$.", ["2"], None, None),
+        ("A train.\nHow far?", ["$4.2$"], pytest.approx(0.1 / 4.2), "km"),
+        ("All roots?", ["$1$", "$2$"], None, None),
+    ],
+    "mmlu_stem": [
+        ("Which is prime?\nAnswer Choices: (A) 4 (B) 6 (C) 7 (D) 9", ["C"], None, None),
+        ("Yes?\nAnswer Choices: (A) True (B) False", ["A"], None, None),
+    ],
+}
+
+
+def write(path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("benchmarks")
+    for name, rows in FILES.items():
+        write(folder / f"{name}.jsonl", rows)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_rows_of_every_benchmark(name, data_dir):
+    made = load_benchmark(name, data_dir)
+    assert made.features == ROW_FEATURES
+    rows = [(row["question"], row["gold"], row["tolerance"], row["unit"]) for row in made]
+    assert rows == EXPECTED[name]
+    assert set(made["kind"]) == {"choice" if name == "mmlu_stem" else "math"}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_hub_is_asked_for_what_the_docs_say(name, monkeypatch):
+    asked = []
+
+    def load_split(*args):
+        asked.append(args)
+        return Dataset.from_list(FILES[name])
+
+    monkeypatch.setattr(sets, "load_split", load_split)
+    made = load_benchmark(name)
+    assert asked == [BENCHMARKS[name].dataset]
+    assert [row["gold"] for row in made] == [gold for _, gold, *_ in EXPECTED[name]]
+
+
+def test_svamp_with_numbers_as_text(tmp_path):
+    rows = [{"Body": "a", "Question": "b?", "Answer": text} for text in ("145.0", "1.5", "1000000")]
+    write(tmp_path / "svamp.jsonl", rows)
+    assert [row["gold"] for row in load_benchmark("svamp", str(tmp_path))] == [["145"], ["1.5"], ["1000000"]]
+
+
+def test_minerva_as_the_hub_names_its_columns(tmp_path):
+    write(tmp_path / "minerva_math.jsonl", [{"question": "Find $s$.", "answer": "1.6"}])
+    (row,) = load_benchmark("minerva_math", str(tmp_path))
+    assert (row["question"], row["gold"]) == ("Find $s$.", ["1.6"])
+
+
+@pytest.mark.parametrize("place", ["svamp.jsonl", "benchmarks/svamp.jsonl", "svamp/test.jsonl", "svamp.json"])
+def test_places_of_a_file(place, tmp_path):
+    write(tmp_path / place, FILES["svamp"])
+    assert len(load_benchmark("svamp", str(tmp_path))) == 2
+
+
+def test_the_first_problems_only(data_dir):
+    assert load_benchmark("asdiv", data_dir, max_samples=2)["question"][:] == [q for q, *_ in EXPECTED["asdiv"][:2]]
+    assert len(load_benchmark("asdiv", data_dir, max_samples=9)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "sentence"),
+    [
+        (
+            "svamp",
+            {"Body": "a", "Question": "b"},
+            "SVAMP in '{file}' has no column 'Answer': expected are Body, Question, Answer, and it has Body, "
+            "Question.",
+        ),
+        (
+            "math",
+            {"problem": "a"},
+            "MATH in '{file}' has no column 'answer or solution': expected are problem | question, answer | solution, "
+            "and it has problem.",
+        ),
+        (
+            "gsm8k",
+            {"question": "a", "answer": "7"},
+            "Row 0 of GSM8K in '{file}' is not as expected: its answer has no '####'.",
+        ),
+        (
+            "math",
+            {"problem": "a", "solution": "7"},
+            r"Row 0 of MATH in '{file}' is not as expected: its solution has no \boxed{} answer.",
+        ),
+        (
+            "svamp",
+            {"Body": "a", "Question": "b", "Answer": "many"},
+            "Row 0 of SVAMP in '{file}' is not as expected: could not convert string to float: 'many'.",
+        ),
+        (
+            "mmlu_stem",
+            {"question": "a", "choices": ["b"], "answer": 1},
+            "Row 0 of MMLU-STEM in '{file}' is not as expected: its answer 1 is not the index of one of 1 choices.",
+        ),
+        (
+            "gsm8k",
+            {"question": " ", "answer": "#### 7"},
+            "Row 0 of GSM8K in '{file}' is not as expected: its question or its answer is empty.",
+        ),
+        (
+            "asdiv",
+            {"body": "a", "question": "b", "answer": "1; 2"},
+            "ASDiv in '{file}' has no row that can be used.",
+        ),
+    ],
+)
+def test_what_is_not_as_expected_is_told(name, row, sentence, tmp_path):
+    file = tmp_path / f"{name}.jsonl"
+    write(file, [row])
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence.replace('{file}', str(file)))}$"):
+        load_benchmark(name, str(tmp_path))
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(ValueError) as error:
+        load_benchmark("math", str(tmp_path))
+    assert str(error.value) == (
+        f"There is no file of MATH in {str(tmp_path)!r}: expected is one of math.jsonl, benchmarks/math.jsonl, "
+        "math/test.jsonl (or .json, .parquet)."
+    )
+    with pytest.raises(ValueError, match="^There is no folder '.*nowhere', which `data_dir` names.$"):
+        load_benchmark("math", str(tmp_path / "nowhere"))

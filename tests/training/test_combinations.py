@@ -1,0 +1,173 @@
+"""Settings that do not go together, and the sentence that names both. No weights are loaded to find them."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
+from trl_lightreasoner.commands.cli import main
+from trl_lightreasoner.training.combinations import check_combinations, fsdp_version
+
+from ..conftest import make_model
+
+
+FSDP1 = {"ACCELERATE_USE_FSDP": "true"}
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ALL_WEIGHTS = (
+    r"`load_in_{}bit` does not go with training all weights, since quantized weights cannot be updated\. Train an "
+    r"adapter \(`peft_config`; `--use_peft true` on the command line\), or load the model unquantized\."
+)
+FP16 = r"`fp16` does not go with `load_in_{}bit`, whose adapter is trained in bfloat16\. Set `bf16` instead\."
+STORAGE = (
+    r"`load_in_4bit` goes with FSDP{0} only if `bnb_4bit_quant_storage` is {1}, got {2}\. Set it so, or launch with "
+    r"DDP\."
+)
+INT8 = (
+    r"`load_in_8bit` does not go with FSDP, which cannot split 8-bit weights\. Launch with DDP, or set "
+    r"`load_in_4bit`, and `bnb_4bit_quant_storage` to float32\."
+)
+HALF = r"`fp16` does not go with training all weights in {}\. Leave `dtype` out, for float32, or set `bf16`\."
+STORED = "--bnb_4bit_quant_storage"
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    def set_environment(variables: dict[str, str]) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_environment
+
+
+@pytest.fixture
+def unloadable(monkeypatch):
+    def fail(*args, **kwargs):
+        pytest.fail("weights were loaded before the mistake was found")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "sentence"),
+    [
+        (["--load_in_4bit", "--use_peft", "false"], {}, ALL_WEIGHTS.format(4)),
+        (["--load_in_8bit", "--use_peft", "false"], {}, ALL_WEIGHTS.format(8)),
+        (["--load_in_4bit", "--fp16"], {}, FP16.format(4)),
+        (["--load_in_8bit", "--fp16"], {}, FP16.format(8)),
+        (["--load_in_4bit"], {"ACCELERATE_MIXED_PRECISION": "fp16"}, FP16.format(4)),
+        (["--use_peft", "false", "--dtype", "float16", "--fp16"], {}, HALF.format("float16")),
+        (["--use_peft", "false", "--dtype", "bfloat16", "--fp16"], {}, HALF.format("bfloat16")),
+        (["--load_in_8bit"], FSDP1, INT8),
+        (["--load_in_8bit"], FSDP2, INT8),
+        (["--load_in_4bit"], FSDP1, STORAGE.format(1, "bfloat16", "uint8")),
+        (["--load_in_4bit"], FSDP2, STORAGE.format(2, "float32", "uint8")),
+        (["--load_in_4bit", STORED, "bfloat16"], FSDP2, STORAGE.format(2, "float32", "bfloat16")),
+        (["--load_in_4bit", "--fsdp"], {}, STORAGE.format(2, "float32", "uint8")),
+    ],
+)
+def test_a_combination_that_cannot_work_is_refused_in_one_sentence(
+    flags, variables, sentence, environment, unloadable, expert_path, steps, tmp_path, capsys
+):
+    if "--load_in_4bit" in flags or "--load_in_8bit" in flags:
+        pytest.importorskip("bitsandbytes")
+    environment(variables)
+    steps.to_parquet(tmp_path / "steps.parquet")
+    argv = ["train", "--model_name_or_path", expert_path, "--dataset_name", str(tmp_path / "steps.parquet")]
+    assert main([*argv, "--output_dir", str(tmp_path / "out"), "--use_cpu", *flags]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightreasoner")]
+    assert re.fullmatch(f"lightreasoner train: error: {sentence}", line)
+
+
+def test_the_same_in_python(environment, unloadable, expert_path, steps, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    environment(FSDP2)
+    with pytest.raises(ValueError, match=f"^{STORAGE.format(2, 'float32', 'bfloat16')}$"):
+        LightReasonerTrainer(
+            expert_path,
+            LightReasonerConfig(str(tmp_path), use_cpu=True),
+            train_dataset=steps,
+            quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16),
+            peft_config=LoraConfig(target_modules=["q_proj"]),
+        )
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_storage": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "variables", "quantization", "dtype", "adapter"),
+    [
+        ({}, FSDP2, NF4, "bfloat16", True),
+        ({}, FSDP1, {**NF4, "bnb_4bit_quant_storage": "bfloat16"}, "bfloat16", True),
+        ({}, {}, {"load_in_4bit": True}, "bfloat16", True),
+        ({}, {}, {"load_in_8bit": True}, "bfloat16", True),
+        ({}, FSDP2, None, "bfloat16", True),
+        ({}, FSDP2, {"quant_method": "gptq", "bits": 4}, "float16", True),
+        ({"fp16": True}, {}, None, "bfloat16", True),  # PEFT keeps an adapter in float32
+        ({"fp16": True}, {}, None, torch.float32, False),
+        ({}, {}, None, torch.bfloat16, False),
+    ],
+)
+def test_what_goes_together_is_not_refused(settings, variables, quantization, dtype, adapter, environment, tmp_path):
+    environment(variables)
+    check_combinations(LightReasonerConfig(str(tmp_path), use_cpu=True, **settings), quantization, dtype, adapter)
+
+
+def test_deepspeed_scales_gradients_of_fp16_itself(tmp_path, monkeypatch):
+    args = LightReasonerConfig(str(tmp_path), use_cpu=True, fp16=True)
+    with pytest.raises(ValueError, match=FP16.format(4)):
+        check_combinations(args, {"load_in_4bit": True}, "float16", adapter=True)
+    monkeypatch.setattr(args, "deepspeed_plugin", object())
+    check_combinations(args, {"load_in_4bit": True}, "float16", adapter=True)
+
+
+def test_fsdp_is_found_wherever_it_was_asked_for(environment, tmp_path):
+    assert fsdp_version(LightReasonerConfig(str(tmp_path), use_cpu=True)) is None
+    assert fsdp_version(LightReasonerConfig(str(tmp_path), use_cpu=True, fsdp=True)) == 2
+    settings = {"fsdp": True, "fsdp_config": {"version": 1}}
+    assert fsdp_version(LightReasonerConfig(str(tmp_path), use_cpu=True, **settings)) == 1
+    environment(FSDP2)
+    assert fsdp_version(LightReasonerConfig(str(tmp_path), use_cpu=True)) == 2
+    environment({"ACCELERATE_USE_FSDP": "false"})
+    assert fsdp_version(LightReasonerConfig(str(tmp_path), use_cpu=True)) is None
+
+
+def test_fsdp2_does_not_cast_4_bit_weights(tokenizer, steps, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    make_model(tokenizer, hidden_size=64).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    def policy_of(quantization_config: BitsAndBytesConfig | None) -> str | None:
+        args = LightReasonerConfig(str(tmp_path), use_cpu=True)
+        Accelerator(cpu=True)
+        plugin = SimpleNamespace(mixed_precision_policy="bf16", activation_checkpointing=False)
+        monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
+        LightReasonerTrainer(
+            str(tmp_path / "model"),
+            args,
+            train_dataset=steps,
+            quantization_config=quantization_config,
+            peft_config=LoraConfig(target_modules=["q_proj"]),
+        )
+        return plugin.mixed_precision_policy
+
+    # accelerate has no FSDP2 on a CPU
+    monkeypatch.setattr(Accelerator, "is_fsdp2", True)
+    assert policy_of(BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")) is None
+    assert policy_of(None) == "bf16"
+
+
+def test_liger_kernels_leave_the_forward_alone(expert, steps, tmp_path, monkeypatch):
+    applied = []
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda model, config: applied.append(config))
+    settings = {"use_cpu": True, "max_steps": 1, "use_liger_kernel": True, "liger_kernel_config": {"rope": False}}
+    args = LightReasonerConfig(str(tmp_path), report_to="none", **settings)
+    LightReasonerTrainer(expert, args, train_dataset=steps).train()
+    assert applied == [{"rope": False, "fused_linear_cross_entropy": False}]
+    assert args.liger_kernel_config == {"rope": False}

@@ -1,0 +1,95 @@
+"""Two real processes (gloo) compute what one does."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trl_lightreasoner.training.packed_attention import varlen_attn
+
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train_rows.py"
+# An update of 8 rows: rows of a process's batch, batches
+ONE = {"8 x 1": (8, 1), "1 x 8": (1, 8)}
+TWO = {"4 x 1": (4, 1), "2 x 2": (2, 2)}
+EVAL_ROWS = [5, 7, 12]
+
+
+def settings(batch: int, accumulation: int, num_eval_rows: int = 12, lora: bool = True, graphs: bool = False) -> dict:
+    args = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    return {"args": args, "num_eval_rows": num_eval_rows, "lora": lora, "graphs": graphs}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, steps, expert_path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All trainings by one process, and all by two: to start processes takes far longer than to train."""
+    folder = tmp_path_factory.mktemp("trained")
+    # 16 rows, two updates of 8, with very unequal numbers of kept steps
+    rows = (steps.to_list() + steps.to_list()[::-1] + steps.to_list())[:16]
+    for i, row in enumerate(rows):
+        for name in ("step_positions", "label_ids", "label_probs"):
+            row[name] = row[name][: max(1, len(row[name]) - i % 5)]
+    type(steps).from_list(rows, features=steps.features).to_parquet(folder / "rows.parquet")
+
+    def launch(num_processes: int, runs: dict[str, dict]) -> dict[str, Any]:
+        for name, run in runs.items():
+            run |= {"rows": str(folder / "rows.parquet"), "model": expert_path}
+            run |= {"output_dir": str(folder / f"{num_processes} {name}")}
+        launcher = [sys.executable]
+        if num_processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+        command = [*launcher, str(SCRIPT), json.dumps(list(runs.values()))]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert process.returncode == 0, process.stderr[-3000:]
+        results = {}
+        for name, run in runs.items():
+            output = Path(run["output_dir"])
+            results[name] = json.loads((output / "result.json").read_text())
+            results[name]["weights"] = load_file(output / "weights.safetensors")
+            assert results[name]["world_size"] == num_processes
+        return results
+
+    kinds = {"full": False, "lora": True}
+    one, two = (
+        {f"{kind} {name}": settings(*size, lora=lora) for kind, lora in kinds.items() for name, size in sizes.items()}
+        for sizes in (ONE, TWO)
+    )
+    for n in EVAL_ROWS:
+        one[f"evaluated on {n}"] = settings(4, 1, num_eval_rows=n)
+        two[f"evaluated on {n}"] = settings(2, 1, num_eval_rows=n)
+    if varlen_attn is not None:
+        two["replayed"] = settings(2, 2, graphs=True)
+    return launch(1, one), launch(2, two)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_two_processes_train_as_one(kind, trained):
+    one, two = trained
+    expected = one[f"{kind} 8 x 1"]
+    others = [one[f"{kind} 1 x 8"], *(two[f"{kind} {name}"] for name in TWO)]
+    for other, name in zip(others, ["1 x 8", *TWO], strict=True):
+        for parameter, weight in expected["weights"].items():
+            torch.testing.assert_close(other["weights"][parameter], weight, rtol=1e-5, atol=1e-6, msg=name)
+        assert other["losses"] == pytest.approx(expected["losses"], rel=1e-5), name
+        assert other["num_kept_steps"] == expected["num_kept_steps"], name
+
+
+@pytest.mark.skipif(varlen_attn is None, reason="needs PyTorch 2.10")
+def test_two_processes_that_replay_their_layers_train_as_one_that_does_not(trained):
+    one, two = trained[0]["lora 8 x 1"], trained[1]["replayed"]
+    assert two["num_graphs"] > 0 == one["num_graphs"]
+    for parameter, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][parameter], weight, rtol=1e-5, atol=1e-6)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("num_eval_rows", EVAL_ROWS)
+def test_eval_loss_is_that_of_one_process_for_any_number_of_rows(num_eval_rows, trained):
+    one, two = (results[f"evaluated on {num_eval_rows}"] for results in trained)
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
+    assert two["eval_kl_to_expert"] == pytest.approx(one["eval_kl_to_expert"], rel=1e-4) and one["eval_kl_to_expert"]

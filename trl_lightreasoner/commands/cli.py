@@ -1,0 +1,74 @@
+"""The `lightreasoner` program. Only the command that runs is imported, so that `--help` answers at once."""
+
+import gc
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+
+COMMANDS = {
+    "demo": "see the method work on the bundled pair: offline, on a CPU, in a minute",
+    "sample": "prompts to a Dataset of kept steps",
+    "train": "a Dataset of kept steps to an adapter",
+    "merge": "an adapter to a plain model",
+    "report": "kept steps as a page to look at, two datasets side by side",
+    "import": "the published scripts' JSON lines to a Dataset of kept steps",
+    "eval": "how many problems of seven benchmarks a model solves, and a baseline beside it",
+}
+_MODULES = {"import": "import_steps"}  # a word that Python keeps to itself
+
+USAGE = f"""usage: lightreasoner COMMAND [--flag VALUE ...] [--config FILE.yaml]
+
+LightReasoner (arXiv 2510.07962): a small model shows a large one, without labels, which steps to learn from.
+
+commands:
+{chr(10).join(f"  {name:<8} {text}" for name, text in COMMANDS.items())}
+
+`lightreasoner COMMAND --help` explains every flag."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status: 0, or 2 for a mistake that the user can mend."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["--version"]:
+        from .. import __version__
+
+        print(__version__)
+        return 0
+    if argv[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
+    if not argv or argv[0] not in COMMANDS:
+        given = f"There is no command {argv[0]!r}." if argv else "A command is missing."
+        print(f"lightreasoner: error: {given} The commands are {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    command = import_module(f".{_MODULES.get(argv[0], argv[0])}", __package__)
+    return run(f"lightreasoner {argv[0]}", command.make_parser, command.main, argv[1:])
+
+
+def run(prog: str, make_parser: Callable, command: Callable, argv: Sequence[str]) -> int:
+    """Parse `argv` and run one command; a mistake of the user's becomes one sentence on stderr and exit status 2."""
+    # It would tell at every start that a kernel for 4 bits on CPUs is not installed
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        command(*make_parser(prog).parse(argv))
+        _leave_process_group()
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        from .arguments import printable
+
+        print(f"{prog}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _leave_process_group() -> None:
+    """With threads of the group still at work, the end of a process can be an abort."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        # The threads end with the last holder of the group. DDP, held by a trainer, which is a cycle, must go before:
+        # freed by it, the group would wait for its threads with the GIL held, and they may be waiting for the GIL
+        gc.collect()
+        distributed.destroy_process_group()

@@ -1,0 +1,119 @@
+"""`lightreasoner eval`: how many problems of seven benchmarks a model solves, and a baseline beside it."""
+
+from dataclasses import dataclass, field
+
+from ..evaluation.evaluation_config import EvaluationConfig
+from .arguments import ArgumentParser, quantization_of
+
+
+@dataclass
+class EvaluationArguments:
+    """
+    Models of `lightreasoner eval`.
+
+    Parameters:
+        model (`str`):
+            Id or path of a model or an adapter.
+        baseline (`str`, *optional*):
+            Id or path of what it is compared with, problem by problem; of an adapter, mostly its base model.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether to load both in 4 bits.
+        load_in_8bit (`bool`, *optional*, defaults to `False`):
+            Whether to load both in 8 bits.
+        bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`):
+            Quantization type of models in 4 bits: `"nf4"` or `"fp4"`.
+        use_bnb_nested_quant (`bool`, *optional*, defaults to `False`):
+            Whether to use nested quantization for models in 4 bits.
+        push_to_hub (`bool`, *optional*, defaults to `False`):
+            Whether to write the accuracies into the model card on the Hub.
+        hub_model_id (`str`, *optional*):
+            The repository of that card, as owner/name. If not set, `model`.
+        hub_token (`str`, *optional*):
+            Token for the upload. If not set, the one of `hf auth login`.
+    """
+
+    model: str = field(
+        metadata={"help": "Id or path of a model or an adapter."},
+    )
+    baseline: str | None = field(
+        default=None,
+        metadata={
+            "help": "Id or path of what it is compared with, problem by problem; of an adapter, mostly its base model."
+        },
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Whether to load both in 4 bits."},
+    )
+    load_in_8bit: bool = field(
+        default=False,
+        metadata={"help": "Whether to load both in 8 bits."},
+    )
+    bnb_4bit_quant_type: str = field(
+        default="nf4",
+        metadata={"help": "Quantization type of models in 4 bits: 'nf4' or 'fp4'.", "choices": ["nf4", "fp4"]},
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False,
+        metadata={"help": "Whether to use nested quantization for models in 4 bits."},
+    )
+    push_to_hub: bool = field(
+        default=False,
+        metadata={"help": "Whether to write the accuracies into the model card on the Hub."},
+    )
+    hub_model_id: str | None = field(
+        default=None,
+        metadata={"help": "The repository of that card, as owner/name. If not set, `model`."},
+    )
+    hub_token: str | None = field(
+        default=None,
+        metadata={"help": "Token for the upload. If not set, the one of `hf auth login`."},
+    )
+
+    def __post_init__(self):
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("`load_in_4bit` and `load_in_8bit` exclude each other.")
+
+
+def make_parser(prog: str | None = None) -> ArgumentParser:
+    return ArgumentParser([EvaluationArguments, EvaluationConfig], prog=prog, description=__doc__)
+
+
+def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
+    import datasets
+    from trl import ModelConfig
+
+    from ..evaluation.evaluation import evaluate
+    from ..hub.sharing import open_repo, push_evaluation_to_hub
+    from ..models.provenance import hub_id
+    from ..processes import Processes
+
+    repo_id = script_args.hub_model_id or hub_id(script_args.model) or ""
+    if script_args.push_to_hub and not repo_id:
+        raise ValueError(
+            f"{script_args.model!r} is a folder. Name the repository of its model card with `--hub_model_id`."
+        )
+    if script_args.push_to_hub and Processes().is_main:  # who may not write shall know it now
+        repo_id = open_repo(repo_id, token=script_args.hub_token)
+    datasets.disable_progress_bars()  # of every file; the bar of the answers stays
+    names = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
+    quantization = quantization_of(
+        ModelConfig(dtype=args.dtype, **{name: getattr(script_args, name) for name in names})
+    )
+    evaluation = evaluate(script_args.model, args, script_args.baseline, quantization_config=quantization)
+    if not Processes().is_main:
+        return
+    print(f"\n{evaluation.table()}\n")
+    scores = evaluation.results["benchmarks"].values()
+    for role in ("model", "baseline"):
+        counts = [(score[role]["num_cut"], score["num_problems"]) for score in scores if role in score]
+        num_cut, num_answers = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
+        if num_cut:
+            print(
+                f"{num_cut:,} of {num_answers:,} answers of the {role} did not end within {args.max_new_tokens:,} "
+                "tokens or the context, and were graded as they stand."
+            )
+    print(f"Percent, +- one standard error. Answers and results.json are in {args.output_dir}.")
+    if script_args.push_to_hub:
+        push_evaluation_to_hub(evaluation, repo_id, script_args.hub_token)
+        print(f"The accuracies are in the model card of {repo_id} on the Hub.")

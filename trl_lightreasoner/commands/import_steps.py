@@ -1,0 +1,77 @@
+"""`lightreasoner import`: the published scripts' JSON lines to a Dataset of kept steps."""
+
+from dataclasses import dataclass, field
+
+from .arguments import ArgumentParser
+
+
+@dataclass
+class ImportArguments:
+    """
+    Settings of `lightreasoner import`.
+
+    Parameters:
+        file (`str`):
+            JSON lines that the published scripts sampled, a step a line.
+        output_dir (`str`):
+            Folder for the Dataset.
+        expert (`str`):
+            Id or path of the expert that sampled them: its tokenizer reads the text.
+        system_prompt (`str`, *optional*, defaults to `"Please reason step by step."`):
+            System message before each question.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether to delete steps that `output_dir` already holds.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to allow loading tokenizers that ship custom Python code.
+    """
+
+    file: str = field(
+        metadata={"help": "JSON lines that the published scripts sampled, a step a line."},
+    )
+    output_dir: str = field(
+        metadata={"help": "Folder for the Dataset."},
+    )
+    expert: str = field(
+        metadata={"help": "Id or path of the expert that sampled them: its tokenizer reads the text."},
+    )
+    system_prompt: str = field(
+        default="Please reason step by step.",
+        metadata={"help": "System message before each question."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Whether to delete steps that `output_dir` already holds."},
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Whether to allow loading tokenizers that ship custom Python code."},
+    )
+
+    def __post_init__(self):
+        if not self.output_dir:
+            raise ValueError(f"`output_dir` must name a folder, got {self.output_dir!r}.")
+
+
+def make_parser(prog: str | None = None) -> ArgumentParser:
+    prog = prog or "lightreasoner import"
+    usage = f"{prog} FILE [--flag VALUE ...] [--config FILE.yaml]"
+    hint = "The file comes first: `lightreasoner import FILE --output_dir DIR`."
+    return ArgumentParser([ImportArguments], first="file", hint=hint, prog=prog, usage=usage, description=__doc__)
+
+
+def main(args: ImportArguments) -> None:
+    from ..steps.dataset import count_steps
+    from ..steps.published_steps import import_published_steps
+
+    dataset = import_published_steps(
+        args.file,
+        args.output_dir,
+        args.expert,
+        system_prompt=args.system_prompt,
+        overwrite_output_dir=args.overwrite_output_dir,
+        trust_remote_code=args.trust_remote_code,
+    )
+    print(
+        f"{len(dataset):,} trajectories with {count_steps(dataset):,} kept steps are in {args.output_dir}. Next: "
+        f"lightreasoner train --model_name_or_path {args.expert} --dataset_name {args.output_dir} --output_dir ADAPTER"
+    )

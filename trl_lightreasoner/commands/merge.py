@@ -1,0 +1,296 @@
+"""`lightreasoner merge`: an adapter to a plain model."""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .arguments import ArgumentParser
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+# PEFT has no merge for these; what most of them add depends on the input
+_UNMERGEABLE_TYPES = ("ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA")
+_MISFIT = (
+    "The adapter's weights do not fit the base model, whose layers have other shapes or names. Name the model that it "
+    "was trained on with `--base_model_name_or_path`."
+)
+
+
+@dataclass
+class MergeArguments:
+    """
+    Settings of `lightreasoner merge`.
+
+    Parameters:
+        model_name_or_path (`str`):
+            Id or path of the adapter.
+        output_dir (`str`):
+            Folder for the model: new or empty.
+        base_model_name_or_path (`str`, *optional*):
+            Id or path of the base model in full precision. If not set, it is the one that the adapter's config names.
+        model_revision (`str`, *optional*):
+            Branch, tag or commit id of the adapter. The base model's is the one that the adapter's config names.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Data type in which the weights are merged and saved: `"auto"` (the base model's own), `"bfloat16"`,
+            `"float16"` or `"float32"`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to allow loading models and tokenizers that ship custom Python code.
+    """
+
+    model_name_or_path: str = field(
+        metadata={"help": "Id or path of the adapter."},
+    )
+    output_dir: str = field(
+        metadata={"help": "Folder for the model: new or empty."},
+    )
+    base_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Id or path of the base model in full precision. If not set, it is the one that the adapter's "
+            "config names."
+        },
+    )
+    model_revision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Branch, tag or commit id of the adapter. The base model's is the one that the adapter's config "
+            "names."
+        },
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Data type in which the weights are merged and saved: 'auto' (the base model's own), 'bfloat16', "
+            "'float16' or 'float32'.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Whether to allow loading models and tokenizers that ship custom Python code."},
+    )
+
+
+def make_parser(prog: str | None = None) -> ArgumentParser:
+    return ArgumentParser([MergeArguments], prog=prog, description=__doc__)
+
+
+def main(args: MergeArguments) -> None:
+    """
+    Merge an adapter into its base model, and save the result with tokenizer and generation config.
+
+    Args:
+        args ([`MergeArguments`]): What to merge, and where to.
+
+    Raises:
+        `ValueError`: If the folder is taken, there is no such adapter or base model, or no plain model in full
+            precision can give what the two give together. Nothing is written then.
+
+    Example:
+
+    ```python
+    >>> from trl_lightreasoner.commands.merge import MergeArguments, main
+
+    >>> main(MergeArguments("adapter", "model"))  # doctest: +SKIP
+    The model is in model.
+
+    ```
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = check_output_dir(args)
+    adapter = find_adapter(args)
+    base = args.base_model_name_or_path or adapter.base_model_name_or_path
+    base_kwargs = {"trust_remote_code": args.trust_remote_code}
+    if base == adapter.base_model_name_or_path:
+        base_kwargs["revision"] = adapter.revision
+    check_base(base, adapter, args, base_kwargs)
+    tokenizer = find_tokenizer(base, args, base_kwargs)
+    check_weights(args)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"Cannot write to {args.output_dir!r} ({error.strerror}). Choose another `output_dir`, or see to the "
+            "permissions."
+        ) from error
+    try:
+        # On the CPU, whose memory holds what a GPU might not
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=args.dtype, **base_kwargs)
+        merge(model, args).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except BaseException:  # the whole model or nothing; the folder was empty
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    print(f"The model is in {args.output_dir}.")
+
+
+def check_output_dir(args: MergeArguments) -> Path:
+    """The folder, if a model may be written there."""
+    folder = Path(args.output_dir)
+    if folder.exists() and folder.resolve() == Path(args.model_name_or_path).resolve():
+        raise ValueError(f"{args.output_dir!r} is the adapter's own folder. Choose another `output_dir`.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{args.output_dir!r} is a file. Choose another `output_dir`.")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"{args.output_dir!r} is not empty, and a model there would be overwritten. Choose another `output_dir`."
+        )
+    return folder
+
+
+def find_adapter(args: MergeArguments) -> "PeftConfig":
+    """The adapter's configuration, if it is one that can be merged."""
+    from peft import PeftConfig
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    from ..models.loading import check_adapter
+
+    path, revision = args.model_name_or_path, args.model_revision
+    try:
+        found = find_adapter_config_file(path, revision=revision)
+    except OSError:  # neither a folder nor an id
+        found = None
+    if found is None:
+        raise ValueError(
+            f"{path!r} is no adapter: there is no adapter_config.json. Name the folder or the Hub id of one, such as "
+            "`lightreasoner train` makes; a model without an adapter needs no merging."
+        )
+    adapter = PeftConfig.from_pretrained(path, revision=revision)
+    check_adapter(adapter, "model")
+    if adapter.peft_type in _UNMERGEABLE_TYPES:
+        reason = adapter.peft_type.value
+    elif getattr(adapter, "alora_invocation_tokens", None):
+        reason = "aLoRA"
+    elif getattr(adapter, "layer_replication", None):
+        reason = "LoRA with `layer_replication`"
+    else:
+        return adapter
+    raise ValueError(
+        f"An adapter of this kind ({reason}) cannot be merged into the weights of its base model. Load it with PEFT "
+        "as it is, or train one of another kind, such as LoRA."
+    )
+
+
+def check_base(base: str | None, adapter: "PeftConfig", args: MergeArguments, base_kwargs: dict) -> None:
+    """Refuses a base model that is not there, or whose weights cannot take the adapter."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    from ..models.loading import load_config
+
+    if not base:
+        raise ValueError("The adapter's config names no base model. Name it with `--base_model_name_or_path`.")
+    try:
+        config = load_config(base, "base model", **base_kwargs)
+    except ValueError as error:
+        if args.base_model_name_or_path is not None:
+            raise
+        raise ValueError(
+            f"{error} The adapter's config names it; if it is elsewhere by now, say where with "
+            "`--base_model_name_or_path`."
+        ) from error
+    if find_adapter_config_file(base, revision=base_kwargs.get("revision")) is not None:
+        raise ValueError(
+            f"The base model {base!r} is an adapter itself. Merge that one first, and name the result with "
+            "`--base_model_name_or_path`."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"The base model {base!r} is quantised, and merging into its weights would round the adapter away. Name "
+            "the same model in full precision with `--base_model_name_or_path`."
+        )
+    names = find_tied(config, adapter, args.trust_remote_code)
+    if names:
+        raise ValueError(
+            f"The adapter changes {' and '.join(names)}, and the base model ties its input and output embeddings: "
+            "merging would change one with the other, or untie them. Load the adapter with PEFT as it is, or train "
+            "one without them in `target_modules` and `modules_to_save`."
+        )
+
+
+def find_tied(config: "PretrainedConfig", adapter: "PeftConfig", trust_remote_code: bool) -> list[str]:
+    """Names of those of the tied embeddings that the adapter changes as modules."""
+    import torch
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from transformers import AutoModelForCausalLM
+
+    if not getattr(config, "tie_word_embeddings", False):
+        return []
+    with torch.device("meta"):  # names only, no weights
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is each for each in embeddings)]
+    saved = getattr(adapter, "modules_to_save", None) or []
+    has_targets = getattr(adapter, "target_modules", None) is not None
+    return [
+        name
+        for name in names
+        if any(f".{name}".endswith(f".{each}") for each in saved)
+        or (has_targets and check_target_module_exists(adapter, name))
+    ]
+
+
+def find_tokenizer(base: str, args: MergeArguments, base_kwargs: dict) -> "PreTrainedTokenizerBase":
+    """The tokenizer beside the adapter, or else the base model's."""
+    from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    source, kwargs = args.model_name_or_path, {**base_kwargs, "revision": args.model_revision}
+    try:
+        if not get_tokenizer_config(source, revision=args.model_revision):
+            source, kwargs = base, base_kwargs
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        if len(tokenizer) > len(tokenizer.all_special_tokens):  # transformers makes an empty one where there is none
+            return tokenizer
+        reason = "there is none"
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+    raise ValueError(
+        f"No tokenizer can be loaded from {source!r} ({reason}). Save the model's tokenizer beside the adapter."
+    )
+
+
+def check_weights(args: MergeArguments) -> None:
+    """Refuses an adapter whose weights are missing or not finite, before the base model is loaded."""
+    from peft import load_peft_weights
+    from safetensors import SafetensorError
+
+    try:
+        weights = load_peft_weights(args.model_name_or_path, device="cpu", revision=args.model_revision)
+    except (ValueError, OSError, SafetensorError) as error:
+        raise ValueError(
+            f"The weights of the adapter {args.model_name_or_path!r} are missing or damaged. They are to be in "
+            "adapter_model.safetensors; merge another checkpoint, or get the file again."
+        ) from error
+    broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"The adapter's weights hold NaN or infinity, first in {broken[0]!r}. Merge an earlier checkpoint, or "
+            "train it again."
+        )
+
+
+def merge(model: "PreTrainedModel", args: MergeArguments) -> "PreTrainedModel":
+    """The model with the adapter in its weights, if all of the adapter has a place there."""
+    from peft import PeftModel
+
+    adapter_kwargs = {"revision": args.model_revision, "torch_device": "cpu"}
+    try:
+        adapted = PeftModel.from_pretrained(model, args.model_name_or_path, **adapter_kwargs)
+        # PEFT passes over weights without a place, and tells of them only here
+        loaded = adapted.load_adapter(args.model_name_or_path, "default", **adapter_kwargs)
+        fits = not (loaded.missing_keys or loaded.unexpected_keys)
+    except RuntimeError as error:
+        raise ValueError(_MISFIT) from error
+    if not fits:
+        raise ValueError(_MISFIT)
+    try:
+        return adapted.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, ValueError) as error:
+        reason = str(error).rstrip(".")
+        raise ValueError(f"PEFT cannot merge the adapter: {reason}. Load it with PEFT as it is.") from error

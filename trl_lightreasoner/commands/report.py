@@ -1,0 +1,151 @@
+"""`lightreasoner report`: kept steps as a page to look at, two datasets side by side, and a training's curves."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..steps.splits import load_split
+from .arguments import ArgumentParser
+
+
+@dataclass
+class ReportArguments:
+    """
+    Settings of `lightreasoner report`.
+
+    Parameters:
+        dataset_name (`list[str]`):
+            One dataset of kept steps or two: on the Hub, a folder, or a file (JSON lines, Parquet). The flag can be
+            left out.
+        output_dir (`str`, *optional*, defaults to `"report"`):
+            Folder for report.html and the PNG figures.
+        training_dir (`str`, *optional*):
+            Output folder of a training, whose loss, entropy, agreement and divergences are shown.
+        dataset_config (`str`, *optional*):
+            Configuration of the dataset.
+        dataset_split (`str`, *optional*, defaults to `"train"`):
+            Split to use, such as `"train[:1000]"`.
+        expert (`str`, *optional*):
+            Id or path of the expert. If not set, it is the one that the dataset names.
+        amateur (`str`, *optional*):
+            Id or path of the amateur. If not set, it is the one that the dataset names.
+        load_models (`bool`, *optional*, defaults to `True`):
+            Whether to load expert and amateur, if they are on this machine, for their probabilities at the kept steps
+            that are shown.
+        num_trajectories (`int`, *optional*, defaults to `24`):
+            How many trajectories of each dataset are shown. All numbers are over every row.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed with which the trajectories are drawn.
+    """
+
+    dataset_name: list[str] = field(
+        metadata={
+            "help": "One dataset of kept steps or two: on the Hub, a folder, or a file (JSON lines, Parquet). The "
+            "flag can be left out."
+        },
+    )
+    output_dir: str = field(
+        default="report",
+        metadata={"help": "Folder for report.html and the PNG figures."},
+    )
+    training_dir: str | None = field(
+        default=None,
+        metadata={"help": "Output folder of a training, whose loss, entropy, agreement and divergences are shown."},
+    )
+    dataset_config: str | None = field(
+        default=None,
+        metadata={"help": "Configuration of the dataset."},
+    )
+    dataset_split: str = field(
+        default="train",
+        metadata={"help": "Split to use, such as 'train[:1000]'."},
+    )
+    expert: str | None = field(
+        default=None,
+        metadata={"help": "Id or path of the expert. If not set, it is the one that the dataset names."},
+    )
+    amateur: str | None = field(
+        default=None,
+        metadata={"help": "Id or path of the amateur. If not set, it is the one that the dataset names."},
+    )
+    load_models: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to load expert and amateur, if they are on this machine, for their probabilities at the "
+            "kept steps that are shown."
+        },
+    )
+    num_trajectories: int = field(
+        default=24,
+        metadata={"help": "How many trajectories of each dataset are shown. All numbers are over every row."},
+    )
+    seed: int = field(
+        default=0,
+        metadata={"help": "Seed with which the trajectories are drawn."},
+    )
+
+    def __post_init__(self):
+        if not 1 <= len(self.dataset_name) <= 2:
+            raise ValueError(f"A report shows one dataset or two side by side, got {len(self.dataset_name)}.")
+        if len(set(self.dataset_name)) < len(self.dataset_name):
+            raise ValueError("The two datasets are the same. Name two, or one alone.")
+        if self.num_trajectories < 1:
+            raise ValueError(f"`num_trajectories` must be a whole number, 1 or more, got {self.num_trajectories}.")
+
+
+class _ReportParser(ArgumentParser):
+    def error(self, message: str):
+        if "dataset_name" in message:
+            message = "A dataset is missing. It comes first: `lightreasoner report DATASET --output_dir DIR`"
+        super().error(message)
+
+
+def make_parser(prog: str | None = None) -> ArgumentParser:
+    prog = prog or "lightreasoner report"
+    usage = f"{prog} DATASET [DATASET2] [--flag VALUE ...] [--config FILE.yaml]"
+    hint = "The datasets come first: `lightreasoner report DATASET --output_dir DIR`."
+    return _ReportParser(
+        [ReportArguments], first="dataset_name", hint=hint, prog=prog, usage=usage, description=__doc__
+    )
+
+
+def main(args: ReportArguments) -> None:
+    from ..report.write_report import write_report
+    from ..steps.writer import check_folder
+
+    check_folder(args.output_dir)
+    names = name_datasets(args.dataset_name)
+    path = write_report(
+        {
+            name: load_split(source, args.dataset_config, args.dataset_split)
+            for name, source in zip(names, args.dataset_name, strict=True)
+        },
+        args.output_dir,
+        training_dir=args.training_dir,
+        expert=args.expert,
+        amateur=args.amateur,
+        load_models=args.load_models,
+        num_trajectories=args.num_trajectories,
+        seed=args.seed,
+    )
+    print(f"The report is in {path}. Open it in a browser.")
+
+
+def name_datasets(sources: list[str]) -> list[str]:
+    """
+    What the datasets are called: the last two parts of an id or a path, or more where these are the same.
+
+    Example:
+
+    ```python
+    >>> name_datasets(["runs/a/dataset", "runs/b/dataset"])
+    ['a/dataset', 'b/dataset']
+
+    ```
+    """
+    parts = [Path(os.path.abspath(source) if os.path.exists(source) else source).parts for source in sources]
+    for count in range(2, max(2, *map(len, parts)) + 1):
+        names = ["/".join(each[-count:]) for each in parts]
+        if len(set(names)) == len(names):
+            break
+    return names

@@ -1,0 +1,71 @@
+"""Checks of the fields that several configs have: each refuses a value in one sentence that names the field."""
+
+import json
+import os
+from collections.abc import Iterable
+from typing import Any
+
+
+def check_init_kwargs(config: Any, names: Iterable[str]) -> None:
+    for name in names:  # JSON on the command line
+        setattr(config, name, _as_dict(name, getattr(config, name)))
+
+
+def check_choices(config: Any, names: Iterable[str]) -> None:
+    for name in names:
+        choices = config.__dataclass_fields__[name].metadata["choices"]
+        if getattr(config, name) not in choices:
+            raise ValueError(f"`{name}` must be one of {choices}, got {getattr(config, name)!r}.")
+
+
+def check_output_dir(config: Any) -> None:
+    if not config.output_dir or not isinstance(config.output_dir, str | os.PathLike):
+        raise ValueError(f"`output_dir` must name a folder, got {config.output_dir!r}.")
+    config.output_dir = os.path.expanduser(config.output_dir)  # as TrainingArguments do
+
+
+def check_flags(config: Any, names: Iterable[str]) -> None:
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"`{name}` must be true or false, got {getattr(config, name)!r}.")
+
+
+def check_numbers(config: Any, names: Iterable[str]) -> None:
+    for name in names:
+        if isinstance(getattr(config, name), bool) or not isinstance(getattr(config, name), int | float):
+            raise ValueError(f"`{name}` must be a number, got {getattr(config, name)!r}.")
+
+
+def check_whole_numbers(config: Any, names: Iterable[str], optional: Iterable[str] = ()) -> None:
+    for name in (*names, *optional):
+        value = getattr(config, name)
+        if value is None and name in optional:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be a whole number, 1 or more, got {value!r}.")
+
+
+def check_vllm_settings(config: Any) -> None:
+    if not str(config.vllm_server_base_url).startswith(("http://", "https://")):
+        raise ValueError(
+            "`vllm_server_base_url` must be a URL such as 'http://localhost:8000', got "
+            f"{config.vllm_server_base_url!r}."
+        )
+    if not 0 < config.vllm_server_timeout < float("inf"):
+        raise ValueError(
+            f"`vllm_server_timeout` must be a number of seconds above 0, got {config.vllm_server_timeout}."
+        )
+    if not 0 < config.vllm_gpu_memory_utilization <= 1:
+        raise ValueError(f"`vllm_gpu_memory_utilization` must be in (0, 1], got {config.vllm_gpu_memory_utilization}.")
+
+
+def _as_dict(name: str, value: Any) -> dict[str, Any] | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            example = '{"revision": "main"}'
+            raise ValueError(f"`{name}` must be a JSON object, such as '{example}', got {value!r}.") from None
+    if not isinstance(value, dict | None):
+        raise ValueError(f"`{name}` must be a dict, got {value!r}.")
+    return value

@@ -1,0 +1,33 @@
+"""The bundled pair: where it lies, what it is asked, and how a model's answers to that are graded."""
+
+from pathlib import Path
+
+from ..generation.greedy import find_eos_ids, generate_greedy
+from ..models.weights import get_base_model
+from ..steps.prompts import encode_rows
+from ..vocabulary import model_vocabulary
+from .task import extract_answer
+
+
+PAIR = Path(__file__).parent / "pair"
+# Comparisons, the third kind that the pair was trained on, are left out: there the sloppy way also takes the first
+# relation the wrong way round, which this much training does not undo.
+KIND_SHARES = {"chain": 2, "shop": 1}
+
+
+def as_prompt(problem: dict) -> list[dict[str, str]]:
+    return [{"role": "user", "content": problem["question"]}]
+
+
+def solve(model, tokenizer, problems: list[dict]) -> list[tuple[str, bool]]:
+    """The model's greedy answer to each problem, and whether it is right."""
+    vocabulary = model_vocabulary(tokenizer, get_base_model(model).config.vocab_size)
+    eos_ids = find_eos_ids(model, tokenizer)
+    rows = [{"prompt": as_prompt(problem)} for problem in problems]
+    prompt_ids = encode_rows(rows, tokenizer, set(eos_ids))["prompt_ids"]
+    completion_ids = generate_greedy(model, prompt_ids, vocabulary, eos_ids, max_new_tokens=128)
+    answers = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    return [
+        (answer, extract_answer(answer) == problem["answer"])
+        for problem, answer in zip(problems, answers, strict=True)
+    ]

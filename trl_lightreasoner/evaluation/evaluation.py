@@ -1,0 +1,455 @@
+"""Benchmarks answered by a model, and by a baseline beside it: zero-shot, greedy, one answer a problem.
+
+    output_dir/model/gsm8k/           the answers while and after they are made, as of `StepWriter`
+    output_dir/model/gsm8k.parquet    the same with their verdicts
+    output_dir/baseline/...           of the baseline
+    output_dir/results.json           accuracies, differences, settings, versions
+
+A run that was broken off goes on behind the last complete batch, and one that has ended can be run again to grade anew
+or to add benchmarks. Another model or setting in the same folder is refused by name. Nothing is loaded before all that
+can be refused has been: settings, files, columns, tokenizers, configs.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from accelerate.utils.memory import clear_device_cache
+from datasets import Dataset, Value
+from huggingface_hub import EvalResult
+from peft import PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import __version__
+from ..generation.completions import GreedyDecoder, evaluating, find_batch_size, run_in_batches, share_batches
+from ..generation.greedy import find_eos_ids
+from ..generation.vllm import check_vllm, connect_vllm
+from ..grading.answers import first_answer
+from ..grading.verdicts import grade_all
+from ..models.loading import add_quantization, load_config, load_model, load_tokenizer
+from ..models.weights import describe_model, weight_fingerprint
+from ..processes import Processes
+from ..steps.prompts import encode_rows
+from ..steps.writer import StepWriter, describe_rows, hash_ids
+from ..vocabulary import model_vocabulary
+from .evaluation_config import EvaluationConfig
+from .sets import BENCHMARKS, load_benchmark
+from .statistics import Z_95, compare, standard_error
+
+
+logger = get_logger(__name__)
+
+_ANSWER_FEATURES = {"num_tokens": Value("int32"), "ended": Value("bool")}
+# What the answers depend on, beside weights and problems
+_SETTINGS = ("prompt_style", "prompt_template", "system_prompt", "max_new_tokens", "use_vllm")
+_GRADED_BY = ("kind", "tolerance", "unit")
+# After so many tokens rows that have ended leave the batch, and plain text is looked at: a base model would fill
+# `max_new_tokens` behind its answer
+_TOKENS_A_PIECE = 256
+
+
+@dataclass
+class Evaluation:
+    """
+    What came out.
+
+    Attributes:
+        results (`dict[str, Any]`):
+            What results.json holds. Under `"benchmarks"` and the name of each: `num_problems`, and for `"model"` and
+            `"baseline"` `accuracy`, `standard_error`, `mean_tokens` and `num_cut`; `"difference"` as of
+            [`PairedDifference`]. Shares are between 0 and 1.
+    """
+
+    results: dict[str, Any]
+
+    def summary(self) -> dict[str, float]:
+        """
+        Every number under a flat name, as trackers take them.
+
+        Example:
+
+        ```python
+        >>> model = {"accuracy": 0.64, "standard_error": 0.013, "mean_tokens": 301.5, "num_cut": 3}
+        >>> evaluation = Evaluation({"benchmarks": {"gsm8k": {"num_problems": 1319, "model": model}}})
+        >>> evaluation.summary()["eval/gsm8k/accuracy"]
+        0.64
+
+        ```
+        """
+        flat = {}
+        for name, scores in self.results["benchmarks"].items():
+            flat[f"eval/{name}/num_problems"] = scores["num_problems"]
+            for role, prefix in (("model", ""), ("baseline", "baseline_"), ("difference", "difference_")):
+                for key, value in scores.get(role, {}).items():
+                    key = f"{prefix}{key}" if key != "difference" else key
+                    flat[f"eval/{name}/{key}"] = value
+        return flat
+
+    def eval_results(self) -> list[EvalResult]:
+        """The accuracies of the model, as the `eval_results` of a [`~huggingface_hub.ModelCardData`]."""
+        return [
+            EvalResult(
+                task_type="text-generation",
+                dataset_name=BENCHMARKS[name].title,
+                dataset_type=BENCHMARKS[name].dataset[0],
+                metric_type="accuracy",
+                metric_name="accuracy (zero-shot, greedy, pass@1)",
+                metric_value=round(100 * scores["model"]["accuracy"], 2),
+            )
+            for name, scores in self.results["benchmarks"].items()
+        ]
+
+    def table(self) -> str:
+        """A table in Markdown, in percent, with standard errors; of a pair in one cell, the baseline's comes first."""
+        benchmarks = self.results["benchmarks"]
+        roles = [role for role in ("baseline", "model") if role in next(iter(benchmarks.values()))]
+        both = len(roles) == 2
+        rows = [["benchmark", "problems", *roles, *(["difference (95 %)", "p"] if both else []), "tokens", "cut"]]
+        for name, scores in benchmarks.items():
+            count = scores["num_problems"]
+            row = [BENCHMARKS[name].title, f"{count:,}", *(_percent(scores[role]) for role in roles)]
+            if both:
+                row += [_interval(scores["difference"]), f"{scores['difference']['p_value']:.2g}"]
+            row.append(" / ".join(f"{scores[role]['mean_tokens']:.0f}" for role in roles))
+            row.append(" / ".join(f"{scores[role]['num_cut'] / count:.1%}" for role in roles))
+            rows.append(row)
+        if average := self.results.get("average"):
+            row = ["average", "", *(_percent(average[role]) for role in roles)]
+            rows.append(row + ([_interval(average["difference"])] if both else []))
+        rows = [row + [""] * (len(rows[0]) - len(row)) for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+        lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+        return "\n".join(lines)
+
+
+def _percent(score: dict[str, float]) -> str:
+    return f"{100 * score['accuracy']:.1f} +- {100 * score['standard_error']:.1f}"
+
+
+def _interval(difference: dict[str, float]) -> str:
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * difference[name] for name in ("difference", "low", "high")))
+
+
+def evaluate(
+    model: str | PreTrainedModel | PeftModel,
+    args: EvaluationConfig,
+    baseline: str | PreTrainedModel | PeftModel | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    baseline_processing_class: PreTrainedTokenizerBase | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
+) -> Evaluation:
+    r"""
+    Let a model answer benchmarks, and grade it. Under `accelerate launch` or `torchrun` the processes share the
+    problems, and each returns the whole.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            A model id on the Hub, a path, or a model. PEFT adapters are loaded on their base model.
+        args ([`EvaluationConfig`]):
+            Settings.
+        baseline (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            What the model is compared with, problem by problem.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The model's tokenizer. If `None`, it is loaded from beside the model.
+        baseline_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The baseline's.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            With which both are loaded, if they are given by id or path.
+
+    Returns:
+        [`Evaluation`]
+
+    Raises:
+        `ValueError`: If a benchmark, a tokenizer or a setting is not what it must be, or `args.output_dir` holds
+            another run.
+        `ImportError`: If math-verify, or bitsandbytes or vLLM where they are asked for, is not installed.
+
+    Example:
+
+    ```python
+    from trl_lightreasoner import EvaluationConfig, evaluate
+
+    args = EvaluationConfig("evaluation", benchmarks=["gsm8k", "math500"])
+    evaluation = evaluate("adapter", args, baseline="Qwen/Qwen2.5-Math-1.5B")
+    print(evaluation.table())
+    ```
+    """
+    if importlib.util.find_spec("math_verify") is None:
+        raise ImportError("Grading needs math-verify: `pip install 'trl-lightreasoner[eval]'`.")
+    processes = Processes()
+    problems = {name: load_benchmark(name, args.data_dir, args.max_samples) for name in args.benchmarks or []}
+    candidates = [_Candidate("model", model, processing_class, quantization_config, args, problems, processes)]
+    if baseline is not None:
+        candidates.append(
+            _Candidate("baseline", baseline, baseline_processing_class, quantization_config, args, problems, processes)
+        )
+    for candidate in candidates:
+        candidate.answer()
+    return Evaluation(processes.on_main(lambda: _grade(candidates, args)))
+
+
+class _Candidate:
+    """A model, its prompts and the files with its answers."""
+
+    def __init__(
+        self,
+        role: str,
+        model: str | PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        quantization_config: BitsAndBytesConfig | None,
+        args: EvaluationConfig,
+        problems: dict[str, Dataset],
+        processes: Processes,
+    ):
+        self.role, self.args, self.processes = role, args, processes
+        self.model: Any = model  # a name or a path until `answer` loads it
+        self.decode: Any = None
+        self.name = model if isinstance(model, str) else None
+        prefix = "" if role == "model" else "baseline_"
+        kwargs = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+        kwargs |= getattr(args, f"{prefix}model_init_kwargs") or {}
+        self.kwargs = add_quantization(kwargs, model, quantization_config, "evaluation", prefix)
+        config = load_config(model, role, **self.kwargs).get_text_config()
+        if args.use_vllm:
+            check_vllm(args, model, processes.count, role, **self.kwargs)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(model, role, f"{prefix}processing_class", **self.kwargs)
+        if args.prompt_style == "chat" and tokenizer.chat_template is None:
+            raise ValueError(
+                f"The tokenizer of the {role} has no chat template. Set `prompt_style='raw'`, as for a base model, or "
+                f"set `tokenizer.chat_template` and pass it as `{prefix}processing_class`."
+            )
+        self.tokenizer = tokenizer
+        self.vocabulary = model_vocabulary(tokenizer, config.vocab_size, role)
+        self.eos_ids = find_eos_ids(model, tokenizer, **self.kwargs)
+        context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        self.prompt_ids: dict[str, list[list[int]]] = {}
+        self.plans: dict[str, list[tuple[int, int]]] = {}  # rows and the room for their answers
+        self.writers: dict[str, StepWriter] = {}
+        for name, dataset in problems.items():
+            rows = [{"prompt": make_prompt(question, args)} for question in dataset["question"]]
+            ids = self.prompt_ids[name] = encode_rows(rows, tokenizer, set(self.eos_ids))["prompt_ids"]
+            rooms = {i: min(args.max_new_tokens, context - len(each)) for i, each in enumerate(ids) if each}
+            plan = [(i, room) for i, room in rooms.items() if room > 0]
+            self.plans[name] = sorted(plan, key=lambda item: (-len(ids[item[0]]), item[0]))
+            if len(plan) < len(ids):
+                logger.warning(
+                    f"{len(ids) - len(plan):,} of {len(ids):,} prompts of {BENCHMARKS[name].title} leave no room in "
+                    f"the {role}'s context of {context} tokens. They count as wrong."
+                )
+            folder = str(Path(args.output_dir, role, name))
+            prompted = dataset.add_column("prompt", tokenizer.batch_decode(ids))
+            self.writers[name] = StepWriter(folder, prompted, args.overwrite_output_dir, _ANSWER_FEATURES)
+
+    def answer(self) -> None:
+        """Write down the answers that are not there yet, and let the model go."""
+        lengths = [len(self.prompt_ids[name][row]) + room for name, plan in self.plans.items() for row, room in plan]
+        vllm = None
+        if self.args.use_vllm and lengths:
+            vllm = connect_vllm(self.args, self.model, max(lengths), self.role, **self.kwargs)
+        try:
+            self.model = load_model(self.model, **self.kwargs)
+            self.description = describe_model(self.model, self.name)
+            self.weights = weight_fingerprint(self.model)
+            self.decode = GreedyDecoder(self.model, self.vocabulary, self.eos_ids, vllm)
+            with evaluating(self.model):
+                for name, writer in self.writers.items():
+                    self._answer(name, writer)
+        finally:
+            if vllm is not None:
+                vllm.close()
+        self.model = self.decode = None  # the baseline may need its memory
+        clear_device_cache(garbage_collection=True)
+
+    def _answer(self, name: str, writer: StepWriter) -> None:
+        all_prompt_ids, plan = self.prompt_ids[name], self.plans[name]
+
+        def run(indices: list[int], room: int) -> tuple[list[list[int]], list[bool]]:
+            return self._complete([all_prompt_ids[index] for index in indices], room)
+
+        def write(indices: list[int], result: tuple[list[list[int]], list[bool]]) -> str:
+            completion_ids, ended = result
+            num_tokens.extend(map(len, completion_ids))
+            texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+            columns = {"completion": texts, "num_tokens": num_tokens[-len(indices) :], "ended": ended}
+            writer.write(indices, columns)
+            return f"{sum(num_tokens) / len(num_tokens):.0f} tokens an answer"
+
+        num_tokens: list[int] = []
+        try:
+            done = self.processes.on_main(lambda: writer.open(self._identity(name), {"model": self.description}))
+            if not self.processes.is_main:
+                writer.join()
+            without_room = sorted(set(range(len(all_prompt_ids))) - {row for row, _ in plan} - done)
+            if without_room and self.processes.is_main:
+                write(without_room, ([[] for _ in without_room], [False] * len(without_room)))
+                num_tokens.clear()  # they say nothing of the model
+            order = [item for item in plan if item[0] not in done]
+            if len(order) < len(plan):
+                logger.warning(
+                    f"{len(plan) - len(order):,} of {len(plan):,} problems of {BENCHMARKS[name].title} are answered "
+                    f"already by the {self.role}."
+                )
+            batch_size = self.processes.on_main(lambda: self._find_batch_size(name, order))
+            run_in_batches(
+                share_batches(order, batch_size, self.processes),
+                batch_size,
+                run,
+                write,
+                lambda index: len(all_prompt_ids[index]),
+                self.processes,
+                desc=f"{BENCHMARKS[name].title}, {self.role}, {self.decode.way}",
+            )
+            self.processes.on_main(lambda: writer.finish(set(range(len(all_prompt_ids)))))
+        finally:
+            writer.close()
+
+    def _find_batch_size(self, name: str, order: list[tuple[int, int]]) -> int:
+        if not order:
+            return 1
+        row, room = order[0]  # the longest
+        longest = len(self.prompt_ids[name][row]) + min(room, self._tokens_a_piece)
+        return self._rows_together(longest, len(order), self.processes.count)
+
+    def _rows_together(self, longest: int, num_rows: int, num_processes: int = 1) -> int:
+        return self.args.per_device_batch_size or find_batch_size(self.model, longest, num_rows, num_processes)
+
+    @property
+    def _tokens_a_piece(self) -> int:
+        # vLLM lets rows that have ended go by itself
+        alone = self.args.use_vllm and self.args.prompt_style == "chat"
+        return self.args.max_new_tokens if alone else _TOKENS_A_PIECE
+
+    def _complete(self, prompt_ids: list[list[int]], room: int) -> tuple[list[list[int]], list[bool]]:
+        """The completion of each prompt, and whether it came to an end."""
+        completions: list[list[int]] = [[] for _ in prompt_ids]
+        ended = [False] * len(prompt_ids)
+        for start in range(0, room, self._tokens_a_piece):
+            length = min(self._tokens_a_piece, room - start)
+            # The prompt of a later piece is what was written before it, as greedy decoding would read it
+            contexts = {i: prompt_ids[i] + completions[i] for i, has_ended in enumerate(ended) if not has_ended}
+            going = sorted(contexts, key=lambda i: -len(contexts[i]))
+            while going:
+                size = self._rows_together(len(contexts[going[0]]) + length, len(going))
+                rows, going = going[:size], going[size:]
+                made = self.decode([contexts[i] for i in rows], length).completions
+                for i, ids in zip(rows, made, strict=True):
+                    completions[i] += ids
+                    ended[i] = completions[i][-1] in self.eos_ids or self._is_answered(completions[i])
+        return completions, ended
+
+    def _is_answered(self, completion_ids: list[int]) -> bool:
+        if self.args.prompt_style == "chat":
+            return False
+        text = self.tokenizer.decode(completion_ids, skip_special_tokens=True)
+        return len(first_answer(text).rstrip()) < len(text.rstrip())
+
+    def _identity(self, name: str) -> dict[str, Any]:
+        """Everything that the answers depend on, by the names that a user knows."""
+        return {
+            **{setting: getattr(self.args, setting) for setting in _SETTINGS},
+            f"{self.role} dtype": self.description["dtype"],
+            f"{self.role} weights": self.weights,
+            "EOS tokens": self.eos_ids,
+            "number of problems": len(self.prompt_ids[name]),
+            "prompts (tokens)": hash_ids(self.prompt_ids[name]),
+            **describe_rows(self.writers[name].input),
+        }
+
+
+def make_prompt(question: str, args: EvaluationConfig) -> str | list[dict[str, str]]:
+    r"""
+    The prompt of a problem: text, or messages for a chat template.
+
+    Example:
+
+    ```python
+    >>> from trl_lightreasoner import EvaluationConfig
+    >>> make_prompt("What is 2+2?", EvaluationConfig("out", prompt_style="raw"))
+    'Question: What is 2+2?\nAnswer:'
+
+    ```
+    """
+    text = args.prompt_template.replace("{question}", question)  # type: ignore[union-attr]  # set in `__post_init__`
+    if args.prompt_style == "raw":
+        return text
+    system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+    return [*system, {"role": "user", "content": text}]
+
+
+def _grade(candidates: list[_Candidate], args: EvaluationConfig) -> dict[str, Any]:
+    """Grade what was answered, and write results.json."""
+    benchmarks: dict[str, dict[str, Any]] = {}
+    for name in args.benchmarks or []:
+        scores = benchmarks[name] = {}
+        verdicts = []
+        for candidate in candidates:
+            answers = _grade_answers(candidate.writers[name].load(), args)
+            path = Path(args.output_dir, candidate.role, f"{name}.parquet")
+            answers.to_parquet(f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
+            verdicts.append(answers["correct"][:])
+            count, accuracy = len(answers), sum(answers["correct"]) / len(answers)
+            scores["num_problems"] = count
+            scores[candidate.role] = {
+                "accuracy": accuracy,
+                "standard_error": standard_error(accuracy, count),
+                "mean_tokens": sum(answers["num_tokens"]) / count,
+                "num_cut": count - sum(answers["ended"]),
+            }
+        if len(candidates) == 2:
+            scores["difference"] = compare(*verdicts)._asdict()
+    packages = ("math-verify", "torch", "transformers", "peft")
+    results = {
+        **{candidate.role: candidate.description for candidate in candidates},
+        "settings": {setting: getattr(args, setting) for setting in (*_SETTINGS, "data_dir", "max_samples")},
+        "benchmarks": benchmarks,
+        **({"average": _average(benchmarks)} if len(benchmarks) > 1 else {}),
+        "versions": {
+            "python": platform.python_version(),
+            "trl-lightreasoner": __version__,
+            **{package: importlib.metadata.version(package) for package in packages},
+        },
+    }
+    path = Path(args.output_dir, "results.json")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return results
+
+
+def _grade_answers(answers: Dataset, args: EvaluationConfig) -> Dataset:
+    items = []
+    for row in answers:
+        # A base model runs on into questions of its own
+        completion = first_answer(row["completion"]) if args.prompt_style == "raw" else row["completion"]
+        gold = row["gold"] if len(row["gold"]) > 1 else row["gold"][0]
+        items.append({"completion": completion, "gold": gold, **{key: row[key] for key in _GRADED_BY}})
+    verdicts = grade_all(items, num_workers=args.num_workers)
+    answers = answers.add_column("extracted", [verdict.answer for verdict in verdicts], feature=Value("string"))
+    return answers.add_column("correct", [verdict.correct for verdict in verdicts])
+
+
+def _average(benchmarks: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The mean over the benchmarks, each of which counts the same, as papers report it."""
+    count = len(benchmarks)
+    average = {}
+    for key in ("model", "baseline", "difference"):
+        scores = [scores[key] for scores in benchmarks.values() if key in scores]
+        if not scores:
+            continue
+        name = "difference" if key == "difference" else "accuracy"
+        mean = sum(score[name] for score in scores) / count
+        error = sum(score["standard_error"] ** 2 for score in scores) ** 0.5 / count
+        average[key] = {name: mean, "standard_error": error}
+        if key == "difference":
+            average[key] |= {"low": mean - Z_95 * error, "high": mean + Z_95 * error}
+    return average

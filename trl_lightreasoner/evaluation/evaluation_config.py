@@ -1,0 +1,260 @@
+"""Settings of `evaluate`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config_checks import (
+    check_choices,
+    check_flags,
+    check_init_kwargs,
+    check_numbers,
+    check_output_dir,
+    check_vllm_settings,
+    check_whole_numbers,
+)
+from .sets import BENCHMARKS
+
+
+_SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
+_TEMPLATES = {"chat": "{question}", "raw": "Question: {question}\nAnswer:"}
+
+
+@dataclass
+class EvaluationConfig:
+    r"""
+    Configuration class for [`evaluate`]. Defaults are those of Qwen2.5-Math's evaluation: zero-shot, greedy, 2,048
+    tokens.
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the output
+
+        output_dir (`str`):
+            Folder for the answers and results.json. Answers are written there as they are made. A run that was broken
+            off goes on there.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether to delete answers that `output_dir` already holds. Otherwise they are kept, and only a run with the
+            same models, settings and problems may go on.
+
+        > Parameters that control the problems
+
+        benchmarks (`list[str]`, *optional*):
+            Names, with blanks or commas between: gsm8k, math500, math, svamp, asdiv, minerva_math, olympiadbench,
+            mmlu_stem. If `None`, all but math, of which math500 is a part.
+        data_dir (`str`, *optional*):
+            Folder with files of the benchmarks: NAME.jsonl there or in a folder benchmarks, or NAME/test.jsonl. If
+            `None`, they come from the Hub.
+        max_samples (`int`, *optional*):
+            Number of problems of each benchmark, from the first. If `None`, all of them.
+
+        > Parameters that control the prompts
+
+        prompt_style (`str`, *optional*, defaults to `"chat"`):
+            `"chat"`: each problem is a user's message, through the tokenizer's chat template. `"raw"`: plain text, for
+            base models, whose answers are graded up to the end of the first.
+        system_prompt (`str`, *optional*):
+            System message of the style `"chat"`, empty for none. If `None`, that of Qwen2.5-Math: Please reason step
+            by step, and put your final answer within \boxed{}.
+        prompt_template (`str`, *optional*):
+            Text with {question} in it, or a file with such text, in which the problem is put. If `None`, the problem
+            alone for `"chat"`, and for `"raw"` `"Question: {question}"` with a line `"Answer:"` below.
+
+        > Parameters that control the models
+
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Data type of the weights of models given by id or path: `"auto"` (the checkpoint's own), `"bfloat16"`,
+            `"float16"` or `"float32"`.
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used when the model is given
+            by id or path. The `revision` value is also used when loading its tokenizer.
+        baseline_model_init_kwargs (`dict[str, Any]`, *optional*):
+            The same for the baseline.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to allow loading models and tokenizers that ship custom Python code.
+
+        > Parameters that control the generation
+
+        max_new_tokens (`int`, *optional*, defaults to `2048`):
+            Longest answer. One that does not end before is cut there, counted, and graded as it stands.
+        per_device_batch_size (`int`, *optional*):
+            Number of problems whose answers are generated together. If `None`, as many as the memory of a CUDA GPU
+            allows, 1,024 at most, and 16 on other devices. It is halved when memory runs out.
+
+        > Parameters that control the generation by vLLM
+
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether vLLM generates the answers. Models must be given by id or path.
+        vllm_mode (`str`, *optional*, defaults to `"colocate"`):
+            `"colocate"`: vLLM runs on this machine, beside the model, and needs the `vllm` package here. `"server"`:
+            answers come from a server (`vllm serve`) that runs already, here or elsewhere.
+        vllm_server_base_url (`str`, *optional*, defaults to `"http://localhost:8000"`):
+            Base URL of the vLLM server.
+        vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
+            Seconds to wait for the vLLM server to be up.
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
+            Share of the GPU's memory that vLLM takes in mode `"colocate"`, its copy of the model included.
+
+        > Parameters that control the grading
+
+        num_workers (`int`, *optional*):
+            Number of processes that grade. If `None`, as many as there are processors.
+    """
+
+    output_dir: str = field(
+        metadata={
+            "help": "Folder for the answers and results.json. Answers are written there as they are made. A run that "
+            "was broken off goes on there."
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to delete answers that `output_dir` already holds. Otherwise they are kept, and only a "
+            "run with the same models, settings and problems may go on."
+        },
+    )
+    benchmarks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names, with blanks or commas between: gsm8k, math500, math, svamp, asdiv, minerva_math, "
+            "olympiadbench, mmlu_stem. If `None`, all but math, of which math500 is a part."
+        },
+    )
+    data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder with files of the benchmarks: NAME.jsonl there or in a folder benchmarks, or "
+            "NAME/test.jsonl. If `None`, they come from the Hub."
+        },
+    )
+    max_samples: int | None = field(
+        default=None,
+        metadata={"help": "Number of problems of each benchmark, from the first. If `None`, all of them."},
+    )
+    prompt_style: str = field(
+        default="chat",
+        metadata={
+            "help": "'chat': each problem is a user's message, through the tokenizer's chat template. 'raw': plain "
+            "text, for base models, whose answers are graded up to the end of the first.",
+            "choices": list(_TEMPLATES),
+        },
+    )
+    system_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "System message of the style 'chat', empty for none. If `None`, that of Qwen2.5-Math: Please "
+            "reason step by step, and put your final answer within \\boxed{}."
+        },
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text with {question} in it, or a file with such text, in which the problem is put. If `None`, "
+            "the problem alone for 'chat', and for 'raw' 'Question: {question}' with a line 'Answer:' below."
+        },
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Data type of the weights of models given by id or path: 'auto' (the checkpoint's own), "
+            "'bfloat16', 'float16' or 'float32'.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used when the model is given by id "
+            "or path. The `revision` value is also used when loading its tokenizer."
+        },
+    )
+    baseline_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "The same for the baseline."},
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Whether to allow loading models and tokenizers that ship custom Python code."},
+    )
+    max_new_tokens: int = field(
+        default=2048,
+        metadata={
+            "help": "Longest answer. One that does not end before is cut there, counted, and graded as it stands."
+        },
+    )
+    per_device_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of problems whose answers are generated together. If `None`, as many as the memory of a "
+            "CUDA GPU allows, 1,024 at most, and 16 on other devices. It is halved when memory runs out."
+        },
+    )
+    use_vllm: bool = field(
+        default=False,
+        metadata={"help": "Whether vLLM generates the answers. Models must be given by id or path."},
+    )
+    vllm_mode: str = field(
+        default="colocate",
+        metadata={
+            "help": "'colocate': vLLM runs on this machine, beside the model, and needs the `vllm` package here. "
+            "'server': answers come from a server (`vllm serve`) that runs already, here or elsewhere.",
+            "choices": ["colocate", "server"],
+        },
+    )
+    vllm_server_base_url: str = field(
+        default="http://localhost:8000",
+        metadata={"help": "Base URL of the vLLM server."},
+    )
+    vllm_server_timeout: float = field(
+        default=240.0,
+        metadata={"help": "Seconds to wait for the vLLM server to be up."},
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3,
+        metadata={
+            "help": "Share of the GPU's memory that vLLM takes in mode 'colocate', its copy of the model included."
+        },
+    )
+    num_workers: int | None = field(
+        default=None,
+        metadata={"help": "Number of processes that grade. If `None`, as many as there are processors."},
+    )
+
+    def __post_init__(self):
+        check_init_kwargs(self, ("model_init_kwargs", "baseline_model_init_kwargs"))
+        check_choices(self, ("prompt_style", "dtype", "vllm_mode"))
+        check_output_dir(self)
+        check_flags(self, ("overwrite_output_dir", "trust_remote_code", "use_vllm"))
+        check_numbers(self, ("vllm_server_timeout", "vllm_gpu_memory_utilization"))
+        check_vllm_settings(self)
+        check_whole_numbers(self, ("max_new_tokens",), ("max_samples", "per_device_batch_size", "num_workers"))
+        names = [name for name in BENCHMARKS if name != "math"] if self.benchmarks is None else self.benchmarks
+        names = [names] if isinstance(names, str) else names
+        self.benchmarks = list(dict.fromkeys(part for name in names for part in name.replace(",", " ").split()))
+        for name in self.benchmarks:
+            if name not in BENCHMARKS:
+                raise ValueError(f"There is no benchmark {name!r}. There are {', '.join(BENCHMARKS)}.")
+        if not self.benchmarks:
+            raise ValueError(f"`benchmarks` names none. There are {', '.join(BENCHMARKS)}.")
+        if self.system_prompt is None:
+            self.system_prompt = _SYSTEM_PROMPT
+        self.prompt_template = _read_template(self.prompt_template, self.prompt_style)
+
+
+def _read_template(template: str | None, style: str) -> str:
+    if template is None:
+        return _TEMPLATES[style]
+    if "{question}" in template:
+        return template
+    if not Path(template).is_file():
+        raise ValueError(
+            f"`prompt_template` must be text with {{question}} in it, or a file with such text, got {template!r}."
+        )
+    text = Path(template).read_text(encoding="utf-8")
+    if "{question}" not in text:
+        raise ValueError(f"The prompt template {template!r} has no {{question}} in it.")
+    return text.removesuffix("\n")  # an editor's

@@ -1,0 +1,209 @@
+"""The seven benchmarks (MATH in two sizes), each read into rows of one form.
+
+| column | type | meaning |
+|---|---|---|
+| question | text | what is asked; of multiple choice, with its options |
+| gold | list of text | the answer; several, if all of them are asked for |
+| kind | "math" or "choice" | how the answer is graded |
+| tolerance | float or none | how far off a number may be, as a share of the answer |
+| unit | text or none | what the number counts or measures |
+
+They come from the Hub or from files on the disk, whose columns may differ. A column that may have one of two names is
+written "one | other"; what a benchmark needs and does not find is said in one sentence.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any, NamedTuple
+
+from datasets import Dataset, Features, List, Value
+
+from ..grading.answers import last_boxed
+from ..steps.splits import load_split
+
+
+ROW_FEATURES = Features(
+    {
+        "question": Value("string"),
+        "gold": List(Value("string")),
+        "kind": Value("string"),
+        "tolerance": Value("float64"),
+        "unit": Value("string"),
+    }
+)
+# Where the file of a benchmark may lie under `data_dir`, and its kind
+_PLACES = ("{}", "benchmarks/{}", "{}/test")
+_ENDINGS = (".jsonl", ".json", ".parquet")
+
+
+class Benchmark(NamedTuple):
+    """
+    What is known of a benchmark.
+
+    Attributes:
+        title (`str`): Its name in tables.
+        dataset (`tuple[str, str | None, str]`): Id on the Hub, configuration, split.
+        columns (`tuple[str, ...]`): What its rows must have.
+        read (`Callable`): From such a row to one of ours, or to `None` for one that is left out.
+    """
+
+    title: str
+    dataset: tuple[str, str | None, str]
+    columns: tuple[str, ...]
+    read: Callable[[dict[str, Any]], dict[str, Any] | None]
+
+
+def _row(question: str, *gold: str, kind: str = "math", tolerance: float | None = None, unit: str | None = None):
+    if not question.strip() or not all(text.strip() for text in gold) or not gold:
+        raise ValueError("its question or its answer is empty")
+    answers = [text.strip() for text in gold]
+    return {"question": question.strip(), "gold": answers, "kind": kind, "tolerance": tolerance, "unit": unit or None}
+
+
+def _sentence(text: str) -> str:
+    text = text.strip()
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
+def _read_gsm8k(row: dict[str, Any]) -> dict[str, Any]:
+    _, mark, answer = row["answer"].rpartition("####")
+    if not mark:
+        raise ValueError("its answer has no '####'")
+    return _row(row["question"], answer.strip().replace(",", ""))
+
+
+def _read_problem(row: dict[str, Any]) -> dict[str, Any]:
+    answer = row.get("answer")
+    if answer is None and (answer := last_boxed(row["solution"])) is None:
+        raise ValueError(r"its solution has no \boxed{} answer")
+    return _row(row.get("problem") or row["question"], str(answer))
+
+
+def _read_svamp(row: dict[str, Any]) -> dict[str, Any]:
+    return _row(f"{_sentence(row['Body'])} {row['Question'].strip()}", f"{float(row['Answer']):.12g}")
+
+
+def _read_asdiv(row: dict[str, Any]) -> dict[str, Any] | None:
+    if ";" in row["answer"]:  # several answers; the usual evaluations leave them out
+        return None
+    parts = re.fullmatch(r"(.*?)\s*(?:\((.*)\))?", row["answer"].strip(), flags=re.DOTALL)
+    assert parts is not None  # any text is an answer
+    answer, unit = parts.groups()
+    return _row(f"{_sentence(row['body'])} {row['question'].strip()}", answer, unit=unit)
+
+
+def _read_olympiadbench(row: dict[str, Any]) -> dict[str, Any]:
+    context = f"{row['context'].strip()}\n" if row.get("context") else ""
+    answers, error = row["final_answer"], row["error"]
+    tolerance = None
+    if error:  # how far off the number may be, such as "1e-1"
+        tolerance = float(error) / abs(float(answers[0].strip("$ ")))
+    return _row(context + row["question"], *answers, tolerance=tolerance, unit=row["unit"])
+
+
+def _read_mmlu(row: dict[str, Any]) -> dict[str, Any]:
+    choices = row["choices"]
+    if not 0 <= row["answer"] < len(choices) <= len(ascii_uppercase):
+        raise ValueError(f"its answer {row['answer']!r} is not the index of one of {len(choices)} choices")
+    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
+    return _row(f"{row['question'].strip()}\nAnswer Choices: {options}", ascii_uppercase[row["answer"]], kind="choice")
+
+
+BENCHMARKS = {
+    "gsm8k": Benchmark("GSM8K", ("openai/gsm8k", "main", "test"), ("question", "answer"), _read_gsm8k),
+    "math500": Benchmark(
+        "MATH-500",
+        ("HuggingFaceH4/MATH-500", None, "test"),
+        ("problem | question", "answer | solution"),
+        _read_problem,
+    ),
+    "math": Benchmark(
+        "MATH",
+        ("DigitalLearningGmbH/MATH-lighteval", "default", "test"),
+        ("problem | question", "answer | solution"),
+        _read_problem,
+    ),
+    "svamp": Benchmark(
+        "SVAMP", ("ChilleD/SVAMP", None, "train+test"), ("Body", "Question", "Answer"), _read_svamp
+    ),  # its thousand problems, as they are usually evaluated, whole
+    "asdiv": Benchmark("ASDiv", ("EleutherAI/asdiv", None, "validation"), ("body", "question", "answer"), _read_asdiv),
+    "minerva_math": Benchmark(
+        "Minerva Math",
+        ("math-ai/minervamath", None, "test"),
+        ("problem | question", "answer | solution"),
+        _read_problem,
+    ),
+    "olympiadbench": Benchmark(
+        "OlympiadBench",
+        ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),
+        ("question", "final_answer", "unit", "error"),
+        _read_olympiadbench,
+    ),
+    "mmlu_stem": Benchmark(
+        "MMLU-STEM", ("TIGER-Lab/MMLU-STEM", None, "test"), ("question", "choices", "answer"), _read_mmlu
+    ),
+}
+
+
+def load_benchmark(name: str, data_dir: str | None = None, max_samples: int | None = None) -> Dataset:
+    """
+    The problems of a benchmark.
+
+    Args:
+        name (`str`): A key of `BENCHMARKS`.
+        data_dir (`str`, *optional*): Folder with its file: `NAME.jsonl` there or in a folder `benchmarks`, or
+            `NAME/test.jsonl`; also `.json` or `.parquet`. If `None`, it comes from the Hub.
+        max_samples (`int`, *optional*): The first so many only.
+
+    Returns:
+        [`~datasets.Dataset`] with the columns of `ROW_FEATURES`.
+
+    Raises:
+        `ValueError`: If there is no such file, or a column is missing, or a row is not as expected.
+    """
+    benchmark = BENCHMARKS[name]
+    if data_dir is None:
+        source = benchmark.dataset[0]
+        dataset = load_split(*benchmark.dataset)
+    else:
+        source = _find_file(name, data_dir)
+        dataset = load_split(source, None, "train")
+    for column in benchmark.columns:
+        if not set(column.split(" | ")) & set(dataset.column_names):
+            expected = ", ".join(benchmark.columns)
+            raise ValueError(
+                f"{benchmark.title} in {source!r} has no column {column.replace(' | ', ' or ')!r}: expected are "
+                f"{expected}, and it has {', '.join(dataset.column_names)}."
+            )
+    rows: list[dict[str, Any]] = []
+    for number, row in enumerate(dataset):
+        if len(rows) == max_samples:
+            break
+        try:
+            read = benchmark.read(row)
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"Row {number} of {benchmark.title} in {source!r} is not as expected: {reason.rstrip('.')}."
+            ) from error
+        rows += [] if read is None else [read]
+    if not rows:
+        raise ValueError(f"{benchmark.title} in {source!r} has no row that can be used.")
+    return Dataset.from_list(rows, features=ROW_FEATURES)
+
+
+def _find_file(name: str, data_dir: str) -> str:
+    if not Path(data_dir).is_dir():
+        raise ValueError(f"There is no folder {data_dir!r}, which `data_dir` names.")
+    for place in _PLACES:
+        for ending in _ENDINGS:
+            path = Path(data_dir, place.format(name) + ending)
+            if path.is_file():
+                return str(path)
+    places = ", ".join(f"{place.format(name)}.jsonl" for place in _PLACES)
+    raise ValueError(
+        f"There is no file of {BENCHMARKS[name].title} in {data_dir!r}: expected is one of {places} (or .json, "
+        ".parquet)."
+    )

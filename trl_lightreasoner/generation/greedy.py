@@ -1,0 +1,106 @@
+"""Greedy decoding on raw logits.
+
+A checkpoint's generation_config may hold temperatures, penalties, suppressed or forced tokens. None of them belongs to
+pi_E, so all of it is set aside while `generate` runs; only its EOS tokens count.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..models.loading import load_generation_config
+from ..models.weights import get_base_model
+from ..vocabulary import Vocabulary
+
+
+class OnlyTokens(LogitsProcessor):
+    """Leaves the logits of real tokens as they are and takes the columns that no token owns out of the contest."""
+
+    def __init__(self, vocabulary: Vocabulary, width: int):
+        self.padding = ~vocabulary.contains(torch.arange(width))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.masked_fill(self.padding.to(scores.device), float("-inf"))
+
+
+def find_eos_ids(
+    model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, **kwargs: Any
+) -> list[int]:
+    """
+    Every id that ends a completion: the tokenizer's EOS and those that the model's generation_config names. The model
+    is not loaded; `kwargs` are as for [`load_model`].
+    """
+    named = getattr(load_generation_config(model, **kwargs), "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])}
+    return sorted(ids - {None})
+
+
+@torch.no_grad()
+def generate_greedy(
+    model: torch.nn.Module,
+    prompt_ids: list[list[int]],
+    vocabulary: Vocabulary,
+    eos_ids: list[int],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """
+    The most probable continuation of each prompt, token by token.
+
+    Args:
+        model (`torch.nn.Module`): A causal language model, in eval mode.
+        prompt_ids (`list[list[int]]`): Prompts of any lengths, none empty.
+        vocabulary ([`Vocabulary`]): The model's real tokens; nothing else is ever chosen.
+        eos_ids (`list[int]`): Tokens that end a continuation. The one that did is kept, once.
+        max_new_tokens (`int`): Longest continuation.
+
+    Returns:
+        `list[list[int]]`: Continuations in the order of the prompts.
+    """
+    base = get_base_model(model)
+    device = base.get_input_embeddings().weight.device
+    length = max(map(len, prompt_ids))
+    # The mask says which tokens are real, so the id under the padding does not matter
+    input_ids = torch.tensor([[0] * (length - len(ids)) + ids for ids in prompt_ids], device=device)
+    attention_mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_ids or None,
+        pad_token_id=eos_ids[0] if eos_ids else 0,
+    )
+    with _without_generation_config(base):
+        output = base.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([OnlyTokens(vocabulary, base.config.get_text_config().vocab_size)]),
+        )
+    return [cut_after_eos(ids, set(eos_ids)) for ids in output[:, length:].tolist()]
+
+
+def cut_after_eos(ids: list[int], eos_ids: set[int]) -> list[int]:
+    """The ids up to the first EOS, which is kept."""
+    for position, token_id in enumerate(ids):
+        if token_id in eos_ids:
+            return ids[: position + 1]
+    return ids
+
+
+@contextmanager
+def _without_generation_config(model: torch.nn.Module) -> Iterator[None]:
+    # `generate` fills whatever a config of ours leaves open from the model's own
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

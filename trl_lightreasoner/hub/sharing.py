@@ -1,0 +1,161 @@
+"""To the Hub: a Dataset of steps with its card, and accuracies into a model card. The trainer uploads its model.
+
+What says where something lies on this machine is left out of what is uploaded, and a token is used and kept nowhere.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, DatasetDict
+from huggingface_hub import DatasetCard, HfApi, ModelCard, RepoCard
+from huggingface_hub.errors import EntryNotFoundError
+
+from ..models.provenance import public_name
+from ..steps.dataset import STEP_COLUMNS
+from .cards import add_evaluation, dataset_card
+
+
+if TYPE_CHECKING:
+    from ..evaluation.evaluation import Evaluation
+
+
+def push_dataset_to_hub(
+    dataset: Dataset | DatasetDict,
+    repo_id: str,
+    private: bool | None = None,
+    token: str | None = None,
+) -> str:
+    """
+    Upload a Dataset of steps as Parquet, with a card that tells its columns, its making and its size.
+
+    Pushing again replaces the rows of the same split, or all splits if they are given, and brings the card up to date;
+    text that people wrote into it stays. In `sampling_metadata`, folders are named by their last part only.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.DatasetDict`]):
+            Rows as [`ContrastiveStepSampler`] makes them, or splits of such.
+        repo_id (`str`): Repository, as owner/name, or a name alone for the user's own. Made if it is missing.
+        private (`bool`, *optional*): Whether to make the repository private, if it is made.
+        token (`str`, *optional*): Token with write permission. If `None`, the one of `hf auth login`.
+
+    Returns:
+        `str`: The full id of the repository.
+
+    Raises:
+        `ValueError`: If the rows are not steps, or the Hub refuses.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from trl_lightreasoner import push_dataset_to_hub
+
+    push_dataset_to_hub(dataset, "me/gsm8k-steps", private=True)
+    load_dataset("me/gsm8k-steps", split="train")
+    ```
+    """
+    splits = dict(dataset) if isinstance(dataset, DatasetDict) else {str(dataset.split or "train"): dataset}
+    for name, split in splits.items():
+        if missing := [column for column in STEP_COLUMNS if column not in split.column_names]:
+            raise ValueError(
+                f"The {name} split has no column {missing[0]!r}; it has {split.column_names}. Make it with "
+                "`ContrastiveStepSampler` or `lightreasoner sample`."
+            )
+    repo_id = open_repo(repo_id, "dataset", private, token)
+    splits = {name.partition("[")[0]: _without_paths(split.with_format(None)) for name, split in splits.items()}
+    with hub_errors("Nothing is lost; push it again, all splits as a `DatasetDict` if their columns have changed."):
+        if isinstance(dataset, DatasetDict):
+            DatasetDict(splits).push_to_hub(repo_id, token=token)
+        else:  # beside other splits that are there
+            ((name, split),) = splits.items()
+            split.push_to_hub(repo_id, split=name, token=token)
+        card = dataset_card(splits, repo_id, existing=DatasetCard.load(repo_id, token=token))
+        _upload_card(card, repo_id, "dataset", token, "Update the dataset card")
+    return repo_id
+
+
+def push_evaluation_to_hub(evaluation: "Evaluation", repo_id: str, token: str | None = None) -> None:
+    """
+    Write accuracies into a model card on the Hub: a table, and the metadata that the Hub shows beside the model.
+
+    Args:
+        evaluation ([`~trl_lightreasoner.evaluation.evaluation.Evaluation`]):
+            What [`~trl_lightreasoner.evaluate`] returned.
+        repo_id (`str`): Repository of the model, as owner/name.
+        token (`str`, *optional*): Token with write permission. If `None`, the one of `hf auth login`.
+
+    Raises:
+        `ValueError`: If the Hub refuses.
+    """
+    with hub_errors("The accuracies are in results.json; run the same again to push them."):
+        try:
+            card = ModelCard.load(repo_id, token=token)
+        except EntryNotFoundError:
+            card = ModelCard("---\n---\n")
+        card.data.model_name = card.data.model_name or repo_id.split("/")[-1]
+        add_evaluation(card, evaluation)
+        _upload_card(card, repo_id, "model", token, "Add accuracies")
+
+
+def open_repo(repo_id: str, repo_type: str = "model", private: bool | None = None, token: str | None = None) -> str:
+    """
+    The full id of a repository, which is made if it is missing, so that who may not write learns it before the work.
+
+    Raises:
+        `ValueError`: If the Hub refuses, or cannot be reached.
+    """
+    with hub_errors(
+        f"Check the id {repo_id!r} and the network, log in by `hf auth login` or pass a token that may write, or "
+        "leave out `push_to_hub`."
+    ):
+        return HfApi(token=token).create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+
+
+def _upload_card(card: RepoCard, repo_id: str, repo_type: str, token: str | None, message: str) -> None:
+    # `RepoCard.push_to_hub` asks huggingface.co about the card first, in huggingface_hub 1 even if HF_ENDPOINT names
+    # another Hub; a Hub looks at the metadata of what it is sent by itself
+    HfApi(token=token).upload_file(
+        path_or_fileobj=str(card).encode(),
+        path_in_repo="README.md",
+        repo_id=repo_id,
+        repo_type=repo_type,
+        commit_message=message,
+    )
+
+
+@contextmanager
+def hub_errors(remedy: str) -> Iterator[None]:
+    """One sentence for what goes wrong between here and the Hub."""
+    try:
+        yield
+    except Exception as error:  # besides its own, huggingface_hub raises what its HTTP client does, now this, now that
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise ValueError(f"The Hub could not be used: {reason}. {remedy}") from error
+
+
+def _without_paths(dataset: Dataset) -> Dataset:
+    if "sampling_metadata" not in dataset.column_names:
+        return dataset
+    texts = {text: _public(text) for text in dataset.unique("sampling_metadata")}
+    if all(text == public for text, public in texts.items()):
+        return dataset
+
+    def rename(batch: dict[str, list]) -> dict[str, list]:
+        return {"sampling_metadata": [texts[text] for text in batch["sampling_metadata"]]}
+
+    return dataset.map(rename, batched=True, desc="Leaving out local paths")
+
+
+def _public(text: str | None) -> str | None:
+    try:
+        sampling: dict[str, Any] = json.loads(text or "")
+        models = [sampling[role] for role in ("expert", "amateur") if sampling[role]]
+        for model in models:
+            for key in ("model", "adapter"):
+                if isinstance(model.get(key), str):
+                    model[key] = public_name(model[key])
+    except (TypeError, KeyError, AttributeError, json.JSONDecodeError):  # somebody else's column
+        return text
+    return json.dumps(sampling)

@@ -1,0 +1,338 @@
+"""Loading an expert or an amateur, its config and its tokenizer, whichever way the user names it."""
+
+import os
+from pathlib import Path
+from pickle import UnpicklingError  # raised for files that hold more than tensors; none is read that way
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    logging,
+)
+from transformers.utils import cached_file, is_bitsandbytes_available
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from .weights import get_base_model, settle_4bit_layers
+
+
+logger = logging.get_logger(__name__)
+
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf")
+_VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json", "tokenization*.py")
+
+
+def load_model(
+    model: str | PreTrainedModel | PeftModel, is_trainable: bool = False, **kwargs: Any
+) -> PreTrainedModel | PeftModel:
+    """
+    The model itself, loaded if it is named by an id or a path (of a model or of a PEFT adapter).
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What the user passed.
+        is_trainable (`bool`): Whether an adapter that is loaded is to be trained further.
+        kwargs: For [`~transformers.AutoModelForCausalLM.from_pretrained`]. `dtype` defaults to `"auto"`, the
+            checkpoint's own; the device is the process's own.
+
+    Raises:
+        `ValueError`: If the weights are not those of the config, or an argument is unknown.
+    """
+    if not isinstance(model, str):
+        return settle_4bit_layers(model)
+    try:
+        return _load_model(model, is_trainable, **kwargs)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"The model {model!r} cannot be loaded: its weights are damaged, or hold Python objects, which could run "
+            "code when they are read. Use a copy with *.safetensors files."
+        ) from error
+    # What a wrong file or argument sets off, by PyTorch, safetensors, PEFT and transformers
+    except (RuntimeError, TypeError, AttributeError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        if "mismatch" in reason:  # with a report of every tensor
+            reason = "its weights have other shapes than its config, or for an adapter its base model, asks for"
+        raise ValueError(f"The model {model!r} cannot be loaded: {reason}.") from error
+
+
+def _load_model(model: str, is_trainable: bool, **kwargs: Any) -> PreTrainedModel | PeftModel:
+    kwargs.setdefault("dtype", "auto")
+    device = PartialState().device
+    if "device_map" not in kwargs and device.type != "cpu":
+        kwargs["device_map"] = {"": device}
+    source, repository = _locate(model, "model", kwargs)
+    loaded = settle_4bit_layers(AutoModelForCausalLM.from_pretrained(source, **{**kwargs, **repository}))
+    if source == model:
+        return loaded
+    repository = hub_kwargs(kwargs)
+    repository.pop("trust_remote_code", None)  # an adapter has no code of its own
+    return PeftModel.from_pretrained(loaded, model, is_trainable=is_trainable, **repository)
+
+
+def load_config(model: str | PreTrainedModel | PeftModel, name: str = "model", **kwargs: Any) -> PretrainedConfig:
+    """
+    The model's configuration, without loading the model.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What the user passed.
+        name (`str`): What to call it in an error message: "expert", "amateur", "model".
+        kwargs: As for [`load_model`]; of them, those count that say where the model is found and how it is quantized.
+
+    Raises:
+        `TypeError`: If it is none of the accepted types.
+        `ImportError`: If it is to be loaded in 4 or 8 bits and bitsandbytes is not installed.
+        `ValueError`: If it is an encoder-decoder model or an encoder, which have no next-token distribution, an
+            adapter of virtual tokens, or a folder whose weights are missing or damaged; or if the weights are to go
+            where there is no GPU.
+    """
+    if isinstance(model, PreTrainedModel | PeftModel):
+        if isinstance(model, PeftModel):
+            check_adapter(model.active_peft_config, name)
+        config = get_base_model(model).config
+        is_causal = get_base_model(model).can_generate()
+    elif isinstance(model, str):
+        _check_device_map(kwargs.get("device_map"))
+        source = model
+        try:
+            source, repository = _locate(model, name, kwargs)
+            if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
+                raise FileNotFoundError(source)
+            config = AutoConfig.from_pretrained(source, **repository)
+        except (OSError, StrictDataclassError) as error:
+            if os.path.isfile(os.path.join(source, "config.json")):
+                raise ValueError(
+                    f"The config.json of the {name} {source!r} cannot be read: {' '.join(str(error).split())}"
+                ) from error
+            raise ValueError(
+                f"The {name} {source!r} cannot be found. It must be a folder with a config.json, or the id of a model "
+                "on the Hub; private and gated models need `hf auth login`, offline ones must be in the cache."
+            ) from error
+        _check_bitsandbytes(kwargs.get("quantization_config") or getattr(config, "quantization_config", None), name)
+        is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
+            getattr(config, "auto_map", None) or {}  # code of its own
+        )
+    else:
+        raise TypeError(
+            f"The {name} must be a model id, a path, a `PreTrainedModel` or a `PeftModel`, got "
+            f"`{type(model).__name__}`."
+        )
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"The {name} is an encoder-decoder model (`{config.model_type}`). LightReasoner needs a causal language "
+            "model, such as Qwen2.5."
+        )
+    # The mapping of causal models holds encoders too, which are causal with `is_decoder` only
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if is_encoder or not is_causal:
+        raise ValueError(
+            f"The {name} (`{config.model_type}`) has no next-token distribution. LightReasoner needs a causal "
+            "language model, such as Qwen2.5."
+        )
+    if isinstance(model, str):
+        for folder in dict.fromkeys((model, source)):
+            _check_weights(folder, name)
+    return config
+
+
+def _check_device_map(device_map: Any) -> None:
+    devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+    if any(str(device).startswith("cuda") for device in devices) and not torch.cuda.is_available():
+        raise ValueError(
+            f"`device_map` asks for a CUDA GPU ({device_map!r}), but PyTorch finds none here. Leave it out, or see to "
+            "the driver and the build of PyTorch."
+        )
+
+
+def _check_weights(model: str, name: str) -> None:
+    """Refuse a folder without weights or with damaged ones; of every file the header is read."""
+    folder = Path(model)
+    if not folder.is_dir():  # of the Hub
+        return
+    if not any(path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)):
+        raise ValueError(
+            f"The {name} {model!r} has no weights: the folder holds no *.safetensors file. Download or save it again."
+        )
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{str(path)!r} is damaged ({error}). Download or save it again.") from error
+
+
+def load_tokenizer(
+    model: str | torch.nn.Module, name: str = "model", argument: str = "processing_class", **kwargs: Any
+) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer that lies beside a model; for an adapter without one, beside its base model.
+
+    Args:
+        model (`str` or `torch.nn.Module`): Id or path, or a loaded model that knows where it came from.
+        name (`str`): What to call the model in an error message.
+        argument (`str`): The argument by which the user can pass a tokenizer instead.
+        kwargs: As for [`load_model`]; of them, those count that say where the model is found.
+
+    Raises:
+        `ValueError`: If there is none, it is damaged, or the model does not know where it came from.
+    """
+    if isinstance(model, str):
+        source, repository = _locate(model, name, kwargs)
+        if source != model and _has_tokenizer(model, hub_kwargs(kwargs)):
+            # The kind of tokenizer is told by a config.json, which an adapter has not
+            config = AutoConfig.from_pretrained(source, **repository)
+            own = _load_tokenizer(model, name, {**hub_kwargs(kwargs), "config": config})
+            if max(own.get_vocab().values()) < config.get_text_config().vocab_size:
+                return own
+            logger.warning(
+                f"The tokenizer beside the {name} {model!r} has more tokens than the base model has logits. That of "
+                "the base model is used."
+            )
+    else:
+        source, repository = get_base_model(model).config._name_or_path, hub_kwargs(kwargs)
+    if not source:
+        raise ValueError(f"The {name} does not say where its tokenizer is. Pass the tokenizer as `{argument}`.")
+    folder = Path(source)
+    if folder.is_dir() and not _has_tokenizer(source, repository):  # transformers would make an empty one
+        raise ValueError(
+            f"There is no tokenizer beside the {name}: {source!r} holds no tokenizer.json. Save the model's tokenizer "
+            f"there, or pass it as `{argument}`."
+        )
+    return _load_tokenizer(source, name, repository)
+
+
+def _load_tokenizer(source: str, name: str, repository: dict[str, Any]) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(source, **repository)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(
+            f"The tokenizer of the {name} {source!r} cannot be loaded: {' '.join(str(error).split()).rstrip('.')}."
+        ) from error
+
+
+def _has_tokenizer(source: str, repository: dict[str, Any]) -> bool:
+    """Whether a tokenizer lies in a folder, or in a repository of the Hub."""
+    folder = Path(source)
+    if folder.is_dir():
+        return any(path for pattern in _VOCABULARY_FILES for path in folder.glob(pattern))
+    where = {name: value for name, value in repository.items() if name != "trust_remote_code"}
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return any(cached_file(source, file, **where, **quietly) is not None for file in files)
+
+
+def load_generation_config(model: str | PreTrainedModel | PeftModel, **kwargs: Any) -> GenerationConfig:
+    """
+    The model's generation_config, or what its config says where it has none, without loading the model.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What the user passed.
+        kwargs: As for [`load_model`]; of them, those count that say where the model is found.
+    """
+    if not isinstance(model, str):
+        return get_base_model(model).generation_config
+    source, repository = _locate(model, "model", kwargs)
+    config = AutoConfig.from_pretrained(source, **repository)
+    repository.pop("trust_remote_code", None)  # it has no code
+    try:
+        return GenerationConfig.from_pretrained(source, **repository)
+    except OSError:  # as `from_pretrained` of the model does
+        return GenerationConfig.from_model_config(config)
+
+
+def _locate(model: str, name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Id or path of the model, or of the base model of an adapter, and the arguments with which it is found."""
+    repository = hub_kwargs(kwargs)
+    if (adapter := load_adapter_config(model, name, **repository)) is None:
+        return model, repository
+    # The user's revision is the adapter's, which names that of its base model
+    return adapter.base_model_name_or_path, {**repository, "revision": adapter.revision or "main"}
+
+
+def hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments of `from_pretrained` that say where a model is found, not how its weights are loaded."""
+    names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def load_adapter_config(model: str, name: str = "model", **kwargs: Any) -> PeftConfig | None:
+    """The configuration of a PEFT adapter, or `None` if `model` is not one; `kwargs` as of [`hub_kwargs`]."""
+    kwargs.pop("trust_remote_code", None)  # an adapter has no code of its own
+    if find_adapter_config_file(model, **kwargs) is None:
+        return None
+    try:
+        config = PeftConfig.from_pretrained(model, **kwargs)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"The adapter_config.json of the {name} {model!r} cannot be read: {str(error).rstrip('.')}."
+        ) from error
+    check_adapter(config, name)
+    if not config.base_model_name_or_path:
+        raise ValueError(
+            f"The {name} {model!r} is an adapter that does not name its base model. Set `base_model_name_or_path` in "
+            "its adapter_config.json."
+        )
+    return config
+
+
+def check_adapter(config: PeftConfig, name: str) -> None:
+    """Refuse an adapter of virtual tokens."""
+    # Virtual tokens shift the positions at which logits are read, and the base model that generates does not see them
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"The {name} is an adapter of virtual tokens (`{config.peft_type.value}`), which is not supported. Use "
+            "one that changes the weights, such as LoRA."
+        )
+
+
+def _check_bitsandbytes(quantization: Any, name: str) -> None:
+    if quantization is None or is_bitsandbytes_available():
+        return
+    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
+        raise ImportError(
+            f"Loading the {name} in 4 or 8 bits needs bitsandbytes: `pip install 'trl-lightreasoner[quantization]'`."
+        )
+
+
+def add_quantization(
+    kwargs: dict[str, Any], model: Any, quantization_config: BitsAndBytesConfig | None, owner: str, prefix: str = ""
+) -> dict[str, Any]:
+    """
+    The keyword arguments of [`load_model`] with the quantization that the user asked for beside them.
+
+    Args:
+        kwargs (`dict[str, Any]`): From the user's `model_init_kwargs`.
+        model (`str` or `torch.nn.Module`): What the user passed. A loaded model stays as it is, with a warning.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*): What the user passed.
+        owner (`str`): Who took it: "trainer", "sampler".
+        prefix (`str`): Of the arguments' names, such as "amateur_".
+
+    Raises:
+        `ValueError`: If `kwargs` has one too.
+    """
+    if quantization_config is None:
+        return kwargs
+    if not isinstance(model, str):
+        logger.warning(
+            f"You passed `{prefix}quantization_config` to the {owner}, but your model is already instantiated. The "
+            f"`{prefix}quantization_config` will be ignored."
+        )
+        return kwargs
+    if "quantization_config" in kwargs:
+        raise ValueError(
+            f"You set `{prefix}quantization_config` both as a {owner} argument and in "
+            f"`args.{prefix}model_init_kwargs`. Please set it in only one place, preferably as a {owner} argument."
+        )
+    return {**kwargs, "quantization_config": quantization_config}

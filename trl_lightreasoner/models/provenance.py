@@ -1,0 +1,159 @@
+"""Whether the model that is trained is the expert that the steps were sampled with."""
+
+import json
+import os
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from peft import PeftModel
+from transformers import logging
+
+from .weights import describe_model
+
+
+logger = logging.get_logger(__name__)
+
+_FLOATS = {"float16", "bfloat16", "float32", "float64"}
+
+
+def warn_of_another_expert(
+    dataset: Dataset | IterableDataset, model: torch.nn.Module, name: str | None = None
+) -> None:
+    """
+    Warn of every way in which a model differs from the expert that `sampling_metadata` describes.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The steps to be trained on, of one expert or
+            of several. One that does not say, or that would have to be read first, gives no warning.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): As training starts, before a new adapter.
+        name (`str`, *optional*): Id or path of the model, if the user gave one.
+    """
+    if not isinstance(dataset, Dataset) or "sampling_metadata" not in dataset.column_names:
+        return
+    trained = describe_model(model, name)
+    # A new adapter changes nothing yet
+    adapts = isinstance(model, PeftModel) and any(p.any() for n, p in model.named_parameters() if "lora_B" in n)
+    experts = [_read_expert(text) for text in dataset.unique("sampling_metadata")]
+    pairs = [pair for expert in experts if expert for pair in differences(expert, trained, adapts)]
+    for sampled_as, trained_as in dict.fromkeys(pairs):
+        logger.warning(
+            f"The expert was sampled {sampled_as} and is trained {trained_as}: the labels come from another pi_E than "
+            "the one that training starts from, so that the difference between the two is learned as well."
+        )
+
+
+def differences(sampled: dict[str, Any], trained: dict[str, Any], adapts: bool = True) -> list[tuple[str, str]]:
+    """
+    How two experts differ as functions.
+
+    Args:
+        sampled, trained (`dict[str, Any]`): As of [`~trl_lightreasoner.models.weights.describe_model`].
+        adapts (`bool`): Whether the adapter of `trained`, if there is one, changes its base.
+
+    Returns:
+        A pair of phrases for every difference. A folder may have moved, so that of paths the last part counts; weights
+        may be held in a wider dtype, as training in full does.
+
+    Example:
+
+    ```python
+    >>> differences({"model": "a/expert", "dtype": "float32"}, {"model": "b/expert", "dtype": "bfloat16"})
+    [('in float32', 'in bfloat16')]
+
+    ```
+    """
+
+    def values(key: str) -> tuple[Any, Any]:
+        return sampled.get(key), trained.get(key)
+
+    if _differ(*map(_last_part, values("model"))):
+        was, is_now = values("model")
+        return [(f"as {was!r}", f"as {is_now!r}")]
+    pairs: list[tuple[str, str]] = []
+    if _differ(*values("revision")):
+        was, is_now = values("revision")
+        pairs.append((f"at revision {was}", f"at revision {is_now}"))
+    adapters = values("adapter")
+    one_is_missing = bool(adapters[0]) != bool(adapters[1]) and bool(adapters[0] or adapts)
+    both_have_names = all(isinstance(adapter, str) for adapter in adapters)
+    if one_is_missing or (both_have_names and _differ(*map(_last_part, adapters))):
+        pairs.append((_adapter(adapters[0]), _adapter(adapters[1])))
+    was, is_now = values("quantization")
+    quantizations = (describe_quantization(was), describe_quantization(is_now))
+    if _differ(*quantizations):
+        pairs.append(quantizations)
+    dtypes = values("dtype")
+    if set(dtypes) <= _FLOATS:
+        was, is_now = (getattr(torch, dtype) for dtype in dtypes)
+        if torch.promote_types(was, is_now) != is_now:  # the weights lose digits
+            pairs.append((f"in {dtypes[0]}", f"in {dtypes[1]}"))
+    return pairs
+
+
+def hub_id(name: str | None) -> str | None:
+    """
+    The id on the Hub (owner/name) of a model or dataset, or `None` for what lies on this machine.
+
+    Example:
+
+    ```python
+    >>> hub_id("Qwen/Qwen2.5-0.5B"), hub_id("/data/expert")
+    ('Qwen/Qwen2.5-0.5B', None)
+
+    ```
+    """
+    name = name or ""
+    parts = name.replace("\\", "/").split("/")
+    if len(parts) > 2 and parts[-2] == "snapshots":  # the Hub's cache: models--owner--name/snapshots/commit
+        return "/".join(parts[-3].split("--")[1:])
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    # A name without an owner is what is left of a path
+    return name if "/" in name and not os.path.exists(name) else None
+
+
+def public_name(name: str | None) -> str | None:
+    """A name that tells nothing of this machine: the id on the Hub, or the last part of a path."""
+    return hub_id(name) or (name or "").replace("\\", "/").rstrip("/").rpartition("/")[2] or None
+
+
+def _read_expert(text: str | None) -> dict[str, Any] | None:
+    try:
+        expert = json.loads(text or "")["expert"]
+    except (TypeError, KeyError, ValueError):  # somebody else's column
+        return None
+    return expert if isinstance(expert, dict) else None
+
+
+def _differ(one: Any, other: Any) -> bool:
+    return bool(one) and bool(other) and one != other
+
+
+def _last_part(name: str | None) -> str | None:
+    parts = [part for part in (name or "").replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    if len(parts) > 2 and parts[-2] == "snapshots":  # the Hub's cache: models--owner--name/snapshots/commit
+        return parts[-3].split("--")[-1].lower()
+    return parts[-1].lower() if parts else None
+
+
+def _adapter(adapter: str | list[str] | None) -> str:
+    if isinstance(adapter, str):
+        return f"with the adapter {adapter!r}"
+    return "with an adapter" if adapter else "without an adapter"
+
+
+def describe_quantization(settings: dict[str, Any] | None) -> str:
+    """A phrase for the `quantization` of [`~trl_lightreasoner.models.weights.describe_model`]."""
+    if not settings:
+        return "without quantization"
+    settings = {key: str(value) for key, value in settings.items()}  # as the metadata holds them
+    if settings.get("load_in_8bit") == "True":
+        return "in 8 bits"
+    if settings.get("load_in_4bit") == "True":
+        nested = ", nested" if settings.get("bnb_4bit_use_double_quant") == "True" else ""
+        return f"in 4 bits ({settings.get('bnb_4bit_quant_type', 'fp4')}{nested})"
+    return f"with quantization {settings.get('quant_method', '').rpartition('.')[2].lower()}".rstrip()

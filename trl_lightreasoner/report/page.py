@@ -1,0 +1,279 @@
+"""From the numbers of one Dataset or two to one HTML page that needs nothing else: no request ever leaves it.
+
+Style and script are in `report_page_files`, next to this module, and are put into the page. A Content-Security-Policy
+lets that script alone run and forbids the browser every request. All text of models and datasets is escaped.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+
+import numpy as np
+
+from .. import __version__
+from .charts import Axis, write_number, write_share
+from .figures import V_C, divergence_figures, label_figures, training_figures
+from .shown_steps import MAX_TOKENS, ReportedDataset, ShownStep, ShownTrajectory
+from .token_text import TokenTexts, label_of, spell_out
+from .training_curves import Curve
+
+
+_FILES = Path(__file__).parent / "page_files"
+# Where the colours of the text change, in nats
+HEAT_EDGES = (0.001, 0.01, 0.05, 0.1, 0.4, 1.0, 2.0)
+_NUM_OPEN = 4  # trajectories that are seen before more are asked for
+_MAX_PROMPT = 1000  # characters
+PI_E = "π<sub>E</sub>"
+PI_A = "π<sub>A</sub>"
+
+
+def make_page(datasets: list[ReportedDataset], curves: dict[str, dict[str, Curve]] | None, paired: bool) -> str:
+    """
+    The page.
+
+    Args:
+        datasets (`list[ReportedDataset]`): One or two.
+        curves (`dict`, *optional*): Of a training, as [`load_curves`] returns them.
+        paired (`bool`): Whether the datasets' trajectories are of the same prompts, one by one.
+
+    Returns:
+        `str`: HTML.
+    """
+    script, style = ((_FILES / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    details: dict[str, dict] = {}
+    sections = {
+        "overview": ("Overview", _overview(datasets)),
+        "trajectories": ("Trajectories", _trajectories(datasets, paired, details)),
+    }
+    if all(each.statistics.num_known for each in datasets):
+        sections["divergence"] = ("Divergence", divergence_figures(datasets))
+    sections["labels"] = ("Labels", label_figures(datasets))
+    if curves is not None:
+        sections["training"] = ("Training", training_figures(curves))
+    names = " and ".join(f"<span class='name'>{escape(each.name)}</span>" for each in datasets)
+    return Template((_FILES / "page.html").read_text(encoding="utf-8")).substitute(
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'",
+        title=escape(" and ".join(each.name for each in datasets)),
+        names=names,
+        style=style,
+        script=script,
+        links="".join(f'<a href="#{key}">{title}</a>' for key, (title, _) in sections.items()),
+        sections="".join(
+            f'<section id="{key}" aria-labelledby="{key}-title"><h2 id="{key}-title">{title}</h2>{body}</section>'
+            for key, (title, body) in sections.items()
+        ),
+        details=as_json(details),
+        version=__version__,
+    )
+
+
+def as_json(value: object) -> str:
+    """JSON that can stand in a script element: nothing in it ends the element or opens another."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+# Overview
+
+
+def _overview(datasets: list[ReportedDataset]) -> str:
+    return "".join(_summary(each, f"s{i}" if len(datasets) > 1 else "") for i, each in enumerate(datasets))
+
+
+def _summary(dataset: ReportedDataset, style: str) -> str:
+    numbers, made = dataset.statistics, dataset.metadata
+    share = numbers.num_kept / numbers.num_steps
+    tiles = {
+        "trajectories": f"{numbers.num_trajectories:,}",
+        "steps": f"{numbers.num_steps:,}",
+        "kept steps": f"{numbers.num_kept:,}",
+        "of the steps kept": write_share(share),
+    }
+    if numbers.num_kept:
+        tiles[f"of them with a label {V_C} that prefers another token"] = write_share(
+            numbers.num_changed / numbers.num_kept
+        )
+    settings = []
+    for role, symbol in (("expert", PI_E), ("amateur", PI_A)):
+        if name := (made.get(role) or {}).get("adapter") or (made.get(role) or {}).get("model"):
+            name = name if isinstance(name, str) else ", ".join(map(str, name))
+            settings.append((f"{role.capitalize()} {symbol}", escape(spell_out(short_name(name)))))
+    settings += [(key, write_number(value)) for key, value in (("α", numbers.alpha), ("β", numbers.beta)) if value]
+    rows = ""
+    if numbers.num_rows > numbers.num_trajectories:
+        rows = (
+            f"<p>The {numbers.num_rows:,} rows hold {numbers.num_trajectories:,} different trajectories. Divergences "
+            "count once a trajectory, labels once a row.</p>"
+        )
+    if numbers.num_known < numbers.num_steps:
+        rows += (
+            f"<p>Divergences are known at {numbers.num_known:,} of the {numbers.num_steps:,} steps. What is said of "
+            "them is said of these alone.</p>"
+        )
+    heading = f'<h3><span class="swatch {style}"></span>{escape(dataset.name)}</h3>' if style else ""
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in dataset.notes)
+    return (
+        f'<div class="summary {style}">{heading}<dl class="tiles">'
+        + "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in tiles.items())
+        + '</dl><dl class="settings">'
+        + "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in settings)
+        + f"</dl>{rows}{notes}</div>"
+    )
+
+
+def short_name(name: str) -> str:
+    """An id as it is, and of a path the last two parts: the rest belongs to one machine."""
+    return "/".join(name.replace("\\", "/").rstrip("/").split("/")[-2:])
+
+
+# Trajectories
+
+
+def _trajectories(datasets: list[ReportedDataset], paired: bool, details: dict[str, dict]) -> str:
+    shown = [len(each.trajectories) for each in datasets]
+    with_kept = [int((each.statistics.kept_per_row > 0).sum()) for each in datasets]
+    which = (
+        f"{shown[0]:,} prompts that both datasets hold, drawn at random"
+        if paired
+        else " and ".join(
+            f"{count:,} of the {total:,} rows with a kept step"
+            if total
+            else f"{count:,} of {each.statistics.num_rows:,} rows, none with a kept step"
+            for count, total, each in zip(shown, with_kept, datasets, strict=True)
+        )
+        + ", drawn at random"
+    )
+    legend = "".join(
+        f'<span class="h{i}">{"" if i else "under "}{write_number(HEAT_EDGES[max(i - 1, 0)])}</span>'
+        for i in range(len(HEAT_EDGES) + 1)
+    )
+    intro = (
+        f"<p>Shown are {which}; every number elsewhere on this page is over all rows. "
+        "<span class='how'>Choose a framed token to see what the models say there; the arrow keys go from one to the "
+        "next.</span></p>"
+        f'<p class="legend" aria-hidden="true"><b>Divergence in nats</b> {legend}<span class="kept">kept</span></p>'
+    )
+    articles = [
+        [_article(trajectory, dataset, f"{i}.{j}", details) for j, trajectory in enumerate(dataset.trajectories)]
+        for i, dataset in enumerate(datasets)
+    ]
+    titles = [
+        f'<h4><span class="swatch s{i}"></span>{escape(each.name)}</h4>' if len(datasets) > 1 else ""
+        for i, each in enumerate(datasets)
+    ]
+    if paired:
+        cards = [
+            f'<article class="card pair">{_prompt(trajectories[0], datasets[0].texts)}<div class="columns">'
+            + "".join(f"<div>{title}{text}</div>" for title, text in zip(titles, texts, strict=True))
+            + "</div></article>"
+            for trajectories, texts in zip(
+                zip(*(each.trajectories for each in datasets), strict=True), zip(*articles, strict=True), strict=True
+            )
+        ]
+    else:
+        cards = [
+            f'<article class="card">{titles[i]}{_prompt(trajectory, dataset.texts)}{text}</article>'
+            for i, dataset in enumerate(datasets)
+            for trajectory, text in zip(dataset.trajectories, articles[i], strict=True)
+        ]
+        cards = [card for group in _interleave(cards, shown) for card in group]
+    first, rest = "".join(cards[:_NUM_OPEN]), "".join(cards[_NUM_OPEN:])
+    if rest:
+        rest = f'<details class="more"><summary>Show {len(cards) - _NUM_OPEN} more</summary>{rest}</details>'
+    panel = (
+        '<aside id="panel" class="card empty" aria-label="Kept step"><div id="panel-body">'
+        "<p>What expert and amateur say at a kept step, and the label that the contrast makes of it, appear here.</p>"
+        '</div></aside><p id="status" class="visually-hidden" role="status"></p>'
+    )
+    return f'{intro}<div class="reader"><div class="texts">{first}{rest}</div>{panel}</div>'
+
+
+def _interleave(cards: list[str], counts: list[int]) -> list[list[str]]:
+    starts = np.cumsum([0, *counts])
+    return [
+        [cards[start + i] for start, count in zip(starts, counts, strict=False) if i < count]
+        for i in range(max(counts))
+    ]
+
+
+def _prompt(trajectory: ShownTrajectory, texts: TokenTexts) -> str:
+    prompt = trajectory.prompt
+    if isinstance(prompt, list):
+        prompt = "\n".join(str(message.get("content")) for message in prompt if message.get("role") != "system")
+    if isinstance(prompt, str):
+        prompt = spell_out(prompt).replace("↵\n", "\n")
+    else:
+        prompt = "".join(map(texts, trajectory.prompt_ids))
+    cut = prompt if len(prompt) <= _MAX_PROMPT else f"{prompt[:_MAX_PROMPT]} …"
+    return f'<p class="prompt"><b>Row {trajectory.row:,}</b> <bdi>{escape(cut)}</bdi></p>'
+
+
+def _article(trajectory: ShownTrajectory, dataset: ReportedDataset, key: str, details: dict[str, dict]) -> str:
+    steps = {step.position: step for step in trajectory.steps}
+    texts, parts = dataset.texts, []
+    for t, (token_id, divergence) in enumerate(zip(trajectory.completion_ids, trajectory.kl_divergence, strict=True)):
+        text = texts(token_id)
+        style = f"h{int(np.searchsorted(HEAT_EDGES, divergence or 0, side='right'))}"
+        style += " special" if texts.is_special(token_id) else ""
+        nats = _nats(divergence)
+        if t in steps:
+            label = f"Step {t}, {label_of(text)}, {nats}"
+            parts.append(
+                f'<button type="button" class="{style}" data-step="{key}.{t}" aria-label="{escape(label)}" '
+                f'aria-controls="panel" aria-expanded="false" title="{nats}">{escape(label_of(text))}</button>'
+            )
+            parts.append("<br>" if text.endswith("\n") else "")
+            details[f"{key}.{t}"] = _detail(steps[t], trajectory, dataset)
+        else:
+            parts.append(f'<span class="{style}" title="{nats}">{escape(text)}</span>')
+    left = trajectory.num_tokens - len(trajectory.completion_ids)
+    more = f'<p class="note">The first {MAX_TOKENS:,} of {trajectory.num_tokens:,} tokens.</p>' if left else ""
+    label = f"Completion, {len(steps)} kept {'step' if len(steps) == 1 else 'steps'}"
+    return (
+        f'<div class="text" role="group" aria-label="{label}">{"".join(parts)}</div>{more}'
+        f"{_strip(trajectory, dataset.statistics.beta)}"
+    )
+
+
+def _nats(divergence: float | None) -> str:
+    return "divergence not known" if divergence is None else f"{write_number(divergence)} nats"
+
+
+def _strip(trajectory: ShownTrajectory, beta: float | None) -> str:
+    """The divergence along one trajectory, small; each token says its own."""
+    y = Axis(1e-3, 10, is_log=True)
+    width = len(trajectory.kl_divergence)
+    kept = {step.position for step in trajectory.steps}
+    bars = "".join(
+        f'<rect{" class=kept" if t in kept else ""} x="{t}.1" y="{100 - place:.1f}" width=".8" height="{place:.1f}"/>'
+        for t, place in enumerate(100 * y.place(value or 0) for value in trajectory.kl_divergence)
+        if place > 0
+    )
+    line = f'<path d="M0 {100 - 100 * y.place(beta):.1f}H{width}"/>' if beta else ""
+    box = f'viewBox="0 0 {width} 100" preserveAspectRatio="none"'
+    return f'<svg class="strip" {box} aria-hidden="true">{bars}{line}</svg>'
+
+
+def _detail(step: ShownStep, trajectory: ShownTrajectory, dataset: ReportedDataset) -> dict:
+    taken = trajectory.completion_ids[step.position]
+    best = max(step.label_probs)
+    columns: dict[str, Sequence[float]] = {"v": step.label_probs}
+    if step.expert_probs is not None and step.amateur_probs is not None:
+        columns = {"e": step.expert_probs, "a": step.amateur_probs, **columns}
+    else:  # of log pi_E - log pi_A the label holds all but a constant
+        columns["r"] = [value / best for value in step.label_probs]
+    return {
+        "name": dataset.name,
+        "row": trajectory.row,
+        "t": step.position,
+        "kl": _nats(trajectory.kl_divergence[step.position]),
+        "taken": step.token_ids.index(taken),
+        "tokens": [label_of(dataset.texts(token_id)) for token_id in step.token_ids],
+        **{key: [round(float(value), 5) for value in values] for key, values in columns.items()},
+    }

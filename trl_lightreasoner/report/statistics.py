@@ -1,0 +1,273 @@
+"""From a Dataset of kept steps to the numbers of a report: over every row, in memory that holds some rows at a time.
+
+Divergences are counted in bins of a thousandth of a decade, so that a quantile is right to 0.3 % however many steps
+there are. A trajectory that several rows hold, a step each, counts once; every label counts.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from ..steps.dataset import STEP_COLUMNS, sampling_metadata
+from ..steps.training_rows import check_row
+
+
+BINS_PER_DECADE = 1000
+_LOWEST, _HIGHEST = -10, 3  # decades; what lies outside goes into the first bin and the last
+_NUM_BINS = BINS_PER_DECADE * (_HIGHEST - _LOWEST)
+_NUM_POSITIONS = 40  # groups of positions
+_NUM_SUPPORTS = 10  # sizes of the support, the last one open
+_NUM_MASSES = 10
+_ROWS = 200  # rows that are in memory at a time
+_TYPES = {
+    "prompt_ids": pa.list_(pa.int64()),
+    "completion_ids": pa.list_(pa.int64()),
+    "kl_divergence": pa.list_(pa.float64()),
+    "step_positions": pa.list_(pa.int64()),
+    "label_ids": pa.list_(pa.list_(pa.int64())),
+    "label_probs": pa.list_(pa.list_(pa.float64())),
+}
+
+
+class TokenGain(NamedTuple):
+    """
+    What the contrast does to one token.
+
+    Attributes:
+        token_id (`int`): The token.
+        gain (`float`): Sum of v_C - 1/|support| over the kept steps whose support holds it: above 0 where the expert
+            prefers it to the other plausible tokens more than the amateur does, below 0 where less.
+        num_steps (`int`): Number of those steps.
+    """
+
+    token_id: int
+    gain: float
+    num_steps: int
+
+
+class StepStatistics:
+    """
+    Numbers over all rows of a Dataset of kept steps.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): Rows as [`ContrastiveStepSampler`] makes them, one step a row or several.
+        name (`str`): What to call it in messages.
+
+    Attributes:
+        alpha, beta (`float`, *optional*): As the Dataset says; None if it does not.
+        num_rows, num_trajectories, num_steps, num_kept (`int`): Counts. Steps are those of the distinct trajectories.
+        num_known (`int`): Steps whose divergence is known: all, but for a Dataset of `lightreasoner import`.
+        position_edges (`np.ndarray` of shape `(G + 1,)`): Bounds of the groups of positions.
+        steps_by_position, kept_by_position (`np.ndarray` of shape `(G,)`): Known steps, and kept ones, of each group.
+        support_counts (`np.ndarray` of shape `(10,)`): Kept steps whose support has 1, 2, ... and 10 or more tokens.
+        mass_counts (`np.ndarray` of shape `(10,)`): Kept steps by v_C of their favourite, in tenths.
+        num_changed (`int`): Kept steps at which v_C's favourite is not the token that was taken.
+        changes (`Counter`): Of them, how often each pair (taken, favourite) is met.
+        kept_per_row (`np.ndarray` of shape `(num_rows,)`): Kept steps.
+        prompt_keys, trajectory_keys (`np.ndarray` of shape `(num_rows,)`): Equal where the ids are.
+
+    Raises:
+        `ValueError`: If it is no Dataset of kept steps, or a row does not add up.
+
+    Example:
+
+    ```python
+    >>> dataset = dataset.add_column("prompt_ids", [[5]]).add_column("completion_ids", [[2, 1, 3, 4, 3]])
+    >>> statistics = StepStatistics(dataset)
+    >>> statistics.num_kept, statistics.num_steps, statistics.share_kept(0.4)
+    (3, 5, 0.6)
+
+    ```
+    """
+
+    def __init__(self, dataset: Dataset, name: str = "dataset"):
+        check_columns(dataset, name)
+        settings = made_with(dataset).get("settings") or {}
+        self.alpha, self.beta = settings.get("alpha"), settings.get("beta")
+        longest = max(
+            (pc.max(pc.list_value_length(batch["kl_divergence"])).as_py() or 0)
+            for batch in _batches(dataset, ["kl_divergence"])
+        )
+        if longest == 0:
+            raise ValueError(f"The {name} has no step: every `kl_divergence` is empty. Sample again.")
+        width = -(-longest // _NUM_POSITIONS)
+        num_groups = -(-longest // width)
+        self.position_edges = np.arange(num_groups + 1) * width
+        self._histogram = np.zeros((num_groups, _NUM_BINS), dtype=np.int64)
+        self.kept_by_position = np.zeros(num_groups, dtype=np.int64)
+        self.support_counts = np.zeros(_NUM_SUPPORTS, dtype=np.int64)
+        self.mass_counts = np.zeros(_NUM_MASSES, dtype=np.int64)
+        self.lowest, self.highest = math.inf, 0.0
+        self.num_rows = self.num_trajectories = self.num_steps = self.num_kept = 0
+        self.num_changed = self._num_reached = 0
+        self.changes: Counter[tuple[int, int]] = Counter()
+        self._gains: dict[int, tuple[float, int]] = {}
+        self._seen: set[int] = set()
+        kept_per_row, keys = [], []
+        for batch in _batches(dataset, list(_TYPES)):
+            rows = [dict(zip(_TYPES, values, strict=True)) for values in zip(*_columns(batch, name), strict=True)]
+            for row in rows:
+                self._check(row, name)
+                prompt, completion = tuple(row["prompt_ids"]), tuple(row["completion_ids"])
+                keys.append((hash(prompt), hash((prompt, completion))))
+                kept_per_row.append(len(row["step_positions"]))
+                self.num_rows += 1
+            self._add(rows, [key for _, key in keys[-len(rows) :]])
+        self.kept_per_row = np.array(kept_per_row)
+        self.prompt_keys, self.trajectory_keys = np.array(keys, dtype=np.int64).T
+        self.steps_by_position = self._histogram.sum(1)
+        self.num_known = int(self.steps_by_position.sum())
+
+    def _check(self, row: dict[str, list], name: str) -> None:
+        divergences = row["kl_divergence"]
+        try:
+            check_row(row, vocabulary=range(2**31), width=2**31)
+            if divergences is None:
+                raise ValueError("kl_divergence is missing")
+            if len(divergences) != len(row["completion_ids"]):
+                raise ValueError(
+                    f"there are {len(divergences)} divergences for {len(row['completion_ids'])} completion tokens"
+                )
+            if not all(value is None or 0 <= value < math.inf for value in divergences):
+                raise ValueError("kl_divergence holds a value that is negative or not finite")
+        except ValueError as error:
+            raise ValueError(f"Row {self.num_rows} of the {name} cannot be reported: {error}.") from None
+
+    def _add(self, rows: list[dict[str, list]], keys: list[int]) -> None:
+        new = []
+        for row, key in zip(rows, keys, strict=True):
+            if key not in self._seen:
+                self._seen.add(key)
+                new.append(row)
+        self.num_trajectories += len(new)
+        width = self.position_edges[1]
+        if new:
+            divergences = np.concatenate([np.array(row["kl_divergence"], dtype=float) for row in new])  # None is NaN
+            self.num_steps += len(divergences)
+            known = ~np.isnan(divergences)
+            groups = np.concatenate([np.arange(len(row["kl_divergence"])) for row in new])[known] // width
+            divergences = divergences[known]
+            np.add.at(self._histogram, (groups, bin_of(divergences)), 1)
+            self.lowest = min(self.lowest, divergences.min(initial=math.inf))
+            self.highest = max(self.highest, divergences.max(initial=0))
+            if self.beta is not None:  # of single precision, as the divergences were when they were compared
+                self._num_reached += int((divergences >= np.float32(self.beta)).sum())
+        kept = [
+            (row["completion_ids"][t], t, ids, probs)
+            for row in rows
+            for t, ids, probs in zip(row["step_positions"], row["label_ids"], row["label_probs"], strict=True)
+        ]
+        self.num_kept += len(kept)
+        if not kept:
+            return
+        np.add.at(self.kept_by_position, np.array([t for _, t, _, _ in kept]) // width, 1)
+        sizes = np.array([len(ids) for _, _, ids, _ in kept])
+        np.add.at(self.support_counts, np.minimum(sizes, _NUM_SUPPORTS) - 1, 1)
+        masses = np.array([max(probs) for *_, probs in kept])
+        np.add.at(self.mass_counts, np.minimum(masses * _NUM_MASSES, _NUM_MASSES - 1).astype(int), 1)
+        for taken, _, ids, probs in kept:
+            favourite = ids[int(np.argmax(probs))]
+            if favourite != taken:
+                self.num_changed += 1
+                self.changes[taken, favourite] += 1
+        ids = np.concatenate([ids for _, _, ids, _ in kept])
+        moved = np.concatenate([np.array(probs) - 1 / len(probs) for *_, probs in kept])
+        tokens, places = np.unique(ids, return_inverse=True)
+        gains, counts = np.bincount(places, weights=moved), np.bincount(places)
+        for token, gain, count in zip(tokens.tolist(), gains.tolist(), counts.tolist(), strict=True):
+            before = self._gains.get(token, (0.0, 0))
+            self._gains[token] = (before[0] + gain, before[1] + count)
+
+    def share_kept(self, beta: float) -> float:
+        """Share of the steps whose divergence is at least `beta`, exact at the Dataset's own `beta`."""
+        if beta == self.beta:
+            return self._num_reached / self.num_known
+        return float(self._histogram.sum(0)[bin_of(np.array([beta]))[0] :].sum()) / self.num_known
+
+    def beta_for(self, share: float) -> float:
+        """The lowest beta that keeps no more than `share` of the steps."""
+        return float(_value_at(self._histogram.sum(0), 1 - share))
+
+    def quantiles_by_position(self, quantile: float) -> np.ndarray:
+        """A quantile of the divergence in each group of positions, `(G,)`."""
+        return np.array([_value_at(counts, quantile) for counts in self._histogram])
+
+    def histogram(self, bins_per_decade: int = 10) -> tuple[np.ndarray, np.ndarray]:
+        """Edges `(N + 1,)` in nats, and how many steps lie between them, `(N,)`, without empty bins at the ends."""
+        counts = self._histogram.sum(0).reshape(-1, BINS_PER_DECADE // bins_per_decade).sum(1)
+        edges = 10.0 ** (_LOWEST + np.arange(len(counts) + 1) / bins_per_decade)
+        first, last = counts.nonzero()[0][[0, -1]]
+        return edges[first : last + 2], counts[first : last + 1]
+
+    def shares(self, betas: np.ndarray) -> np.ndarray:
+        """[`~StepStatistics.share_kept`] at many values, `(N,)`."""
+        reversed_sums = self._histogram.sum(0)[::-1].cumsum()[::-1]
+        return reversed_sums[bin_of(betas)] / self.num_known
+
+    def gains(self) -> list[TokenGain]:
+        """Every token of a support, the one that gains most first."""
+        gains = [TokenGain(token_id, *values) for token_id, values in self._gains.items()]
+        return sorted(gains, key=lambda token: (-token.gain, token.token_id))
+
+
+def bin_of(divergences: np.ndarray) -> np.ndarray:
+    """Numbers of the fine bins of divergences in nats."""
+    with np.errstate(divide="ignore"):
+        places = np.floor((np.log10(divergences) - _LOWEST) * BINS_PER_DECADE)
+    return np.clip(places, 0, _NUM_BINS - 1).astype(int)
+
+
+def _value_at(counts: np.ndarray, quantile: float) -> float:
+    """The lower edge of the first bin with no more than 1 - `quantile` of the counts in it and above."""
+    above = counts[::-1].cumsum()[::-1]
+    bins = (above <= (1 - quantile) * above[0] + 1e-9).nonzero()[0]
+    first = bins[0] if len(bins) else _NUM_BINS
+    return 10.0 ** (_LOWEST + first / BINS_PER_DECADE) if first else 0.0
+
+
+def made_with(dataset: Dataset) -> dict[str, Any]:
+    """What [`sampling_metadata`] says, or nothing where it is not of the sampler's making."""
+    metadata = sampling_metadata(dataset)
+    if not isinstance(metadata, dict):
+        return {}
+    parts = {name: part for name, part in metadata.items() if isinstance(part, dict)}
+    settings = parts.get("settings", {})
+    parts["settings"] = {name: value for name, value in settings.items() if type(value) in (int, float)}
+    return parts
+
+
+def check_columns(dataset: Dataset, name: str) -> None:
+    """Refuse what has not the columns of a Dataset of kept steps, or no row."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"The {name} must be a `datasets.Dataset`, got `{type(dataset).__name__}`. Choose one split of it, or "
+            "load it without streaming."
+        )
+    remedy = "Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
+    for column in (*STEP_COLUMNS, "kl_divergence"):
+        if column not in dataset.column_names:
+            raise ValueError(f"The {name} has no column {column!r}; it has {dataset.column_names}. {remedy}")
+    if len(dataset) == 0:
+        raise ValueError(f"The {name} has no row. {remedy}")
+
+
+def _batches(dataset: Dataset, columns: list[str]) -> Iterator[pa.Table]:
+    return dataset.select_columns(columns).with_format("arrow").iter(batch_size=_ROWS)
+
+
+def _columns(batch: pa.Table, name: str) -> list[list]:
+    for column, kind in _TYPES.items():
+        try:
+            batch[column].cast(kind)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            raise ValueError(
+                f"The column {column!r} of the {name} must hold lists of numbers, got "
+                f"{batch.schema.field(column).type}. Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
+            ) from None
+    return [batch[column].cast(kind).to_pylist() for column, kind in _TYPES.items()]

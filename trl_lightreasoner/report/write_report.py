@@ -1,0 +1,118 @@
+"""`write_report`: one Dataset of kept steps or two, and a training, as one HTML page and PNG figures."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import logging
+
+from ..steps.writer import check_folder
+from .page import make_page, short_name
+from .pictures import save_pictures
+from .shown_steps import ReportedDataset, add_probabilities, choose_rows, find_tokenizer, load_trajectories
+from .statistics import StepStatistics, made_with
+from .token_text import TokenTexts, spell_out
+from .training_curves import load_curves
+
+
+logger = logging.get_logger(__name__)
+
+
+def write_report(
+    dataset: Dataset | dict[str, Dataset],
+    output_dir: str,
+    training_dir: str | None = None,
+    expert: str | None = None,
+    amateur: str | None = None,
+    load_models: bool = True,
+    num_trajectories: int = 24,
+    seed: int = 0,
+) -> Path:
+    """
+    Write report.html, which needs no other file, and the same figures as PNG, if matplotlib is installed.
+
+    Numbers are over all rows. The tokenizer is that of the expert. A Dataset holds v_C, but not pi_E and pi_A: at the
+    kept steps that are shown they are read from the models, where these are at hand and give v_C again.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`): Rows as [`ContrastiveStepSampler`] makes them; or two
+            such Datasets by name, side by side.
+        output_dir (`str`): Folder for the files; made if it is missing.
+        training_dir (`str`, *optional*): `output_dir` of a training, whose curves are shown.
+        expert, amateur (`str`, *optional*): Ids or paths of the models. By default they are those that each Dataset
+            names, if they are on this machine.
+        load_models (`bool`, *optional*, defaults to `True`): Whether to load expert and amateur.
+        num_trajectories (`int`, *optional*, defaults to `24`): How many trajectories of each Dataset are shown.
+        seed (`int`, *optional*, defaults to `0`): Of the draw of those trajectories.
+
+    Returns:
+        `Path`: report.html.
+
+    Raises:
+        `ValueError`: If there are more than two, one is not a Dataset of kept steps or a row of it does not add up,
+            `training_dir` is not the output of a training, or a model that is named cannot be used.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl_lightreasoner import write_report
+
+    >>> write_report(load_dataset("steps", split="train"), "report", training_dir="adapter")  # doctest: +SKIP
+    PosixPath('report/report.html')
+
+    ```
+    """
+    datasets = dataset if isinstance(dataset, dict) else {"dataset": dataset}
+    datasets = {spell_out(name): each for name, each in datasets.items()}
+    if not 1 <= len(datasets) <= 2:
+        raise ValueError(f"A report shows one dataset or two side by side, got {len(datasets)}.")
+    if num_trajectories < 1:
+        raise ValueError(f"`num_trajectories` must be a whole number, 1 or more, got {num_trajectories}.")
+    check_folder(output_dir)
+    curves = None if training_dir is None else load_curves(training_dir)
+    statistics = [StepStatistics(each, _called(name, datasets)) for name, each in datasets.items()]
+    rows, paired = choose_rows(statistics, num_trajectories, seed)
+    reported = []
+    for (name, each), numbers, chosen in zip(datasets.items(), statistics, rows, strict=True):
+        metadata = made_with(each)
+        tokenizer, notes = find_tokenizer(metadata, expert), []
+        trajectories = load_trajectories(each, chosen)
+        if isinstance(tokenizer, str):
+            notes.append(f"Tokens are shown by number: {tokenizer}. Name the expert with --expert.")
+            tokenizer = None
+        reason: str | None = "they were not to be loaded"
+        if load_models:
+            reason = add_probabilities(trajectories, metadata, expert, amateur)
+        if reason is not None and any(trajectory.steps for trajectory in trajectories):
+            notes.append(
+                f"Of expert and amateur only the label is shown: {reason}. A dataset does not hold their "
+                "probabilities; they are read from the two models, which can be named with --expert and --amateur."
+            )
+        notes = [_without_paths(note, metadata) for note in notes]
+        reported.append(ReportedDataset(name, metadata, numbers, TokenTexts(tokenizer), trajectories, notes))
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "report.html"
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(make_page(reported, curves, paired), encoding="utf-8")
+    os.replace(temporary, path)
+    try:
+        save_pictures(reported, curves, folder)
+    except ImportError as error:
+        logger.warning(f"{error} The page has them without it.")
+    return path
+
+
+def _without_paths(note: str, metadata: dict[str, Any]) -> str:
+    """A sentence for the page, which may be shown to others, without the folders of this machine."""
+    for role in ("expert", "amateur"):
+        for name in (metadata.get(role) or {}).values():
+            if isinstance(name, str) and "/" in name:
+                note = note.replace(name, short_name(name))
+    return spell_out(note)
+
+
+def _called(name: str, datasets: dict[str, Dataset]) -> str:
+    return f"dataset {name!r}" if len(datasets) > 1 else "dataset"

@@ -1,0 +1,375 @@
+"""`ContrastiveStepSampler`: from prompts, an expert and an amateur to a Dataset of kept steps."""
+
+import hashlib
+import importlib.metadata
+import platform
+import uuid
+from typing import Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset, Features, List, Value
+from peft import PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import __version__
+from ..generation.completions import GreedyDecoder, evaluating, find_batch_size, run_in_batches, share_batches
+from ..generation.greedy import find_eos_ids
+from ..generation.vllm import check_vllm, connect_vllm
+from ..models.loading import add_quantization, load_config, load_model, load_tokenizer
+from ..models.weights import describe_model, weight_fingerprint
+from ..processes import Processes
+from ..steps.dataset import kl_quantiles
+from ..steps.prompts import check_prompts, encode_rows
+from ..steps.writer import StepWriter, describe_rows, hash_ids
+from ..vocabulary import model_vocabulary, shared_vocabulary
+from .contrastive_sampling_config import ContrastiveSamplingConfig
+from .scoring import Trajectory, TrajectoryScores, prepare_scoring, score_trajectories
+
+
+logger = get_logger(__name__)
+
+_SETTINGS = ("alpha", "beta", "max_new_tokens", "max_prompt_length", "include_first_step", "use_vllm")
+
+
+class ContrastiveStepSampler:
+    """
+    Finds the steps at which an expert knows what an amateur does not (LightReasoner, arXiv 2510.07962, section 3).
+
+    For every prompt the expert decodes greedily; the amateur then reads prompt and completion once, and so does the
+    expert, unless its distributions are kept from the decoding; the steps whose distributions diverge by at least
+    `args.beta` are kept, each with its contrastive label.
+
+    Args:
+        expert (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The stronger model, which is to be fine-tuned afterwards: a model id on the Hub, a path, or a model. PEFT
+            adapters are loaded on their base model.
+        amateur (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The weaker model of the same vocabulary.
+        args ([`ContrastiveSamplingConfig`]):
+            Settings.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The expert's tokenizer, which also applies the chat template. If `None`, it is loaded from beside the
+            expert.
+        amateur_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The amateur's tokenizer. If `None`, it is loaded from beside the amateur.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantization configuration used when loading the expert from a string.
+        amateur_quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            The same for the amateur.
+
+    Raises:
+        `ValueError`: If the two vocabularies do not fit, or a model has no next-token distribution.
+        `ImportError`: If a model is to be loaded in 4 or 8 bits and bitsandbytes is not installed, or completions are
+            to come from vLLM and it is not.
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
+
+    >>> sampler = ContrastiveStepSampler(
+    ...     expert="Qwen/Qwen2.5-Math-1.5B",
+    ...     amateur="Qwen/Qwen2.5-0.5B",
+    ...     args=ContrastiveSamplingConfig(output_dir="steps"),
+    ... )
+    >>> dataset = sampler.sample(Dataset.from_dict({"prompt": ["What is 17 * 3?"]}))
+    ```
+    """
+
+    def __init__(
+        self,
+        expert: str | PreTrainedModel | PeftModel,
+        amateur: str | PreTrainedModel | PeftModel,
+        args: ContrastiveSamplingConfig,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        amateur_processing_class: PreTrainedTokenizerBase | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        amateur_quantization_config: BitsAndBytesConfig | None = None,
+    ):
+        self.args = args
+        self.processes = Processes()
+        # Names or paths until `sample` loads them
+        self.expert: Any = expert
+        self.amateur: Any = amateur
+        self._names: list[Any] = [model if isinstance(model, str) else None for model in (expert, amateur)]
+        common = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+        expert_kwargs = {**common, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]  # no text by now
+        expert_kwargs = add_quantization(expert_kwargs, expert, quantization_config, "sampler")
+        amateur_kwargs = {**common, **(args.amateur_model_init_kwargs or {})}  # type: ignore[dict-item]
+        amateur_kwargs = add_quantization(
+            amateur_kwargs, amateur, amateur_quantization_config, "sampler", prefix="amateur_"
+        )
+        self._expert_kwargs, self._amateur_kwargs = expert_kwargs, amateur_kwargs
+
+        # Weights are loaded by `sample`, when nothing is left that could be refused before
+        expert_config = load_config(expert, "expert", **expert_kwargs)
+        amateur_config = load_config(amateur, "amateur", **amateur_kwargs)
+        if args.use_vllm:
+            check_vllm(args, expert, self.processes.count, **expert_kwargs)
+        if processing_class is None:
+            processing_class = load_tokenizer(expert, "expert", **expert_kwargs)
+        if amateur_processing_class is None:
+            amateur_processing_class = load_tokenizer(amateur, "amateur", "amateur_processing_class", **amateur_kwargs)
+        expert_width = expert_config.get_text_config().vocab_size
+        amateur_width = amateur_config.get_text_config().vocab_size
+        self.processing_class = processing_class
+        self.shared_vocabulary = shared_vocabulary(
+            processing_class, amateur_processing_class, expert_width, amateur_width
+        )
+        if len(self.shared_vocabulary) == len(processing_class):  # the usual case
+            self.expert_vocabulary = self.shared_vocabulary
+        else:
+            self.expert_vocabulary = model_vocabulary(processing_class, expert_width, "expert")
+        ids = self.expert_vocabulary.ids
+        self._unreadable_ids = ids[ids >= amateur_width].tolist()  # the amateur has no embedding for them
+        contexts = [
+            getattr(config.get_text_config(), "max_position_embeddings", None)
+            for config in (expert_config, amateur_config)
+        ]
+        self.max_length = min((context for context in contexts if context is not None), default=None)
+
+    def sample(self, dataset: Dataset) -> Dataset:
+        """
+        Sample and score every prompt of a dataset. Under `accelerate launch` or `torchrun` the processes share the
+        prompts, and each returns the whole.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                A prompt-only dataset, standard (`"prompt": text`) or conversational (`"prompt": [messages]`); or a
+                prompt-completion dataset, whose completions are scored instead of generated. Other columns are carried
+                along. A transform (`dataset.with_transform`) is applied before tokenizing, and must leave `prompt` and
+                `completion` where they are; what is carried along is what is stored.
+
+        Returns:
+            [`~datasets.Dataset`] with one row a trajectory, in the order of the prompts, memory-mapped from the
+            Parquet files under `args.output_dir`; for the columns see `trl_lightreasoner.steps.dataset`.
+
+        Raises:
+            `ValueError`: If the dataset is malformed or every prompt has to be skipped.
+        """
+        check_prompts(dataset, self.processing_class)
+        writer = StepWriter(self.args.output_dir, dataset, self.args.overwrite_output_dir)
+        self.eos_ids = find_eos_ids(self.expert, self.processing_class, **self._expert_kwargs)
+
+        scoring_only = "completion" in dataset.column_names
+        if scoring_only and self.args.use_vllm:
+            raise ValueError(
+                "The dataset has a column 'completion', so that there is nothing for vLLM to generate. Leave out "
+                "`use_vllm`, or remove the column."
+            )
+        columns = ["prompt_ids", "completion_ids"] if scoring_only else ["prompt_ids"]
+        # A transform of the user's is applied; any other format only costs time
+        prompts = dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
+        if set(columns) != {f"{name}_ids" for name in prompts[0] if name in ("prompt", "completion")}:
+            raise ValueError(
+                f"The transform of the dataset makes the columns {list(prompts[0])} of {dataset.column_names}. Apply "
+                "it by `dataset.map` first."
+            )
+        # With a fingerprint of ours `map` need not hash what it is given, which for a tokenizer takes seconds
+        encoded = prompts.map(
+            _encode,
+            with_indices=True,
+            batched=True,
+            fn_kwargs={"tokenizer": self.processing_class, "eos_ids": set(self.eos_ids)},
+            remove_columns=dataset.column_names,
+            features=Features({column: List(Value("int32")) for column in columns}),
+            keep_in_memory=True,
+            new_fingerprint=uuid.uuid4().hex,
+            desc="Tokenizing prompts",
+        ).with_format(None)
+        plan = self._plan(encoded, scoring_only)
+        self._vllm = None
+        if self.args.use_vllm:
+            longest, room = plan[0]
+            max_length = len(encoded[longest]["prompt_ids"]) + room
+            self._vllm = connect_vllm(self.args, self._names[0], max_length, **self._expert_kwargs)
+        self.expert = load_model(self.expert, **self._expert_kwargs)
+        self.amateur = load_model(self.amateur, **self._amateur_kwargs)
+        self._decode = None
+        if not scoring_only:
+            # Behind a token that the amateur cannot read, it has nothing to say
+            end_ids = [*self.eos_ids, *self._unreadable_ids]
+            self._decode = GreedyDecoder(self.expert, self.expert_vocabulary, end_ids, self._vllm)
+        try:
+            done = self.processes.on_main(
+                lambda: writer.open({**self._identity(encoded), **describe_rows(dataset)}, self._metadata())
+            )
+            if not self.processes.is_main:
+                writer.join()
+            order = [item for item in plan if item[0] not in done]
+            if len(order) < len(plan):
+                logger.warning(f"{len(plan) - len(order):,} of {len(plan):,} prompts are sampled already.")
+            self.batch_size = self.processes.on_main(lambda: self._find_batch_size(encoded, order, scoring_only))
+            self._sample(encoded, share_batches(order, self.batch_size, self.processes), writer, scoring_only)
+            self.processes.on_main(lambda: writer.finish({index for index, _ in plan}))
+            sampled = writer.load()
+        finally:
+            writer.close()
+            if self._vllm is not None:
+                self._vllm.close()
+        if not any(sampled["step_positions"]):
+            low, high, tenth = kl_quantiles(sampled, [0.5, 0.99, 0.9])
+            logger.warning(
+                f"No step reached beta = {self.args.beta}: half of the divergences are at most {low:.3g} and 99 % at "
+                f"most {high:.3g} nats. beta = {tenth:.3g} would keep 10 %; if that is near 0, the amateur is too "
+                "close to the expert: choose a weaker one."
+            )
+        return sampled
+
+    def _find_batch_size(self, encoded: Dataset, order: list[tuple[int, int]], scoring_only: bool) -> int:
+        if self.args.per_device_batch_size is not None or not order:
+            return self.args.per_device_batch_size or 1
+        longest = None
+        if not scoring_only:
+            index, room = order[0]  # the longest
+            longest = len(encoded[index]["prompt_ids"]) + room
+        return find_batch_size(self.expert, longest, len(order), self.processes.count)
+
+    def _sample(self, encoded: Dataset, order: list[tuple[int, int]], writer: StepWriter, scoring_only: bool) -> None:
+        num_steps = num_kept = 0
+
+        def run(indices: list[int], room: int) -> tuple[list[Trajectory], list[TrajectoryScores]]:
+            return self._run(indices, encoded[indices], None if scoring_only else room)
+
+        def write(indices: list[int], result: tuple[list[Trajectory], list[TrajectoryScores]]) -> str:
+            nonlocal num_steps, num_kept
+            trajectories, scores = result
+            writer.write(indices, self._columns(trajectories, scores, scoring_only))
+            num_steps += sum(len(score.kl_divergence) for score in scores)
+            num_kept += sum(len(score.step_positions) for score in scores)
+            return f"{num_kept:,} of {num_steps:,} steps kept"
+
+        def length(index: int) -> int:
+            return len(encoded[index]["prompt_ids"])
+
+        prepare_scoring(self.expert, self.amateur, self.shared_vocabulary)
+        desc = f"Sampling, {'given completions' if self._decode is None else self._decode.way}"
+        with evaluating(self.expert, self.amateur):
+            run_in_batches(order, self.batch_size, run, write, length, self.processes, desc)
+
+    def _plan(self, encoded: Dataset, scoring_only: bool) -> list[tuple[int, int]]:
+        """
+        `(row, room)` of every prompt that can be sampled, longest first, so that a batch that is too large for the
+        memory shows at once. Room is the number of tokens to generate at most; for given completions it is 0.
+        """
+        args = self.args
+        skipped = {"empty": 0, f"longer than max_prompt_length={args.max_prompt_length}": 0, "no room": 0}
+        empty, too_long, no_room = skipped
+        plan = []
+        for index, row in enumerate(encoded):
+            completion_ids = row.get("completion_ids") or []
+            if self._unreadable_ids:
+                self._check_readable([*row["prompt_ids"], *completion_ids[:-1]], index)
+            prompt_length, completion_length = len(row["prompt_ids"]), len(completion_ids)
+            room = args.max_new_tokens
+            if self.max_length is not None:
+                room = min(room, self.max_length - prompt_length)
+            if prompt_length == 0 or (scoring_only and completion_length == 0):
+                skipped[empty] += 1
+            elif args.max_prompt_length is not None and prompt_length > args.max_prompt_length:
+                skipped[too_long] += 1
+            elif room < 1 or (self.max_length is not None and prompt_length + completion_length > self.max_length):
+                skipped[no_room] += 1
+            else:
+                plan.append((prompt_length + completion_length, index, 0 if scoring_only else room))
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items() if count)
+        if skipped[empty] == len(encoded):
+            columns = "`prompt` or `completion`" if scoring_only else "`prompt`"
+            raise ValueError(f"Every row of the dataset is empty. There must be text in the column {columns}.")
+        if not plan:
+            raise ValueError(
+                f"Every prompt of the dataset had to be skipped ({reasons}; the models' context is {self.max_length} "
+                "tokens). Shorten the prompts, or raise `max_prompt_length`."
+            )
+        if reasons:
+            logger.warning(
+                f"Skipped {len(encoded) - len(plan):,} of {len(encoded):,} prompts: {reasons} (the models' context is "
+                f"{self.max_length} tokens)."
+            )
+        plan.sort(key=lambda item: (-item[0], item[1]))
+        return [(index, room) for _, index, room in plan]
+
+    def _check_readable(self, ids: list[int], index: int) -> None:
+        for token_id in set(ids) & set(self._unreadable_ids):
+            raise ValueError(
+                f"Row {index} has the token {self.processing_class.convert_ids_to_tokens(token_id)!r}, for which the "
+                f"amateur has no embedding: its id is {token_id}. Choose another amateur, leave the token out, or "
+                "resize the amateur's embeddings and pass it as a model."
+            )
+
+    def _run(
+        self, indices: list[int], rows: dict[str, list], room: int | None
+    ) -> tuple[list[Trajectory], list[TrajectoryScores]]:
+        hidden_states = None
+        if room is None or self._decode is None:
+            completions = rows["completion_ids"]
+        else:
+            completions, hidden_states = self._decode(rows["prompt_ids"], room)
+        trajectories = [Trajectory(*ids) for ids in zip(rows["prompt_ids"], completions, strict=True)]
+        scores = score_trajectories(
+            self.expert,
+            self.amateur,
+            trajectories,
+            self.shared_vocabulary,
+            alpha=self.args.alpha,
+            beta=self.args.beta,
+            include_first_step=self.args.include_first_step,
+            names=[f"row {index}" for index in indices],
+            expert_hidden_states=hidden_states,
+        )
+        return trajectories, scores
+
+    def _columns(
+        self, trajectories: list[Trajectory], scores: list[TrajectoryScores], scoring_only: bool
+    ) -> dict[str, list]:
+        columns = {
+            "prompt_ids": [trajectory.prompt_ids for trajectory in trajectories],
+            "completion_ids": [trajectory.completion_ids for trajectory in trajectories],
+            **{field: [getattr(score, field) for score in scores] for field in TrajectoryScores._fields},
+        }
+        if not scoring_only:
+            columns["completion"] = self.processing_class.batch_decode(
+                columns["completion_ids"], skip_special_tokens=True
+            )
+        return columns
+
+    def _identity(self, encoded: Dataset) -> dict[str, Any]:
+        """Everything that the rows depend on, by the names that a user knows."""
+        args = self.args
+        return {
+            **{name: getattr(args, name) for name in _SETTINGS},
+            "expert dtype": str(self.expert.dtype),
+            "amateur dtype": str(self.amateur.dtype),
+            "expert weights": weight_fingerprint(self.expert),
+            "amateur weights": weight_fingerprint(self.amateur),
+            "shared vocabulary": hashlib.sha256(self.shared_vocabulary.ids.numpy().tobytes()).hexdigest(),
+            "EOS tokens": self.eos_ids,
+            "number of prompts": len(encoded),
+            "prompts (tokens)": hash_ids(ids for row in encoded for ids in row.values()),
+        }
+
+    def _metadata(self) -> dict[str, Any]:
+        packages = ("trl", "transformers", "peft", "datasets", "torch")
+        return {
+            "method": "LightReasoner (arXiv 2510.07962)",
+            "expert": describe_model(self.expert, self._names[0]),
+            "amateur": describe_model(self.amateur, self._names[1]),
+            "settings": {name: getattr(self.args, name) for name in _SETTINGS},
+            "shared_tokens": len(self.shared_vocabulary),
+            "eos_token_ids": self.eos_ids,
+            "chat_template_sha256": hashlib.sha256((self.processing_class.chat_template or "").encode()).hexdigest(),
+            "versions": {
+                "python": platform.python_version(),
+                "trl-lightreasoner": __version__,
+                **{package: importlib.metadata.version(package) for package in packages},
+                **({} if self._vllm is None else {"vllm": self._vllm.version}),
+            },
+        }
+
+
+def _encode(
+    batch: dict[str, list], indices: list[int], tokenizer: PreTrainedTokenizerBase, eos_ids: set[int]
+) -> dict[str, list[list[int]]]:
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    return encode_rows(rows, tokenizer, eos_ids, first_row=indices[0])

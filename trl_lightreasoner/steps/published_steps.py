@@ -1,0 +1,286 @@
+"""The JSON lines of the method's published scripts, a step a line, to a Dataset of steps.
+
+A line holds `prompt_id` (the question), `prefix` (the text before the step), `token_ids` and their `tokens`, `weights`
+(v_C), and mostly `step` and `kl_divergence`. Lines of one question whose prefixes continue each other become one
+trajectory. What a file does not say stays open: divergences elsewhere than at its steps are null, amateur, alpha and
+beta are not known, and nobody can say which token the expert took at the last step of a trajectory: the label's
+favourite stands there, behind every context, so that nothing reads it.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, logging
+from trl import apply_chat_template
+
+from .. import __version__
+from ..models.loading import load_config, load_tokenizer
+from ..vocabulary import Vocabulary, model_vocabulary
+from .prompts import encode_continuation
+from .training_rows import check_row
+from .writer import StepWriter, hash_ids
+
+
+logger = logging.get_logger(__name__)
+
+SYSTEM_PROMPT = "Please reason step by step."
+
+
+def import_published_steps(
+    file: str,
+    output_dir: str,
+    expert: str,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    system_prompt: str | None = SYSTEM_PROMPT,
+    overwrite_output_dir: bool = False,
+    trust_remote_code: bool = False,
+) -> Dataset:
+    """
+    Read a file that the published scripts sampled.
+
+    Args:
+        file (`str`): Path of the JSON lines.
+        output_dir (`str`): Folder for the Dataset, as `lightreasoner sample` leaves it.
+        expert (`str`): Id or path of the expert that sampled them, of which config and tokenizer are read.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The expert's tokenizer. If `None`, it is loaded from beside the expert.
+        system_prompt (`str`, *optional*): System message before each question; the published scripts' by default.
+        overwrite_output_dir (`bool`): Whether to delete steps that `output_dir` already holds.
+        trust_remote_code (`bool`): Whether to allow loading a tokenizer that ships custom Python code.
+
+    Returns:
+        [`~datasets.Dataset`] with the columns of `trl_lightreasoner.steps.dataset`, in the order of the file.
+
+    Raises:
+        `ValueError`: If a line is not as it should be, or its tokens are not the expert's; names the line.
+
+    Example:
+
+    ```python
+    from trl_lightreasoner import LightReasonerTrainer, import_published_steps
+
+    dataset = import_published_steps("cd_samples.jsonl", "steps", "Qwen/Qwen2.5-Math-1.5B")
+    trainer = LightReasonerTrainer("Qwen/Qwen2.5-Math-1.5B", train_dataset=dataset)
+    ```
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"There is no file {file!r}.")
+    width = load_config(expert, "expert", trust_remote_code=trust_remote_code).get_text_config().vocab_size
+    tokenizer = processing_class or load_tokenizer(expert, "expert", trust_remote_code=trust_remote_code)
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "The expert's tokenizer has no chat template, by which the published scripts make their prompts. Set "
+            "`tokenizer.chat_template` and pass it as `processing_class`."
+        )
+    reader = _Reader(path, tokenizer, model_vocabulary(tokenizer, width, "expert"), width, system_prompt)
+    rows = reader.read()
+    writer = StepWriter(
+        output_dir, Dataset.from_list([{"prompt": row.pop("prompt")} for row in rows]), overwrite_output_dir
+    )
+    with open(path, "rb") as content:
+        checksum = hashlib.file_digest(content, "sha256").hexdigest()
+    model = {"model": expert, "revision": None, "dtype": None, "quantization": None, "adapter": None}
+    metadata = {
+        "method": "LightReasoner (arXiv 2510.07962), by the published scripts",
+        "imported_from": path.name,
+        "expert": model,
+        "amateur": None,
+        "settings": {"alpha": None, "beta": None},
+        "versions": {"trl-lightreasoner": __version__},
+    }
+    try:
+        tokens = hash_ids(ids for row in rows for ids in (row["prompt_ids"], row["completion_ids"], *row["label_ids"]))
+        identity = {"expert": expert, "system_prompt": system_prompt, "file (SHA-256)": checksum, "tokens": tokens}
+        done = writer.open(identity, metadata)
+        if len(done) < len(rows):
+            writer.write(list(range(len(rows))), {name: [row[name] for row in rows] for name in rows[0]})
+        writer.finish(set(range(len(rows))))
+        return writer.load()
+    finally:
+        writer.close()
+
+
+class _Trajectory:
+    """Token ids of the longest prefix so far, its text, and by position (label ids, label probabilities, KL)."""
+
+    def __init__(self):
+        self.ids: list[int] = []
+        self.text = ""
+        self.steps: dict[int, tuple[list[int], list[float], float | None]] = {}
+
+    def takes(self, prefix_ids: list[int]) -> bool:
+        both = min(len(prefix_ids), len(self.ids))
+        return len(prefix_ids) not in self.steps and prefix_ids[:both] == self.ids[:both]
+
+    def row(self, prompt: list[dict[str, str]], prompt_ids: list[int]) -> dict[str, Any]:
+        positions = sorted(self.steps)
+        label_ids, label_probs, divergences = zip(*(self.steps[t] for t in positions), strict=True)
+        completion_ids = [*self.ids, label_ids[-1][0]]
+        known = dict(zip(positions, divergences, strict=True))
+        return {
+            "prompt": prompt,
+            "completion": self.text,
+            "prompt_ids": prompt_ids,
+            "completion_ids": completion_ids,
+            "kl_divergence": [known.get(t) for t in range(len(completion_ids))],
+            "step_positions": positions,
+            "label_ids": list(label_ids),
+            "label_probs": list(label_probs),
+        }
+
+
+class _Reader:
+    def __init__(
+        self,
+        path: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: Vocabulary,
+        width: int,
+        system_prompt: str | None,
+    ):
+        self.path, self.tokenizer, self.vocabulary, self.width = path, tokenizer, vocabulary, width
+        self.system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        self._texts: dict[int, tuple[str, str]] = {}
+        self._ids: dict[str, list[int]] = {}
+
+    def read(self) -> list[dict[str, Any]]:
+        """Rows, without `sampling_metadata`."""
+        prompts: dict[str, tuple[list, str, list[int]]] = {}
+        trajectories: dict[str, list[_Trajectory]] = {}
+        num_steps = num_other_lengths = 0
+        for number, line in self._lines():
+            try:
+                step = _parse(line)
+                question, prefix = step["prompt_id"], step["prefix"]
+                label = sorted(zip(self._label_ids(step), step["weights"], strict=True), key=lambda pair: -pair[1])
+                if question not in prompts:
+                    messages = [*self.system, {"role": "user", "content": question}]
+                    text = apply_chat_template({"prompt": messages}, self.tokenizer)["prompt"]
+                    ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+                    prompts[question] = (messages, text, ids)
+                _, text, prompt_ids = prompts[question]
+                prefix_ids = encode_continuation(text, prompt_ids, prefix, self.tokenizer)
+                made = _Trajectory()
+                made.ids, made.text = prefix_ids, prefix
+                made.steps[len(prefix_ids)] = (*map(list, zip(*label, strict=True)), step["kl_divergence"])
+                check_row(made.row([], prompt_ids), self.vocabulary, self.width)
+            except ValueError as error:
+                reason = str(error).rstrip(".")
+                raise ValueError(f"Line {number} of {str(self.path)!r} cannot be used: {reason}.") from None
+            num_steps += 1
+            num_other_lengths += step["step"] not in (None, len(prefix_ids))
+            of_question = trajectories.setdefault(question, [])
+            trajectory = next((each for each in reversed(of_question) if each.takes(prefix_ids)), None)
+            if trajectory is None:
+                of_question.append(made)
+                continue
+            trajectory.steps |= made.steps
+            if len(prefix_ids) > len(trajectory.ids):
+                trajectory.ids, trajectory.text = prefix_ids, prefix
+        if not num_steps:
+            raise ValueError(f"{str(self.path)!r} holds no step. Name the output of the published sampling script.")
+        if num_other_lengths:
+            logger.warning(
+                f"{num_other_lengths:,} of {num_steps:,} prefixes have another number of tokens than when they were "
+                "sampled, as text that is decoded and tokenized again can; the published training reads them so, too."
+            )
+        return [
+            trajectory.row(prompts[question][0], prompts[question][2])
+            for question, of_question in trajectories.items()
+            for trajectory in of_question
+        ]
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        with (
+            open(self.path, "rb") as file,
+            tqdm(total=self.path.stat().st_size, unit="B", unit_scale=True, desc=f"Reading {self.path.name}") as bar,
+        ):
+            for number, line in enumerate(file, 1):
+                bar.update(len(line))
+                if line.strip():
+                    yield number, line
+
+    def _label_ids(self, step: dict[str, Any]) -> list[int]:
+        ids, texts = step["token_ids"], step["tokens"]
+        if ids is None:
+            return [self._find(text) for text in texts]
+        for token_id, text in zip(ids, texts or [], strict=False):
+            if text not in self._read_as(token_id):
+                raise ValueError(
+                    f"token {token_id} is {text!r} in the file, and {self._read_as(token_id)[0]!r} for this "
+                    "tokenizer; name the expert that the file was sampled with"
+                )
+        return ids
+
+    def _read_as(self, token_id: int) -> tuple[str, str]:
+        """A token as text, and by its name in the vocabulary."""
+        if token_id not in self._texts:
+            known = token_id in self.vocabulary
+            name = self.tokenizer.convert_ids_to_tokens(token_id) if known else ""
+            self._texts[token_id] = (self.tokenizer.decode([token_id]) if known else "", name)
+        return self._texts[token_id]
+
+    def _find(self, text: str) -> int:
+        if not self._ids:
+            for token_id in sorted(set(self.tokenizer.get_vocab().values())):
+                self._ids.setdefault(self._read_as(token_id)[0], []).append(token_id)
+        ids = self._ids.get(text, [])
+        if len(ids) != 1:
+            raise ValueError(
+                f"{len(ids) or 'no'} tokens of this tokenizer read {text!r}; name the expert that the file was "
+                "sampled with, or a file with `token_ids`"
+            )
+        return ids[0]
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        step = json.loads(line)
+    except ValueError as error:  # of the text or of its encoding
+        raise ValueError(f"it is not JSON ({error})") from None
+    if not isinstance(step, dict):
+        raise ValueError("it is not a JSON object")
+    checks = {
+        "prompt_id": (lambda value: isinstance(value, str) and value != "", "the text of the question"),
+        "prefix": (_is_text, "text"),
+        "weights": (lambda value: _is_list(value, _is_number), "a list of numbers"),
+        "tokens": (lambda value: value is None or _is_list(value, _is_text), "a list of texts"),
+        "token_ids": (lambda value: value is None or _is_list(value, _is_id), "a list of token ids"),
+        "step": (lambda value: value is None or _is_id(value), "a whole number"),
+        "kl_divergence": (lambda value: value is None or _is_number(value), "a number"),
+    }
+    step = {name: step.get(name) for name in checks}
+    for name, (is_right, what) in checks.items():
+        if not is_right(step[name]):
+            raise ValueError(f"`{name}` must be {what}, got {step[name]!r}")
+    if step["tokens"] is None and step["token_ids"] is None:
+        raise ValueError("it has neither `token_ids` nor `tokens`")
+    for name in ("tokens", "token_ids"):
+        if step[name] is not None and len(step[name]) != len(step["weights"]):
+            raise ValueError(f"it has {len(step[name])} `{name}` and {len(step['weights'])} `weights`")
+    if step["kl_divergence"] is not None and math.isnan(step["kl_divergence"]):
+        step["kl_divergence"] = None
+    return step
+
+
+def _is_list(value: Any, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(map(is_right, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

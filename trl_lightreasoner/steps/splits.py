@@ -1,0 +1,99 @@
+"""A split of a dataset by the name that a user gives: a file, a folder, or an id on the Hub."""
+
+import glob
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+
+from .writer import literal_path
+
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+
+
+def load_split(name: str, config: str | None, split: str) -> Dataset:
+    """
+    One split of a dataset.
+
+    Args:
+        name (`str`): Id on the Hub, a folder, or a file (JSON lines, Parquet, CSV, text).
+        config (`str`, *optional*): Configuration of the dataset.
+        split (`str`): Such as `"train"` or `"train[:1000]"`.
+
+    Raises:
+        `ValueError`: If there is no such dataset or split, the file is of another kind or damaged, or sampling into
+            the folder is not finished.
+    """
+    path = Path(name)
+    if not name or not path.exists() and (path.suffix in _BUILDERS or path.is_absolute() or name.startswith(".")):
+        raise ValueError(f"There is no file or folder {name!r}.")  # which the Hub need not be asked for
+    if path.is_file() and path.suffix not in _BUILDERS:
+        raise ValueError(f"{name!r} is not a dataset file. Known endings are {', '.join(_BUILDERS)}.")
+    if list(path.glob("*config.json")) and list(path.glob("*.safetensors")):
+        raise ValueError(f"{name!r} is a model, not a dataset. Name a file, or the folder of `lightreasoner sample`.")
+    if (path / "run.json").is_file() and (path / "shards").is_dir() and not (path / "data").is_dir():
+        raise ValueError(
+            f"Sampling into {name!r} is not finished. Run the same `lightreasoner sample` again to go on with it."
+        )
+    if path.exists():  # `datasets` would tell its server that a local file was read
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        return _load_split(name, config, split)
+    except OSError as error:
+        raise ValueError(
+            f"The dataset {name!r} cannot be loaded: {_first_line(error)}. It must be a file "
+            f"({', '.join(_BUILDERS)}), a folder, or the id of a dataset on the Hub; private and gated ones need "
+            "`hf auth login`, offline ones must be in the cache."
+        ) from error
+    except (DatasetsError, StopIteration, pa.ArrowInvalid) as error:  # StopIteration: an empty JSON file
+        reason = _first_line(error.__cause__ or error) or "it is empty"
+        raise ValueError(f"The dataset {name!r} cannot be read: {reason}. Repair or replace the file.") from error
+    except ValueError as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"The dataset {name!r} has no row in its split {split!r}.") from error
+        if "Unknown split" in str(error):
+            raise ValueError(
+                f"The dataset {name!r} has no split {split!r}: {_first_line(error)}. Rows of another split can be "
+                "held out, such as 'train[:95%]' and 'train[95%:]'."
+            ) from error
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+def _load_split(name: str, config: str | None, split: str) -> Dataset:
+    path = Path(name)
+    if path.is_file():
+        return load_dataset(_BUILDERS[path.suffix], data_files=literal_path(name), split=split)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # written by save_to_disk
+        dataset = load_from_disk(name)
+        dataset = dataset if isinstance(dataset, DatasetDict) else DatasetDict({"train": dataset})
+        if split not in dataset:
+            raise ValueError(f"There is no split {split!r} in {name!r}. It has {list(dataset)}.")
+        return dataset[split]
+    # A bare name could also be that of another folder in the cache of `datasets`, hence builders and absolute paths
+    if config is None and list((path / "data").glob("*.parquet")):
+        if files := _sampled_files(path):
+            return load_dataset("parquet", data_files={"train": files}, split=split)
+        return load_dataset("parquet", data_dir=literal_path(path / "data"), split=split)
+    if not path.is_dir():
+        return load_dataset(name, name=config, split=split)
+    folder = str(path.resolve())
+    if glob.has_magic(folder):
+        raise ValueError(f"{folder!r} would be taken for a pattern of names. Rename the folder, or name a file in it.")
+    return load_dataset(folder, name=config, split=split)
+
+
+def _sampled_files(folder: Path) -> list[str]:
+    """What `lightreasoner sample` wrote into a folder, whatever lies beside it."""
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return [literal_path(folder / "data" / name) for name in sorted(run["files"])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

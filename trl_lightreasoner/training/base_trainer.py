@@ -1,0 +1,82 @@
+"""What a trainer leaves behind: a card in every folder that it saves, and what it pushes to the Hub."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from transformers import Trainer, logging
+
+from ..hub.cards import draw_curve, model_card
+from ..hub.sharing import hub_errors
+from ..models.provenance import hub_id
+from ..models.weights import get_base_model
+
+
+if TYPE_CHECKING:
+    from ..evaluation.evaluation import Evaluation
+
+
+logger = logging.get_logger(__name__)
+
+
+class _BaseTrainer(Trainer):
+    """A [`~transformers.Trainer`] whose model cards tell the method, the data, the settings and the training curve."""
+
+    _tag_names: list[str] = []
+    _name = "Trainer"
+    _paper: dict[str, str] = {}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # PEFT's card of the folder tells where the base model lies on this machine
+        if self.is_world_process_zero():
+            model_card(self, self._model_name()).save(os.path.join(output_dir or self.args.output_dir, "README.md"))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        # What is uploaded while training goes on has a card as well; an upload that goes on must not see it change
+        if self.args.push_to_hub and self.is_world_process_zero():
+            if self.push_in_progress is None or self.push_in_progress.is_done():
+                self.create_model_card()
+        super()._save_checkpoint(model, trial)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        evaluation: "Evaluation | None" = None,
+    ) -> None:
+        """
+        Model card in `args.output_dir`, with TRL's arguments, and the training curve as a picture if matplotlib is
+        installed. [`~transformers.Trainer.push_to_hub`] makes it and passes these arguments on.
+
+        Args:
+            model_name (`str`, *optional*): Name of the model.
+            dataset_name (`str`, *optional*): Id on the Hub of the dataset used for training.
+            tags (`str` or `list[str]`, *optional*): Tags beside the method's own.
+            evaluation ([`~trl_lightreasoner.evaluation.evaluation.Evaluation`], *optional*):
+                What [`~trl_lightreasoner.evaluate`] returned for the model.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = self.args.output_dir
+        os.makedirs(folder, exist_ok=True)
+        has_figure = draw_curve(self.state, os.path.join(folder, "training_curve.png"))
+        tags = [tags] if isinstance(tags, str) else tags or []
+        card = model_card(self, model_name or self._model_name(), dataset_name, tags, evaluation, has_figure)
+        card.save(os.path.join(folder, "README.md"))
+
+    def push_to_hub(self, *args, **kwargs):
+        base = get_base_model(self.model).config._name_or_path
+        if isinstance(self.model, PeftModel) and hub_id(base) is None and self.is_world_process_zero():
+            logger.warning(
+                f"The adapter is of {base!r}, a folder of this machine, which its adapter_config.json names. Push the "
+                "base model as well and name it there, so that others can load the adapter."
+            )
+        with hub_errors(f"What was trained is in {self.args.output_dir!r}, which `hf upload` can send as well."):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _model_name(self) -> str:
+        return (self.args.hub_model_id or Path(self.args.output_dir).absolute().name).split("/")[-1]

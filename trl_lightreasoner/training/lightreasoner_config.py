@@ -1,0 +1,223 @@
+"""Settings of `LightReasonerTrainer`."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from ..config_checks import check_flags
+
+
+# Rows a batch and batches an update, the paper's
+_UPDATE_ONE_STEP_PER_ROW = (8, 2)
+
+
+@dataclass
+class LightReasonerConfig(TrainingArguments):
+    r"""
+    Configuration class for the [`LightReasonerTrainer`].
+
+    This class includes only the parameters that are specific to LightReasoner training. For a full list of training
+    arguments, please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this
+    class may differ from those in [`~transformers.TrainingArguments`]: they are the paper's (arXiv 2510.07962) where
+    it has one.
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used when the `model`
+            argument of the [`LightReasonerTrainer`] is provided as a string. The `revision` value is also used when
+            loading the processing class.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to allow loading models and tokenizers that ship custom Python code from the Hub.
+
+        > Parameters that control the data preprocessing
+
+        max_length (`int` or `None`, *optional*, defaults to `1024`):
+            Longest context of a step in tokens. Steps beyond it are dropped and counted, nothing is cut. If `None`,
+            every step is trained on.
+        one_step_per_row (`bool`, *optional*, defaults to `False`):
+            Whether to train on rows of one kept step each, as the paper does, instead of on whole trajectories, whose
+            steps share one forward pass.
+
+        > Parameters that control the training
+
+        use_cuda_graphs (`bool`, *optional*, defaults to `True`):
+            Whether to train an adapter by CUDA graphs where that is possible: on a GPU in half precision, without
+            activation checkpointing, `torch_compile`, FSDP or DeepSpeed. Forward hooks of the layers do not run then.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `per_device_train_batch_size`: Defaults to `None` instead of `8`. If neither it nor
+    >   `gradient_accumulation_steps` is set, an update holds the paper's 8 x 2 rows where every row holds one step,
+    >   and 2 x 1 rows where rows are whole trajectories.
+    > - `gradient_accumulation_steps`: Defaults to `None` instead of `1`.
+    > - `num_train_epochs`: Defaults to `None` instead of `3.0`. If neither it nor `max_steps` is set, training takes
+    >   the paper's 1,000 updates where every row holds one step, and 2 epochs where rows are whole trajectories.
+    > - `bf16`: Defaults to `None` instead of `False`: `True` on an accelerator that has it, unless `fp16` is set.
+    > - `logging_steps`: Defaults to `10` instead of `500`.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    # Parameters whose default values are overridden from TrainingArguments
+    learning_rate: float = field(
+        default=5e-5,
+        metadata={"help": "The initial learning rate for AdamW."},
+    )
+    per_device_train_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of rows in a batch. If neither it nor `gradient_accumulation_steps` is set, an update "
+            "holds the paper's 8 x 2 rows where every row holds one step, and 2 x 1 rows where rows are whole "
+            "trajectories."
+        },
+    )
+    gradient_accumulation_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of batches an update is accumulated over. The mean is over the kept steps of all of them."
+        },
+    )
+    num_train_epochs: float | None = field(
+        default=None,
+        metadata={
+            "help": "Total number of training epochs. If neither it nor `max_steps` is set, training takes 1,000 "
+            "updates where every row holds one step, and 2 epochs where rows are whole trajectories."
+        },
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to use bf16 (mixed) precision instead of 32-bit. If not set, it is `True` on an "
+            "accelerator that has it, unless `fp16` is set.",
+            # So that a bare `--bf16` means True
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    logging_steps: float = field(
+        default=10,
+        metadata={
+            "help": "Log every X updates steps. Should be an integer or a float in range `[0,1)`. If smaller than 1, "
+            "will be interpreted as ratio of total training steps."
+        },
+    )
+
+    # Parameters that control the model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used when the `model` argument of "
+            "the `LightReasonerTrainer` is provided as a string. The `revision` value is also used when loading the "
+            "processing class."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Whether to allow loading models and tokenizers that ship custom Python code from the Hub."},
+    )
+
+    # Parameters that control the data preprocessing
+    max_length: int | None = field(
+        default=1024,
+        metadata={
+            "help": "Longest context of a step in tokens. Steps beyond it are dropped and counted, nothing is cut. If "
+            "`None`, every step is trained on."
+        },
+    )
+    one_step_per_row: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to train on rows of one kept step each, as the paper does, instead of on whole "
+            "trajectories, whose steps share one forward pass."
+        },
+    )
+
+    # Parameters that control the training
+    use_cuda_graphs: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to train an adapter by CUDA graphs where that is possible: on a GPU in half precision, "
+            "without activation checkpointing, `torch_compile`, FSDP or DeepSpeed. Forward hooks of the layers do not "
+            "run then."
+        },
+    )
+
+    def __post_init__(self):
+        length = self.max_length
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+            raise ValueError(f"`max_length` must be a whole number, 1 or more, or `None`, got {length!r}.")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ValueError(f"`{name}` must be a finite number, 0 or more, got {value!r}.")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be a whole number, 1 or more, got {value!r}.")
+        check_flags(self, ("one_step_per_row", "use_cuda_graphs", "trust_remote_code"))
+        epochs = self.num_train_epochs
+        if epochs is not None and not (isinstance(epochs, int | float) and 0 < epochs < float("inf")):
+            raise ValueError(f"`num_train_epochs` must be a finite number above 0, got {epochs!r}.")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                "`label_smoothing_factor` has no place in a loss whose labels are distributions; leave it out."
+            )
+        if self.output_dir == "":
+            raise ValueError(f"`output_dir` must name a folder, got {self.output_dir!r}.")
+        if isinstance(self.model_init_kwargs, str):  # JSON on the command line
+            try:
+                self.model_init_kwargs = json.loads(self.model_init_kwargs)
+            except json.JSONDecodeError:
+                pass
+        if not isinstance(self.model_init_kwargs, dict | None):
+            example = '{"attn_implementation": "sdpa"}'
+            raise ValueError(
+                f"`model_init_kwargs` must be a dict or a JSON object, such as '{example}', got "
+                f"{self.model_init_kwargs!r}."
+            )
+        # The paper's, unless the trainer finds whole trajectories
+        self._names_update_size = (
+            self.per_device_train_batch_size is not None or self.gradient_accumulation_steps is not None
+        )
+        batch_size, accumulation = _UPDATE_ONE_STEP_PER_ROW
+        if self.per_device_train_batch_size is None:
+            self.per_device_train_batch_size = batch_size
+        if self.gradient_accumulation_steps is None:
+            self.gradient_accumulation_steps = accumulation
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        super().__post_init__()
+
+    @property
+    def update_size_is_default(self) -> bool:
+        """Whether nobody named the rows of an update, or changed them since."""
+        sizes = (self.per_device_train_batch_size, self.gradient_accumulation_steps)
+        return not self._names_update_size and sizes == _UPDATE_ONE_STEP_PER_ROW
+
+    def __getstate__(self) -> dict[str, Any]:
+        # `Trainer` leaves its arguments beside the model, as training_args.bin, and uploads them with it
+        kwargs: Any = self.model_init_kwargs  # a dict since `__post_init__`
+        return {**self.__dict__, "hub_token": None, "model_init_kwargs": _without_token(kwargs)}
+
+    def to_dict(self) -> dict[str, Any]:
+        # What trackers are given
+        settings = super().to_dict()
+        return {**settings, "model_init_kwargs": _without_token(settings["model_init_kwargs"])}
+
+    def __copy__(self) -> "LightReasonerConfig":
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+
+def _without_token(kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+    return kwargs and {name: value for name, value in kwargs.items() if name != "token"}

@@ -1,0 +1,95 @@
+"""`SkipNonFiniteUpdates`: an update whose gradient is not finite is never applied.
+
+PyTorch's fused optimizers leave such an update out by themselves, on the device. Then the processor learns of it one
+update later, and meanwhile launches the next: to ask at once would let the GPU run dry in every update.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.utils import get_total_norm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, logging
+
+
+logger = logging.get_logger(__name__)
+
+
+class SkipNonFiniteUpdates(TrainerCallback):
+    """
+    Leaves out every update whose gradient is NaN or infinite, on all processes alike, and counts them.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): Knows the processes and the gradient scaler.
+        patience (`int`, *optional*, defaults to `3`): Updates in a row after which training stops.
+
+    Raises:
+        `FloatingPointError`: From the `patience`-th in a row on, with the likely cause. The weights are those before.
+    """
+
+    def __init__(self, trainer: Trainer, patience: int = 3):
+        self.trainer = trainer
+        self.patience = patience
+        self._count = self._in_a_row = 0
+        # What is still to be read of the last update: its number, whether it is broken, when that is known
+        self._unread: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None
+
+    @property
+    def count(self) -> int:
+        """Updates that were left out so far."""
+        self._read()
+        return self._count
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
+    ):
+        accelerator = self.trainer.accelerator
+        if accelerator.scaler is not None:  # fp16: the scaler skips such updates itself and lowers its scale
+            return
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        is_sharded = any(hasattr(grad, "to_local") for grad in grads)
+        grads = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
+        broken = (~get_total_norm(grads).isfinite()).to(accelerator.device, torch.float32)
+        broken = accelerator.reduce(broken, reduction="sum").clamp_max(1)
+        self._read()
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        if getattr(optimizer, "_step_supports_amp_scaling", False) and not is_sharded:
+            optimizer.found_inf = broken
+            copy = broken.to("cpu", non_blocking=broken.is_cuda)
+            event = torch.cuda.current_stream(broken.device).record_event() if broken.is_cuda else None
+            self._unread = (state.global_step + 1, copy, event)
+        else:
+            if broken:
+                for parameter in parameters:
+                    parameter.grad = None
+            self._unread = (state.global_step + 1, broken, None)
+            self._read()
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        optimizer: Any = self.trainer.optimizer
+        vars(getattr(optimizer, "optimizer", optimizer)).pop("found_inf", None)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._read()
+
+    def _read(self) -> None:
+        if self._unread is None:
+            return
+        (update, broken, event), self._unread = self._unread, None
+        if event is not None:
+            event.synchronize()
+        if not broken:
+            self._in_a_row = 0
+            return
+        self._count += 1
+        self._in_a_row += 1
+        logger.warning(
+            f"The gradient of update {update} is not finite; the update is left out ({self._count} so far)."
+        )
+        if self._in_a_row >= self.patience:
+            raise FloatingPointError(
+                f"The gradient was not finite {self.patience} times in a row, so training stopped at update {update}; "
+                "no such update was applied. The likely causes are NaN in the base model's weights, float16 where "
+                "bfloat16 or float32 is needed, or a learning rate that is too high "
+                f"({self.trainer.args.learning_rate:g})."
+            )

@@ -1,0 +1,112 @@
+"""What is watched while a model is trained: how far it is from the expert that it was, and how sure it has become.
+
+An adapter that starts at zero is the expert while it is switched off, so that no second model is in memory. Both
+warnings measure by the labels: a model that has learned them, pi_theta = v_C, is D_KL(v_C || pi_E) away from the
+expert and has the entropy of v_C.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel
+from transformers import logging
+
+from ..contrast import CHUNK_ELEMENTS, step_divergence
+
+
+logger = logging.get_logger(__name__)
+
+# Times as far as the labels ask for, and share of the entropy of the labels
+_MAX_DRIFT = 2.0
+_MIN_ENTROPY = 0.5
+
+
+def starts_as_expert(model: torch.nn.Module, accelerator: Accelerator) -> bool:
+    """
+    Whether the model is the expert that training starts from while its adapter is switched off: it is a LoRA adapter
+    that changes nothing yet. To be called before training, on all processes.
+    """
+    if not isinstance(model, PeftModel):
+        return False
+    plain = all(isinstance(config, LoraConfig) and config.bias == "none" for config in model.peft_config.values())
+    # These are zero at first, unless the adapter was trained before or begins with a share of the weights (PiSSA);
+    # under FSDP the weights can be on the main process alone
+    zero = [p for n, p in model.named_parameters() if "lora_B" in n or "lora_embedding_A" in n]
+    adapts = not plain or any(not p.is_meta and p.any() for p in zero)
+    return not accelerator.reduce(torch.tensor(float(adapts), device=accelerator.device), reduction="sum")
+
+
+@contextmanager
+def adapter_off(model: PeftModel) -> Iterator[None]:
+    """The model without its adapter, which afterwards has the same trainable parameters as before."""
+    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    with model.disable_adapter():
+        yield
+    for parameter, value in requires_grad.items():  # PEFT makes all of the active adapter trainable
+        if parameter.requires_grad != value:
+            parameter.requires_grad_(value)
+
+
+def divergence_at(logits: torch.Tensor, expert_logits: torch.Tensor) -> torch.Tensor:
+    """
+    D_KL(pi_theta || pi_E) of each step.
+
+    Args:
+        logits, expert_logits (`torch.Tensor` of shape `(N, V)`): Raw logits of the two, any floating dtype.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, fp32: Nats.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> divergence_at(torch.zeros(1, 2), torch.tensor([[0.25, 0.75]]).log())
+    tensor([0.1438])
+
+    ```
+    """
+    rows = max(1, CHUNK_ELEMENTS // max(1, logits.shape[-1]))
+    chunks = zip(logits.split(rows), expert_logits.split(rows), strict=True)
+    return torch.cat([step_divergence(*(part.float().log_softmax(-1) for part in chunk)) for chunk in chunks])
+
+
+class DriftWarnings:
+    """Says once in words that the entropy has collapsed, and once that the drift has passed its threshold."""
+
+    def __init__(self):
+        self._told = set()
+
+    def look_at(self, means: dict[str, float], prefix: str) -> None:
+        """
+        Warn of what was measured.
+
+        Args:
+            means (`dict[str, float]`): Means over the steps: `entropy` and `label_entropy`, and where the expert is at
+                hand `kl_to_expert` and `expert_loss`, all in nats.
+            prefix (`str`): Of the names under which they are logged, such as "eval".
+        """
+        entropy, label_entropy = means["entropy"], means["label_entropy"]
+        if entropy < _MIN_ENTROPY * label_entropy:
+            self._tell(
+                "entropy",
+                f"The entropy has collapsed: `{prefix}_entropy` is {entropy:.3g} nats, less than half of the "
+                f"{label_entropy:.3g} of the labels, so that the model is surer than what it is taught.",
+            )
+        drift, asked = means.get("kl_to_expert", 0.0), means.get("expert_loss", 0.0)
+        if drift > _MAX_DRIFT * asked:
+            self._tell(
+                "drift",
+                f"The model drifts: `{prefix}_kl_to_expert` is {drift:.3g} nats, more than twice the {asked:.3g} by "
+                "which the labels differ from the expert.",
+            )
+
+    def _tell(self, kind: str, what: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
+            logger.warning(
+                f"{what} Lower `learning_rate` or the number of updates, or go back to an earlier checkpoint; "
+                "`lightreasoner eval --baseline` says whether the answers suffer."
+            )
