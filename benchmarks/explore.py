@@ -43,7 +43,6 @@ from trl_lightreasoner import (
     kl_quantiles,
 )
 from trl_lightreasoner.contrast import contrast_steps
-from trl_lightreasoner.evaluation.evaluation import make_prompt
 from trl_lightreasoner.evaluation.statistics import Z_95, compare, standard_error
 from trl_lightreasoner.models.loading import load_model, load_tokenizer
 from trl_lightreasoner.steps.prompts import encode_rows
@@ -145,7 +144,7 @@ class Exploration:
         key += (setting.beta, setting.include_first_step)
         if model is self.expert and key in self.sampled:
             return self.sampled[key]
-        config = self.evaluation("prompts", setting.prompt_style)
+        prompt_format = self.evaluation("prompts", setting.prompt_style).prompt_format()
         questions = self.train_rows["question"][: setting.num_problems]
         careless = setting.amateur == "careless prompt"
         sampler = ContrastiveStepSampler(
@@ -163,7 +162,8 @@ class Exploration:
             processing_class=self.tokenizer,
             amateur_processing_class=self.amateur_tokenizer if setting.amateur == "given" else self.tokenizer,
         )
-        dataset = sampler.sample(Dataset.from_dict({"prompt": [make_prompt(text, config) for text in questions]}))
+        prompts = Dataset.from_dict({"prompt": [prompt_format.make_prompt(text) for text in questions]})
+        dataset = sampler.sample(prompts, prompt_format)
         if careless:
             dataset = self.contrast_with_careless_prompt(dataset, model, setting)
         if model is self.expert:

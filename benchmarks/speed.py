@@ -41,7 +41,7 @@ from trl_lightreasoner import (
     count_steps,
     raise_beta,
 )
-from trl_lightreasoner.commands.sample import as_prompts
+from trl_lightreasoner.commands.sample import SampleArguments, as_prompts
 from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR, as_prompt
 from trl_lightreasoner.demo.task import make_problems
 from trl_lightreasoner.generation.greedy import find_eos_ids, generate_greedy
@@ -238,7 +238,10 @@ def load_prompts(args: argparse.Namespace, num_problems: int) -> tuple[Dataset, 
     if args.dataset_name is None:
         problems = make_problems(num_problems, seed=0, split="train", kind_shares=KIND_SHARES)
         return Dataset.from_list([{"prompt": as_prompt(problem)} for problem in problems]), num_problems
-    prompts = as_prompts(load_split(args.dataset_name, None, "train"), args).select_columns("prompt")
+    names = ("expert", "amateur", "dataset_name", "prompt_column", "conversational", "system_prompt")
+    sample_args = SampleArguments(**{name: getattr(args, name) for name in names})
+    prompts, _ = as_prompts(load_split(args.dataset_name, None, "train"), sample_args)
+    prompts = prompts.select_columns("prompt")
     return prompts.select([i % len(prompts) for i in range(num_problems)]), min(num_problems, len(prompts))
 
 

@@ -19,11 +19,10 @@ from transformers import AutoTokenizer
 from trl_lightreasoner import EvaluationConfig, evaluate
 from trl_lightreasoner.commands.cli import main
 from trl_lightreasoner.evaluation import evaluation
-from trl_lightreasoner.evaluation.evaluation import make_prompt
-from trl_lightreasoner.evaluation.evaluation_config import _SYSTEM_PROMPT
 from trl_lightreasoner.generation.cuda_graphs import Generated
 from trl_lightreasoner.generation.greedy import find_eos_ids, generate_greedy
 from trl_lightreasoner.grading.verdicts import Verdict
+from trl_lightreasoner.steps.prompt_format import SYSTEM_PROMPT
 from trl_lightreasoner.vocabulary import model_vocabulary
 
 from ..conftest import die_at_call, make_model
@@ -245,20 +244,22 @@ def test_memory_that_runs_out_halves_the_batch(config, expert_path, monkeypatch,
 
 
 def test_the_prompt_of_qwen_math(config):
-    assert make_prompt("What is 2+2?", config()) == [
+    assert config().prompt_format().make_prompt("What is 2+2?") == [
         {"role": "system", "content": "Please reason step by step, and put your final answer within \\boxed{}."},
         {"role": "user", "content": "What is 2+2?"},
     ]
-    assert make_prompt("What is 2+2?", config(system_prompt="")) == [{"role": "user", "content": "What is 2+2?"}]
+    assert config(system_prompt="").prompt_format().make_prompt("What is 2+2?") == [
+        {"role": "user", "content": "What is 2+2?"}
+    ]
 
 
 def test_a_template_of_the_users_own(config, tmp_path):
     (tmp_path / "template.txt").write_text("{x} Q: {question}\nA:\n")
     for template in ("{x} Q: {question}\nA:", str(tmp_path / "template.txt")):
-        assert make_prompt("$\\frac{1}{2}$?", config(prompt_style="raw", prompt_template=template)) == (
+        assert config(prompt_style="raw", prompt_template=template).prompt_format().make_prompt("$\\frac{1}{2}$?") == (
             "{x} Q: $\\frac{1}{2}$?\nA:"
         )
-    *_, message = make_prompt("2+2?", config(prompt_template="{question} Think."))
+    *_, message = config(prompt_template="{question} Think.").prompt_format().make_prompt("2+2?")
     assert message == {"role": "user", "content": "2+2? Think."}
 
 
@@ -266,7 +267,7 @@ def test_the_model_reads_the_chat_template_once(config, says, expert):
     prompts = says(lambda prompt: "7")
     evaluate(expert, config(max_samples=1))
     assert prompts == [
-        f"<|im_start|>system\n{_SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\nWhat is 0+0?<|im_end|>\n"
+        f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\nWhat is 0+0?<|im_end|>\n"
         "<|im_start|>assistant\n"
     ]
 

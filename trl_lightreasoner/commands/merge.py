@@ -103,6 +103,8 @@ def main(args: MergeArguments) -> None:
     """
     from transformers import AutoModelForCausalLM
 
+    from ..steps.prompt_format import load_prompt_format
+
     folder = check_output_dir(args)
     adapter = find_adapter(args)
     base = args.base_model_name_or_path or adapter.base_model_name_or_path
@@ -112,6 +114,7 @@ def main(args: MergeArguments) -> None:
     check_base(base, adapter, args, base_kwargs)
     tokenizer = find_tokenizer(base, args, base_kwargs)
     check_weights(args)
+    prompt_format = load_prompt_format(args.model_name_or_path, revision=args.model_revision)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -124,6 +127,8 @@ def main(args: MergeArguments) -> None:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=args.dtype, **base_kwargs)
         merge(model, args).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if prompt_format is not None:
+            prompt_format.save(folder)
     except BaseException:  # the whole model or nothing; the folder was empty
         shutil.rmtree(folder, ignore_errors=True)
         raise

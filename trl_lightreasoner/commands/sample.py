@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset, Value
 
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
+from ..steps.prompt_format import PromptFormat, read_template
 from ..steps.splits import load_split
 from .arguments import ArgumentParser, quantization_of
 
@@ -30,10 +31,16 @@ class SampleArguments:
             Split to use, such as `"train[:1000]"`.
         prompt_column (`str`, *optional*, defaults to `"prompt"`):
             Column that holds the prompts, as text or as lists of messages.
+        prompt_style (`str`, *optional*):
+            What is made of text in `prompt_column`: `"chat"`: a user's message, so that the expert's chat template is
+            applied. `"raw"`: plain text, in `prompt_template`. If `None`, text is taken as it is.
         conversational (`bool`, *optional*, defaults to `False`):
-            Whether to make each text prompt a user's message, so that the expert's chat template is applied.
+            The same as `prompt_style="chat"`.
         system_prompt (`str`, *optional*):
             System message before each prompt. Implies `conversational`.
+        prompt_template (`str`, *optional*):
+            Text with {question} in it, or a file with such text, in which each text prompt is put. If `None`, the
+            prompt alone for `"chat"`, and for `"raw"` `"Question: {question}"` with a line `"Answer:"` below.
         load_in_4bit (`bool`, *optional*, defaults to `False`):
             Whether to load the expert in 4 bits.
         load_in_8bit (`bool`, *optional*, defaults to `False`):
@@ -78,15 +85,28 @@ class SampleArguments:
         default="prompt",
         metadata={"help": "Column that holds the prompts, as text or as lists of messages."},
     )
+    prompt_style: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is made of text in `prompt_column`: 'chat': a user's message, so that the expert's chat "
+            "template is applied. 'raw': plain text, in `prompt_template`. If `None`, text is taken as it is.",
+            "choices": ["chat", "raw"],
+        },
+    )
     conversational: bool = field(
         default=False,
-        metadata={
-            "help": "Whether to make each text prompt a user's message, so that the expert's chat template is applied."
-        },
+        metadata={"help": "The same as `prompt_style='chat'`."},
     )
     system_prompt: str | None = field(
         default=None,
         metadata={"help": "System message before each prompt. Implies `conversational`."},
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text with {question} in it, or a file with such text, in which each text prompt is put. If "
+            "`None`, the prompt alone for 'chat', and for 'raw' 'Question: {question}' with a line 'Answer:' below."
+        },
     )
     load_in_4bit: bool = field(
         default=False,
@@ -139,6 +159,12 @@ class SampleArguments:
         for prefix in ("", "amateur_"):
             if getattr(self, f"{prefix}load_in_4bit") and getattr(self, f"{prefix}load_in_8bit"):
                 raise ValueError(f"`{prefix}load_in_4bit` and `{prefix}load_in_8bit` exclude each other.")
+        if self.prompt_style == "raw" and (self.conversational or self.system_prompt):
+            raise ValueError("`prompt_style='raw'` goes with neither `conversational` nor `system_prompt`.")
+        if self.conversational or self.system_prompt is not None:
+            self.prompt_style = "chat"
+        if self.prompt_template is not None:
+            self.prompt_template = read_template(self.prompt_template)
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
@@ -159,7 +185,7 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
         return quantization_of(ModelConfig(dtype=sampling_args.dtype, **bits, **bnb))
 
     prompts = load_split(script_args.dataset_name, script_args.dataset_config, script_args.dataset_split)
-    prompts = as_prompts(prompts, script_args)
+    prompts, prompt_format = as_prompts(prompts, script_args)
     hub: dict[str, Any] = {"private": script_args.hub_private_repo, "token": script_args.hub_token}
     if script_args.push_to_hub and Processes().is_main:  # who may not write shall know it now
         name = script_args.hub_dataset_id or Path(sampling_args.output_dir).absolute().name
@@ -171,7 +197,7 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
         quantization_config=quantization(""),
         amateur_quantization_config=quantization("amateur_"),
     )
-    dataset = sampler.sample(prompts)
+    dataset = sampler.sample(prompts, prompt_format)
     if not sampler.processes.is_main:
         return
     if script_args.push_to_hub:
@@ -199,8 +225,8 @@ def _quantization_flags(args: SampleArguments) -> list[str]:
     return ["--load_in_4bit", *quant_type, *(["--use_bnb_nested_quant"] if args.use_bnb_nested_quant else [])]
 
 
-def as_prompts(dataset: Dataset, args: SampleArguments) -> Dataset:
-    """The dataset with a `prompt` column, as `args` asks for it."""
+def as_prompts(dataset: Dataset, args: SampleArguments) -> tuple[Dataset, PromptFormat | None]:
+    """The dataset with a `prompt` column, as `args` asks for it, and the form of its prompts, if they were text."""
     if args.prompt_column not in dataset.column_names:
         raise ValueError(
             f"The dataset has no column {args.prompt_column!r}; it has {dataset.column_names}. Name the one that "
@@ -212,13 +238,20 @@ def as_prompts(dataset: Dataset, args: SampleArguments) -> Dataset:
                 f"The dataset has a column 'prompt' beside {args.prompt_column!r}. Rename or remove one of them."
             )
         dataset = dataset.rename_column(args.prompt_column, "prompt")
-    if not (args.conversational or args.system_prompt is not None):
-        return dataset
+    style, template = args.prompt_style, args.prompt_template
     if not isinstance(dataset.features["prompt"], Value):
+        if style is None and template is None:
+            return dataset, None
         raise ValueError("The prompts are messages already: put the system prompt into them, or give them as text.")
-    system = [] if args.system_prompt is None else [{"role": "system", "content": args.system_prompt}]
+    if style is None:
+        prompt_format = PromptFormat("raw", template or "{question}")
+    else:
+        prompt_format = PromptFormat(style, template, args.system_prompt or "")
+    if prompt_format == PromptFormat("raw", "{question}"):
+        return dataset, prompt_format
 
-    def converse(row: dict) -> dict:
-        return {"prompt": [*system, {"role": "user", "content": row["prompt"]}] if row["prompt"] else []}
+    def put(row: dict) -> dict:
+        empty = [] if style == "chat" else ""
+        return {"prompt": prompt_format.make_prompt(row["prompt"]) if row["prompt"] else empty}
 
-    return dataset.map(converse, desc="Making conversations")
+    return dataset.map(put, desc="Making prompts"), prompt_format

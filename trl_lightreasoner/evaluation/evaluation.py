@@ -10,6 +10,7 @@ or to add benchmarks. Another model or setting in the same folder is refused by 
 can be refused has been: settings, files, columns, tokenizers, configs.
 """
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -33,9 +34,10 @@ from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
 from ..grading.answers import first_answer
 from ..grading.verdicts import grade_all
-from ..models.loading import add_quantization, load_config, load_model, load_tokenizer
+from ..models.loading import add_quantization, hub_kwargs, load_config, load_model, load_tokenizer
 from ..models.weights import describe_model, weight_fingerprint
 from ..processes import Processes
+from ..steps.prompt_format import load_prompt_format
 from ..steps.prompts import encode_rows
 from ..steps.writer import StepWriter, describe_rows, hash_ids
 from ..vocabulary import model_vocabulary
@@ -184,6 +186,7 @@ def evaluate(
     """
     if importlib.util.find_spec("math_verify") is None:
         raise ImportError("Grading needs math-verify: `pip install 'trl-lightreasoner[eval]'`.")
+    args = _in_the_form_of_training(args, model)
     processes = Processes()
     problems = {name: load_benchmark(name, args.data_dir, args.max_samples) for name in args.benchmarks or []}
     candidates = [_Candidate("model", model, processing_class, quantization_config, args, problems, processes)]
@@ -194,6 +197,20 @@ def evaluate(
     for candidate in candidates:
         candidate.answer()
     return Evaluation(processes.on_main(lambda: _grade(candidates, args)))
+
+
+def _in_the_form_of_training(args: EvaluationConfig, model: str | PreTrainedModel | PeftModel) -> EvaluationConfig:
+    """The settings with the form of the prompts filled in, and a warning where the model was trained in another."""
+    trained = None
+    if isinstance(model, str):
+        trained = load_prompt_format(model, **hub_kwargs(args.model_init_kwargs or {}))  # type: ignore[arg-type]
+    chosen = args.prompt_format(trained)
+    if trained is not None and chosen != trained:
+        logger.warning(
+            f"The model was trained on prompts by {trained}, and is asked by {chosen}: answers in another form say "
+            "little of what was learned. Leave out the settings of the prompts to ask in the trained form."
+        )
+    return dataclasses.replace(args, **chosen.to_dict())
 
 
 class _Candidate:
@@ -235,7 +252,7 @@ class _Candidate:
         self.plans: dict[str, list[tuple[int, int]]] = {}  # rows and the room for their answers
         self.writers: dict[str, StepWriter] = {}
         for name, dataset in problems.items():
-            rows = [{"prompt": make_prompt(question, args)} for question in dataset["question"]]
+            rows = [{"prompt": args.prompt_format().make_prompt(question)} for question in dataset["question"]]
             ids = self.prompt_ids[name] = encode_rows(rows, tokenizer, set(self.eos_ids))["prompt_ids"]
             rooms = {i: min(args.max_new_tokens, context - len(each)) for i, each in enumerate(ids) if each}
             plan = [(i, room) for i, room in rooms.items() if room > 0]
@@ -363,26 +380,6 @@ class _Candidate:
             "prompts (tokens)": hash_ids(self.prompt_ids[name]),
             **describe_rows(self.writers[name].input),
         }
-
-
-def make_prompt(question: str, args: EvaluationConfig) -> str | list[dict[str, str]]:
-    r"""
-    The prompt of a problem: text, or messages for a chat template.
-
-    Example:
-
-    ```python
-    >>> from trl_lightreasoner import EvaluationConfig
-    >>> make_prompt("What is 2+2?", EvaluationConfig("out", prompt_style="raw"))
-    'Question: What is 2+2?\nAnswer:'
-
-    ```
-    """
-    text = args.prompt_template.replace("{question}", question)  # type: ignore[union-attr]  # set in `__post_init__`
-    if args.prompt_style == "raw":
-        return text
-    system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
-    return [*system, {"role": "user", "content": text}]
 
 
 def _grade(candidates: list[_Candidate], args: EvaluationConfig) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Settings of `evaluate`."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..config_checks import (
@@ -13,11 +12,8 @@ from ..config_checks import (
     check_vllm_settings,
     check_whole_numbers,
 )
+from ..steps.prompt_format import STYLES, SYSTEM_PROMPT, PromptFormat, read_template
 from .sets import BENCHMARKS
-
-
-_SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
-_TEMPLATES = {"chat": "{question}", "raw": "Question: {question}\nAnswer:"}
 
 
 @dataclass
@@ -53,15 +49,17 @@ class EvaluationConfig:
 
         > Parameters that control the prompts
 
-        prompt_style (`str`, *optional*, defaults to `"chat"`):
+        prompt_style (`str`, *optional*):
             `"chat"`: each problem is a user's message, through the tokenizer's chat template. `"raw"`: plain text, for
-            base models, whose answers are graded up to the end of the first.
+            base models, whose answers are graded up to the end of the first. If `None`, as the model was trained,
+            where its prompt_format.json says so, and otherwise `"chat"`.
         system_prompt (`str`, *optional*):
-            System message of the style `"chat"`, empty for none. If `None`, that of Qwen2.5-Math: Please reason step
-            by step, and put your final answer within \boxed{}.
+            System message of the style `"chat"`, empty for none. If `None`, as the model was trained, or that of
+            Qwen2.5-Math: Please reason step by step, and put your final answer within \boxed{}.
         prompt_template (`str`, *optional*):
-            Text with {question} in it, or a file with such text, in which the problem is put. If `None`, the problem
-            alone for `"chat"`, and for `"raw"` `"Question: {question}"` with a line `"Answer:"` below.
+            Text with {question} in it, or a file with such text, in which the problem is put. If `None`, as the model
+            was trained, or the problem alone for `"chat"`, and for `"raw"` `"Question: {question}"` with a line
+            `"Answer:"` below.
 
         > Parameters that control the models
 
@@ -135,26 +133,28 @@ class EvaluationConfig:
         default=None,
         metadata={"help": "Number of problems of each benchmark, from the first. If `None`, all of them."},
     )
-    prompt_style: str = field(
-        default="chat",
+    prompt_style: str | None = field(
+        default=None,
         metadata={
             "help": "'chat': each problem is a user's message, through the tokenizer's chat template. 'raw': plain "
-            "text, for base models, whose answers are graded up to the end of the first.",
-            "choices": list(_TEMPLATES),
+            "text, for base models, whose answers are graded up to the end of the first. If `None`, as the model was "
+            "trained, where its prompt_format.json says so, and otherwise 'chat'.",
+            "choices": list(STYLES),
         },
     )
     system_prompt: str | None = field(
         default=None,
         metadata={
-            "help": "System message of the style 'chat', empty for none. If `None`, that of Qwen2.5-Math: Please "
-            "reason step by step, and put your final answer within \\boxed{}."
+            "help": "System message of the style 'chat', empty for none. If `None`, as the model was trained, or that "
+            "of Qwen2.5-Math: Please reason step by step, and put your final answer within \\boxed{}."
         },
     )
     prompt_template: str | None = field(
         default=None,
         metadata={
-            "help": "Text with {question} in it, or a file with such text, in which the problem is put. If `None`, "
-            "the problem alone for 'chat', and for 'raw' 'Question: {question}' with a line 'Answer:' below."
+            "help": "Text with {question} in it, or a file with such text, in which the problem is put. If `None`, as "
+            "the model was trained, or the problem alone for 'chat', and for 'raw' 'Question: {question}' with a line "
+            "'Answer:' below."
         },
     )
     dtype: str = field(
@@ -226,7 +226,9 @@ class EvaluationConfig:
 
     def __post_init__(self):
         check_init_kwargs(self, ("model_init_kwargs", "baseline_model_init_kwargs"))
-        check_choices(self, ("prompt_style", "dtype", "vllm_mode"))
+        check_choices(self, ("dtype", "vllm_mode"))
+        if self.prompt_style is not None:
+            check_choices(self, ("prompt_style",))
         check_output_dir(self)
         check_flags(self, ("overwrite_output_dir", "trust_remote_code", "use_vllm"))
         check_numbers(self, ("vllm_server_timeout", "vllm_gpu_memory_utilization"))
@@ -240,21 +242,19 @@ class EvaluationConfig:
                 raise ValueError(f"There is no benchmark {name!r}. There are {', '.join(BENCHMARKS)}.")
         if not self.benchmarks:
             raise ValueError(f"`benchmarks` names none. There are {', '.join(BENCHMARKS)}.")
-        if self.system_prompt is None:
-            self.system_prompt = _SYSTEM_PROMPT
-        self.prompt_template = _read_template(self.prompt_template, self.prompt_style)
+        if self.prompt_template is not None:
+            self.prompt_template = read_template(self.prompt_template)
 
+    def prompt_format(self, trained: PromptFormat | None = None) -> PromptFormat:
+        """
+        The form in which problems are put.
 
-def _read_template(template: str | None, style: str) -> str:
-    if template is None:
-        return _TEMPLATES[style]
-    if "{question}" in template:
-        return template
-    if not Path(template).is_file():
-        raise ValueError(
-            f"`prompt_template` must be text with {{question}} in it, or a file with such text, got {template!r}."
-        )
-    text = Path(template).read_text(encoding="utf-8")
-    if "{question}" not in text:
-        raise ValueError(f"The prompt template {template!r} has no {{question}} in it.")
-    return text.removesuffix("\n")  # an editor's
+        Args:
+            trained ([`PromptFormat`], *optional*): The form of the prompts that the model was trained on, if that is
+                known; it fills in what these settings leave open.
+        """
+        style = self.prompt_style or (trained.prompt_style if trained else "chat")
+        if trained is None or trained.prompt_style != style:
+            trained = PromptFormat(style, system_prompt=SYSTEM_PROMPT if style == "chat" else "")
+        system = trained.system_prompt if self.system_prompt is None else self.system_prompt
+        return PromptFormat(style, self.prompt_template or trained.prompt_template, system)

@@ -23,7 +23,8 @@ from transformers import Trainer, TrainerState
 from .. import __version__
 from ..models.provenance import describe_quantization, hub_id, public_name
 from ..models.weights import describe_model, get_base_model
-from ..steps.dataset import count_steps
+from ..steps.dataset import count_steps, read_samplings
+from ..steps.prompt_format import PromptFormat
 
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def model_card(
         adapter_type=_adapter_type(model) if is_adapter else None,
         base_model=_link(base_name),
         hub_model_id=trainer.hub_model_id or model_name,
-        is_conversational=getattr(trainer.processing_class, "chat_template", None) is not None,
+        prompt=_example_prompt(trainer),
         paper_id=trainer._paper["id"],
         data=_table(["", ""], rows),
         settings=_table(["", ""], _setting_rows(trainer, model)),
@@ -170,19 +171,6 @@ def dataset_card(splits: dict[str, Dataset], repo_id: str, existing: DatasetCard
     return card
 
 
-def read_samplings(datasets: Iterable[Dataset]) -> list[dict[str, Any]]:
-    """Every `sampling_metadata` of some Datasets, without those that are somebody else's."""
-    texts = [text for each in datasets if "sampling_metadata" in each.column_names for text in _unique(each)]
-    samplings = []
-    for text in dict.fromkeys(texts):
-        try:
-            sampling = json.loads(text)
-        except (TypeError, json.JSONDecodeError):
-            continue
-        samplings += [sampling] if isinstance(sampling, dict) else []
-    return samplings
-
-
 def draw_curve(state: TrainerState, path: str) -> bool:
     """
     Draw loss and entropy over the updates, and say whether it was done: matplotlib must be installed and something
@@ -211,6 +199,18 @@ def draw_curve(state: TrainerState, path: str) -> bool:
     return True
 
 
+def _example_prompt(trainer: Trainer) -> str:
+    """A prompt in the form of those that were trained on, as a literal of Python."""
+    question = "What is 17 * 3?"
+    if trainer.prompt_format is not None:
+        prompt = trainer.prompt_format.make_prompt(question)
+    elif getattr(trainer.processing_class, "chat_template", None) is not None:
+        prompt = [{"role": "user", "content": question}]
+    else:
+        prompt = question
+    return json.dumps(prompt, ensure_ascii=False)
+
+
 def _data_rows(dataset: Any, dataset_name: str | None) -> list[tuple[str, str]]:
     rows = [("dataset", _link(dataset_name, "datasets/"))] if dataset_name else []
     if isinstance(dataset, Dataset):
@@ -227,6 +227,8 @@ def _sampling_rows(sampling: dict[str, Any]) -> list[tuple[str, str]]:
     for name, value in settings.items():
         if value is not None or name in ("alpha", "beta"):
             rows.append((name, "not known" if value is None else f"{value} nats" if name == "beta" else value))
+    if prompt_format := sampling.get("prompt_format"):
+        rows.append(("prompts", f"by {PromptFormat(**prompt_format)}"))
     version = (sampling.get("versions") or {}).get("trl-lightreasoner")
     return rows + ([("trl-lightreasoner", version)] if version else [])
 
@@ -315,10 +317,6 @@ def _count_rows(splits: dict[str, Dataset]) -> list[tuple[str, ...]]:
         share = f" ({num_kept / num_steps:.1%})" if num_steps else ""
         rows.append((name, f"{len(dataset):,}", f"{num_steps:,}", f"{num_kept:,}{share}"))
     return rows
-
-
-def _unique(dataset: Dataset) -> list[Any]:
-    return dataset.unique("sampling_metadata")
 
 
 def _versions() -> dict[str, str]:

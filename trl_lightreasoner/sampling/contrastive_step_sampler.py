@@ -19,6 +19,7 @@ from ..models.loading import add_quantization, load_config, load_model, load_tok
 from ..models.weights import describe_model, weight_fingerprint
 from ..processes import Processes
 from ..steps.dataset import kl_quantiles
+from ..steps.prompt_format import PromptFormat, format_of_prompts
 from ..steps.prompts import check_prompts, encode_rows
 from ..steps.writer import StepWriter, describe_rows, hash_ids
 from ..vocabulary import model_vocabulary, shared_vocabulary
@@ -129,7 +130,7 @@ class ContrastiveStepSampler:
         ]
         self.max_length = min((context for context in contexts if context is not None), default=None)
 
-    def sample(self, dataset: Dataset) -> Dataset:
+    def sample(self, dataset: Dataset, prompt_format: PromptFormat | None = None) -> Dataset:
         """
         Sample and score every prompt of a dataset. Under `accelerate launch` or `torchrun` the processes share the
         prompts, and each returns the whole.
@@ -140,6 +141,9 @@ class ContrastiveStepSampler:
                 prompt-completion dataset, whose completions are scored instead of generated. Other columns are carried
                 along. A transform (`dataset.with_transform`) is applied before tokenizing, and must leave `prompt` and
                 `completion` where they are; what is carried along is what is stored.
+            prompt_format ([`PromptFormat`], *optional*):
+                How the prompts were made of questions, which is stored with the Dataset and beside a model that is
+                trained on it. If `None`, it is what messages show: the system message that all of them begin with.
 
         Returns:
             [`~datasets.Dataset`] with one row a trajectory, in the order of the prompts, memory-mapped from the
@@ -149,6 +153,7 @@ class ContrastiveStepSampler:
             `ValueError`: If the dataset is malformed or every prompt has to be skipped.
         """
         check_prompts(dataset, self.processing_class)
+        self._prompt_format = prompt_format or format_of_prompts(dataset)
         writer = StepWriter(self.args.output_dir, dataset, self.args.overwrite_output_dir)
         self.eos_ids = find_eos_ids(self.expert, self.processing_class, **self._expert_kwargs)
 
@@ -358,6 +363,7 @@ class ContrastiveStepSampler:
             "settings": {name: getattr(self.args, name) for name in _SETTINGS},
             "shared_tokens": len(self.shared_vocabulary),
             "eos_token_ids": self.eos_ids,
+            "prompt_format": self._prompt_format and self._prompt_format.to_dict(),
             "chat_template_sha256": hashlib.sha256((self.processing_class.chat_template or "").encode()).hexdigest(),
             "versions": {
                 "python": platform.python_version(),

@@ -14,6 +14,7 @@
 """
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import pyarrow.compute as pc
@@ -57,6 +58,20 @@ def _parse_metadata(text: str) -> dict[str, Any]:
         raise ValueError(
             f"The `sampling_metadata` of the dataset is not JSON ({error}). Remove the column, or sample again."
         ) from error
+
+
+def read_samplings(datasets: Iterable[Dataset]) -> list[dict[str, Any]]:
+    """Every `sampling_metadata` of some Datasets, without those that are somebody else's."""
+    datasets = [each for each in datasets if "sampling_metadata" in each.column_names]
+    texts = [text for each in datasets for text in each.unique("sampling_metadata")]
+    samplings = []
+    for text in dict.fromkeys(texts):
+        try:
+            sampling = json.loads(text)
+        except (TypeError, json.JSONDecodeError):
+            continue
+        samplings += [sampling] if isinstance(sampling, dict) else []
+    return samplings
 
 
 def check_dataset(dataset: Any) -> None:

@@ -22,6 +22,7 @@ from trl import apply_chat_template
 from .. import __version__
 from ..models.loading import load_config, load_tokenizer
 from ..vocabulary import Vocabulary, model_vocabulary
+from .prompt_format import PromptFormat
 from .prompts import encode_continuation
 from .training_rows import check_row
 from .writer import StepWriter, hash_ids
@@ -93,6 +94,7 @@ def import_published_steps(
         "expert": model,
         "amateur": None,
         "settings": {"alpha": None, "beta": None},
+        "prompt_format": PromptFormat("chat", system_prompt=system_prompt or "").to_dict(),
         "versions": {"trl-lightreasoner": __version__},
     }
     try:

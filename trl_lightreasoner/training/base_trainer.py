@@ -12,6 +12,7 @@ from ..hub.cards import draw_curve, model_card
 from ..hub.sharing import hub_errors
 from ..models.provenance import hub_id
 from ..models.weights import get_base_model
+from ..steps.prompt_format import PromptFormat
 
 
 if TYPE_CHECKING:
@@ -27,12 +28,17 @@ class _BaseTrainer(Trainer):
     _tag_names: list[str] = []
     _name = "Trainer"
     _paper: dict[str, str] = {}
+    # The form of the prompts in the dataset, which is saved beside the model
+    prompt_format: PromptFormat | None = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         # PEFT's card of the folder tells where the base model lies on this machine
         if self.is_world_process_zero():
-            model_card(self, self._model_name()).save(os.path.join(output_dir or self.args.output_dir, "README.md"))
+            folder = output_dir or self.args.output_dir
+            model_card(self, self._model_name()).save(os.path.join(folder, "README.md"))
+            if self.prompt_format is not None:
+                self.prompt_format.save(folder)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         # What is uploaded while training goes on has a card as well; an upload that goes on must not see it change

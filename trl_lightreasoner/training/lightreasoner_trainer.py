@@ -31,6 +31,7 @@ from ..models.loading import add_quantization, hub_kwargs, load_adapter_config, 
 from ..models.provenance import warn_of_another_expert
 from ..models.weights import get_base_model, settle_4bit_layers
 from ..steps.dataset import STEP_COLUMNS
+from ..steps.prompt_format import format_of_steps
 from ..steps.training_rows import prepare_rows
 from ..steps.writer import check_folder
 from ..vocabulary import model_vocabulary
@@ -218,6 +219,8 @@ class LightReasonerTrainer(_BaseTrainer):
                 eval_dataset = {name: prepare(dataset, name) for name, dataset in eval_dataset.items()}
             elif eval_dataset is not None:
                 eval_dataset = prepare(eval_dataset, "eval")
+        if isinstance(train_dataset, Dataset):
+            self.prompt_format = format_of_steps(train_dataset)
         one_step_each = args.one_step_per_row or (isinstance(train_dataset, Dataset) and _one_step_each(train_dataset))
         if args.num_train_epochs is None:
             args.num_train_epochs = _EPOCHS_WHOLE_TRAJECTORIES

@@ -1,0 +1,155 @@
+r"""How a question becomes a prompt: by a chat template or as plain text, with a system message or in a template.
+
+A model answers best in the form in which it was trained. So the format goes with the Dataset, in `sampling_metadata`,
+and from there beside the model, as prompt_format.json, where whoever asks the model next finds it.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers.utils import cached_file
+
+from .dataset import read_samplings
+
+
+FILE_NAME = "prompt_format.json"
+STYLES = ("chat", "raw")
+# Those of Qwen2.5-Math's evaluation
+SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
+_TEMPLATES = {"chat": "{question}", "raw": "Question: {question}\nAnswer:"}
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    r"""
+    The form of a prompt.
+
+    Args:
+        prompt_style (`str`): `"chat"`: a user's message, through the tokenizer's chat template. `"raw"`: plain text.
+        prompt_template (`str`, *optional*): Text with {question} in it, in which the question is put. If `None`, the
+            question alone for `"chat"`, and for `"raw"` `"Question: {question}"` with a line `"Answer:"` below.
+        system_prompt (`str`, *optional*, defaults to `""`): System message of the style `"chat"`, empty for none.
+
+    Raises:
+        `ValueError`: If a field is not what it must be.
+
+    Example:
+
+    ```python
+    >>> PromptFormat("raw").make_prompt("What is 2+2?")
+    'Question: What is 2+2?\nAnswer:'
+    >>> PromptFormat("chat", system_prompt="Think.").make_prompt("What is 2+2?")
+    [{'role': 'system', 'content': 'Think.'}, {'role': 'user', 'content': 'What is 2+2?'}]
+
+    ```
+    """
+
+    prompt_style: str
+    prompt_template: str | None = None
+    system_prompt: str = ""
+
+    def __post_init__(self):
+        if self.prompt_style not in STYLES:
+            raise ValueError(f"`prompt_style` must be one of {list(STYLES)}, got {self.prompt_style!r}.")
+        if self.prompt_template is None:
+            object.__setattr__(self, "prompt_template", _TEMPLATES[self.prompt_style])
+        if "{question}" not in self.prompt_template:  # type: ignore[operator]  # text by now
+            raise ValueError(f"`prompt_template` must have {{question}} in it, got {self.prompt_template!r}.")
+        if self.prompt_style == "raw" and self.system_prompt:
+            raise ValueError(
+                "A raw prompt has no system message. Put its text into `prompt_template`, or set "
+                "`prompt_style='chat'`."
+            )
+
+    def make_prompt(self, question: str) -> str | list[dict[str, str]]:
+        """The prompt of a question: text, or messages for a chat template."""
+        text = self.prompt_template.replace("{question}", question)  # type: ignore[union-attr]  # text by now
+        if self.prompt_style == "raw":
+            return text
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        return [*system, {"role": "user", "content": text}]
+
+    def __str__(self) -> str:
+        template = "" if self.prompt_template == "{question}" else f" {self.prompt_template!r}"
+        if self.prompt_style == "raw":
+            return f"plain text{template}"
+        system = f"the system prompt {self.system_prompt!r}" if self.system_prompt else "no system prompt"
+        return f"the chat template and {system}" + (f", as{template}" if template else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as JSON holds them."""
+        return asdict(self)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the format beside a model."""
+        Path(folder, FILE_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def read_template(template: str) -> str:
+    """
+    A prompt template, given as text or as a file that holds it.
+
+    Raises:
+        `ValueError`: If there is no {question} in it.
+    """
+    if "{question}" in template:
+        return template
+    if not Path(template).is_file():
+        raise ValueError(
+            f"`prompt_template` must be text with {{question}} in it, or a file with such text, got {template!r}."
+        )
+    text = Path(template).read_text(encoding="utf-8")
+    if "{question}" not in text:
+        raise ValueError(f"The prompt template {template!r} has no {{question}} in it.")
+    return text.removesuffix("\n")  # an editor's
+
+
+def load_prompt_format(model: str, **kwargs: Any) -> PromptFormat | None:
+    """
+    The format that lies beside a model or an adapter, or `None` if there is none.
+
+    Args:
+        model (`str`): Id or path.
+        kwargs: Such as `revision` and `token`: where the model is found on the Hub.
+
+    Raises:
+        `ValueError`: If the file is damaged.
+    """
+    kwargs.pop("trust_remote_code", None)  # it has no code
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(model, FILE_NAME, **kwargs, **quietly)
+    if path is None:
+        return None
+    try:
+        return PromptFormat(**json.loads(Path(path).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"The {FILE_NAME} of {model!r} cannot be read: {error}. Mend it or remove it.") from error
+
+
+def format_of_prompts(dataset: Dataset) -> PromptFormat | None:
+    """
+    The format that the prompts of a dataset show: messages, each a question behind the same system message or none.
+
+    Plain text does not show in which template a question stands, and of several messages the last is not all.
+    """
+    if isinstance(dataset.features["prompt"], dict) or not isinstance(dataset[0]["prompt"], list):
+        return None
+    systems = set()
+    for prompt in filter(None, dataset["prompt"]):
+        messages = [(message.get("role"), message.get("content")) for message in prompt]
+        roles = [role for role, _ in messages]
+        if roles not in (["user"], ["system", "user"]) or not all(isinstance(text, str) for _, text in messages):
+            return None
+        systems.add(messages[0][1] if len(messages) == 2 else "")
+    return PromptFormat("chat", system_prompt=systems.pop()) if len(systems) == 1 else None
+
+
+def format_of_steps(dataset: Dataset) -> PromptFormat | None:
+    """The format that all samplings of a Dataset of steps were made with, or `None` if it is not known or not one."""
+    formats = [sampling.get("prompt_format") for sampling in read_samplings([dataset])]
+    if not formats or any(each != formats[0] for each in formats) or formats[0] is None:
+        return None
+    return PromptFormat(**formats[0])
