@@ -258,6 +258,7 @@ class Exploration:
                 learning_rate=setting.learning_rate,
                 per_device_train_batch_size=setting.rows,
                 gradient_accumulation_steps=1,
+                beta=0.0,  # that of the sampling
                 logging_steps=max(1, setting.updates // 5),
                 save_strategy="no",
                 report_to="none",

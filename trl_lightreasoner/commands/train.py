@@ -9,6 +9,7 @@ from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from ..models.loading import load_adapter_config, load_config
 from ..models.provenance import hub_id
+from ..steps.dataset import count_steps
 from ..steps.splits import load_split
 from ..training.lightreasoner_config import LightReasonerConfig
 from ..training.lightreasoner_trainer import LightReasonerTrainer
@@ -18,7 +19,7 @@ from .arguments import ArgumentParser, quantization_of
 @dataclass
 class LightReasonerModelConfig(ModelConfig):
     """
-    [`~trl.ModelConfig`] with the paper's adapter as the default: LoRA of rank 8 on q_proj and v_proj.
+    [`~trl.ModelConfig`] with an adapter as the default: LoRA of rank 8 on all linear layers.
 
     Parameters:
         dtype (`str`, *optional*):
@@ -31,7 +32,7 @@ class LightReasonerModelConfig(ModelConfig):
             LoRA R value.
         lora_alpha (`int`, *optional*, defaults to `16`):
             LoRA alpha.
-        lora_target_modules (`list[str]`, *optional*, defaults to `["q_proj", "v_proj"]`):
+        lora_target_modules (`list[str]`, *optional*, defaults to `["all-linear"]`):
             LoRA target modules.
     """
 
@@ -60,7 +61,7 @@ class LightReasonerModelConfig(ModelConfig):
         metadata={"help": "LoRA alpha."},
     )
     lora_target_modules: list[str] | None = field(
-        default_factory=lambda: ["q_proj", "v_proj"],
+        default_factory=lambda: ["all-linear"],
         metadata={"help": "LoRA target modules."},
     )
 
@@ -126,6 +127,9 @@ def main(
         trainer.accelerator.print(f"The model is at {trainer.hub_model_id} on the Hub.")
     else:
         trainer.save_model(training_args.output_dir)
+    threshold = f" of {trainer.beta} nats or more" if trainer.beta else ""
+    num_steps = f"{count_steps(trainer.train_dataset):,} steps{threshold}"
+    trainer.accelerator.print(f"It was trained on {num_steps}, for {trainer.state.global_step:,} updates.")
     trainer.save_state()  # with the log, which `lightreasoner report` draws
     trainer.accelerator.print(f"The model is in {training_args.output_dir}.")
     return trainer

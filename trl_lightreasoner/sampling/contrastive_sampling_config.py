@@ -54,9 +54,9 @@ class ContrastiveSamplingConfig:
         beta (`float`, *optional*, defaults to `0.4`):
             Informativeness threshold in nats: a step is kept if the expert's distribution diverges from the amateur's
             by at least this much.
-        include_first_step (`bool`, *optional*, defaults to `True`):
-            Whether the first token of a completion can be a kept step. `False` reproduces the published scripts, which
-            skip it.
+        include_first_step (`bool`, *optional*, defaults to `False`):
+            Whether the first token of a completion can be a kept step. The published scripts skip it, and with a plain
+            prompt its label costs accuracy.
 
         > Parameters that control the generation
 
@@ -135,10 +135,10 @@ class ContrastiveSamplingConfig:
         },
     )
     include_first_step: bool = field(
-        default=True,
+        default=False,
         metadata={
-            "help": "Whether the first token of a completion can be a kept step. `False` reproduces the published "
-            "scripts, which skip it."
+            "help": "Whether the first token of a completion can be a kept step. The published scripts skip it, and "
+            "with a plain prompt its label costs accuracy."
         },
     )
     max_new_tokens: int = field(

@@ -32,7 +32,7 @@ from ..models.provenance import warn_of_another_expert
 from ..models.weights import get_base_model, settle_4bit_layers
 from ..steps.dataset import STEP_COLUMNS
 from ..steps.prompt_format import format_of_steps
-from ..steps.training_rows import prepare_rows
+from ..steps.training_rows import choose_beta, prepare_rows
 from ..steps.writer import check_folder
 from ..vocabulary import model_vocabulary
 from .adapters import is_plain_lora, is_quantized, prepare_adapter
@@ -49,11 +49,6 @@ from .watching import DriftWarnings, adapter_off, divergence_at, starts_as_exper
 
 logger = logging.get_logger(__name__)
 
-# The paper's number of updates where a row is a step. For whole trajectories, two rows an update (batch, accumulation)
-# hold about as many kept steps, and two epochs over the paper's 1,000 problems are as many updates (docs/training.md)
-_UPDATES_ONE_STEP_PER_ROW = 1000
-_UPDATE_WHOLE_TRAJECTORIES = (2, 1)
-_EPOCHS_WHOLE_TRAJECTORIES = 2.0
 # Values of `train_sampling_strategy` for which `Trainer` reads the lengths of the rows
 _BY_LENGTH = ("group_by_length", "batch_rebalance")
 
@@ -206,12 +201,19 @@ class LightReasonerTrainer(_BaseTrainer):
                     "without streaming."
                 )
             rows = prepare_rows(
-                dataset, name, self.vocabulary, config.vocab_size, args.max_length, args.one_step_per_row
+                dataset,
+                name,
+                self.vocabulary,
+                config.vocab_size,
+                args.max_length,
+                args.one_step_per_row,
+                self.beta,
             )
             if args.train_sampling_strategy in _BY_LENGTH and isinstance(rows, Dataset):
                 rows = rows.map(_add_length, fn_kwargs={"column": args.length_column_name})
             return rows
 
+        self.beta = choose_beta(train_dataset) if args.beta is None else args.beta
         self._prepare_rows = prepare
         with args.main_process_first():
             train_dataset = prepare(train_dataset, "train")
@@ -221,14 +223,6 @@ class LightReasonerTrainer(_BaseTrainer):
                 eval_dataset = prepare(eval_dataset, "eval")
         if isinstance(train_dataset, Dataset):
             self.prompt_format = format_of_steps(train_dataset)
-        one_step_each = args.one_step_per_row or (isinstance(train_dataset, Dataset) and _one_step_each(train_dataset))
-        if args.num_train_epochs is None:
-            args.num_train_epochs = _EPOCHS_WHOLE_TRAJECTORIES
-            if args.max_steps < 0 and one_step_each:
-                args.max_steps = _UPDATES_ONE_STEP_PER_ROW
-        # DeepSpeed's configuration was made with the sizes that `args` had
-        if args.update_size_is_default and not one_step_each and args.deepspeed is None:
-            args.per_device_train_batch_size, args.gradient_accumulation_steps = _UPDATE_WHOLE_TRAJECTORIES
 
         # Model
         # PEFT initializes the adapter weights randomly, so set_seed must be done before creating the model to ensure
@@ -489,7 +483,3 @@ def _sum_dtype(device: torch.device) -> torch.dtype:
 
 def _add_length(row: dict[str, Any], column: str) -> dict[str, int]:
     return {column: len(row["prompt_ids"]) + row["step_positions"][-1]}  # behind the last kept step a row is cut
-
-
-def _one_step_each(dataset: Dataset) -> bool:
-    return all(len(positions) == 1 for positions in dataset["step_positions"])
