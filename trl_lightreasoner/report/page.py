@@ -15,10 +15,10 @@ from string import Template
 import numpy as np
 
 from .. import __version__
+from ..models.token_text import TokenTexts, label_of, spell_out
 from .charts import Axis, write_number, write_share
 from .figures import V_C, divergence_figures, label_figures, training_figures
 from .shown_steps import MAX_TOKENS, ReportedDataset, ShownStep, ShownTrajectory
-from .token_text import TokenTexts, label_of, spell_out
 from .training_curves import Curve
 
 

@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at
 from ..models.loading import load_config, load_model, load_tokenizer
+from ..models.token_text import TokenTexts
 from ..models.weights import get_base_model
 from ..vocabulary import Vocabulary, shared_vocabulary
 from .statistics import StepStatistics
-from .token_text import TokenTexts
 
 
 MAX_TOKENS = 512  # of a completion that are shown

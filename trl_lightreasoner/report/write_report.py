@@ -7,12 +7,12 @@ from typing import Any
 from datasets import Dataset
 from transformers import logging
 
+from ..models.token_text import TokenTexts, spell_out
 from ..steps.writer import check_folder
 from .page import make_page, short_name
 from .pictures import save_pictures
 from .shown_steps import ReportedDataset, add_probabilities, choose_rows, find_tokenizer, load_trajectories
 from .statistics import StepStatistics, made_with
-from .token_text import TokenTexts, spell_out
 from .training_curves import load_curves
 
 
