@@ -205,7 +205,7 @@ class PairCheck:
     def to_dict(self) -> dict[str, Any]:
         """Everything, in values that JSON can hold."""
         corrections = [correction._asdict() for correction in self.corrections]
-        return {"promising": self.promising, **asdict(self), "corrections": corrections, "caveat": CAVEAT}
+        return {"promising": self.promising, **asdict(self), "corrections": corrections, "caveat": CAVEAT, "rests_on": RESTS_ON}
 
 
 _KINDS = {
