@@ -39,7 +39,8 @@ def prompts_file(tmp_path) -> str:
 def bundled(problems_file) -> list[str]:
     """The bundled pair and its problems, of which the gain is known."""
     pair = ["--expert", str(PAIR / "expert"), "--amateur", str(PAIR / "amateur")]
-    return ["check", *pair, "--dataset_name", problems_file, "--prompt_column", "question", "--no_include_first_step"]
+    prompts = ["--dataset_name", problems_file, "--prompt_column", "question"]
+    return ["check", *pair, *prompts, "--beta", "0.4", "--include_first_step", "false"]
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ class PairArguments:
             What is made of text in `prompt_column`: `"chat"`: a user's message, so that the expert's chat template is
             applied. `"raw"`: plain text, in `prompt_template`. If `None`, text is taken as it is.
         conversational (`bool`, *optional*, defaults to `False`):
-            The same as `prompt_style="chat"`.
+            The same as `prompt_style` `"chat"`.
         system_prompt (`str`, *optional*):
             System message before each prompt. Implies `conversational`.
         prompt_template (`str`, *optional*):
@@ -88,7 +88,7 @@ class PairArguments:
     )
     conversational: bool = field(
         default=False,
-        metadata={"help": "The same as `prompt_style='chat'`."},
+        metadata={"help": "The same as `prompt_style` 'chat'."},
     )
     system_prompt: str | None = field(
         default=None,
