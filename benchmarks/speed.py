@@ -41,7 +41,7 @@ from trl_lightreasoner import (
     count_steps,
     raise_beta,
 )
-from trl_lightreasoner.commands.sample import SampleArguments, as_prompts
+from trl_lightreasoner.commands.pair_arguments import PairArguments, as_prompts
 from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR, as_prompt
 from trl_lightreasoner.demo.task import make_problems
 from trl_lightreasoner.generation.greedy import find_eos_ids, generate_greedy
@@ -239,7 +239,7 @@ def load_prompts(args: argparse.Namespace, num_problems: int) -> tuple[Dataset, 
         problems = make_problems(num_problems, seed=0, split="train", kind_shares=KIND_SHARES)
         return Dataset.from_list([{"prompt": as_prompt(problem)} for problem in problems]), num_problems
     names = ("expert", "amateur", "dataset_name", "prompt_column", "conversational", "system_prompt")
-    sample_args = SampleArguments(**{name: getattr(args, name) for name in names})
+    sample_args = PairArguments(**{name: getattr(args, name) for name in names})
     prompts, _ = as_prompts(load_split(args.dataset_name, None, "train"), sample_args)
     prompts = prompts.select_columns("prompt")
     return prompts.select([i % len(prompts) for i in range(num_problems)]), min(num_problems, len(prompts))

@@ -15,6 +15,8 @@ _MODULES = {
     "EvaluationConfig": "evaluation.evaluation_config",
     "LightReasonerConfig": "training.lightreasoner_config",
     "LightReasonerTrainer": "training.lightreasoner_trainer",
+    "PairCheck": "sampling.pair_check",
+    "check_steps": "sampling.pair_check",
     "count_steps": "steps.dataset",
     "evaluate": "evaluation.evaluation",
     "grade": "grading.verdicts",
@@ -35,6 +37,8 @@ __all__ = [
     "EvaluationConfig",
     "LightReasonerConfig",
     "LightReasonerTrainer",
+    "PairCheck",
+    "check_steps",
     "count_steps",
     "evaluate",
     "grade",
@@ -56,6 +60,7 @@ if TYPE_CHECKING:
     from .report.write_report import write_report
     from .sampling.contrastive_sampling_config import ContrastiveSamplingConfig
     from .sampling.contrastive_step_sampler import ContrastiveStepSampler
+    from .sampling.pair_check import PairCheck, check_steps
     from .steps.dataset import count_steps, kl_quantiles, raise_beta, sampling_metadata
     from .steps.published_steps import import_published_steps
     from .training.data_collator import DataCollatorForLightReasoner

@@ -26,6 +26,7 @@ from trl_lightreasoner import (
     __version__,
     sampling_metadata,
 )
+from trl_lightreasoner.commands.check import CheckArguments, CheckSamplingConfig
 from trl_lightreasoner.commands.cli import COMMANDS, main, run
 from trl_lightreasoner.commands.eval import EvaluationArguments
 from trl_lightreasoner.commands.import_steps import ImportArguments
@@ -35,6 +36,7 @@ from trl_lightreasoner.commands.sample import SampleArguments
 from trl_lightreasoner.commands.sample import make_parser as make_sample_parser
 from trl_lightreasoner.commands.train import LightReasonerModelConfig
 from trl_lightreasoner.commands.train import make_parser as make_train_parser
+from trl_lightreasoner.sampling.pair_check import CAVEAT
 from trl_lightreasoner.steps import splits
 from trl_lightreasoner.steps.splits import load_split
 
@@ -139,6 +141,7 @@ def test_a_missing_command_is_refused(refused):
 @pytest.mark.parametrize(
     ("command", "configs"),
     [
+        ("check", [CheckArguments, CheckSamplingConfig]),
         ("sample", [SampleArguments, ContrastiveSamplingConfig]),
         ("train", [ScriptArguments, LightReasonerConfig, LightReasonerModelConfig]),
         ("merge", [MergeArguments]),
@@ -476,6 +479,14 @@ def test_sample_tells_how_to_go_on(expert_path, amateur_path, prompts_file, tmp_
     stdout = capsys.readouterr().out
     assert "6 trajectories with 18 of 18 steps kept (100.0%)" in stdout
     assert f"lightreasoner train --model_name_or_path {expert_path} --dataset_name {folder}" in stdout
+
+
+def test_sample_ends_with_a_judgement_of_the_pair(expert_path, amateur_path, prompts_file, tmp_path, capsys):
+    argv = ["--expert", expert_path, "--amateur", amateur_path, "--dataset_name", prompts_file]
+    argv += ["--prompt_column", "question", "--max_new_tokens", "60", "--output_dir", str(tmp_path / "steps")]
+    assert main(["sample", *argv]) == 0
+    *_, verdict, caveat, _ = capsys.readouterr().out.splitlines()
+    assert verdict.startswith("This pair is ") and caveat.endswith(CAVEAT)
 
 
 def test_train_in_full_writes_a_model_in_float32(train, expert, tokenizer, tmp_path):

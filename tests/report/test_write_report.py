@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from trl_lightreasoner import write_report
+from trl_lightreasoner import check_steps, write_report
 from trl_lightreasoner.commands.cli import main
 from trl_lightreasoner.commands.report import make_parser, name_datasets
 from trl_lightreasoner.report.charts import Axis, Chart, write_number
@@ -21,6 +22,7 @@ from trl_lightreasoner.report.page import as_json, short_name
 from trl_lightreasoner.report.shown_steps import MAX_TOKENS, add_probabilities, choose_rows, load_trajectories
 from trl_lightreasoner.report.statistics import StepStatistics
 from trl_lightreasoner.report.training_curves import load_curves
+from trl_lightreasoner.sampling.pair_check import CAVEAT, RESTS_ON
 from trl_lightreasoner.steps.dataset import sampling_metadata
 
 from ..conftest import QUESTIONS
@@ -132,6 +134,20 @@ def test_figures_have_descriptions_and_tables(report):
     assert len(charts) == 6 and all(attrs["aria-label"] for attrs in charts)
     assert sum(tag == "figure" for tag, _ in outline.elements) == 6
     assert sum(attrs.get("class") == "numbers" for _, attrs in outline.elements) == 6
+
+
+def test_the_judgement_of_the_pair_stands_at_the_head(report, steps):
+    text, _, _ = report
+    check = check_steps(steps)
+    head = unescape(text[: text.index("kept steps</dt>")])
+    for sentence in (check.headline, *check.reasons, *check.warnings, CAVEAT, RESTS_ON):
+        assert sentence in head
+    assert text.count('class="verdict"') == 1
+
+
+def test_each_of_two_datasets_is_judged(steps, tmp_path):
+    write_report({"a": steps, "b": steps}, str(tmp_path), load_models=False)
+    assert page_of(tmp_path)[0].count('class="verdict"') == 2
 
 
 def test_paths_of_this_machine_are_not_told(report, expert_path):

@@ -6,8 +6,10 @@ import pytest
 from transformers import TrainingArguments
 
 from trl_lightreasoner import ContrastiveSamplingConfig, EvaluationConfig, LightReasonerConfig
+from trl_lightreasoner.commands.check import CheckArguments, CheckSamplingConfig
 from trl_lightreasoner.commands.eval import EvaluationArguments
 from trl_lightreasoner.commands.merge import MergeArguments
+from trl_lightreasoner.commands.pair_arguments import PairArguments
 from trl_lightreasoner.commands.sample import SampleArguments
 from trl_lightreasoner.commands.train import LightReasonerModelConfig
 
@@ -16,7 +18,10 @@ CONFIGS = [
     LightReasonerConfig,
     ContrastiveSamplingConfig,
     EvaluationConfig,
+    PairArguments,
     SampleArguments,
+    CheckArguments,
+    CheckSamplingConfig,
     LightReasonerModelConfig,
     MergeArguments,
     EvaluationArguments,

@@ -9,6 +9,7 @@ from importlib import import_module
 
 COMMANDS = {
     "demo": "see the method work on the bundled pair: offline, on a CPU, in a minute",
+    "check": "is this pair of models worth it? fifty prompts, one verdict and its reasons",
     "sample": "prompts to a Dataset of kept steps",
     "train": "a Dataset of kept steps to an adapter",
     "merge": "an adapter to a plain model",
@@ -29,7 +30,7 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program and return its exit status: 0, or 2 for a mistake that the user can mend."""
+    """Run the program. Returns its exit status: 0, 2 for a mistake that the user can mend, 1 if `check` says no."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["--version"]:
         from .. import __version__
@@ -52,7 +53,7 @@ def run(prog: str, make_parser: Callable, command: Callable, argv: Sequence[str]
     # It would tell at every start that a kernel for 4 bits on CPUs is not installed
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        command(*make_parser(prog).parse(argv))
+        outcome = command(*make_parser(prog).parse(argv))
         _leave_process_group()
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         from .arguments import printable
@@ -61,7 +62,7 @@ def run(prog: str, make_parser: Callable, command: Callable, argv: Sequence[str]
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
+    return outcome if isinstance(outcome, int) else 0
 
 
 def _leave_process_group() -> None:

@@ -47,6 +47,7 @@ def describe_model(model: torch.nn.Module, name: str | None = None) -> dict[str,
         "model": base.config._name_or_path,
         "revision": getattr(base.config, "_commit_hash", None),
         "dtype": str(base.dtype).removeprefix("torch."),
+        "num_parameters": base.num_parameters(),
         "quantization": quantization and {key: str(value) for key, value in quantization.items()},
         "adapter": (name or list(model.active_adapters)) if isinstance(model, PeftModel) else None,
     }

@@ -5,10 +5,10 @@ from html import escape
 
 import numpy as np
 
+from ..models.token_text import label_of
 from .charts import Axis, Chart, figure, write_number, write_share
 from .shown_steps import ReportedDataset
 from .statistics import StepStatistics, TokenGain
-from .token_text import label_of
 from .training_curves import Curve
 
 

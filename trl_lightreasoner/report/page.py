@@ -15,10 +15,11 @@ from string import Template
 import numpy as np
 
 from .. import __version__
+from ..models.token_text import TokenTexts, label_of, spell_out
+from ..sampling.pair_check import CAVEAT, RESTS_ON, PairCheck
 from .charts import Axis, write_number, write_share
 from .figures import V_C, divergence_figures, label_figures, training_figures
 from .shown_steps import MAX_TOKENS, ReportedDataset, ShownStep, ShownTrajectory
-from .token_text import TokenTexts, label_of, spell_out
 from .training_curves import Curve
 
 
@@ -119,11 +120,21 @@ def _summary(dataset: ReportedDataset, style: str) -> str:
     heading = f'<h3><span class="swatch {style}"></span>{escape(dataset.name)}</h3>' if style else ""
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in dataset.notes)
     return (
-        f'<div class="summary {style}">{heading}<dl class="tiles">'
+        f'<div class="summary {style}">{heading}{_verdict(dataset.check)}<dl class="tiles">'
         + "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in tiles.items())
         + '</dl><dl class="settings">'
         + "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in settings)
         + f"</dl>{rows}{notes}</div>"
+    )
+
+
+def _verdict(check: PairCheck | None) -> str:
+    """Whether the pair is worth it, and why."""
+    if check is None:
+        return ""
+    notes = [*check.warnings, f"{CAVEAT} They are listed under Labels. {RESTS_ON}"]
+    return f'<p class="verdict"><b>{escape(check.headline)}</b> {escape(" ".join(check.reasons))}</p>' + "".join(
+        f'<p class="note">{escape(note)}</p>' for note in notes
     )
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..models.token_text import label_of
 from .charts import write_number
 from .figures import curve_title, order_curves
 from .shown_steps import ReportedDataset
-from .token_text import label_of
 from .training_curves import Curve
 
 

@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at
 from ..models.loading import load_config, load_model, load_tokenizer
+from ..models.token_text import TokenTexts
 from ..models.weights import get_base_model
+from ..sampling.pair_check import PairCheck
 from ..vocabulary import Vocabulary, shared_vocabulary
 from .statistics import StepStatistics
-from .token_text import TokenTexts
 
 
 MAX_TOKENS = 512  # of a completion that are shown
@@ -70,6 +71,7 @@ class ReportedDataset:
         texts ([`TokenTexts`]): Of its tokens.
         trajectories (`list[ShownTrajectory]`): Those that are shown.
         notes (`list[str]`): Sentences on what could not be shown, and why.
+        check ([`PairCheck`], *optional*): Judgement of the pair; None where a divergence is not known.
     """
 
     name: str
@@ -78,6 +80,7 @@ class ReportedDataset:
     texts: TokenTexts
     trajectories: list[ShownTrajectory]
     notes: list[str]
+    check: PairCheck | None = None
 
 
 def choose_rows(statistics: list[StepStatistics], count: int, seed: int) -> tuple[list[list[int]], bool]:

@@ -7,12 +7,13 @@ from typing import Any
 from datasets import Dataset
 from transformers import logging
 
+from ..models.token_text import TokenTexts, spell_out
+from ..sampling.pair_check import check_steps
 from ..steps.writer import check_folder
 from .page import make_page, short_name
 from .pictures import save_pictures
 from .shown_steps import ReportedDataset, add_probabilities, choose_rows, find_tokenizer, load_trajectories
 from .statistics import StepStatistics, made_with
-from .token_text import TokenTexts, spell_out
 from .training_curves import load_curves
 
 
@@ -91,7 +92,8 @@ def write_report(
                 "probabilities; they are read from the two models, which can be named with --expert and --amateur."
             )
         notes = [_without_paths(note, metadata) for note in notes]
-        reported.append(ReportedDataset(name, metadata, numbers, TokenTexts(tokenizer), trajectories, notes))
+        check = check_steps(each, tokenizer) if numbers.num_known == numbers.num_steps else None
+        reported.append(ReportedDataset(name, metadata, numbers, TokenTexts(tokenizer), trajectories, notes, check))
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"

@@ -1,9 +1,14 @@
 """`ContrastiveStepSampler`: from prompts, an expert and an amateur to a Dataset of kept steps."""
 
+import copy
 import hashlib
 import importlib.metadata
 import platform
+import shutil
+import tempfile
 import uuid
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -18,17 +23,23 @@ from ..generation.vllm import check_vllm, connect_vllm
 from ..models.loading import add_quantization, load_config, load_model, load_tokenizer
 from ..models.weights import describe_model, weight_fingerprint
 from ..processes import Processes
-from ..steps.dataset import kl_quantiles
+from ..steps.dataset import check_dataset, kl_quantiles
 from ..steps.prompt_format import PromptFormat, format_of_prompts
 from ..steps.prompts import check_prompts, encode_rows
 from ..steps.writer import StepWriter, describe_rows, hash_ids
 from ..vocabulary import model_vocabulary, shared_vocabulary
 from .contrastive_sampling_config import ContrastiveSamplingConfig
+from .pair_check import JUDGED_AT, PairCheck, check_steps
 from .scoring import Trajectory, TrajectoryScores, prepare_scoring, score_trajectories
 
 
 logger = get_logger(__name__)
 
+_NUM_ANSWERS = 3
+_EQUAL_WEIGHTS = (
+    "Expert and amateur have equal weights, so that they diverge nowhere and there is nothing to learn. Name a weaker "
+    "model as the amateur."
+)
 _SETTINGS = ("alpha", "beta", "max_new_tokens", "max_prompt_length", "include_first_step", "use_vllm")
 
 
@@ -102,6 +113,7 @@ class ContrastiveStepSampler:
             amateur_kwargs, amateur, amateur_quantization_config, "sampler", prefix="amateur_"
         )
         self._expert_kwargs, self._amateur_kwargs = expert_kwargs, amateur_kwargs
+        self._checks_in: Path | None = None  # the folder that `check` lends
 
         # Weights are loaded by `sample`, when nothing is left that could be refused before
         expert_config = load_config(expert, "expert", **expert_kwargs)
@@ -191,6 +203,8 @@ class ContrastiveStepSampler:
             self._vllm = connect_vllm(self.args, self._names[0], max_length, **self._expert_kwargs)
         self.expert = load_model(self.expert, **self._expert_kwargs)
         self.amateur = load_model(self.amateur, **self._amateur_kwargs)
+        if self._checks_in is not None and weight_fingerprint(self.expert) == weight_fingerprint(self.amateur):
+            raise ValueError(_EQUAL_WEIGHTS)
         self._decode = None
         if not scoring_only:
             # Behind a token that the amateur cannot read, it has nothing to say
@@ -208,12 +222,12 @@ class ContrastiveStepSampler:
             self.batch_size = self.processes.on_main(lambda: self._find_batch_size(encoded, order, scoring_only))
             self._sample(encoded, share_batches(order, self.batch_size, self.processes), writer, scoring_only)
             self.processes.on_main(lambda: writer.finish({index for index, _ in plan}))
-            sampled = writer.load()
+            sampled = writer.load(None if self._checks_in is None else str(self._checks_in / "cache"))
         finally:
             writer.close()
             if self._vllm is not None:
                 self._vllm.close()
-        if not any(sampled["step_positions"]):
+        if self._checks_in is None and not any(sampled["step_positions"]):
             low, high, tenth = kl_quantiles(sampled, [0.5, 0.99, 0.9])
             logger.warning(
                 f"No step reached beta = {self.args.beta}: half of the divergences are at most {low:.3g} and 99 % at "
@@ -221,6 +235,70 @@ class ContrastiveStepSampler:
                 "close to the expert: choose a weaker one."
             )
         return sampled
+
+    def check(self, dataset: Dataset, num_prompts: int = 50) -> PairCheck:
+        """
+        Sample some prompts, and judge by them whether the pair is worth it. Nothing is left behind: `args.output_dir`
+        is not used. Under several processes, all of one machine, each returns the same.
+
+        Args:
+            dataset ([`~datasets.Dataset`]):
+                Prompts as for [`~ContrastiveStepSampler.sample`].
+            num_prompts (`int`, *optional*, defaults to `50`):
+                How many of them are looked at, from the first.
+
+        Returns:
+            [`PairCheck`], with three greedy answers of each model.
+
+        Raises:
+            `ValueError`: If the models have equal weights, or the dataset is malformed.
+
+        Example:
+
+        ```python
+        >>> check = sampler.check(dataset)  # doctest: +SKIP
+        >>> print(check)  # doctest: +SKIP
+        ```
+        """
+        check_dataset(dataset)
+        if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < 1:
+            raise ValueError(f"`num_prompts` must be a whole number, 1 or more, got {num_prompts!r}.")
+        same_kwargs = self._expert_kwargs == self._amateur_kwargs
+        if isinstance(self.expert, str) and self.expert == self.amateur and same_kwargs:
+            raise ValueError(_EQUAL_WEIGHTS)  # without loading them
+        folder = Path(self.processes.on_main(tempfile.mkdtemp))
+        try:
+            sampler = copy.copy(self)
+            sampler._checks_in = folder
+            # With the labels of all steps that are judged, whatever `beta` is
+            beta = min(self.args.beta, JUDGED_AT)
+            sampler.args = replace(self.args, output_dir=str(folder / "steps"), beta=beta)
+            sampled = sampler.sample(dataset.select(range(min(num_prompts, len(dataset)))))
+            self.expert, self.amateur = sampler.expert, sampler.amateur  # loaded by now
+
+            def judge() -> PairCheck:
+                check = check_steps(sampled, self.processing_class, self.args.beta)
+                firsts = sampled[:_NUM_ANSWERS]
+                check.expert_answers = self._as_texts(firsts["completion_ids"])
+                check.amateur_answers = self._as_texts(self._amateur_answers(firsts["prompt_ids"]))
+                return check
+
+            return self.processes.on_main(judge)
+        finally:
+            if self.processes.is_main:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _amateur_answers(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        eos_ids = find_eos_ids(self.amateur, self.processing_class)
+        decode = GreedyDecoder(self.amateur, self.shared_vocabulary, eos_ids)
+        room = self.args.max_new_tokens
+        if self.max_length is not None:
+            room = min(room, self.max_length - max(map(len, prompt_ids)))
+        with evaluating(self.amateur):
+            return decode(prompt_ids, room)[0]
+
+    def _as_texts(self, completion_ids: list[list[int]]) -> list[str]:
+        return self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
 
     def _find_batch_size(self, encoded: Dataset, order: list[tuple[int, int]], scoring_only: bool) -> int:
         if self.args.per_device_batch_size is not None or not order:
@@ -334,9 +412,7 @@ class ContrastiveStepSampler:
             **{field: [getattr(score, field) for score in scores] for field in TrajectoryScores._fields},
         }
         if not scoring_only:
-            columns["completion"] = self.processing_class.batch_decode(
-                columns["completion_ids"], skip_special_tokens=True
-            )
+            columns["completion"] = self._as_texts(columns["completion_ids"])
         return columns
 
     def _identity(self, encoded: Dataset) -> dict[str, Any]:

@@ -177,10 +177,10 @@ class StepWriter:
         shutil.rmtree(self.shards, ignore_errors=True)
         shutil.rmtree(self.merging, ignore_errors=True)
 
-    def load(self) -> Dataset:
-        """The finished Dataset, memory-mapped."""
+    def load(self, cache_dir: str | None = None) -> Dataset:
+        """The finished Dataset, memory-mapped; `cache_dir` is where, if not in the cache of `datasets`."""
         files = json.loads(self.run.read_text(encoding="utf-8"))["files"]
-        return Dataset.from_parquet([literal_path(self.data / name) for name in sorted(files)])
+        return Dataset.from_parquet([literal_path(self.data / name) for name in sorted(files)], cache_dir=cache_dir)
 
     def _merge(self, rows: set[int]) -> None:
         shutil.rmtree(self.merging, ignore_errors=True)  # of a run that was killed here

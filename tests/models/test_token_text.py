@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from trl_lightreasoner.report.token_text import TokenTexts, label_of, spell_out
+from trl_lightreasoner.models.token_text import TokenTexts, label_of, spell_out
 
 
 @pytest.mark.parametrize(

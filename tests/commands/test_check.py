@@ -1,0 +1,159 @@
+"""`lightreasoner check` as a user runs it."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from trl_lightreasoner import ContrastiveSamplingConfig, PairCheck
+from trl_lightreasoner.commands.check import CheckSamplingConfig, make_parser
+from trl_lightreasoner.commands.cli import main
+from trl_lightreasoner.commands.sample import make_parser as make_sample_parser
+from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR
+from trl_lightreasoner.demo.task import make_problems
+
+from ..conftest import QUESTIONS, make_model
+
+
+@pytest.fixture(scope="module")
+def problems_file(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("problems") / "problems.jsonl"
+    problems = make_problems(60, seed=0, split="train", kind_shares=KIND_SHARES)
+    path.write_text("".join(json.dumps({"question": problem["question"]}) + "\n" for problem in problems))
+    return str(path)
+
+
+@pytest.fixture
+def prompts_file(tmp_path) -> str:
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": each}) + "\n" for each in QUESTIONS))
+    return str(tmp_path / "prompts.jsonl")
+
+
+@pytest.fixture
+def bundled(problems_file) -> list[str]:
+    """The bundled pair and its problems, of which the gain is known."""
+    pair = ["--expert", str(PAIR / "expert"), "--amateur", str(PAIR / "amateur")]
+    prompts = ["--dataset_name", problems_file, "--prompt_column", "question"]
+    return ["check", *pair, *prompts, "--beta", "0.4", "--include_first_step", "false"]
+
+
+@pytest.fixture
+def tiny(expert_path, amateur_path, prompts_file) -> list[str]:
+    pair = ["--expert", expert_path, "--amateur", amateur_path]
+    return ["check", *pair, "--dataset_name", prompts_file, "--max_new_tokens", "6"]
+
+
+def test_a_promising_pair_is_status_0_and_the_text_says_why(bundled, capsys):
+    assert main([*bundled, "--conversational"]) == 0
+    stdout = capsys.readouterr().out
+    assert stdout.startswith("50 prompts, 955 steps, 80 of them kept\n")
+    assert "This pair is promising." in stdout and "␣#### -> ␣" in stdout
+    assert stdout.count("\n  amateur  OK, ") == 3
+
+
+def test_a_pair_that_is_not_is_status_1(bundled, capsys):
+    assert main([*bundled, "--num_prompts", "20"]) == 1
+    stdout = capsys.readouterr().out
+    assert "This pair is not promising: the prompts lack the chat template." in stdout
+    assert "`--conversational`" in stdout
+
+
+def test_a_mistake_is_status_2_and_one_sentence(tiny, capsys):
+    assert main([*tiny, "--prompt_column", "question"]) == 2
+    stdout, stderr = capsys.readouterr()
+    assert stdout == "" and stderr.splitlines()[-1].startswith(
+        "lightreasoner check: error: The dataset has no column 'question'"
+    )
+
+
+def test_equal_weights_are_status_2(tiny, expert_path, capsys):
+    assert main([*tiny, "--amateur", expert_path]) == 2
+    stderr = capsys.readouterr().err.splitlines()[-1]
+    assert stderr.startswith("lightreasoner check: error: Expert and amateur have equal weights")
+    assert stderr.endswith("Name a weaker model as the amateur.")
+
+
+def test_a_copy_under_another_name_is_refused_as_well(tiny, expert_path, tokenizer, tmp_path, capsys):
+    AutoModelForCausalLM.from_pretrained(expert_path).save_pretrained(tmp_path / "copy")
+    tokenizer.save_pretrained(tmp_path / "copy")
+    assert main([*tiny, "--amateur", str(tmp_path / "copy"), "--json"]) == 2
+    stdout, stderr = capsys.readouterr()
+    assert stdout == "" and "Expert and amateur have equal weights" in stderr
+
+
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_a_wrong_number_of_prompts_is_refused(number, tiny, capsys):
+    assert main([*tiny, "--num_prompts", number]) == 2
+    assert f"`num_prompts` must be a whole number, 1 or more, got {number}." in capsys.readouterr().err
+
+
+def test_json_is_one_object_and_nothing_else(tiny, capsys):
+    assert main([*tiny, "--json"]) == 1
+    check = json.loads(capsys.readouterr().out)
+    assert {field.name for field in dataclasses.fields(PairCheck)} < set(check)
+    assert (check["verdict"], check["promising"], check["num_prompts"]) == ("doubtful", False, len(QUESTIONS))
+    assert len(check["amateur_answers"]) == 3
+
+
+def test_no_folder_is_needed_and_none_is_left(tiny, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path)
+    assert main([*tiny, "--num_prompts", "2"]) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl", "temporary"]
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_the_config_file_of_sample_can_be_used(tmp_path):
+    (tmp_path / "both.yaml").write_text("expert: e\namateur: a\ndataset_name: d\noutput_dir: o\nbeta: 0.1\n")
+    args, sampling_args = make_parser().parse(["--config", str(tmp_path / "both.yaml"), "--num_prompts", "7"])
+    assert (args.expert, args.num_prompts, sampling_args.beta) == ("e", 7, 0.1)
+    assert make_sample_parser().parse(["--config", str(tmp_path / "both.yaml")])[1].output_dir == "o"
+
+
+def test_its_settings_are_those_of_sampling():
+    fields = {field.name: field.default for field in dataclasses.fields(ContrastiveSamplingConfig)}
+    own = {field.name: field.default for field in dataclasses.fields(CheckSamplingConfig)}
+    assert fields | {"output_dir": own["output_dir"]} == own
+
+
+def test_what_a_model_says_does_not_steer_the_terminal(tokenizer, tmp_path, prompts_file, expert_path, capsys):
+    amateur = make_model(tokenizer, 3, 16, 4)
+    with torch.no_grad():  # which then says one token, an escape, for ever
+        amateur.lm_head.weight.zero_()
+        amateur.lm_head.weight[tokenizer.convert_tokens_to_ids("ě")] = 1.0
+    amateur.save_pretrained(tmp_path / "amateur")
+    tokenizer.save_pretrained(tmp_path / "amateur")
+    argv = ["--expert", expert_path, "--amateur", str(tmp_path / "amateur"), "--dataset_name", prompts_file]
+    assert main(["check", *argv, "--max_new_tokens", "4"]) in (0, 1)
+    assert all(char.isprintable() or char == "\n" for char in capsys.readouterr().out)
+
+
+def test_help_imports_no_torch():
+    code = """
+import sys
+from trl_lightreasoner.commands.cli import main
+try:
+    main(["check", "--help"])
+except SystemExit:
+    pass
+assert "torch" not in sys.modules, "imported too much"
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--num_prompts" in result.stdout
+
+
+def test_one_of_several_processes_prints(bundled):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    argv = [*launch, "trl_lightreasoner", *bundled, "--conversational", "--json"]
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2])
+    assert result.returncode == 0, result.stderr[-3000:]
+    check = json.loads(result.stdout)
+    assert (check["num_steps"], check["num_kept"], check["verdict"]) == (955, 80, "promising")

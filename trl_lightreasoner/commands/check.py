@@ -1,0 +1,74 @@
+"""`lightreasoner check`: is this pair worth it? Fifty prompts, one verdict and its reasons; nothing is left behind."""
+
+import json
+from dataclasses import dataclass, field
+
+from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
+from .arguments import ArgumentParser
+from .pair_arguments import PairArguments, load_prompts, make_sampler
+
+
+@dataclass
+class CheckArguments(PairArguments):
+    """
+    [`PairArguments`], and what `lightreasoner check` does with them.
+
+    Parameters:
+        num_prompts (`int`, *optional*, defaults to `50`):
+            How many prompts are looked at, from the first.
+        json (`bool`, *optional*, defaults to `False`):
+            Whether to print one JSON object instead of text.
+    """
+
+    num_prompts: int = field(
+        default=50,
+        metadata={"help": "How many prompts are looked at, from the first."},
+    )
+    json: bool = field(
+        default=False,
+        metadata={"help": "Whether to print one JSON object instead of text."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_prompts < 1:
+            raise ValueError(f"`num_prompts` must be a whole number, 1 or more, got {self.num_prompts}.")
+
+
+@dataclass
+class CheckSamplingConfig(ContrastiveSamplingConfig):
+    """
+    [`ContrastiveSamplingConfig`] without the need of a folder.
+
+    Parameters:
+        output_dir (`str`, *optional*, defaults to `"steps"`):
+            Unused: nothing is left behind. It can stand in a config file that `lightreasoner sample` reads as well.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Unused, like `output_dir`.
+    """
+
+    output_dir: str = field(
+        default="steps",
+        metadata={
+            "help": "Unused: nothing is left behind. It can stand in a config file that `lightreasoner sample` reads "
+            "as well."
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Unused, like `output_dir`."},
+    )
+
+
+def make_parser(prog: str | None = None) -> ArgumentParser:
+    return ArgumentParser([CheckArguments, CheckSamplingConfig], prog=prog, description=__doc__)
+
+
+def main(args: CheckArguments, sampling_args: CheckSamplingConfig) -> int:
+    """Print the check, and return the exit status: 0 if the pair is promising, 1 if not."""
+    sampler = make_sampler(args, sampling_args)
+    prompts, _ = load_prompts(args)
+    check = sampler.check(prompts, args.num_prompts)
+    if sampler.processes.is_main:
+        print(json.dumps(check.to_dict(), indent=2) if args.json else check.report())
+    return 0 if check.promising else 1

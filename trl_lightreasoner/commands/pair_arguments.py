@@ -1,0 +1,195 @@
+"""What `lightreasoner sample` and `check` take alike: two models, and prompts."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from datasets import Dataset, Value
+
+from ..steps.prompt_format import PromptFormat, read_template
+from ..steps.splits import load_split
+from .arguments import quantization_of
+
+
+if TYPE_CHECKING:
+    from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
+    from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
+
+
+@dataclass
+class PairArguments:
+    """
+    Models and prompts of `lightreasoner sample` and `lightreasoner check`.
+
+    Parameters:
+        expert (`str`):
+            Id or path of the stronger model, which is to be fine-tuned afterwards.
+        amateur (`str`):
+            Id or path of the weaker model of the same vocabulary.
+        dataset_name (`str`):
+            Prompts: a dataset on the Hub, a folder, or a file (JSON lines, Parquet, CSV).
+        dataset_config (`str`, *optional*):
+            Configuration of the dataset.
+        dataset_split (`str`, *optional*, defaults to `"train"`):
+            Split to use, such as `"train[:1000]"`.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column that holds the prompts, as text or as lists of messages.
+        prompt_style (`str`, *optional*):
+            What is made of text in `prompt_column`: `"chat"`: a user's message, so that the expert's chat template is
+            applied. `"raw"`: plain text, in `prompt_template`. If `None`, text is taken as it is.
+        conversational (`bool`, *optional*, defaults to `False`):
+            The same as `prompt_style` `"chat"`.
+        system_prompt (`str`, *optional*):
+            System message before each prompt. Implies `conversational`.
+        prompt_template (`str`, *optional*):
+            Text with {question} in it, or a file with such text, in which each text prompt is put. If `None`, the
+            prompt alone for `"chat"`, and for `"raw"` `"Question: {question}"` with a line `"Answer:"` below.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether to load the expert in 4 bits.
+        load_in_8bit (`bool`, *optional*, defaults to `False`):
+            Whether to load the expert in 8 bits.
+        amateur_load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether to load the amateur in 4 bits.
+        amateur_load_in_8bit (`bool`, *optional*, defaults to `False`):
+            Whether to load the amateur in 8 bits.
+        bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`):
+            Quantization type of models in 4 bits: `"nf4"` or `"fp4"`.
+        use_bnb_nested_quant (`bool`, *optional*, defaults to `False`):
+            Whether to use nested quantization for models in 4 bits.
+    """
+
+    expert: str = field(
+        metadata={"help": "Id or path of the stronger model, which is to be fine-tuned afterwards."},
+    )
+    amateur: str = field(
+        metadata={"help": "Id or path of the weaker model of the same vocabulary."},
+    )
+    dataset_name: str = field(
+        metadata={"help": "Prompts: a dataset on the Hub, a folder, or a file (JSON lines, Parquet, CSV)."},
+    )
+    dataset_config: str | None = field(
+        default=None,
+        metadata={"help": "Configuration of the dataset."},
+    )
+    dataset_split: str = field(
+        default="train",
+        metadata={"help": "Split to use, such as 'train[:1000]'."},
+    )
+    prompt_column: str = field(
+        default="prompt",
+        metadata={"help": "Column that holds the prompts, as text or as lists of messages."},
+    )
+    prompt_style: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is made of text in `prompt_column`: 'chat': a user's message, so that the expert's chat "
+            "template is applied. 'raw': plain text, in `prompt_template`. If `None`, text is taken as it is.",
+            "choices": ["chat", "raw"],
+        },
+    )
+    conversational: bool = field(
+        default=False,
+        metadata={"help": "The same as `prompt_style` 'chat'."},
+    )
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "System message before each prompt. Implies `conversational`."},
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text with {question} in it, or a file with such text, in which each text prompt is put. If "
+            "`None`, the prompt alone for 'chat', and for 'raw' 'Question: {question}' with a line 'Answer:' below."
+        },
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Whether to load the expert in 4 bits."},
+    )
+    load_in_8bit: bool = field(
+        default=False,
+        metadata={"help": "Whether to load the expert in 8 bits."},
+    )
+    amateur_load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Whether to load the amateur in 4 bits."},
+    )
+    amateur_load_in_8bit: bool = field(
+        default=False,
+        metadata={"help": "Whether to load the amateur in 8 bits."},
+    )
+    bnb_4bit_quant_type: str = field(
+        default="nf4",
+        metadata={"help": "Quantization type of models in 4 bits: 'nf4' or 'fp4'.", "choices": ["nf4", "fp4"]},
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False,
+        metadata={"help": "Whether to use nested quantization for models in 4 bits."},
+    )
+
+    def __post_init__(self):
+        for prefix in ("", "amateur_"):
+            if getattr(self, f"{prefix}load_in_4bit") and getattr(self, f"{prefix}load_in_8bit"):
+                raise ValueError(f"`{prefix}load_in_4bit` and `{prefix}load_in_8bit` exclude each other.")
+        if self.prompt_style == "raw" and (self.conversational or self.system_prompt):
+            raise ValueError("`prompt_style='raw'` goes with neither `conversational` nor `system_prompt`.")
+        if self.conversational or self.system_prompt is not None:
+            self.prompt_style = "chat"
+        if self.prompt_template is not None:
+            self.prompt_template = read_template(self.prompt_template)
+
+
+def load_prompts(args: PairArguments) -> tuple[Dataset, PromptFormat | None]:
+    """The prompts that `args` name, in a column `prompt`, and their form, if they were text."""
+    return as_prompts(load_split(args.dataset_name, args.dataset_config, args.dataset_split), args)
+
+
+def make_sampler(args: PairArguments, sampling_args: "ContrastiveSamplingConfig") -> "ContrastiveStepSampler":
+    """The sampler of the two models that `args` name, quantized as they say."""
+    from trl import ModelConfig
+
+    from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
+
+    def quantization(prefix: str):
+        bits = {name: getattr(args, prefix + name) for name in ("load_in_4bit", "load_in_8bit")}
+        bnb = {name: getattr(args, name) for name in ("bnb_4bit_quant_type", "use_bnb_nested_quant")}
+        return quantization_of(ModelConfig(dtype=sampling_args.dtype, **bits, **bnb))
+
+    return ContrastiveStepSampler(
+        args.expert,
+        args.amateur,
+        sampling_args,
+        quantization_config=quantization(""),
+        amateur_quantization_config=quantization("amateur_"),
+    )
+
+
+def as_prompts(dataset: Dataset, args: PairArguments) -> tuple[Dataset, PromptFormat | None]:
+    """The dataset with a `prompt` column, as `args` asks for it, and the form of its prompts, if they were text."""
+    if args.prompt_column not in dataset.column_names:
+        raise ValueError(
+            f"The dataset has no column {args.prompt_column!r}; it has {dataset.column_names}. Name the one that "
+            "holds the prompts with `--prompt_column`."
+        )
+    if args.prompt_column != "prompt":
+        if "prompt" in dataset.column_names:
+            raise ValueError(
+                f"The dataset has a column 'prompt' beside {args.prompt_column!r}. Rename or remove one of them."
+            )
+        dataset = dataset.rename_column(args.prompt_column, "prompt")
+    style, template = args.prompt_style, args.prompt_template
+    if not isinstance(dataset.features["prompt"], Value):
+        if style is None and template is None:
+            return dataset, None
+        raise ValueError("The prompts are messages already: put the system prompt into them, or give them as text.")
+    if style is None:
+        prompt_format = PromptFormat("raw", template or "{question}")
+    else:
+        prompt_format = PromptFormat(style, template, args.system_prompt or "")
+    if prompt_format == PromptFormat("raw", "{question}"):
+        return dataset, prompt_format
+
+    def put(row: dict) -> dict:
+        empty = [] if style == "chat" else ""
+        return {"prompt": prompt_format.make_prompt(row["prompt"]) if row["prompt"] else empty}
+
+    return dataset.map(put, desc="Making prompts"), prompt_format

@@ -1,0 +1,477 @@
+"""Is a pair worth it? From a Dataset of kept steps to a few numbers, one verdict and its reasons.
+
+Nothing is trained for it, so that it can only compare a pair with those of which the gain is known. The limits are at
+the top, with what they rest on.
+"""
+
+import hashlib
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset, Value
+from transformers import PreTrainedTokenizerBase
+
+from ..models.token_text import TokenTexts, label_of, spell_out
+from ..steps.dataset import STEP_COLUMNS, check_dataset, sampling_metadata
+
+
+# What the limits rest on (docs/evidence.md): three tiny pairs with seven amateurs each, and one real pair of 1.5 and
+# 0.5 billion parameters with a chat template and with a raw prompt, all at beta = 0.4 and with known gains. With the
+# pairs that gained KL at 50 % was 0.018 or less, 8 to 17 % of the steps were kept, and at 20 to 43 % of these v_C
+# preferred another token.
+JUDGED_AT = 0.4
+# Merely unskilled amateurs: 0.3 to 0.6 at 50 %, 46 to 53 % kept. A plain prompt to a chat model: 41 to 45 % kept
+MAX_KL_50, WIDE_KL_50 = 0.05, 0.2
+MAX_KEPT, WIDE_KEPT = 0.22, 0.3
+# More careful ones than the expert: 1.3 and more at 90 %, where pairs that gained had 0.2 to 0.9
+MAX_KL_90 = 1.1
+# With an "expert" that was hardly trained, and the expert for its amateur: 54 % kept, another token at 74 %
+SWAPPED_CHANGED = 0.5
+# Incoherent ones: 5 and more
+INCOHERENT_KL_50 = 2.0
+# Amateurs made of the real expert: 0.1 to 1.5 % kept. As careful ones of the study: 1 to 9 %, at 6 % of them another
+# token, as with unskilled ones
+MIN_KEPT = 0.03
+MIN_CHANGED, REPEATS_CHANGED = 0.15, 0.1
+# At fewer steps a share of some per cent is a matter of luck
+MIN_STEPS = 200
+# An adapter that one of the models carries changes its size by less
+SWAPPED_SIZE = 0.9
+# With a raw prompt, where first steps did harm, they were 5 % of the kept steps; with the chat template 0.1 %
+MANY_FIRST_STEPS = 0.02
+
+CAVEAT = (
+    "An amateur that is more careful than the expert does harm, and no number tells it for sure: read the "
+    "corrections. They must lead to what you want."
+)
+RESTS_ON = (
+    "The judgement rests on three tiny pairs: with 50 prompts it was right on 20 of 21 amateurs of known gain, by "
+    "which its limits were chosen. It agrees with what was recorded of one real pair."
+)
+_NUM_CORRECTIONS = 10
+_MAX_ANSWER = 400  # characters
+_ROWS = 200  # rows that are in memory at a time
+
+
+class Correction(NamedTuple):
+    """The token that the expert took, the one that v_C prefers, and at how many steps."""
+
+    taken: str
+    preferred: str
+    num_steps: int
+
+
+@dataclass
+class PairCheck:
+    """
+    What a look at sampled steps says of an expert and an amateur. Text by `str(check)`, numbers by `check.to_dict()`.
+
+    Args:
+        num_prompts (`int`):
+            Prompts that were looked at.
+        num_steps (`int`):
+            Steps of their completions.
+        num_kept (`int`):
+            Kept steps.
+        beta (`float`, *optional*):
+            Threshold in nats with which they are kept; None if the Dataset does not say.
+        kl_50 (`float`):
+            Median of the divergence over all steps, in nats.
+        kl_90 (`float`):
+            The same at 90 %.
+        kl_99 (`float`):
+            The same at 99 %.
+        kept_share (`float`):
+            Share of the steps that are kept.
+        changed_share (`float`, *optional*):
+            Share of the kept steps at which v_C prefers another token than the one that the expert took; None without
+            a kept step.
+        first_step_share (`float`, *optional*):
+            Share of the kept steps that are the first of their completion.
+        cut_off_share (`float`, *optional*):
+            Share of the completions that do not end in EOS; None if the Dataset does not name it.
+        judged_kept_share (`float`):
+            `kept_share` at 0.4 nats, with which the pairs of known gain were measured.
+        judged_changed_share (`float`, *optional*):
+            `changed_share` at 0.4 nats, or at the lowest threshold above it at which there are labels.
+        corrections (`list[Correction]`):
+            The most frequent pairs of a token that was taken and another one that v_C prefers, at these steps and the
+            kept ones.
+        expert_parameters (`int`, *optional*):
+            Number of the expert's parameters.
+        amateur_parameters (`int`, *optional*):
+            Number of the amateur's parameters.
+        verdict (`str`):
+            `"promising"`, `"doubtful"`, `"too close"`, `"unskilled"`, `"incoherent"`, `"plain prompt"` or `"swapped"`.
+        reasons (`list[str]`):
+            Why, in sentences; the one that decides comes first.
+        warnings (`list[str]`):
+            What else should be seen to.
+        expert_answers (`list[str]`):
+            Greedy answers of the expert to the first prompts.
+        amateur_answers (`list[str]`):
+            The amateur's own answers to the same prompts.
+    """
+
+    num_prompts: int
+    num_steps: int
+    num_kept: int
+    beta: float | None
+    kl_50: float
+    kl_90: float
+    kl_99: float
+    kept_share: float
+    changed_share: float | None
+    first_step_share: float | None
+    cut_off_share: float | None
+    judged_kept_share: float
+    judged_changed_share: float | None
+    corrections: list[Correction]
+    expert_parameters: int | None = None
+    amateur_parameters: int | None = None
+    verdict: str = "doubtful"
+    reasons: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    expert_answers: list[str] = field(default_factory=list)
+    amateur_answers: list[str] = field(default_factory=list)
+
+    @property
+    def promising(self) -> bool:
+        """Whether the verdict is the good one."""
+        return self.verdict == "promising"
+
+    @property
+    def headline(self) -> str:
+        """The verdict as a sentence."""
+        if self.verdict in ("promising", "doubtful"):
+            return f"This pair is {self.verdict}."
+        return f"This pair is not promising: {_KINDS[self.verdict]}."
+
+    def summary(self) -> str:
+        """The judgement in two lines."""
+        second = self.reasons[0]
+        if self.corrections:
+            taken, preferred, count = self.corrections[0]
+            second += f" The most frequent correction: {taken} -> {preferred} ({count:,} times)."
+        return f"{self.headline} {second}\n{' '.join([*self.warnings, CAVEAT])}"
+
+    def report(self) -> str:
+        """All of it, as text for a terminal."""
+        kept = "steps kept" if self.beta is None else f"steps kept at beta = {self.beta:g}"
+        changed = "of these, v_C prefers another token"
+        rows = [
+            ("", "this pair", "looks", "pairs that gained", "amateurs that did not"),
+            ("KL in nats at 50 % of the steps", f"{self.kl_50:.3g}", _looks(self.kl_50, 0, MAX_KL_50, 0, WIDE_KL_50))
+            + ("0.02 or less", "0.3 to 0.6, 5 and more"),
+            ("KL in nats at 90 %", f"{self.kl_90:.3g}", _looks(self.kl_90, 0, MAX_KL_90))
+            + ("0.2 to 0.9", "0 to 0.3, 1.3 and more"),
+            ("KL in nats at 99 %", f"{self.kl_99:.3g}", "", "", ""),
+        ]
+        if self.beta != JUDGED_AT:  # with which the pairs of known gain were measured
+            rows += [
+                (kept, _percent(self.kept_share), "", "", ""),
+                (changed, _percent(self.changed_share), "", "", ""),
+            ]
+            kept = f"steps of {JUDGED_AT:g} nats or more"
+        rows += [
+            (kept, _percent(self.judged_kept_share))
+            + (_looks(self.judged_kept_share, MIN_KEPT, MAX_KEPT, MIN_KEPT, WIDE_KEPT),)
+            + ("8 to 17 %", "0 to 9 %, 46 % and more"),
+            (changed, _percent(self.judged_changed_share))
+            + (_looks(self.judged_changed_share, MIN_CHANGED, 1, REPEATS_CHANGED),)
+            + ("20 to 43 %", "0 to 6 %"),
+            ("kept steps that are first steps", _percent(self.first_step_share), "", "", ""),
+            ("answers cut off at max_new_tokens", _percent(self.cut_off_share), "", "", ""),
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            f"{self.num_prompts:,} prompts, {self.num_steps:,} steps, {self.num_kept:,} of them kept",
+            "",
+            *("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows),
+        ]
+        if self.corrections:
+            lines += ["", "Corrections: what the expert took -> what v_C prefers"]
+            lines += [f"{count:>6,}  {taken} -> {preferred}" for taken, preferred, count in self.corrections]
+        for i, (expert, amateur) in enumerate(zip(self.expert_answers, self.amateur_answers, strict=True), 1):
+            lines += ["", f"Prompt {i}", f"  expert   {_one_line(expert)}", f"  amateur  {_one_line(amateur)}"]
+        lines += ["", self.headline, *(f"- {reason}" for reason in self.reasons)]
+        lines += [f"Warning: {warning}" for warning in self.warnings]
+        return "\n".join([*lines, CAVEAT, RESTS_ON])
+
+    __str__ = report
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in values that JSON can hold."""
+        corrections = [correction._asdict() for correction in self.corrections]
+        said = {"caveat": CAVEAT, "rests_on": RESTS_ON}
+        return {"promising": self.promising, **asdict(self), "corrections": corrections, **said}
+
+
+_KINDS = {
+    "too close": "the amateur is too close to the expert",
+    "unskilled": "the amateur is merely unskilled",
+    "incoherent": "the amateur is incoherent",
+    "plain prompt": "the prompts lack the chat template",
+    "swapped": "expert and amateur seem to be swapped",
+}
+
+
+def check_steps(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None = None, beta: float | None = None
+) -> PairCheck:
+    """
+    Judge a pair by steps that are sampled already.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): Rows as [`ContrastiveStepSampler`] makes them, one step a row or several. A
+            trajectory that several rows hold counts once, every label counts.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The expert's, for the text of tokens;
+            without it they are shown by number.
+        beta (`float`, *optional*): Count steps of at least this many nats as kept. By default it is the Dataset's own.
+
+    Returns:
+        [`PairCheck`], without the models' answers.
+
+    Raises:
+        `ValueError`: If it is no Dataset of kept steps, has no step, or does not know every divergence.
+        `TypeError`: If it is not a [`~datasets.Dataset`].
+
+    Example:
+
+    ```python
+    >>> check = check_steps(dataset, tokenizer)  # doctest: +SKIP
+    >>> check.verdict, check.promising  # doctest: +SKIP
+    ('promising', True)
+
+    ```
+    """
+    made = _made_with(dataset)
+    sampled_with, include_first_step = made["beta"], made["include_first_step"]
+    beta = sampled_with if beta is None else beta
+    judged_at = max(JUDGED_AT, sampled_with or 0.0)
+    counts: Counter[str] = Counter()
+    changes: Counter[tuple[int, int]] = Counter()
+    divergences: list[np.ndarray] = []
+    seen: set[int] = set()
+    for batch in dataset.select_columns([*STEP_COLUMNS, "kl_divergence"]).with_format(None).iter(_ROWS):
+        for row in (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)):
+            kl, completion = row["kl_divergence"], row["completion_ids"]
+            if kl is None or None in kl:
+                raise ValueError(
+                    "The dataset does not know the divergence of every step, as those of `lightreasoner import` do "
+                    "not, and without it a pair cannot be judged. Sample its prompts with `lightreasoner sample`."
+                )
+            if (key := hash((tuple(row["prompt_ids"]), tuple(completion)))) not in seen:
+                seen.add(key)
+                divergences.append(np.array(kl, dtype=np.float32))
+                counts["reached"] += sum(value >= JUDGED_AT for value in kl[0 if include_first_step else 1 :])
+                counts["cut off"] += bool(completion) and completion[-1] not in made["eos_ids"]
+            for t, ids in zip(row["step_positions"], row["label_ids"], strict=True):
+                changed = ids[0] != completion[t]
+                is_kept, is_judged = beta is None or kl[t] >= beta, kl[t] >= judged_at
+                counts.update(
+                    {"kept": is_kept, "kept, changed": is_kept and changed, "kept, first": is_kept and not t}
+                )
+                counts.update({"judged": is_judged, "judged, changed": is_judged and changed})
+                if changed and (is_kept or is_judged):
+                    changes[completion[t], ids[0]] += 1
+    every = np.concatenate(divergences) if divergences else np.zeros(0)
+    if not len(every):
+        raise ValueError("The dataset has no step: every `kl_divergence` is empty. Sample again.")
+    kl_50, kl_90, kl_99 = np.quantile(every, [0.5, 0.9, 0.99]).tolist()
+    texts = TokenTexts(tokenizer)
+
+    def show(token_id: int) -> str:
+        return f"#{token_id}" if tokenizer is None else label_of(texts(token_id))
+
+    check = PairCheck(
+        num_prompts=len(divergences),
+        num_steps=len(every),
+        num_kept=counts["kept"],
+        beta=beta,
+        kl_50=kl_50,
+        kl_90=kl_90,
+        kl_99=kl_99,
+        kept_share=counts["kept"] / len(every),
+        changed_share=_share(counts["kept, changed"], counts["kept"]),
+        first_step_share=_share(counts["kept, first"], counts["kept"]),
+        cut_off_share=_share(counts["cut off"], len(divergences)) if made["eos_ids"] else None,
+        judged_kept_share=counts["reached"] / len(every),
+        judged_changed_share=_share(counts["judged, changed"], counts["judged"]),
+        corrections=[
+            Correction(show(taken), show(preferred), count)
+            for (taken, preferred), count in changes.most_common(_NUM_CORRECTIONS)
+        ],
+        expert_parameters=made["expert_parameters"],
+        amateur_parameters=made["amateur_parameters"],
+    )
+    plain = made["has_template"] and _is_plain(dataset, tokenizer)
+    check.verdict, check.reasons = _judge(check, plain, labels_from=judged_at)
+    check.warnings = _warn(check, plain)
+    return check
+
+
+def _made_with(dataset: Dataset) -> dict[str, Any]:
+    """What a Dataset of kept steps says of its making, as far as the check needs it."""
+    check_dataset(dataset)
+    remedy = "Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
+    for column in (*STEP_COLUMNS, "kl_divergence"):
+        if column not in dataset.column_names:
+            raise ValueError(f"The dataset has no column {column!r}; it has {dataset.column_names}. {remedy}")
+    if len(dataset) == 0:
+        raise ValueError(f"The dataset has no row. {remedy}")
+    metadata = sampling_metadata(dataset)
+    metadata = metadata if isinstance(metadata, dict) else {}
+
+    def get(part: str, name: str, kind: type | tuple[type, ...]) -> Any:
+        holder = metadata.get(part) if part else metadata
+        value = holder.get(name) if isinstance(holder, dict) else None
+        return value if isinstance(value, kind) else None  # it can be somebody else's column
+
+    return {
+        "beta": get("settings", "beta", (int, float)),
+        "include_first_step": get("settings", "include_first_step", bool) is not False,
+        "eos_ids": set(get("", "eos_token_ids", list) or []),
+        "has_template": get("", "chat_template_sha256", str) not in (None, hashlib.sha256(b"").hexdigest()),
+        "expert_parameters": get("expert", "num_parameters", int),
+        "amateur_parameters": get("amateur", "num_parameters", int),
+    }
+
+
+def _is_plain(dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether the prompts are text without a mark of a chat template."""
+    if "prompt" not in dataset.column_names or not isinstance(dataset.features["prompt"], Value):
+        return False
+    if tokenizer is None:
+        return True
+    marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.bos_token_id}
+    return not marks & set(dataset[0]["prompt_ids"])
+
+
+def _judge(check: PairCheck, plain: bool, labels_from: float) -> tuple[str, list[str]]:
+    """Verdict and reasons; `labels_from` is the lowest divergence of a step with a label that is judged."""
+    if check.expert_parameters and check.amateur_parameters:
+        if check.expert_parameters < SWAPPED_SIZE * check.amateur_parameters:
+            verdict, reasons = _judge_numbers(check, plain, labels_from)
+            first = (
+                f"The expert has {check.expert_parameters:,} parameters, the amateur {check.amateur_parameters:,}: "
+                "exchange `expert` and `amateur`. If the smaller model is meant to be the expert, since it knows the "
+                f"subject, the other numbers say: {verdict}."
+            )
+            return "swapped", [first, *reasons]
+    return _judge_numbers(check, plain, labels_from)
+
+
+def _judge_numbers(check: PairCheck, plain: bool, labels_from: float) -> tuple[str, list[str]]:
+    kl, kept, changed = check.kl_50, check.judged_kept_share, check.judged_changed_share
+    kept_text = f"{_percent(kept)} of the steps diverge by {JUDGED_AT:g} nats or more"
+    if check.num_steps < MIN_STEPS:
+        return "doubtful", [f"There are only {check.num_steps:,} steps, too few to judge: check more prompts."]
+    if kl >= INCOHERENT_KL_50:
+        return "incoherent", [
+            f"Half of the steps diverge by {kl:.3g} nats or more, as with random weights or a shuffled vocabulary "
+            "(5 and more): the amateur does not speak the language of the prompts. Choose one that does."
+        ]
+    if kept >= WIDE_KEPT or kl >= WIDE_KL_50:
+        if plain:
+            return "plain prompt", [
+                f"{kept_text}, and the prompts are plain text, although the expert has a chat template. With the "
+                "template it was 8 to 10 % on a real pair, without it 41 to 45 %, of answers that were nonsense. "
+                f"{_USE_TEMPLATE}"
+            ]
+        if (changed or 0) >= SWAPPED_CHANGED:
+            return "swapped", [
+                f"{kept_text}, and at {_percent(changed)} of them v_C prefers another token than the expert's: the "
+                "contrast runs away from what the expert says. Exchange `expert` and `amateur`, or choose an expert "
+                "that can do what is asked."
+            ]
+        return "unskilled", [
+            f"{kept_text} (KL at 50 %: {kl:.3g}). With amateurs that merely lack skill it was 46 to 53 % (0.3 to "
+            "0.6), and nothing was gained. Choose an amateur that is trained better, but lacks the behaviour that you "
+            "want."
+        ]
+    if kept < MIN_KEPT:
+        return "too close", [
+            f"Only {kept_text}; with pairs that gained it was 8 to 17 %. Choose a weaker amateur. A lower beta did "
+            "not help."
+        ]
+    if changed is None or changed < REPEATS_CHANGED:
+        share = "none" if changed is None else f"{_percent(changed)}"
+        reason = (
+            f"At {share} of the steps of {labels_from:g} nats or more v_C prefers another token than the expert's, so "
+            "that the label repeats the expert; with pairs that gained it was 20 to 43 %."
+        )
+        if labels_from > JUDGED_AT:
+            return "doubtful", [
+                f"{reason} Of steps from {JUDGED_AT:g} nats there is no label here: `lightreasoner check` looks at "
+                "them."
+            ]
+        return "too close", [f"{reason} Choose an amateur that lacks the behaviour that you want."]
+    reasons = []
+    if kl > MAX_KL_50:
+        reasons.append(f"Half of the steps diverge by {kl:.3g} nats or more; with pairs that gained it was 0.02.")
+    if check.kl_90 > MAX_KL_90:
+        reasons.append(
+            f"A tenth of the steps diverge by {check.kl_90:.3g} nats or more; with pairs that gained it was 0.2 to "
+            "0.9. Amateurs that were more careful than the expert, and did harm, had 1.3 and more."
+        )
+    if kept > MAX_KEPT:
+        reasons.append(f"{kept_text}; with pairs that gained it was 8 to 17 %.")
+    if changed < MIN_CHANGED:
+        reasons.append(
+            f"At {_percent(changed)} of the steps of {labels_from:g} nats or more v_C prefers another token than the "
+            "expert's; with pairs that gained it was 20 to 43 %."
+        )
+    if reasons:
+        return "doubtful", reasons
+    return "promising", [
+        f"KL is near 0 at most steps (50 %: {kl:.3g}) and large at a few: {kept_text}. At {_percent(changed)} of the "
+        f"steps of {labels_from:g} nats or more v_C prefers another token than the expert's. So it was with the pairs "
+        "that gained."
+    ]
+
+
+_USE_TEMPLATE = "Make them conversations with `--conversational`, or give messages for `prompt`."
+
+
+def _warn(check: PairCheck, plain: bool) -> list[str]:
+    warnings = []
+    if plain and check.verdict != "plain prompt":
+        warnings.append(
+            "The prompts are plain text, although the expert has a chat template. If it is trained to chat, its "
+            f"answers to plain text can be nonsense. {_USE_TEMPLATE}"
+        )
+    if (check.first_step_share or 0) >= MANY_FIRST_STEPS:
+        warnings.append(
+            f"{_percent(check.first_step_share)} of the kept steps are first steps. With a plain prompt their labels "
+            "cost a real pair 6 to 34 points: leave them out with `include_first_step=False`."
+        )
+    at_beta, judged = check.changed_share or 0, check.judged_changed_share or 0
+    if check.verdict == "promising" and at_beta < REPEATS_CHANGED <= judged and check.beta is not None:
+        warnings.append(
+            f"At beta = {check.beta:g} the label repeats the expert at nearly every kept step "
+            f"({_percent(check.changed_share)} another token). A lower beta keeps the steps where it does not."
+        )
+    return warnings
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _looks(value: float | None, low: float, high: float, lowest: float = 0, highest: float = np.inf) -> str:
+    """Whether a number is one of the pairs that gained, one of the others, or neither."""
+    if value is None or not lowest <= value < highest:
+        return "bad"
+    return "good" if low <= value <= high else "between"
+
+
+def _one_line(text: str) -> str:
+    shown = spell_out(text).replace("\u21b5\n", "\u21b5 ")
+    return shown if len(shown) <= _MAX_ANSWER else f"{shown[:_MAX_ANSWER]} ..."
