@@ -1,5 +1,6 @@
 """Settings of `LightReasonerTrainer`."""
 
+import copy
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,11 +8,16 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from ..config_checks import check_flags
+from ..config_checks import check_flags, check_whole_numbers
 
 
-# Rows a batch and batches an update, the paper's
+# Rows a batch and batches an update, and the number of updates: the paper's, where a row is a step. For whole
+# trajectories, two rows an update hold about as many kept steps, and two epochs over the paper's 1,000 problems are as
+# many updates (docs/training.md)
 _UPDATE_ONE_STEP_PER_ROW = (8, 2)
+_UPDATES_ONE_STEP_PER_ROW = 1000
+_UPDATE_WHOLE_TRAJECTORIES = (2, 1)
+_EPOCHS_WHOLE_TRAJECTORIES = 2.0
 
 
 @dataclass
@@ -53,6 +59,12 @@ class LightReasonerConfig(TrainingArguments):
             Whether to train an adapter by CUDA graphs where that is possible: on a GPU in half precision, without
             activation checkpointing, `torch_compile`, FSDP or DeepSpeed. Forward hooks of the layers do not run then.
 
+        > Parameters that control the evaluation
+
+        eval_max_new_tokens (`int`, *optional*, defaults to `512`):
+            Longest answer to one of the `eval_questions` of the [`LightReasonerTrainer`] in tokens. One that does not
+            end before is cut there, counted, and graded as it stands.
+
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `per_device_train_batch_size`: Defaults to `None` instead of `8`. If neither it nor
@@ -63,6 +75,8 @@ class LightReasonerConfig(TrainingArguments):
     >   the paper's 1,000 updates where every row holds one step, and 2 epochs where rows are whole trajectories.
     > - `bf16`: Defaults to `None` instead of `False`: `True` on an accelerator that has it, unless `fp16` is set.
     > - `logging_steps`: Defaults to `10` instead of `500`.
+    > - `eval_on_start`: Defaults to `None` instead of `False`: `True` where `eval_questions` are evaluated while
+    >   training, so that the expert is the first point of the curve.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
@@ -110,6 +124,15 @@ class LightReasonerConfig(TrainingArguments):
             "will be interpreted as ratio of total training steps."
         },
     )
+    eval_on_start: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to evaluate before the first update as well. If not set, it is `True` where "
+            "`eval_questions` are evaluated while training, so that the expert is the first point of the curve.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
 
     # Parameters that control the model
     model_init_kwargs: dict[str, Any] | str | None = field(
@@ -151,6 +174,15 @@ class LightReasonerConfig(TrainingArguments):
         },
     )
 
+    # Parameters that control the evaluation
+    eval_max_new_tokens: int = field(
+        default=512,
+        metadata={
+            "help": "Longest answer to one of the `eval_questions` of the `LightReasonerTrainer` in tokens. One that "
+            "does not end before is cut there, counted, and graded as it stands."
+        },
+    )
+
     def __post_init__(self):
         length = self.max_length
         if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
@@ -164,6 +196,7 @@ class LightReasonerConfig(TrainingArguments):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be a whole number, 1 or more, got {value!r}.")
         check_flags(self, ("one_step_per_row", "use_cuda_graphs", "trust_remote_code"))
+        check_whole_numbers(self, ("eval_max_new_tokens",))
         epochs = self.num_train_epochs
         if epochs is not None and not (isinstance(epochs, int | float) and 0 < epochs < float("inf")):
             raise ValueError(f"`num_train_epochs` must be a finite number above 0, got {epochs!r}.")
@@ -217,6 +250,31 @@ class LightReasonerConfig(TrainingArguments):
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__)
         return copied
+
+
+def own_config(args: TrainingArguments | None, model_name: str) -> LightReasonerConfig:
+    """A copy of the user's settings, or the default ones, in which a trainer may fill in what depends on its rows."""
+    if args is None:
+        args = LightReasonerConfig(f"{model_name.rstrip('/').split('/')[-1]}-LightReasoner")
+    elif not isinstance(args, LightReasonerConfig):
+        dict_args = args.to_dict()
+        dict_args["hub_token"] = args.hub_token  # to_dict hides the hub_token
+        dict_args["eval_on_start"] = args.eval_on_start or None  # nobody may have said so
+        args = LightReasonerConfig(**dict_args)
+    args = copy.copy(args)
+    args.accelerator_config = copy.copy(args.accelerator_config)
+    return args
+
+
+def settle_updates(args: LightReasonerConfig, one_step_each: bool) -> None:
+    """Fill in how many updates there are and how many rows they hold, where `args` leave it open."""
+    if args.num_train_epochs is None:
+        args.num_train_epochs = _EPOCHS_WHOLE_TRAJECTORIES
+        if args.max_steps < 0 and one_step_each:
+            args.max_steps = _UPDATES_ONE_STEP_PER_ROW
+    # DeepSpeed's configuration was made with the sizes that `args` had
+    if args.update_size_is_default and not one_step_each and args.deepspeed is None:
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = _UPDATE_WHOLE_TRAJECTORIES
 
 
 def _without_token(kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
