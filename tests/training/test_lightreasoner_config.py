@@ -9,7 +9,7 @@ from trl_lightreasoner import ContrastiveSamplingConfig, EvaluationConfig, Light
 from trl_lightreasoner.commands.eval import EvaluationArguments
 from trl_lightreasoner.commands.merge import MergeArguments
 from trl_lightreasoner.commands.sample import SampleArguments
-from trl_lightreasoner.commands.train import LightReasonerModelConfig
+from trl_lightreasoner.commands.train import LightReasonerModelConfig, TrainArguments
 
 
 CONFIGS = [
@@ -18,6 +18,7 @@ CONFIGS = [
     EvaluationConfig,
     SampleArguments,
     LightReasonerModelConfig,
+    TrainArguments,
     MergeArguments,
     EvaluationArguments,
 ]
