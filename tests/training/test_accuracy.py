@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, Qwen2Config, TrainingArguments
 
 from trl_lightreasoner import (
     ContrastiveSamplingConfig,
@@ -240,7 +240,7 @@ def test_a_raw_prompt_is_read_as_the_sampler_reads_it(expert, expert_path, steps
 
 def test_a_list_of_answers_asks_for_all_of_them(tokenizer):
     questions = Dataset.from_dict({"prompt": ["2+2?"], "answer": [["#### 1", r"so \boxed{2}"]]})
-    assert EvalQuestions(questions, tokenizer, 100, 8).references == [["1", "2"]]
+    assert EvalQuestions(questions, tokenizer, Qwen2Config(), 8).references == [["1", "2"]]
 
 
 def test_batches_are_halved_when_memory_runs_out(demo_steps, questions, tmp_path, monkeypatch, caplog):

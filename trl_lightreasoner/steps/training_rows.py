@@ -160,17 +160,3 @@ def prepare_rows(
             f"max_length={max_length}."
         )
     return prepared
-
-
-def has_one_step_each(dataset: Dataset | IterableDataset) -> bool:
-    """Whether every row holds one kept step. Of streamed rows it is not known."""
-    return isinstance(dataset, Dataset) and all(len(positions) == 1 for positions in dataset["step_positions"])
-
-
-def add_lengths(dataset: Dataset, column: str) -> Dataset:
-    """The rows with the number of tokens that is trained on, for sampling by length."""
-
-    def add_length(row: dict[str, Any]) -> dict[str, int]:
-        return {column: len(row["prompt_ids"]) + row["step_positions"][-1]}  # behind the last kept step a row is cut
-
-    return dataset.map(add_length)

@@ -12,9 +12,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, Value
-from transformers import PreTrainedTokenizerBase, logging
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, logging
 
-from ..evaluation.answering import Answering, grade_answers, plan_answers
+from ..evaluation.answering import Answering, context_length, grade_answers, plan_answers
 from ..evaluation.statistics import standard_error
 from ..generation.completions import GreedyDecoder, batches_that_fit, evaluating
 from ..generation.greedy import find_eos_ids
@@ -58,7 +58,7 @@ class EvalQuestions:
     Args:
         dataset ([`~datasets.Dataset`]): Rows with `prompt` and `answer`, as of [`LightReasonerTrainer`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's.
-        context (`int`): Tokens that the model reads at most.
+        config ([`~transformers.PretrainedConfig`]): The model's, which says how long its context is.
         max_new_tokens (`int`): Longest answer.
 
     Raises:
@@ -66,7 +66,9 @@ class EvalQuestions:
         `TypeError`: If it is not a [`~datasets.Dataset`].
     """
 
-    def __init__(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, context: int, max_new_tokens: int):
+    def __init__(
+        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, max_new_tokens: int
+    ):
         if not isinstance(dataset, Dataset):
             raise TypeError(f"`eval_questions` must be a `datasets.Dataset`, got `{type(dataset).__name__}`.")
         if not {"prompt", "answer"} <= set(dataset.column_names):
@@ -82,7 +84,7 @@ class EvalQuestions:
                 "The prompts of `eval_questions` are messages, but the model's tokenizer has no chat template. Give "
                 "them as text, in the form in which the dataset was sampled."
             )
-        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
+        self.tokenizer = tokenizer
         self.references = [_read_answer(row, answer) for row, answer in enumerate(dataset["answer"])]
         columns = [name for name in _PROMPT_COLUMNS if name in dataset.column_names]
         try:
@@ -90,6 +92,7 @@ class EvalQuestions:
             self.prompt_ids = encode_rows(rows, tokenizer, set())["prompt_ids"]
         except ValueError as error:
             raise ValueError(f"`eval_questions`: {error}") from None
+        context = context_length(config)
         self.plan = plan_answers(self.prompt_ids, max_new_tokens, context)
         if len(self.plan) < len(self.prompt_ids):
             logger.warning(
@@ -104,7 +107,7 @@ class EvalQuestions:
         How many of the answers are right. To be called on all processes, which share the questions.
 
         Args:
-            model (`torch.nn.Module`): The model, unwrapped, all of it on the device of the process.
+            model (`torch.nn.Module`): The model, all of it on the device of the process.
             vocabulary ([`Vocabulary`]): Its real tokens.
             accelerator ([`~accelerate.Accelerator`]): Knows the processes and the precision.
 
@@ -112,6 +115,7 @@ class EvalQuestions:
             `dict[str, float]`: `accuracy` between 0 and 1, `accuracy_standard_error`, and `accuracy_num_cut`, the
             answers that did not come to an end; the same on all processes.
         """
+        model = accelerator.unwrap_model(model, keep_torch_compile=False)
         if self._answering is None or self._answering.model is not model:
             eos_ids = find_eos_ids(model, self.tokenizer)
             decode = GreedyDecoder(model, vocabulary, eos_ids)

@@ -1,13 +1,30 @@
-"""Settings of which each is fine, but not beside the other: refused before any weights are loaded."""
+"""Arguments that are no good, and settings that are, but not beside each other: refused before weights are loaded."""
 
 import os
 from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
 from transformers import TrainingArguments
 
 from ..grading.verdicts import check_math_verify
+
+
+def check_arguments(train_dataset: Any, peft_config: Any) -> None:
+    """Refuse arguments of a trainer that are not what they must be."""
+    if train_dataset is None:
+        raise ValueError("`train_dataset` is required")
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"`peft_config` must be a `peft.PeftConfig` instance (e.g. `peft.LoraConfig`), got "
+            f"{type(peft_config).__name__}."
+        )
+    if not isinstance(train_dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(train_dataset).__name__}`."
+        )
 
 
 def check_combinations(

@@ -11,13 +11,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 from ..config_checks import check_flags, check_whole_numbers
 
 
-# Rows a batch and batches an update, and the number of updates: the paper's, where a row is a step. For whole
-# trajectories, two rows an update hold about as many kept steps, and two epochs over the paper's 1,000 problems are as
-# many updates (docs/training.md)
+# Rows a batch and batches an update, the paper's
 _UPDATE_ONE_STEP_PER_ROW = (8, 2)
-_UPDATES_ONE_STEP_PER_ROW = 1000
-_UPDATE_WHOLE_TRAJECTORIES = (2, 1)
-_EPOCHS_WHOLE_TRAJECTORIES = 2.0
 
 
 @dataclass
@@ -264,17 +259,6 @@ def own_config(args: TrainingArguments | None, model_name: str) -> LightReasoner
     args = copy.copy(args)
     args.accelerator_config = copy.copy(args.accelerator_config)
     return args
-
-
-def settle_updates(args: LightReasonerConfig, one_step_each: bool) -> None:
-    """Fill in how many updates there are and how many rows they hold, where `args` leave it open."""
-    if args.num_train_epochs is None:
-        args.num_train_epochs = _EPOCHS_WHOLE_TRAJECTORIES
-        if args.max_steps < 0 and one_step_each:
-            args.max_steps = _UPDATES_ONE_STEP_PER_ROW
-    # DeepSpeed's configuration was made with the sizes that `args` had
-    if args.update_size_is_default and not one_step_each and args.deepspeed is None:
-        args.per_device_train_batch_size, args.gradient_accumulation_steps = _UPDATE_WHOLE_TRAJECTORIES
 
 
 def _without_token(kwargs: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -23,22 +23,21 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from ..contrast import contrastive_loss
-from ..evaluation.answering import context_length
 from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at
 from ..models.loading import add_quantization, hub_kwargs, load_adapter_config, load_config, load_model, load_tokenizer
 from ..models.provenance import warn_of_another_expert
 from ..models.weights import get_base_model, settle_4bit_layers
 from ..steps.dataset import STEP_COLUMNS
 from ..steps.prompt_format import format_of_steps
-from ..steps.training_rows import add_lengths, has_one_step_each, prepare_rows
+from ..steps.training_rows import prepare_rows
 from ..vocabulary import model_vocabulary
 from .accuracy import EvalQuestions
 from .adapters import is_plain_lora, is_quantized, prepare_adapter
 from .base_trainer import _BaseTrainer, check_destinations
-from .combinations import check_answers, check_combinations
+from .combinations import check_answers, check_arguments, check_combinations
 from .cuda_graphs import GraphedLayers, can_capture
 from .data_collator import DataCollatorForLightReasoner, find_indices
-from .lightreasoner_config import LightReasonerConfig, own_config, settle_updates
+from .lightreasoner_config import LightReasonerConfig, own_config
 from .nonfinite_updates import SkipNonFiniteUpdates
 from .packed_attention import can_pack, is_packed, pack, packed_attention
 from .resuming import RememberEpochs, load_state, plan_training
@@ -47,6 +46,11 @@ from .watching import DriftWarnings, adapter_off, divergence_at, starts_as_exper
 
 logger = logging.get_logger(__name__)
 
+# The paper's number of updates where a row is a step. For whole trajectories, two rows an update (batch, accumulation)
+# hold about as many kept steps, and two epochs over the paper's 1,000 problems are as many updates (docs/training.md)
+_UPDATES_ONE_STEP_PER_ROW = 1000
+_UPDATE_WHOLE_TRAJECTORIES = (2, 1)
+_EPOCHS_WHOLE_TRAJECTORIES = 2.0
 # Values of `train_sampling_strategy` for which `Trainer` reads the lengths of the rows
 _BY_LENGTH = ("group_by_length", "batch_rebalance")
 
@@ -134,18 +138,7 @@ class LightReasonerTrainer(_BaseTrainer):
     ):
         # Args
         args = own_config(args, model if isinstance(model, str) else get_base_model(model).config._name_or_path)
-
-        if train_dataset is None:
-            raise ValueError("`train_dataset` is required")
-        if peft_config is not None and not isinstance(peft_config, PeftConfig):
-            raise TypeError(
-                f"`peft_config` must be a `peft.PeftConfig` instance (e.g. `peft.LoraConfig`), got "
-                f"{type(peft_config).__name__}."
-            )
-        if not isinstance(train_dataset, Dataset | IterableDataset):
-            raise TypeError(
-                f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(train_dataset).__name__}`."
-            )
+        check_arguments(train_dataset, peft_config)
         # Batches of streamed rows are made where they are used: dispatching would cut every tensor of a batch to the
         # number of its rows, those with an entry a token as well
         args.accelerator_config.dispatch_batches = False
@@ -197,7 +190,7 @@ class LightReasonerTrainer(_BaseTrainer):
                 dataset, name, self.vocabulary, config.vocab_size, args.max_length, args.one_step_per_row
             )
             if args.train_sampling_strategy in _BY_LENGTH and isinstance(rows, Dataset):
-                rows = add_lengths(rows, args.length_column_name)
+                rows = rows.map(_add_length, fn_kwargs={"column": args.length_column_name})
             return rows
 
         self._prepare_rows = prepare
@@ -209,11 +202,17 @@ class LightReasonerTrainer(_BaseTrainer):
                 eval_dataset = prepare(eval_dataset, "eval")
         if isinstance(train_dataset, Dataset):
             self.prompt_format = format_of_steps(train_dataset)
-        settle_updates(args, one_step_each=args.one_step_per_row or has_one_step_each(train_dataset))
+        one_step_each = args.one_step_per_row or (isinstance(train_dataset, Dataset) and _one_step_each(train_dataset))
+        if args.num_train_epochs is None:
+            args.num_train_epochs = _EPOCHS_WHOLE_TRAJECTORIES
+            if args.max_steps < 0 and one_step_each:
+                args.max_steps = _UPDATES_ONE_STEP_PER_ROW
+        # DeepSpeed's configuration was made with the sizes that `args` had
+        if args.update_size_is_default and not one_step_each and args.deepspeed is None:
+            args.per_device_train_batch_size, args.gradient_accumulation_steps = _UPDATE_WHOLE_TRAJECTORIES
         self._questions: EvalQuestions | None = None
         if eval_questions is not None:
-            context = context_length(config)
-            self._questions = EvalQuestions(eval_questions, processing_class, context, args.eval_max_new_tokens)
+            self._questions = EvalQuestions(eval_questions, processing_class, config, args.eval_max_new_tokens)
             eval_dataset = {} if eval_dataset is None else eval_dataset  # `Trainer` has nothing to compute a loss on
         self._scores: dict[str, float] = {}  # of the answers at the evaluation that is going on
 
@@ -438,8 +437,7 @@ class LightReasonerTrainer(_BaseTrainer):
                 eval_dataset = self._prepare_rows(eval_dataset, metric_key_prefix)
         if self._questions is None or eval_dataset is not None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        scores = self._questions.measure(model, self.vocabulary, self.accelerator)
+        scores = self._questions.measure(self.model, self.vocabulary, self.accelerator)
         scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         if isinstance(self.eval_dataset, dict):  # each is logged by itself, and there may be none
             metrics = super().evaluate(None, ignore_keys, metric_key_prefix)
@@ -491,3 +489,11 @@ class LightReasonerTrainer(_BaseTrainer):
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+
+
+def _add_length(row: dict[str, Any], column: str) -> dict[str, int]:
+    return {column: len(row["prompt_ids"]) + row["step_positions"][-1]}  # behind the last kept step a row is cut
+
+
+def _one_step_each(dataset: Dataset) -> bool:
+    return all(len(positions) == 1 for positions in dataset["step_positions"])
