@@ -195,7 +195,7 @@ def draw_curve(state: TrainerState, path: str) -> bool:
         steps, accuracies, errors = zip(*answered, strict=True)
         axes.errorbar(steps, accuracies, yerr=errors, fmt="o-", markersize=3, capsize=3, label=_ACCURACY)
         axes.legend()
-        axes.set(xlabel="update", ylabel="share of answers, +- one standard error")
+        axes.set(xlabel="update", ylabel="share, +- standard error")
         axes.xaxis.get_major_locator().set_params(integer=True)
     for axes, names in zip(every, panels, strict=True):
         highest = 0.0
