@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..config_checks import check_flags, check_whole_numbers
+from ..models.weights import get_base_model
 
 
 # Rows a batch and batches an update, the paper's
@@ -247,9 +248,13 @@ class LightReasonerConfig(TrainingArguments):
         return copied
 
 
-def own_config(args: TrainingArguments | None, model_name: str) -> LightReasonerConfig:
-    """A copy of the user's settings, or the default ones, in which a trainer may fill in what depends on its rows."""
+def own_config(args: TrainingArguments | None, model: Any) -> LightReasonerConfig:
+    """
+    A copy of the user's settings, or the default ones for a model or its name, in which a trainer may fill in what
+    depends on its rows.
+    """
     if args is None:
+        model_name = model if isinstance(model, str) else get_base_model(model).config._name_or_path
         args = LightReasonerConfig(f"{model_name.rstrip('/').split('/')[-1]}-LightReasoner")
     elif not isinstance(args, LightReasonerConfig):
         dict_args = args.to_dict()

@@ -137,7 +137,7 @@ class LightReasonerTrainer(_BaseTrainer):
         eval_questions: Dataset | None = None,
     ):
         # Args
-        args = own_config(args, model if isinstance(model, str) else get_base_model(model).config._name_or_path)
+        args = own_config(args, model)
         check_arguments(train_dataset, peft_config)
         # Batches of streamed rows are made where they are used: dispatching would cut every tensor of a batch to the
         # number of its rows, those with an entry a token as well
