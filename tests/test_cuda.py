@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, TrainerCallback
 
@@ -21,7 +22,7 @@ from trl_lightreasoner.generation.greedy import generate_greedy
 from trl_lightreasoner.models.loading import load_model
 from trl_lightreasoner.vocabulary import model_vocabulary
 
-from .conftest import make_model, make_tokenizer
+from .conftest import QUESTIONS, make_model, make_tokenizer
 from .generation.test_greedy import make_prompts
 
 
@@ -243,6 +244,34 @@ def test_no_update_waits_for_the_one_before(model, big_tokenizer, steps, tmp_pat
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert trainer._packs and trainer.state.global_step == 6
+
+
+def test_answers_on_the_way_leave_the_graphs_of_training_as_they_are(model, big_tokenizer, steps, tmp_path):
+    pytest.importorskip("math_verify")
+
+    class Graphs(TrainerCallback):
+        def __init__(self):
+            self.captured = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.captured.append({key: id(graph) for key, graph in trainer._graphs._captured.items()})
+
+    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none"}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1, "eval_max_new_tokens": 16}
+    graphs = Graphs()
+    trainer = LightReasonerTrainer(
+        model,
+        LightReasonerConfig(str(tmp_path), bf16=True, learning_rate=1e-2, **settings),
+        train_dataset=steps,
+        processing_class=big_tokenizer,
+        callbacks=[graphs],
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        eval_questions=Dataset.from_dict({"prompt": QUESTIONS, "answer": ["7"] * len(QUESTIONS)}),
+    )
+    trainer.train()
+    assert trainer._questions._answering.decode.by_graph and not trainer._graphs.failed
+    assert graphs.captured[0] and graphs.captured[0].items() <= graphs.captured[-1].items()
+    assert [log["step"] for log in trainer.state.log_history if "eval_accuracy" in log] == list(range(7))
 
 
 def test_an_update_that_is_not_finite_is_left_out_on_a_gpu(model, big_tokenizer, steps, tmp_path):

@@ -47,6 +47,7 @@ NUM_PROMPTS = 8
 SUBSTITUTIONS = {
     "train[:1000]": f"train[:{NUM_PROMPTS}]",
     "train[:50]": f"train[:{NUM_PROMPTS}]",
+    "test[:200]": "test[:2]",
     "range(1000)": "range(10)",
     "test_size=50": "test_size=2",
     "95%": "50%",

@@ -17,7 +17,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ScriptArguments
 
 from trl_lightreasoner import (
     ContrastiveSamplingConfig,
@@ -34,10 +33,11 @@ from trl_lightreasoner.commands.merge import MergeArguments
 from trl_lightreasoner.commands.report import ReportArguments
 from trl_lightreasoner.commands.sample import SampleArguments
 from trl_lightreasoner.commands.sample import make_parser as make_sample_parser
-from trl_lightreasoner.commands.train import LightReasonerModelConfig
+from trl_lightreasoner.commands.train import LightReasonerModelConfig, TrainArguments, load_questions
 from trl_lightreasoner.commands.train import make_parser as make_train_parser
 from trl_lightreasoner.sampling.pair_check import CAVEAT
 from trl_lightreasoner.steps import splits
+from trl_lightreasoner.steps.prompt_format import PromptFormat
 from trl_lightreasoner.steps.splits import load_split
 
 from ..conftest import QUESTIONS, make_model
@@ -143,7 +143,7 @@ def test_a_missing_command_is_refused(refused):
     [
         ("check", [CheckArguments, CheckSamplingConfig]),
         ("sample", [SampleArguments, ContrastiveSamplingConfig]),
-        ("train", [ScriptArguments, LightReasonerConfig, LightReasonerModelConfig]),
+        ("train", [TrainArguments, LightReasonerConfig, LightReasonerModelConfig]),
         ("merge", [MergeArguments]),
         ("report", [ReportArguments]),
         ("import", [ImportArguments]),
@@ -513,6 +513,71 @@ def test_train_evaluates_another_split(train, steps, tmp_path, capsys):
     DatasetDict({"train": steps, "test": steps.select([0, 1])}).save_to_disk(tmp_path / "steps")
     run_train(*train, "--dataset_name", tmp_path / "steps", "--eval_strategy", "steps", "--eval_steps", "1")
     assert "eval_loss" in capsys.readouterr().out
+
+
+@pytest.fixture
+def questions_file(tmp_path) -> str:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"question": each, "answer": "#### 7"}) + "\n" for each in QUESTIONS[:2]))
+    return str(path)
+
+
+def logged_accuracies(folder) -> list[int]:
+    log = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
+    return [each["step"] for each in log if "eval_accuracy" in each]
+
+
+@pytest.mark.parametrize(
+    ("flags", "updates"),
+    [
+        ([], [0, 2, 4, 6, 8, 10]),
+        (["--eval_steps", "5"], [0, 5, 10]),
+        (["--eval_strategy", "steps", "--eval_steps", "10", "--eval_on_start", "false"], [10]),
+    ],
+)
+def test_train_answers_questions_on_the_way(flags, updates, train, questions_file, tmp_path):
+    pytest.importorskip("math_verify")
+    flags = ["--max_steps", "10", "--eval_max_new_tokens", "2", *flags]
+    run_train(*train, "--eval_questions", questions_file, *flags)
+    assert logged_accuracies(tmp_path) == updates
+
+
+def test_train_answers_questions_beside_rows(train, steps, questions_file, tmp_path, capsys):
+    pytest.importorskip("math_verify")
+    DatasetDict({"train": steps, "held_out": steps.select([0, 1])}).save_to_disk(tmp_path / "steps")
+    flags = ["--dataset_name", tmp_path / "steps", "--dataset_test_split", "held_out", "--eval_max_new_tokens", "2"]
+    run_train(*train, "--eval_questions", questions_file, *flags)
+    assert "eval_loss" in capsys.readouterr().out and logged_accuracies(tmp_path) == [0, 1]
+
+
+def test_questions_are_put_into_the_form_of_the_dataset(steps, questions_file):
+    def prompts(rows: Dataset) -> list:
+        return load_questions(questions_file, rows)["prompt"][:]
+
+    metadata = json.dumps({"prompt_format": PromptFormat("raw", "Q: {question}").to_dict()})
+    columns = {"sampling_metadata": [metadata], "prompt": ["Q: 2+2?"]}
+    assert prompts(Dataset.from_dict(columns)) == [f"Q: {each}" for each in QUESTIONS[:2]]
+    # Which does not say, but show it
+    system, user = {"role": "system", "content": "Think."}, {"role": "user", "content": "2+2?"}
+    asked = [[system, {"role": "user", "content": each}] for each in QUESTIONS[:2]]
+    assert prompts(Dataset.from_dict({"prompt": [[system, user]]})) == asked
+    # Neither
+    assert prompts(steps.remove_columns("sampling_metadata")) == QUESTIONS[:2]
+    assert prompts(steps.select_columns("prompt_ids")) == QUESTIONS[:2]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('{"question": "2+2?"}', "Questions need the columns `question` or `prompt`, and `answer`; there are"),
+        (None, "There is no file or folder"),
+    ],
+)
+def test_questions_that_cannot_be_read_are_refused(content, sentence, refused, train, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    if content is not None:
+        path.write_text(content + "\n")
+    assert f"`--eval_questions {path}` cannot be used: {sentence}" in refused(*train, "--eval_questions", path)
 
 
 def test_train_resumes(train, tmp_path):

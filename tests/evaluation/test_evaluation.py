@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from trl_lightreasoner import EvaluationConfig, evaluate
 from trl_lightreasoner.commands.cli import main
-from trl_lightreasoner.evaluation import evaluation
+from trl_lightreasoner.evaluation import answering, evaluation
 from trl_lightreasoner.generation.cuda_graphs import Generated
 from trl_lightreasoner.generation.greedy import find_eos_ids, generate_greedy
 from trl_lightreasoner.grading.verdicts import Verdict
@@ -142,7 +142,7 @@ def test_a_base_model_is_graded_on_its_first_answer(config, says, expert, monkey
         return f" It is \\boxed{{{solve(prompt)}}}.{own}{'x' * 90}"
 
     prompts = says(run_on, after="")
-    monkeypatch.setattr(evaluation, "_TOKENS_A_PIECE", 60)
+    monkeypatch.setattr(answering, "TOKENS_A_PIECE", 60)
     args = config(prompt_style="raw", max_new_tokens=200)
     made = evaluate(expert, args)
     scores = made.results["benchmarks"]["gsm8k"]["model"]
@@ -160,17 +160,15 @@ def test_a_base_model_is_graded_on_its_first_answer(config, says, expert, monkey
 def test_pieces_are_one_completion(config, expert_path, monkeypatch, tmp_path, style):
     whole = config(prompt_style=style, max_new_tokens=20, output_dir=str(tmp_path / "whole"))
     evaluate(expert_path, whole)
-    monkeypatch.setattr(evaluation, "_TOKENS_A_PIECE", 3)
+    monkeypatch.setattr(answering, "TOKENS_A_PIECE", 3)
     evaluate(expert_path, config(prompt_style=style, max_new_tokens=20))
     assert answers_of(tmp_path / "out") == answers_of(tmp_path / "whole")
     assert max(row["num_tokens"] for row in answers_of(tmp_path / "out")) > 6
 
 
 def test_a_piece_has_as_many_rows_as_the_memory_holds(config, says, expert, monkeypatch):
-    monkeypatch.setattr(evaluation, "_TOKENS_A_PIECE", 10)
-    monkeypatch.setattr(
-        evaluation, "find_batch_size", lambda model, longest, num_rows, count: 7 if longest < 40 else 3
-    )
+    monkeypatch.setattr(answering, "TOKENS_A_PIECE", 10)
+    monkeypatch.setattr(answering, "find_batch_size", lambda model, longest, num_rows, count: 7 if longest < 40 else 3)
     says(lambda prompt: "x" * 45 + f"\\boxed{{{solve(prompt)}}}", after="")
     sizes, call = [], evaluation.GreedyDecoder.__call__
 
@@ -225,7 +223,7 @@ def test_an_adapter_and_its_base_are_two_models(config, expert, expert_path, tmp
 def test_memory_that_runs_out_halves_the_batch(config, expert_path, monkeypatch, caplog, tmp_path):
     expected = config(output_dir=str(tmp_path / "expected"))
     evaluate(expert_path, expected)
-    complete, sizes = evaluation._Candidate._complete, []
+    complete, sizes = answering.Answering.complete, []
 
     def limited(self, prompt_ids, room):
         if len(prompt_ids) > 2:
@@ -233,7 +231,7 @@ def test_memory_that_runs_out_halves_the_batch(config, expert_path, monkeypatch,
         sizes.append(len(prompt_ids))
         return complete(self, prompt_ids, room)
 
-    monkeypatch.setattr(evaluation._Candidate, "_complete", limited)
+    monkeypatch.setattr(answering.Answering, "complete", limited)
     args = config()
     evaluate(expert_path, args)
     assert sizes == [2] * 5 and "Memory ran out with 4 prompts together; going on with 2." in caplog.text
@@ -278,7 +276,7 @@ def test_the_model_reads_the_chat_template_once(config, says, expert):
 def test_a_run_that_was_broken_off_goes_on(config, expert_path, amateur_path, monkeypatch, tmp_path, caplog):
     left_alone = config(output_dir=str(tmp_path / "left alone"))
     expected = evaluate(expert_path, left_alone, baseline=amateur_path)
-    complete, sizes = evaluation._Candidate._complete, []
+    complete, sizes = answering.Answering.complete, []
 
     def break_off(self, prompt_ids, room):
         if len(sizes) == 4:  # in the second batch of the baseline
@@ -288,7 +286,7 @@ def test_a_run_that_was_broken_off_goes_on(config, expert_path, amateur_path, mo
 
     args = config()
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation._Candidate, "_complete", break_off)
+        patch.setattr(answering.Answering, "complete", break_off)
         with pytest.raises(RuntimeError, match="power cut"):
             evaluate(expert_path, args, baseline=amateur_path)
     made = evaluate(expert_path, args, baseline=amateur_path)
@@ -415,7 +413,7 @@ def compared(config, says, expert, amateur, monkeypatch):
 
     asked = []
     says(lambda prompt: "\\boxed{1}")
-    monkeypatch.setattr(evaluation, "grade_all", grade_all)
+    monkeypatch.setattr(answering, "grade_all", grade_all)
     args = config(max_new_tokens=40)
     return evaluate(expert, args, baseline=amateur), args
 

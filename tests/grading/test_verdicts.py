@@ -10,7 +10,7 @@ import time
 import pytest
 
 from trl_lightreasoner.grading import answers, equal_answers, exact_numbers, units, verdicts
-from trl_lightreasoner.grading.answers import find_answer, find_letter, first_answer, last_boxed
+from trl_lightreasoner.grading.answers import find_answer, find_letter, first_answer, last_boxed, read_reference
 from trl_lightreasoner.grading.verdicts import Verdict, grade, grade_all
 
 
@@ -324,6 +324,24 @@ def test_unit_of_the_reference():
 )
 def test_the_last_box(text, expected):
     assert last_boxed(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("9 * 2 = <<9*2=18>>18 dollars.\n#### 18", "18"),
+        ("#### 1,080", "1,080"),
+        ("#### -3\n", "-3"),
+        (r"So $x = \boxed{\frac{1}{2}}$ and not \boxed{2}, but \boxed{3}.", "3"),
+        ("#### Step 1\nAdd.\n#### Step 2\n" + r"It is \boxed{7}.", "7"),  # headings
+        (r"By \boxed{7} we have" + "\n#### 8", "8"),
+        (" 3/4 ", "3/4"),
+        ("Paris", "Paris"),
+        ("The answer is 4.", "The answer is 4."),  # a text is not searched
+    ],
+)
+def test_the_answer_in_a_reference(text, expected):
+    assert read_reference(text) == expected
 
 
 @pytest.mark.parametrize(

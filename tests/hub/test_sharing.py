@@ -334,6 +334,24 @@ def test_a_long_curve_is_told_in_a_few_rows(expert_path, steps, tmp_path):
     assert len(curve) == 20 and (curve[0][0], curve[-1][0]) == ("1", "1000")
 
 
+def test_the_accuracies_of_a_training_are_told_with_their_errors(expert_path, steps, tmp_path):
+    args = LightReasonerConfig(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = LightReasonerTrainer(expert_path, args, train_dataset=steps)
+    trainer.state.log_history = [
+        {"eval_accuracy": 0.5, "eval_accuracy_standard_error": 0.05, "eval_accuracy_num_cut": 1, "step": 0},
+        *({"loss": 1 / step, "step": step} for step in range(1, 1001)),
+        {"eval_accuracy": 0.625, "eval_accuracy_standard_error": 0.0484, "step": 333},
+    ]
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    accuracies = {row[0]: row[-1] for row in table_rows(text, "Training curve") if row[-1]}
+    assert accuracies == {"0": "0.5 +- 0.05", "333": "0.625 +- 0.048"}
+    assert "over held-out ones. `eval_accuracy` is the share of questions" in text
+    if importlib.util.find_spec("matplotlib") is not None:
+        assert "![Loss, entropy, accuracy over the updates](training_curve.png)" in text
+        assert (tmp_path / "training_curve.png").is_file()
+
+
 def test_nothing_is_drawn_where_nothing_was_logged(tmp_path):
     assert not draw_curve(TrainerState(), str(tmp_path / "curve.png")) and not list(tmp_path.iterdir())
 

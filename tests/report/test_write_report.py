@@ -17,7 +17,7 @@ from trl_lightreasoner import check_steps, write_report
 from trl_lightreasoner.commands.cli import main
 from trl_lightreasoner.commands.report import make_parser, name_datasets
 from trl_lightreasoner.report.charts import Axis, Chart, write_number
-from trl_lightreasoner.report.figures import curve_title, order_curves
+from trl_lightreasoner.report.figures import curve_title, order_curves, training_figures
 from trl_lightreasoner.report.page import as_json, short_name
 from trl_lightreasoner.report.shown_steps import MAX_TOKENS, add_probabilities, choose_rows, load_trajectories
 from trl_lightreasoner.report.statistics import StepStatistics
@@ -325,6 +325,46 @@ def test_curves_are_whatever_was_logged(training_dir):
     }
     assert order_curves(curves) == ["loss", "entropy", "mean_token_accuracy", "kl_to_expert"]
     assert curve_title("kl_to_expert") == "KL to expert" and curve_title("loss") == "Loss"
+
+
+ACCURACIES = [
+    {"eval_accuracy": 0.5, "eval_accuracy_standard_error": 0.05, "eval_accuracy_num_cut": 0, "step": 0},
+    {"loss": 0.5, "step": 10},
+    {"eval_accuracy": 0.6, "eval_accuracy_standard_error": 0.049, "eval_accuracy_num_cut": 0, "step": 20},
+]
+
+
+@pytest.fixture
+def answering_dir(tmp_path) -> str:
+    """Output of a training that answered questions."""
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": ACCURACIES}))
+    return str(tmp_path)
+
+
+def test_the_accuracy_comes_first_with_its_error_around_it(answering_dir):
+    curves = load_curves(answering_dir)
+    assert order_curves(curves) == ["accuracy", "loss"]  # no answer was cut
+    page = training_figures(curves)
+    assert "<h3>Accuracy</h3>" in page and "<h3>Answers cut</h3>" not in page and "andard error</h3>" not in page
+    assert "<td>50\u00a0% ± 5\u00a0%</td>" in page and "<td>60\u00a0% ± 4.9\u00a0%</td>" in page
+    # From 45 % to 64.9 %, and a tenth of that above and below
+    (points,) = re.findall(r'<path class="band s1" d="M(.*?)Z"/>', page)
+    heights = [float(point.split()[1]) for point in points.split("L")]
+    low, high = 0.45 - 0.0199, 0.649 + 0.0199
+    expected = [1000 * (high - value) / (high - low) for value in (0.55, 0.649, 0.551, 0.45)]
+    assert heights == pytest.approx(expected, rel=1e-2)
+
+
+def test_answers_that_were_cut_have_a_curve(answering_dir):
+    curves = load_curves(answering_dir)
+    curves["accuracy_num_cut"]["eval"][1] = (20, 3)
+    assert order_curves(curves) == ["accuracy", "loss", "accuracy_num_cut"]
+
+
+def test_the_accuracy_is_among_the_pictures(steps, answering_dir, tmp_path):
+    pytest.importorskip("matplotlib")
+    write_report(steps, str(tmp_path / "out"), training_dir=answering_dir, load_models=False)
+    assert (tmp_path / "out" / "training_accuracy.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_last_checkpoint_has_the_log_too(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -46,11 +47,15 @@ def train(settings: dict) -> None:
             dataloader_pin_memory=False,
             disable_tqdm=True,
             per_device_eval_batch_size=2,
+            eval_strategy="steps" if settings["questions"] else "no",
+            eval_steps=3,
+            eval_max_new_tokens=8,
             **settings["args"],
         ),
         train_dataset=steps,
         eval_dataset=steps.select(range(settings["num_eval_rows"])),
         peft_config=lora if settings["lora"] else None,
+        eval_questions=Dataset.from_list(settings["questions"]) if settings["questions"] else None,
     )
     graphs, attention = Graphs(trainer), packed_attention.varlen_attn
     if settings["graphs"]:  # as on a GPU, where packed layers are replayed
@@ -62,6 +67,7 @@ def train(settings: dict) -> None:
     with mock.patch.object(packed_attention, "varlen_attn", attention):
         trainer.train()
         metrics = trainer.evaluate()
+    of_processes = gather_object([metrics.get("eval_accuracy")])
     if trainer.is_world_process_zero():
         weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
         save_file(weights, f"{settings['output_dir']}/weights.safetensors")
@@ -73,6 +79,12 @@ def train(settings: dict) -> None:
             "num_kept_steps": [log["num_kept_steps"] for log in logs],
             "eval_loss": metrics["eval_loss"],
             "eval_kl_to_expert": metrics.get("eval_kl_to_expert"),
+            "accuracies": [
+                {name: value for name, value in log.items() if "accuracy" in name}
+                for log in trainer.state.log_history
+                if "eval_accuracy" in log
+            ],
+            "accuracies_of_processes": of_processes,
         }
         with open(f"{settings['output_dir']}/result.json", "w") as file:
             json.dump(result, file)

@@ -11,7 +11,7 @@ from trl_lightreasoner.commands.eval import EvaluationArguments
 from trl_lightreasoner.commands.merge import MergeArguments
 from trl_lightreasoner.commands.pair_arguments import PairArguments
 from trl_lightreasoner.commands.sample import SampleArguments
-from trl_lightreasoner.commands.train import LightReasonerModelConfig
+from trl_lightreasoner.commands.train import LightReasonerModelConfig, TrainArguments
 
 
 CONFIGS = [
@@ -23,6 +23,7 @@ CONFIGS = [
     CheckArguments,
     CheckSamplingConfig,
     LightReasonerModelConfig,
+    TrainArguments,
     MergeArguments,
     EvaluationArguments,
 ]

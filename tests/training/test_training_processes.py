@@ -1,5 +1,6 @@
 """Two real processes (gloo) compute what one does."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -12,17 +13,30 @@ from safetensors.torch import load_file
 
 from trl_lightreasoner.training.packed_attention import varlen_attn
 
+from ..conftest import QUESTIONS
+
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_rows.py"
 # An update of 8 rows: rows of a process's batch, batches
 ONE = {"8 x 1": (8, 1), "1 x 8": (1, 8)}
 TWO = {"4 x 1": (4, 1), "2 x 2": (2, 2)}
 EVAL_ROWS = [5, 7, 12]
+# Questions answered beside them: fewer than there are processes, shares of unequal size, and of equal
+NUM_QUESTIONS = {5: 1, 7: 5, 12: 6} if importlib.util.find_spec("math_verify") else dict.fromkeys(EVAL_ROWS, 0)
 
 
-def settings(batch: int, accumulation: int, num_eval_rows: int = 12, lora: bool = True, graphs: bool = False) -> dict:
+def settings(
+    batch: int,
+    accumulation: int,
+    num_eval_rows: int = 12,
+    lora: bool = True,
+    graphs: bool = False,
+    num_questions: int = 0,
+) -> dict:
     args = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-    return {"args": args, "num_eval_rows": num_eval_rows, "lora": lora, "graphs": graphs}
+    # What the random expert writes into some of its answers
+    questions = [{"prompt": question, "answer": "and"} for question in QUESTIONS[:num_questions]]
+    return {"args": args, "num_eval_rows": num_eval_rows, "lora": lora, "graphs": graphs, "questions": questions}
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +74,8 @@ def trained(tmp_path_factory, steps, expert_path) -> tuple[dict[str, Any], dict[
         for sizes in (ONE, TWO)
     )
     for n in EVAL_ROWS:
-        one[f"evaluated on {n}"] = settings(4, 1, num_eval_rows=n)
-        two[f"evaluated on {n}"] = settings(2, 1, num_eval_rows=n)
+        one[f"evaluated on {n}"] = settings(4, 1, num_eval_rows=n, num_questions=NUM_QUESTIONS[n])
+        two[f"evaluated on {n}"] = settings(2, 1, num_eval_rows=n, num_questions=NUM_QUESTIONS[n])
     if varlen_attn is not None:
         two["replayed"] = settings(2, 2, graphs=True)
     return launch(1, one), launch(2, two)
@@ -93,3 +107,13 @@ def test_eval_loss_is_that_of_one_process_for_any_number_of_rows(num_eval_rows, 
     one, two = (results[f"evaluated on {num_eval_rows}"] for results in trained)
     assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
     assert two["eval_kl_to_expert"] == pytest.approx(one["eval_kl_to_expert"], rel=1e-4) and one["eval_kl_to_expert"]
+
+
+@pytest.mark.parametrize("num_eval_rows", EVAL_ROWS)
+def test_two_processes_share_the_questions_and_count_as_one(num_eval_rows, trained):
+    pytest.importorskip("math_verify")
+    one, two = (results[f"evaluated on {num_eval_rows}"] for results in trained)
+    assert two["accuracies"] == one["accuracies"] and len(one["accuracies"]) == 3  # before, after, and by hand
+    assert two["accuracies_of_processes"] == 2 * one["accuracies_of_processes"]
+    if num_eval_rows == 12:
+        assert 0 < one["accuracies"][0]["eval_accuracy"] < 1

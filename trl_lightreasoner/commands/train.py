@@ -4,16 +4,57 @@ import os
 from dataclasses import dataclass, field
 from pickle import UnpicklingError
 
-from transformers.trainer_utils import get_last_checkpoint
+from datasets import Dataset
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from ..models.loading import load_adapter_config, load_config
 from ..models.provenance import hub_id
 from ..steps.dataset import count_steps
+from ..steps.prompt_format import PromptFormat, format_of_prompts, format_of_steps
 from ..steps.splits import load_split
+from ..training.accuracy import as_questions
 from ..training.lightreasoner_config import LightReasonerConfig
 from ..training.lightreasoner_trainer import LightReasonerTrainer
 from .arguments import ArgumentParser, quantization_of
+
+
+# A fifth of the updates
+_EVAL_STEPS = 0.2
+
+
+@dataclass
+class TrainArguments(ScriptArguments):
+    """
+    [`~trl.ScriptArguments`] with questions that are answered while training.
+
+    Parameters:
+        dataset_test_split (`str`, *optional*):
+            Dataset split with kept steps that are held out, for `eval_loss`. If not set, it is `"test"` where
+            `eval_strategy` is set and there are no `eval_questions`.
+        eval_questions (`str`, *optional*):
+            Questions that the model answers at every evaluation, for `eval_accuracy`: a file, a folder or a dataset on
+            the Hub, of whose split `"train"` the columns `question` or `prompt`, and `answer`, are read. Text is put
+            into the form of the prompts that the dataset was sampled with. If `eval_strategy` is not set, they are
+            answered before training and at five places of it.
+    """
+
+    dataset_test_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dataset split with kept steps that are held out, for `eval_loss`. If not set, it is 'test' where "
+            "`eval_strategy` is set and there are no `eval_questions`."
+        },
+    )
+    eval_questions: str | None = field(
+        default=None,
+        metadata={
+            "help": "Questions that the model answers at every evaluation, for `eval_accuracy`: a file, a folder or a "
+            "dataset on the Hub, of whose split 'train' the columns `question` or `prompt`, and `answer`, are read. "
+            "Text is put into the form of the prompts that the dataset was sampled with. If `eval_strategy` is not "
+            "set, they are answered before training and at five places of it."
+        },
+    )
 
 
 @dataclass
@@ -74,12 +115,12 @@ class LightReasonerModelConfig(ModelConfig):
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
-    types = [ScriptArguments, LightReasonerConfig, LightReasonerModelConfig]
+    types = [TrainArguments, LightReasonerConfig, LightReasonerModelConfig]
     return ArgumentParser(types, prog=prog, description=__doc__)
 
 
 def main(
-    script_args: ScriptArguments, training_args: LightReasonerConfig, model_args: LightReasonerModelConfig
+    script_args: TrainArguments, training_args: LightReasonerConfig, model_args: LightReasonerModelConfig
 ) -> LightReasonerTrainer:
     if model_args.model_name_or_path is None:
         raise ValueError("`--model_name_or_path` is required: the expert that the dataset was sampled with.")
@@ -102,18 +143,24 @@ def main(
     hub_kwargs = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     load_config(model_args.model_name_or_path, **hub_kwargs)  # refuses what is no model
     is_adapter = load_adapter_config(model_args.model_name_or_path, **hub_kwargs) is not None
-    evaluates = training_args.eval_strategy != "no"
+    train_dataset = load_split(script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split)
+    eval_questions = eval_dataset = None
+    if script_args.eval_questions is not None:
+        eval_questions = load_questions(script_args.eval_questions, train_dataset)
+        if training_args.eval_strategy == "no":
+            training_args.eval_strategy = IntervalStrategy.STEPS
+            training_args.eval_steps = training_args.eval_steps or _EVAL_STEPS
+    test_split = script_args.dataset_test_split or ("test" if eval_questions is None else None)
+    if test_split is not None and training_args.eval_strategy != "no":
+        eval_dataset = load_split(script_args.dataset_name, script_args.dataset_config, test_split)
     trainer = LightReasonerTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=load_split(
-            script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split
-        ),
-        eval_dataset=load_split(script_args.dataset_name, script_args.dataset_config, script_args.dataset_test_split)
-        if evaluates
-        else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         quantization_config=quantization_of(model_args),
         peft_config=None if is_adapter else get_peft_config(model_args),
+        eval_questions=eval_questions,
     )
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -133,6 +180,24 @@ def main(
     trainer.save_state()  # with the log, which `lightreasoner report` draws
     trainer.accelerator.print(f"The model is in {training_args.output_dir}.")
     return trainer
+
+
+def load_questions(name: str, steps: Dataset) -> Dataset:
+    """
+    Questions for a trainer, in the form of the prompts that its Dataset was sampled with.
+
+    Args:
+        name (`str`): File, folder or id on the Hub.
+        steps ([`~datasets.Dataset`]): The Dataset. Where it does not say or show the form, text is taken as it is.
+    """
+    form = format_of_steps(steps)
+    if form is None and "prompt" in steps.column_names and len(steps) > 0:
+        form = format_of_prompts(steps)
+    form = form or PromptFormat("raw", "{question}")
+    try:
+        return as_questions(load_split(name, None, "train"), form.make_prompt)
+    except ValueError as error:
+        raise ValueError(f"`--eval_questions {name}` cannot be used: {error}") from error
 
 
 def find_checkpoint(args: LightReasonerConfig) -> str | None:

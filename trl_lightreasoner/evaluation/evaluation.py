@@ -12,11 +12,9 @@ can be refused has been: settings, files, columns, tokenizers, configs.
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +27,10 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
-from ..generation.completions import GreedyDecoder, evaluating, find_batch_size, run_in_batches, share_batches
+from ..generation.completions import GreedyDecoder, evaluating, run_in_batches, share_batches
 from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
-from ..grading.answers import first_answer
-from ..grading.verdicts import grade_all
+from ..grading.verdicts import check_math_verify
 from ..models.loading import add_quantization, hub_kwargs, load_config, load_model, load_tokenizer
 from ..models.weights import describe_model, weight_fingerprint
 from ..processes import Processes
@@ -41,6 +38,7 @@ from ..steps.prompt_format import load_prompt_format
 from ..steps.prompts import encode_rows
 from ..steps.writer import StepWriter, describe_rows, hash_ids
 from ..vocabulary import model_vocabulary
+from .answering import Answering, context_length, grade_answers, plan_answers
 from .evaluation_config import EvaluationConfig
 from .sets import BENCHMARKS, load_benchmark
 from .statistics import Z_95, compare, standard_error
@@ -52,9 +50,6 @@ _ANSWER_FEATURES = {"num_tokens": Value("int32"), "ended": Value("bool")}
 # What the answers depend on, beside weights and problems
 _SETTINGS = ("prompt_style", "prompt_template", "system_prompt", "max_new_tokens", "use_vllm")
 _GRADED_BY = ("kind", "tolerance", "unit")
-# After so many tokens rows that have ended leave the batch, and plain text is looked at: a base model would fill
-# `max_new_tokens` behind its answer
-_TOKENS_A_PIECE = 256
 
 
 @dataclass
@@ -184,8 +179,7 @@ def evaluate(
     print(evaluation.table())
     ```
     """
-    if importlib.util.find_spec("math_verify") is None:
-        raise ImportError("Grading needs math-verify: `pip install 'trl-lightreasoner[eval]'`.")
+    check_math_verify()
     args = _in_the_form_of_training(args, model)
     processes = Processes()
     problems = {name: load_benchmark(name, args.data_dir, args.max_samples) for name in args.benchmarks or []}
@@ -228,7 +222,7 @@ class _Candidate:
     ):
         self.role, self.args, self.processes = role, args, processes
         self.model: Any = model  # a name or a path until `answer` loads it
-        self.decode: Any = None
+        self.answering: Any = None
         self.name = model if isinstance(model, str) else None
         prefix = "" if role == "model" else "baseline_"
         kwargs = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
@@ -247,16 +241,14 @@ class _Candidate:
         self.tokenizer = tokenizer
         self.vocabulary = model_vocabulary(tokenizer, config.vocab_size, role)
         self.eos_ids = find_eos_ids(model, tokenizer, **self.kwargs)
-        context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        context = context_length(config)
         self.prompt_ids: dict[str, list[list[int]]] = {}
         self.plans: dict[str, list[tuple[int, int]]] = {}  # rows and the room for their answers
         self.writers: dict[str, StepWriter] = {}
         for name, dataset in problems.items():
             rows = [{"prompt": args.prompt_format().make_prompt(question)} for question in dataset["question"]]
             ids = self.prompt_ids[name] = encode_rows(rows, tokenizer, set(self.eos_ids))["prompt_ids"]
-            rooms = {i: min(args.max_new_tokens, context - len(each)) for i, each in enumerate(ids) if each}
-            plan = [(i, room) for i, room in rooms.items() if room > 0]
-            self.plans[name] = sorted(plan, key=lambda item: (-len(ids[item[0]]), item[0]))
+            plan = self.plans[name] = plan_answers(ids, args.max_new_tokens, context)
             if len(plan) < len(ids):
                 logger.warning(
                     f"{len(ids) - len(plan):,} of {len(ids):,} prompts of {BENCHMARKS[name].title} leave no room in "
@@ -276,26 +268,35 @@ class _Candidate:
             self.model = load_model(self.model, **self.kwargs)
             self.description = describe_model(self.model, self.name)
             self.weights = weight_fingerprint(self.model)
-            self.decode = GreedyDecoder(self.model, self.vocabulary, self.eos_ids, vllm)
+            decode = GreedyDecoder(self.model, self.vocabulary, self.eos_ids, vllm)
+            self.answering = Answering(
+                self.model,
+                decode,
+                self.tokenizer,
+                self.eos_ids,
+                is_raw=self.args.prompt_style == "raw",
+                batch_size=self.args.per_device_batch_size,
+                in_pieces=not self.args.use_vllm or self.args.prompt_style == "raw",
+            )
             with evaluating(self.model):
                 for name, writer in self.writers.items():
                     self._answer(name, writer)
         finally:
             if vllm is not None:
                 vllm.close()
-        self.model = self.decode = None  # the baseline may need its memory
+        self.model = self.answering = None  # the baseline may need its memory
         clear_device_cache(garbage_collection=True)
 
     def _answer(self, name: str, writer: StepWriter) -> None:
         all_prompt_ids, plan = self.prompt_ids[name], self.plans[name]
 
         def run(indices: list[int], room: int) -> tuple[list[list[int]], list[bool]]:
-            return self._complete([all_prompt_ids[index] for index in indices], room)
+            return self.answering.complete([all_prompt_ids[index] for index in indices], room)
 
         def write(indices: list[int], result: tuple[list[list[int]], list[bool]]) -> str:
             completion_ids, ended = result
             num_tokens.extend(map(len, completion_ids))
-            texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+            texts = self.answering.texts(completion_ids)
             columns = {"completion": texts, "num_tokens": num_tokens[-len(indices) :], "ended": ended}
             writer.write(indices, columns)
             return f"{sum(num_tokens) / len(num_tokens):.0f} tokens an answer"
@@ -323,7 +324,7 @@ class _Candidate:
                 write,
                 lambda index: len(all_prompt_ids[index]),
                 self.processes,
-                desc=f"{BENCHMARKS[name].title}, {self.role}, {self.decode.way}",
+                desc=f"{BENCHMARKS[name].title}, {self.role}, {self.answering.decode.way}",
             )
             self.processes.on_main(lambda: writer.finish(set(range(len(all_prompt_ids)))))
         finally:
@@ -333,41 +334,7 @@ class _Candidate:
         if not order:
             return 1
         row, room = order[0]  # the longest
-        longest = len(self.prompt_ids[name][row]) + min(room, self._tokens_a_piece)
-        return self._rows_together(longest, len(order), self.processes.count)
-
-    def _rows_together(self, longest: int, num_rows: int, num_processes: int = 1) -> int:
-        return self.args.per_device_batch_size or find_batch_size(self.model, longest, num_rows, num_processes)
-
-    @property
-    def _tokens_a_piece(self) -> int:
-        # vLLM lets rows that have ended go by itself
-        alone = self.args.use_vllm and self.args.prompt_style == "chat"
-        return self.args.max_new_tokens if alone else _TOKENS_A_PIECE
-
-    def _complete(self, prompt_ids: list[list[int]], room: int) -> tuple[list[list[int]], list[bool]]:
-        """The completion of each prompt, and whether it came to an end."""
-        completions: list[list[int]] = [[] for _ in prompt_ids]
-        ended = [False] * len(prompt_ids)
-        for start in range(0, room, self._tokens_a_piece):
-            length = min(self._tokens_a_piece, room - start)
-            # The prompt of a later piece is what was written before it, as greedy decoding would read it
-            contexts = {i: prompt_ids[i] + completions[i] for i, has_ended in enumerate(ended) if not has_ended}
-            going = sorted(contexts, key=lambda i: -len(contexts[i]))
-            while going:
-                size = self._rows_together(len(contexts[going[0]]) + length, len(going))
-                rows, going = going[:size], going[size:]
-                made = self.decode([contexts[i] for i in rows], length).completions
-                for i, ids in zip(rows, made, strict=True):
-                    completions[i] += ids
-                    ended[i] = completions[i][-1] in self.eos_ids or self._is_answered(completions[i])
-        return completions, ended
-
-    def _is_answered(self, completion_ids: list[int]) -> bool:
-        if self.args.prompt_style == "chat":
-            return False
-        text = self.tokenizer.decode(completion_ids, skip_special_tokens=True)
-        return len(first_answer(text).rstrip()) < len(text.rstrip())
+        return self.answering.rows_together(len(self.prompt_ids[name][row]), room, len(order), self.processes.count)
 
     def _identity(self, name: str) -> dict[str, Any]:
         """Everything that the answers depend on, by the names that a user knows."""
@@ -424,13 +391,9 @@ def _grade(candidates: list[_Candidate], args: EvaluationConfig) -> dict[str, An
 
 
 def _grade_answers(answers: Dataset, args: EvaluationConfig) -> Dataset:
-    items = []
-    for row in answers:
-        # A base model runs on into questions of its own
-        completion = first_answer(row["completion"]) if args.prompt_style == "raw" else row["completion"]
-        gold = row["gold"] if len(row["gold"]) > 1 else row["gold"][0]
-        items.append({"completion": completion, "gold": gold, **{key: row[key] for key in _GRADED_BY}})
-    verdicts = grade_all(items, num_workers=args.num_workers)
+    references = [{key: row[key] for key in ("gold", *_GRADED_BY)} for row in answers]
+    is_raw = args.prompt_style == "raw"
+    verdicts = grade_answers(answers["completion"][:], references, is_raw, args.num_workers)
     answers = answers.add_column("extracted", [verdict.answer for verdict in verdicts], feature=Value("string"))
     return answers.add_column("correct", [verdict.correct for verdict in verdicts])
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, List, Value
 
-from ..grading.answers import last_boxed
+from ..grading.answers import last_boxed, read_reference
 from ..steps.splits import load_split
 
 
@@ -68,10 +68,9 @@ def _sentence(text: str) -> str:
 
 
 def _read_gsm8k(row: dict[str, Any]) -> dict[str, Any]:
-    _, mark, answer = row["answer"].rpartition("####")
-    if not mark:
+    if "####" not in row["answer"]:
         raise ValueError("its answer has no '####'")
-    return _row(row["question"], answer.strip().replace(",", ""))
+    return _row(row["question"], read_reference(row["answer"]).replace(",", ""))
 
 
 def _read_problem(row: dict[str, Any]) -> dict[str, Any]:

@@ -99,6 +99,53 @@ def share_batches(order: list[tuple[int, int]], batch_size: int, processes: Proc
     return [item for batch in processes.share(batches) for item in batch]
 
 
+def batches_that_fit(
+    order: list[tuple[int, int]],
+    batch_size: int,
+    run: Callable[[list[int], int], T],
+    lengths: Callable[[int], int],
+    remedy: str,
+) -> Iterator[tuple[list[int], T]]:
+    """
+    The rows of each batch, and what was made of them. When the memory does not hold a batch, batches are halved from
+    there on.
+
+    Args:
+        order (`list[tuple[int, int]]`): `(row, room)`.
+        batch_size (`int`): Rows of a batch at most.
+        run (`Callable`): What makes of rows and their room a result. May run out of memory.
+        lengths (`Callable`): From a row to the number of its prompt's tokens, for an error message.
+        remedy (`str`): What is to be done if the memory does not hold one row, for the same.
+
+    Raises:
+        `ValueError`: If the memory does not hold one row.
+    """
+    start = 0
+    while start < len(order):
+        # One call generates up to one length, so that a batch holds prompts with the same room
+        room = order[start][1]
+        batch = order[start : start + batch_size]
+        indices = [index for index, other_room in batch if other_room == room]
+        try:
+            result = run(indices, room)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if len(indices) == 1:
+                raise ValueError(
+                    f"Memory ran out for row {indices[0]} alone ({lengths(indices[0])} prompt tokens). {remedy}"
+                ) from error
+            clear_device_cache(garbage_collection=True)
+            batch_size = (len(indices) + 1) // 2
+            logger.warning(
+                f"Memory ran out with {len(indices)} prompts together; going on with {batch_size}.",
+                main_process_only=False,  # each process says it for itself
+            )
+            continue
+        yield indices, result
+        start += len(indices)
+
+
 def run_in_batches(
     order: list[tuple[int, int]],
     batch_size: int,
@@ -112,11 +159,8 @@ def run_in_batches(
     Do the work of one process.
 
     Args:
-        order (`list[tuple[int, int]]`): `(row, room)`.
-        batch_size (`int`): Rows of a batch at most.
-        run (`Callable`): What makes of rows and their room a result. May run out of memory.
+        order, batch_size, run, lengths: As of [`batches_that_fit`].
         write (`Callable`): Writes down the result of rows, and returns what the progress bar is to say.
-        lengths (`Callable`): From a row to the number of its prompt's tokens, for an error message.
         processes ([`Processes`]): Which share the work.
         desc (`str`): Name of the progress bar.
 
@@ -124,39 +168,20 @@ def run_in_batches(
         `ValueError`: If the memory does not hold one row.
         `KeyboardInterrupt` or `SystemExit`: When a signal has come, after the batch in flight.
     """
-    own = {"main_process_only": processes.count == 1}  # what each process says for itself
-    start = 0
+    remedy = "Lower `max_new_tokens` or `max_prompt_length`, or load the models in a smaller `dtype`."
+    to_go = len(order)
     with (
         _stop_between_batches() as received,
         tqdm(total=len(order), desc=desc, unit="prompt", disable=not processes.is_main) as progress,
     ):
-        while start < len(order):
-            # One call generates up to one length, so that a batch holds prompts with the same room
-            room = order[start][1]
-            batch = order[start : start + batch_size]
-            indices = [index for index, other_room in batch if other_room == room]
-            try:
-                result = run(indices, room)
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
-                    raise
-                if len(indices) == 1:
-                    raise ValueError(
-                        f"Memory ran out for row {indices[0]} alone ({lengths(indices[0])} prompt tokens). Lower "
-                        "`max_new_tokens` or `max_prompt_length`, or load the models in a smaller `dtype`."
-                    ) from error
-                clear_device_cache(garbage_collection=True)
-                batch_size = (len(indices) + 1) // 2
-                logger.warning(
-                    f"Memory ran out with {len(indices)} prompts together; going on with {batch_size}.", **own
-                )
-                continue
+        for indices, result in batches_that_fit(order, batch_size, run, lengths, remedy):
             progress.set_postfix_str(write(indices, result), refresh=False)
-            start += len(indices)
             progress.update(len(indices))
-            if received and start < len(order):
+            to_go -= len(indices)
+            if received and to_go:
                 logger.warning(
-                    f"Stopped with {len(order) - start:,} prompts to go. Run the same again to go on.", **own
+                    f"Stopped with {to_go:,} prompts to go. Run the same again to go on.",
+                    main_process_only=False,
                 )
                 raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
 

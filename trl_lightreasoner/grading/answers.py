@@ -110,6 +110,26 @@ def last_boxed(text: str) -> str | None:
     return boxes[-1].content if boxes else None
 
 
+def read_reference(text: str) -> str:
+    r"""The answer in a reference: behind `####` as GSM8K has it, in the last `\boxed{}` as MATH, or else all of it.
+
+    Example:
+
+    ```python
+    >>> read_reference("She makes 9 * 2 = <<9*2=18>>18 dollars.\n#### 18")
+    '18'
+    >>> read_reference(r"Hence $x = \boxed{\frac{1}{2}}$.")
+    '\\frac{1}{2}'
+    >>> read_reference(" 3/4 ")
+    '3/4'
+
+    ```
+    """
+    boxes, _ = _find_boxes(text)
+    found = [(box.end, box.content) for box in boxes[-1:]] + _after_hashes(text)[-1:]
+    return (max(found)[1] if found else text).strip()
+
+
 def last_sentence(text: str) -> str:
     """The last sentence of a text, without the end of a turn."""
     line = _last_line(text)

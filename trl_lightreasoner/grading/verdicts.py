@@ -80,7 +80,7 @@ def grade(
 
     ```
     """
-    _require_math_verify()
+    check_math_verify()
     return _grade(completion, gold, kind, tolerance, unit, symbolic=equal_by_math_verify)
 
 
@@ -110,7 +110,7 @@ def grade_all(items: Iterable[dict], num_workers: int | None = None, timeout: fl
 
     ```
     """
-    _require_math_verify()
+    check_math_verify()
     items = list(items)
     verdicts: list[Verdict | None] = []
     for item in items:
@@ -173,9 +173,10 @@ def _undecided(gold: str, answer: str, tolerance: float | None) -> bool:
     raise _Undecided
 
 
-def _require_math_verify() -> None:
+def check_math_verify() -> None:
+    """Refuse to grade without math-verify."""
     if importlib.util.find_spec("math_verify") is None:
-        raise ImportError("Grading needs math-verify. Install it with `pip install 'trl-lightreasoner[eval]'`.")
+        raise ImportError("Grading needs math-verify: `pip install 'trl-lightreasoner[eval]'`.")
 
 
 # ---- Worker processes ----

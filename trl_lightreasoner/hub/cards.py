@@ -52,7 +52,11 @@ _MEANINGS = {
     "sampling_metadata": "JSON: models, revisions, settings and versions",
 }
 _SETTINGS = ("learning_rate", "lr_scheduler_type", "optim", "max_length", "one_step_per_row", "seed")
-_CURVE = ("loss", "entropy", "mean_token_accuracy", "eval_loss", "eval_entropy", "eval_kl_to_expert")
+_ACCURACY, _ACCURACY_ERROR = "eval_accuracy", "eval_accuracy_standard_error"
+_CURVE = (
+    *("loss", "entropy", "mean_token_accuracy"),
+    *(_ACCURACY, _ACCURACY_ERROR, "eval_loss", "eval_entropy", "eval_kl_to_expert"),
+)
 _MAX_CURVE_ROWS = 20
 
 
@@ -173,17 +177,27 @@ def dataset_card(splits: dict[str, Dataset], repo_id: str, existing: DatasetCard
 
 def draw_curve(state: TrainerState, path: str) -> bool:
     """
-    Draw loss and entropy over the updates, and say whether it was done: matplotlib must be installed and something
-    have been logged.
+    Draw loss, entropy and accuracy over the updates, and say whether it was done: matplotlib must be installed and
+    something have been logged.
     """
     logs = _merged_logs(state)
     if importlib.util.find_spec("matplotlib") is None or len(logs) < 2:
         return False
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    panels = (("loss", "eval_loss", "eval_kl_to_expert"), ("entropy", "eval_entropy"))
-    for axes, names in zip(figure.subplots(1, 2), panels, strict=True):
+    answered = [(step, log[_ACCURACY], log[_ACCURACY_ERROR]) for step, log in logs.items() if _ACCURACY in log]
+    panels = [("loss", "eval_loss", "eval_kl_to_expert"), ("entropy", "eval_entropy")]
+    count = len(panels) + bool(answered)
+    figure = Figure(figsize=(4 * count, 3), layout="constrained")
+    every = list(figure.subplots(1, count))
+    if answered:
+        axes = every.pop(0)
+        steps, accuracies, errors = zip(*answered, strict=True)
+        axes.errorbar(steps, accuracies, yerr=errors, fmt="o-", markersize=3, capsize=3, label=_ACCURACY)
+        axes.legend()
+        axes.set(xlabel="update", ylabel="share, +- standard error")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    for axes, names in zip(every, panels, strict=True):
         highest = 0.0
         for name in names:
             points = [(step, log[name]) for step, log in logs.items() if name in log]
@@ -286,11 +300,19 @@ def _merged_logs(state: TrainerState) -> dict[int, dict[str, float]]:
 
 def _curve_table(state: TrainerState) -> str:
     logs = list(_merged_logs(state).items())
-    if len(logs) > _MAX_CURVE_ROWS:  # the first, the last, and others at equal distances
+    if len(logs) > _MAX_CURVE_ROWS:  # the first, the last, others at equal distances, and those with an accuracy
         last = len(logs) - 1
-        logs = [logs[round(i * last / (_MAX_CURVE_ROWS - 1))] for i in range(_MAX_CURVE_ROWS)]
-    names = [name for name in _CURVE if any(name in log for _, log in logs)]
-    rows = [[step, *(f"{log[name]:.4g}" if name in log else "" for name in names)] for step, log in logs]
+        shown = {round(i * last / (_MAX_CURVE_ROWS - 1)) for i in range(_MAX_CURVE_ROWS)}
+        answered = [i for i, (_, log) in enumerate(logs) if _ACCURACY in log]
+        shown |= set(answered[:: 1 + len(answered) // _MAX_CURVE_ROWS])
+        logs = [logs[i] for i in sorted(shown)]
+    names = [name for name in _CURVE if name != _ACCURACY_ERROR and any(name in log for _, log in logs)]
+
+    def cell(log: dict[str, float], name: str) -> str:
+        error = f" +- {log[_ACCURACY_ERROR]:.2g}" if name == _ACCURACY and name in log else ""
+        return f"{log[name]:.4g}{error}" if name in log else ""
+
+    rows = [[step, *(cell(log, name) for name in names)] for step, log in logs]
     return _table(["update", *names], rows) if rows else ""
 
 

@@ -143,6 +143,11 @@ class Chart:
         """A line through points."""
         self._shapes.append(f'<path class="line {style}" d="M{"L".join(self._points(xs, ys))}"/>')
 
+    def band(self, xs: Numbers, lows: Numbers, highs: Numbers, style: str) -> None:
+        """What lies between two lines."""
+        points = self._points(xs, highs) + self._points(xs, lows)[::-1]
+        self._shapes.append(f'<path class="band {style}" d="M{"L".join(points)}Z"/>')
+
     def bars(self, edges: Numbers, heights: Numbers, style: str, outline: bool = False) -> None:
         """Bars from each edge to the next; as one outline where they lie over others."""
         if outline:

@@ -18,21 +18,28 @@ _NUM_TOKENS = 10  # in each table of tokens
 _LEAST_GAIN = 0.005  # what would be written as 0
 
 CURVE_TITLES = {
+    "accuracy": "Accuracy",
     "loss": "Loss",
     "entropy": "Entropy",
     "mean_token_accuracy": "Agreement",
     "grad_norm": "Gradient norm",
     "learning_rate": "Learning rate",
     "num_nonfinite_updates": "Updates left out",
+    "accuracy_num_cut": "Answers cut",
 }
 CURVE_TEXTS = {
+    "accuracy": "Share of the questions that the model answers rightly, with one standard error to both sides.",
     "loss": f"D<sub>KL</sub>({V_C} ‖ π<sub>θ</sub>) at the kept steps, in nats.",
     "entropy": "Of π<sub>θ</sub> at the kept steps, in nats. A fall to 0 is a collapse.",
     "mean_token_accuracy": f"Share of the kept steps at which π<sub>θ</sub> and {V_C} have the same favourite.",
     "grad_norm": "Before clipping.",
     "learning_rate": "As the schedule sets it.",
     "num_nonfinite_updates": "Their gradient was not finite.",
+    "accuracy_num_cut": "They did not end within <code>eval_max_new_tokens</code>.",
 }
+_ERROR = "_standard_error"
+# Counts of what should not happen
+_FAULTS = ("num_nonfinite_updates", "accuracy_num_cut")
 
 
 # Divergence
@@ -367,24 +374,31 @@ def _signed(gain: float) -> str:
 
 def training_figures(curves: dict[str, dict[str, Curve]]) -> str:
     """A curve for everything that was logged."""
-    return f'<div class="grid">{"".join(_curve(key, curves[key]) for key in order_curves(curves))}</div>'
+    drawn = (_curve(key, curves[key], errors_of(key, curves)) for key in order_curves(curves))
+    return f'<div class="grid">{"".join(drawn)}</div>'
 
 
 def order_curves(curves: dict[str, dict[str, Curve]]) -> list[str]:
-    """Loss, entropy, agreement and divergences first, then the rest by name; without what never happened."""
+    """Accuracy, loss, entropy, agreement and divergences first, then the rest by name; without what never happened."""
     known = list(CURVE_TITLES)
     keys = [
         key
         for key, kinds in curves.items()
-        if key != "num_nonfinite_updates" or any(value for curve in kinds.values() for _, value in curve)
+        if key not in _FAULTS or any(value for curve in kinds.values() for _, value in curve)
+        if not key.endswith(_ERROR)
     ]
 
     def place(key: str) -> tuple[int, int, str]:
-        if key in known[:3]:
+        if key in known[:4]:
             return 0, known.index(key), key
         return (1, 0, key) if "kl" in key.lower() else (2, known.index(key) if key in known else 99, key)
 
     return sorted(keys, key=place)
+
+
+def errors_of(key: str, curves: dict[str, dict[str, Curve]]) -> dict[str, dict[int, float]]:
+    """Standard errors of a curve by update, for training and evaluation, where they were logged."""
+    return {kind: dict(curve) for kind, curve in curves.get(f"{key}{_ERROR}", {}).items()}
 
 
 def curve_title(key: str) -> str:
@@ -395,19 +409,30 @@ def curve_title(key: str) -> str:
     return " ".join("KL" if word.lower() == "kl" else word for word in (words[:1].upper() + words[1:]).split())
 
 
-def _curve(key: str, kinds: dict[str, Curve]) -> str:
+def _curve(key: str, kinds: dict[str, Curve], errors: dict[str, dict[int, float]]) -> str:
+    bands = {
+        kind: [(update, value - error, value + error) for update, value in kinds[kind] if (error := of.get(update))]
+        for kind, of in errors.items()
+        if kind in kinds
+    }
     values = [value for curve in kinds.values() for _, value in curve]
+    values += [value for band in bands.values() for _, *ends in band for value in ends]
     updates = [update for curve in kinds.values() for update, _ in curve]
-    is_share = key.endswith("accuracy") and max(values) <= 1
-    low = min(0.0, *values)
-    high = 1.0 if is_share else max(values)
+    is_share = key.endswith("accuracy") and max(value for curve in kinds.values() for _, value in curve) <= 1
+    low, high = min(0.0, *values), max(values)
     high = high if high > low else low + 1
-    chart = Chart(
-        Axis(min(0, *updates), max(1, *updates), label="Update"),
-        Axis(low, low + 1.05 * (high - low) if not is_share else 1.0, is_share=is_share, label=""),
-    )
+    y = Axis(low, low + 1.05 * (high - low), is_share=is_share, label="")
+    if is_share:
+        y = Axis(0.0, 1.0, is_share=True, label="")
+    if any(bands.values()):  # what matters is as small as its error
+        margin = 0.1 * (max(values) - min(values))
+        y = Axis(max(0.0, min(values) - margin), min(1.0, max(values) + margin), is_share=is_share, label="")
+    chart = Chart(Axis(min(0, *updates), max(1, *updates), label="Update"), y)
     write = write_share if is_share else write_number
     for kind, style in (("train", "s0"), ("eval", "s1")):
+        if bands.get(kind):
+            at, lows, highs = zip(*bands[kind], strict=True)
+            chart.band(at, lows, highs, style)
         if kind in kinds:
             xs, ys = zip(*kinds[kind], strict=True)
             if len(xs) == 1:
@@ -415,10 +440,14 @@ def _curve(key: str, kinds: dict[str, Curve]) -> str:
             chart.line(xs, ys, style)
     names = {"train": "training", "eval": "evaluation"}
     by_update = {kind: dict(curve) for kind, curve in kinds.items()}
-    rows = [
-        [f"{update:,}", *(write(values[update]) if update in values else "" for values in by_update.values())]
-        for update in sorted(set(updates))
-    ]
+
+    def cell(kind: str, update: int) -> str:
+        if update not in by_update[kind]:
+            return ""
+        error = errors.get(kind, {}).get(update)
+        return write(by_update[kind][update]) + ("" if error is None else f" ± {write(error)}")
+
+    rows = [[f"{update:,}", *(cell(kind, update) for kind in kinds)] for update in sorted(set(updates))]
     text = CURVE_TEXTS.get(key, f"Logged as <code>{escape(key)}</code>.")
     if len(kinds) > 1 or "eval" in kinds:
         text += "<br>" + "".join(

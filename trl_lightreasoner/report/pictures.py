@@ -7,7 +7,7 @@ import numpy as np
 
 from ..models.token_text import label_of
 from .charts import write_number
-from .figures import curve_title, order_curves
+from .figures import curve_title, errors_of, order_curves
 from .shown_steps import ReportedDataset
 from .training_curves import Curve
 
@@ -66,7 +66,7 @@ def _pictures(datasets: list[ReportedDataset], curves: dict[str, dict[str, Curve
     curves = curves or {}
     for key in order_curves(curves):
         name = "".join(char if char.isalnum() else "_" for char in key)
-        yield f"training_{name}", lambda axes, key=key, curve=curves[key]: _curve(axes, key, curve)
+        yield f"training_{name}", lambda axes, key=key: _curve(axes, key, curves[key], errors_of(key, curves))
 
 
 def _series(datasets: list[ReportedDataset]) -> Iterator[tuple[dict, ReportedDataset]]:
@@ -185,10 +185,15 @@ def _drawable(text: str) -> str:
     )
 
 
-def _curve(axes, key: str, kinds: dict[str, Curve]) -> None:
+def _curve(axes, key: str, kinds: dict[str, Curve], errors: dict[str, dict[int, float]]) -> None:
     for (kind, curve), colour, stroke in zip(sorted(kinds.items(), reverse=True), _COLOURS, _STROKES, strict=False):
         name = "training" if kind == "train" else "evaluation"
-        axes.plot(*zip(*curve, strict=True), color=colour, linestyle=stroke, marker=".", label=name)
+        bars = [errors.get(kind, {}).get(update, 0.0) for update, _ in curve]
+        style = {"color": colour, "linestyle": stroke, "marker": ".", "label": name}
+        if any(bars):
+            axes.errorbar(*zip(*curve, strict=True), yerr=bars, capsize=3, **style)
+        else:
+            axes.plot(*zip(*curve, strict=True), **style)
     if len(kinds) > 1:
         axes.legend(frameon=False)
     axes.set_xlabel("update")

@@ -1,4 +1,4 @@
-"""What a trainer leaves behind: a card in every folder that it saves, and what it pushes to the Hub."""
+"""What a trainer leaves behind and where: a card in every folder that it saves, and what it pushes to the Hub."""
 
 import os
 from pathlib import Path
@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from transformers import Trainer, logging
+from transformers import Trainer, TrainingArguments, logging
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from ..hub.cards import draw_curve, model_card
-from ..hub.sharing import hub_errors
+from ..hub.sharing import hub_errors, open_repo
 from ..models.provenance import hub_id
 from ..models.weights import get_base_model
 from ..steps.prompt_format import PromptFormat
+from ..steps.writer import check_folder
 
 
 if TYPE_CHECKING:
@@ -20,6 +22,24 @@ if TYPE_CHECKING:
 
 
 logger = logging.get_logger(__name__)
+
+
+def check_destinations(args: TrainingArguments) -> None:
+    """
+    Refuse settings by which a training would have nowhere to leave something.
+
+    Raises:
+        `ValueError`: If `output_dir` is no folder, a tracker is not installed, or the repository is not the user's.
+    """
+    check_folder(args.output_dir)
+    for report in get_reporting_integration_callbacks(args.report_to):
+        try:
+            report()
+        except RuntimeError as error:  # it is not installed
+            raise ValueError(f"`report_to` cannot be {args.report_to}: {error}") from error
+    if args.push_to_hub and args.process_index == 0:
+        repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
+        open_repo(repo_id, private=args.hub_private_repo, token=args.hub_token)
 
 
 class _BaseTrainer(Trainer):

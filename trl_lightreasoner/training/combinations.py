@@ -1,11 +1,30 @@
-"""Settings of which each is fine, but not beside the other: refused before any weights are loaded."""
+"""Arguments that are no good, and settings that are, but not beside each other: refused before weights are loaded."""
 
 import os
 from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
 from transformers import TrainingArguments
+
+from ..grading.verdicts import check_math_verify
+
+
+def check_arguments(train_dataset: Any, peft_config: Any) -> None:
+    """Refuse arguments of a trainer that are not what they must be."""
+    if train_dataset is None:
+        raise ValueError("`train_dataset` is required")
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"`peft_config` must be a `peft.PeftConfig` instance (e.g. `peft.LoraConfig`), got "
+            f"{type(peft_config).__name__}."
+        )
+    if not isinstance(train_dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(train_dataset).__name__}`."
+        )
 
 
 def check_combinations(
@@ -57,6 +76,34 @@ def check_combinations(
         raise ValueError(
             f"`load_in_4bit` goes with FSDP{version} only if `bnb_4bit_quant_storage` is {needed}, got {storage}. Set "
             "it so, or launch with DDP."
+        )
+
+
+def check_answers(args: TrainingArguments, has_rows: bool) -> None:
+    """
+    Refuse settings by which questions could not be answered while training, or their accuracy would go unused.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): Settings of the training.
+        has_rows (`bool`): Whether there are rows for `eval_loss` as well.
+
+    Raises:
+        `ValueError`: Naming the setting and what to do.
+        `ImportError`: If math-verify is not installed.
+    """
+    check_math_verify()
+    deepspeed = getattr(args.deepspeed_plugin, "hf_ds_config", None)
+    sharded = "FSDP" if fsdp_version(args) is not None else None
+    sharded = "DeepSpeed ZeRO-3" if deepspeed is not None and deepspeed.is_zero3() else sharded
+    if sharded is not None:
+        raise ValueError(
+            f"`eval_questions` do not go with {sharded}: a model whose weights are split does not generate here. "
+            "Launch with DDP, or leave them out and ask the checkpoints by `lightreasoner eval`."
+        )
+    if not has_rows and args.metric_for_best_model in ("loss", "eval_loss"):
+        raise ValueError(
+            "The best model cannot be told by `eval_loss` without an `eval_dataset`. Set "
+            "`metric_for_best_model='accuracy'`, or hold kept steps out."
         )
 
 

@@ -1,5 +1,6 @@
 """Settings of `LightReasonerTrainer`."""
 
+import copy
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..config_checks import check_flags, check_numbers, check_whole_numbers
+from ..models.weights import get_base_model
 
 
 # Of 8 rows each: 1,000 trajectories. More cost accuracy on true weights, however many prompts there were
@@ -57,6 +59,12 @@ class LightReasonerConfig(TrainingArguments):
             Whether to train an adapter by CUDA graphs where that is possible: on a GPU in half precision, without
             activation checkpointing, `torch_compile`, FSDP or DeepSpeed. Forward hooks of the layers do not run then.
 
+        > Parameters that control the evaluation
+
+        eval_max_new_tokens (`int`, *optional*, defaults to `512`):
+            Longest answer to one of the `eval_questions` of the [`LightReasonerTrainer`] in tokens. One that does not
+            end before is cut there, counted, and graded as it stands.
+
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `learning_rate`: Defaults to `1e-4` instead of `5e-5`.
@@ -64,6 +72,8 @@ class LightReasonerConfig(TrainingArguments):
     >   125 updates, however many rows there are.
     > - `bf16`: Defaults to `None` instead of `False`: `True` on an accelerator that has it, unless `fp16` is set.
     > - `logging_steps`: Defaults to `10` instead of `500`.
+    > - `eval_on_start`: Defaults to `None` instead of `False`: `True` where `eval_questions` are evaluated while
+    >   training, so that the expert is the first point of the curve.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
@@ -95,6 +105,15 @@ class LightReasonerConfig(TrainingArguments):
         metadata={
             "help": "Log every X updates steps. Should be an integer or a float in range `[0,1)`. If smaller than 1, "
             "will be interpreted as ratio of total training steps."
+        },
+    )
+    eval_on_start: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to evaluate before the first update as well. If not set, it is `True` where "
+            "`eval_questions` are evaluated while training, so that the expert is the first point of the curve.",
+            "nargs": "?",
+            "const": True,
         },
     )
 
@@ -146,6 +165,15 @@ class LightReasonerConfig(TrainingArguments):
         },
     )
 
+    # Parameters that control the evaluation
+    eval_max_new_tokens: int = field(
+        default=512,
+        metadata={
+            "help": "Longest answer to one of the `eval_questions` of the `LightReasonerTrainer` in tokens. One that "
+            "does not end before is cut there, counted, and graded as it stands."
+        },
+    )
+
     def __post_init__(self):
         length = self.max_length
         if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
@@ -160,6 +188,7 @@ class LightReasonerConfig(TrainingArguments):
             if not 0 <= self.beta < float("inf"):
                 raise ValueError(f"`beta` must be a finite number of nats, 0 or more, or `None`, got {self.beta}.")
         check_flags(self, ("one_step_per_row", "use_cuda_graphs", "trust_remote_code"))
+        check_whole_numbers(self, ("eval_max_new_tokens",))
         epochs = self.num_train_epochs
         if epochs is not None and not (isinstance(epochs, int | float) and 0 < epochs < float("inf")):
             raise ValueError(f"`num_train_epochs` must be a finite number above 0, got {epochs!r}.")
@@ -202,6 +231,24 @@ class LightReasonerConfig(TrainingArguments):
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__)
         return copied
+
+
+def own_config(args: TrainingArguments | None, model: Any) -> LightReasonerConfig:
+    """
+    A copy of the user's settings, or the default ones for a model or its name, in which a trainer may fill in what
+    depends on its rows.
+    """
+    if args is None:
+        model_name = model if isinstance(model, str) else get_base_model(model).config._name_or_path
+        args = LightReasonerConfig(f"{model_name.rstrip('/').split('/')[-1]}-LightReasoner")
+    elif not isinstance(args, LightReasonerConfig):
+        dict_args = args.to_dict()
+        dict_args["hub_token"] = args.hub_token  # to_dict hides the hub_token
+        dict_args["eval_on_start"] = args.eval_on_start or None  # nobody may have said so
+        args = LightReasonerConfig(**dict_args)
+    args = copy.copy(args)
+    args.accelerator_config = copy.copy(args.accelerator_config)
+    return args
 
 
 def _without_token(kwargs: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -1,8 +1,6 @@
 """`LightReasonerTrainer`: fine-tunes an expert on the kept steps of a Dataset, `D_KL(v_C || pi_theta)` at each."""
 
-import copy
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +14,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
+    TrainerControl,
     TrainerState,
     TrainingArguments,
     logging,
     set_seed,
 )
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from ..contrast import contrastive_loss
-from ..hub.sharing import open_repo
 from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at
 from ..models.loading import add_quantization, hub_kwargs, load_adapter_config, load_config, load_model, load_tokenizer
 from ..models.provenance import warn_of_another_expert
@@ -33,14 +30,14 @@ from ..models.weights import get_base_model, settle_4bit_layers
 from ..steps.dataset import STEP_COLUMNS
 from ..steps.prompt_format import format_of_steps
 from ..steps.training_rows import choose_beta, prepare_rows
-from ..steps.writer import check_folder
 from ..vocabulary import model_vocabulary
+from .accuracy import EvalQuestions
 from .adapters import is_plain_lora, is_quantized, prepare_adapter
-from .base_trainer import _BaseTrainer
-from .combinations import check_combinations
+from .base_trainer import _BaseTrainer, check_destinations
+from .combinations import check_answers, check_arguments, check_combinations
 from .cuda_graphs import GraphedLayers, can_capture
 from .data_collator import DataCollatorForLightReasoner, find_indices
-from .lightreasoner_config import LightReasonerConfig
+from .lightreasoner_config import LightReasonerConfig, own_config
 from .nonfinite_updates import SkipNonFiniteUpdates
 from .packed_attention import can_pack, is_packed, pack, packed_attention
 from .resuming import RememberEpochs, load_state, plan_training
@@ -54,7 +51,7 @@ _BY_LENGTH = ("group_by_length", "batch_rebalance")
 
 
 class LightReasonerTrainer(_BaseTrainer):
-    """
+    r"""
     Trainer for LightReasoner (arXiv 2510.07962): minimises `D_KL(v_C || pi_theta)` at the kept steps of a Dataset.
 
     Args:
@@ -84,6 +81,11 @@ class LightReasonerTrainer(_BaseTrainer):
             Quantization configuration used when loading the model from a string.
         peft_config ([`~peft.PeftConfig`], *optional*):
             PEFT configuration used to wrap the model. If `None`, the model is trained as it is.
+        eval_questions ([`~datasets.Dataset`], *optional*):
+            Questions that the model answers greedily at every evaluation, for `eval_accuracy`: `prompt`, as
+            [`ContrastiveStepSampler`] takes it, and `answer`, the reference as text or a list of texts, all of which
+            must be given. Of GSM8K's solutions what follows `####` counts, of others the last `\boxed{}`. The first
+            evaluation comes before the first update. No `eval_dataset` is needed beside them.
 
     Example:
 
@@ -113,6 +115,7 @@ class LightReasonerTrainer(_BaseTrainer):
     # `compute_loss` divides by the kept steps of the whole update, so that nothing is left for `Trainer` to scale
     loss_is_scaled_for_ga = True
     _signature_columns: list[str] | None
+    control: TrainerControl
 
     def __init__(
         self,
@@ -126,29 +129,11 @@ class LightReasonerTrainer(_BaseTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
+        eval_questions: Dataset | None = None,
     ):
         # Args
-        if args is None:
-            model_name = model if isinstance(model, str) else get_base_model(model).config._name_or_path
-            args = LightReasonerConfig(f"{model_name.rstrip('/').split('/')[-1]}-LightReasoner")
-        elif not isinstance(args, LightReasonerConfig):
-            dict_args = args.to_dict()
-            dict_args["hub_token"] = args.hub_token  # to_dict hides the hub_token
-            args = LightReasonerConfig(**dict_args)
-        args = copy.copy(args)  # what depends on the rows is filled in below
-        args.accelerator_config = copy.copy(args.accelerator_config)
-
-        if train_dataset is None:
-            raise ValueError("`train_dataset` is required")
-        if peft_config is not None and not isinstance(peft_config, PeftConfig):
-            raise TypeError(
-                f"`peft_config` must be a `peft.PeftConfig` instance (e.g. `peft.LoraConfig`), got "
-                f"{type(peft_config).__name__}."
-            )
-        if not isinstance(train_dataset, Dataset | IterableDataset):
-            raise TypeError(
-                f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(train_dataset).__name__}`."
-            )
+        args = own_config(args, model)
+        check_arguments(train_dataset, peft_config)
         # Batches of streamed rows are made where they are used: dispatching would cut every tensor of a batch to the
         # number of its rows, those with an entry a token as well
         args.accelerator_config.dispatch_batches = False
@@ -158,15 +143,11 @@ class LightReasonerTrainer(_BaseTrainer):
         self._filters_loss, args.logging_nan_inf_filter = args.logging_nan_inf_filter, False
 
         # What can be refused before any weights are loaded
-        check_folder(args.output_dir)
-        for report in get_reporting_integration_callbacks(args.report_to):
-            try:
-                report()
-            except RuntimeError as error:  # it is not installed
-                raise ValueError(f"`report_to` cannot be {args.report_to}: {error}") from error
-        if args.push_to_hub and args.process_index == 0:
-            repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
-            open_repo(repo_id, private=args.hub_private_repo, token=args.hub_token)
+        check_destinations(args)
+        if eval_questions is not None:
+            check_answers(args, has_rows=eval_dataset is not None)
+        if args.eval_on_start is None:
+            args.eval_on_start = eval_questions is not None and args.eval_strategy != "no"
 
         # Processing class and vocabulary
         model_init_kwargs = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # no text by now
@@ -223,6 +204,11 @@ class LightReasonerTrainer(_BaseTrainer):
                 eval_dataset = prepare(eval_dataset, "eval")
         if isinstance(train_dataset, Dataset):
             self.prompt_format = format_of_steps(train_dataset)
+        self._questions: EvalQuestions | None = None
+        if eval_questions is not None:
+            self._questions = EvalQuestions(eval_questions, processing_class, config, args.eval_max_new_tokens)
+            eval_dataset = {} if eval_dataset is None else eval_dataset  # `Trainer` has nothing to compute a loss on
+        self._scores: dict[str, float] = {}  # of the answers at the evaluation that is going on
 
         # Model
         # PEFT initializes the adapter weights randomly, so set_seed must be done before creating the model to ensure
@@ -365,12 +351,15 @@ class LightReasonerTrainer(_BaseTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         self._resumed = load_state(resume_from_checkpoint, self.args.output_dir)
+        # A run that goes on has had its first evaluation
+        eval_on_start, self.args.eval_on_start = self.args.eval_on_start, self.args.eval_on_start and not self._resumed
         # LoRA layers cast what they get to their own float32, only for autocast to cast it back
         autocasts = self.accelerator.native_amp and isinstance(self.model, PeftModel)
         with disable_input_dtype_casting(self.model, active=autocasts and is_plain_lora(self.model)):
             try:
                 return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
+                self.args.eval_on_start = eval_on_start
                 if self._graphs is not None:
                     self._graphs.clear()
 
@@ -440,7 +429,21 @@ class LightReasonerTrainer(_BaseTrainer):
         if isinstance(eval_dataset, Dataset | IterableDataset):
             with self.args.main_process_first():
                 eval_dataset = self._prepare_rows(eval_dataset, metric_key_prefix)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self._questions is None or eval_dataset is not None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        scores = self._questions.measure(self.model, self.vocabulary, self.accelerator)
+        scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        if isinstance(self.eval_dataset, dict):  # each is logged by itself, and there may be none
+            metrics = super().evaluate(None, ignore_keys, metric_key_prefix)
+            self.log(scores)
+            metrics |= scores
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+        self._scores = scores
+        try:
+            return super().evaluate(None, ignore_keys, metric_key_prefix)
+        finally:
+            self._scores = {}
 
     def predict(self, test_dataset: Dataset | IterableDataset, *args, **kwargs) -> PredictionOutput:
         if isinstance(test_dataset, Dataset | IterableDataset):
@@ -462,6 +465,7 @@ class LightReasonerTrainer(_BaseTrainer):
                 output.metrics[f"{metric_key_prefix}_{name}"] = means[name]
         if self.is_world_process_zero():
             self._drift_warnings.look_at(means, metric_key_prefix)
+        output.metrics.update(self._scores)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,0 +1,135 @@
+"""Questions to graded answers: what the benchmarks' evaluation and the accuracy while training do alike.
+
+Answers are made piece by piece, so that rows that have come to an end leave the batch. An answer to a prompt of plain
+text, as base models read it, ends with its first finished answer and is graded up to there: a base model would fill
+its room with questions of its own. An answer to messages ends with an EOS token and is graded whole.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from ..generation.completions import find_batch_size
+from ..generation.cuda_graphs import Generated
+from ..grading.answers import first_answer
+from ..grading.verdicts import Verdict, grade_all
+
+
+# After so many tokens rows that have ended leave the batch, and plain text is looked at
+TOKENS_A_PIECE = 256
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """How many tokens a model reads at most."""
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def plan_answers(prompt_ids: list[list[int]], max_new_tokens: int, context: int) -> list[tuple[int, int]]:
+    """
+    Rows and the room for their answers in tokens, longest prompts first, without those that have no prompt or no room.
+
+    Example:
+
+    ```python
+    >>> plan_answers([[5], [], [5, 6], [5] * 9], max_new_tokens=8, context=9)
+    [(2, 7), (0, 8)]
+
+    ```
+    """
+    rooms = [(row, min(max_new_tokens, context - len(ids))) for row, ids in enumerate(prompt_ids) if ids]
+    plan = [(row, room) for row, room in rooms if room > 0]
+    return sorted(plan, key=lambda item: (-len(prompt_ids[item[0]]), item[0]))
+
+
+class Answering:
+    """
+    Greedy answers of one model.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        decode (`Callable`): Its greedy completions, such as a [`GreedyDecoder`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        eos_ids (`list[int]`): Tokens that end an answer.
+        is_raw (`bool`): Whether prompts are plain text.
+        batch_size (`int`, *optional*): Rows together. If `None`, as many as the memory holds.
+        in_pieces (`bool`, *optional*, defaults to `True`): Whether rows that have ended have to be let go, which vLLM
+            does by itself.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        decode: Callable[[list[list[int]], int], Generated],
+        tokenizer: PreTrainedTokenizerBase,
+        eos_ids: list[int],
+        is_raw: bool,
+        batch_size: int | None = None,
+        in_pieces: bool = True,
+    ):
+        self.model, self.decode, self.tokenizer, self.eos_ids = model, decode, tokenizer, eos_ids
+        self.is_raw, self.batch_size, self.in_pieces = is_raw, batch_size, in_pieces
+
+    def rows_together(self, num_tokens: int, room: int, num_rows: int, num_processes: int = 1) -> int:
+        """How many of `num_rows` rows are answered together, whose longest prompt has `num_tokens` tokens."""
+        longest = num_tokens + self._piece(room)
+        return self.batch_size or find_batch_size(self.model, longest, num_rows, num_processes)
+
+    def complete(self, prompt_ids: list[list[int]], room: int) -> tuple[list[list[int]], list[bool]]:
+        """The completion of each prompt, of `room` tokens at most, and whether it came to an end."""
+        completions: list[list[int]] = [[] for _ in prompt_ids]
+        ended = [False] * len(prompt_ids)
+        for start in range(0, room, self._piece(room)):
+            length = self._piece(room - start)
+            # The prompt of a later piece is what was written before it, as greedy decoding would read it
+            contexts = {i: prompt_ids[i] + completions[i] for i, has_ended in enumerate(ended) if not has_ended}
+            going = sorted(contexts, key=lambda i: -len(contexts[i]))
+            while going:
+                size = self.rows_together(len(contexts[going[0]]), length, len(going))
+                rows, going = going[:size], going[size:]
+                made = self.decode([contexts[i] for i in rows], length).completions
+                for i, ids in zip(rows, made, strict=True):
+                    completions[i] += ids
+                    ended[i] = completions[i][-1] in self.eos_ids or self._is_answered(completions[i])
+        return completions, ended
+
+    def texts(self, completion_ids: list[list[int]]) -> list[str]:
+        """What was written."""
+        return self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+
+    def _piece(self, room: int) -> int:
+        return min(room, TOKENS_A_PIECE) if self.in_pieces else room
+
+    def _is_answered(self, completion_ids: list[int]) -> bool:
+        if not self.is_raw:
+            return False
+        (text,) = self.texts([completion_ids])
+        return len(first_answer(text).rstrip()) < len(text.rstrip())
+
+
+def grade_answers(
+    answers: list[str], references: list[dict[str, Any]], is_raw: bool, num_workers: int | None = None
+) -> list[Verdict]:
+    """
+    Verdicts on answers.
+
+    Args:
+        answers (`list[str]`): What the model wrote.
+        references (`list[dict]`): The other arguments of [`grade`], one dictionary an answer.
+        is_raw (`bool`): Whether the prompts were plain text.
+        num_workers (`int`, *optional*): Processes that grade.
+
+    Example:
+
+    ```python
+    >>> run_on = "It is 4.\\nThe answer is 4.\\n\\nQuestion: What is 3+3?\\nAnswer: The answer is 6."
+    >>> [grade_answers([run_on], [{"gold": ["4"]}], is_raw)[0].correct for is_raw in (True, False)]
+    [True, False]
+
+    ```
+    """
+    texts = [first_answer(answer) if is_raw else answer for answer in answers]
+    items = [{"completion": text, **reference} for text, reference in zip(texts, references, strict=True)]
+    return grade_all(items, num_workers=num_workers)
