@@ -16,9 +16,9 @@ logger = logging.get_logger(__name__)
 
 # Labels are stored in fp32, and rounded further by some file formats
 _SUM_TOLERANCE = 1e-3
-# What `choose_beta` rests on (docs/evidence.md): a real pair gained most from the steps of 1.6 nats or more, where
-# 22 % of the labels preferred another token; three tiny pairs, where none did there, from all steps of 0.4 or more
-_HIGH_BETA = 1.6
+# What `choose_beta` rests on (docs/evidence.md): a real pair gained most from the steps of 1.6 nats or more, where 22 %
+# of the labels preferred another token; three tiny pairs, where none did there, from those of 0.8 or more
+_HIGH_BETA, _BETA = 1.6, 0.8
 _MIN_CORRECTIONS = 0.1
 
 
@@ -128,15 +128,16 @@ def choose_beta(dataset: Dataset | IterableDataset) -> float | None:
     The threshold for a Dataset of steps where nobody named one.
 
     The larger the divergence, the more a step has to say, as long as some of the labels say something else than the
-    expert would: 1.6 nats if v_C prefers another token than the one that the expert took at a tenth of those steps.
+    expert would: 1.6 nats if v_C prefers another token than the one that the expert took at a tenth of those steps,
+    and otherwise 0.8.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows as [`ContrastiveStepSampler`] makes
             them.
 
     Returns:
-        `float` in nats, or `None` for all kept steps: because those above repeat the expert, or the divergences are
-        not known before the rows are read.
+        `float` in nats, or `None` for all kept steps: because none reaches 0.8 nats, or the divergences are not known
+        before the rows are read.
     """
     if not isinstance(dataset, Dataset) or "kl_divergence" not in dataset.column_names:
         return None
@@ -149,7 +150,9 @@ def choose_beta(dataset: Dataset | IterableDataset) -> float | None:
     if any(divergence is None for divergence, _ in steps):
         return None
     others = [other for divergence, other in steps if divergence >= _HIGH_BETA]  # type: ignore[operator]  # numbers
-    return _HIGH_BETA if others and sum(others) >= _MIN_CORRECTIONS * len(others) else None
+    if others and sum(others) >= _MIN_CORRECTIONS * len(others):
+        return _HIGH_BETA
+    return _BETA if any(divergence >= _BETA for divergence, _ in steps) else None  # type: ignore[operator]
 
 
 def prepare_rows(
