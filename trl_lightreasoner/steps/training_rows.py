@@ -16,8 +16,8 @@ logger = logging.get_logger(__name__)
 
 # Labels are stored in fp32, and rounded further by some file formats
 _SUM_TOLERANCE = 1e-3
-# What `choose_beta` rests on (docs/evidence.md): a real pair gained most from the steps of 1.6 nats or more, where 22 %
-# of the labels preferred another token; three tiny pairs, where none did there, from those of 0.8 or more
+# What `choose_beta` rests on (docs/evidence.md): a real pair gained most from the steps of 1.6 nats or more, where
+# 22 % of the labels preferred another token; three tiny pairs, where none did there, from those of 0.8 or more
 _HIGH_BETA, _BETA = 1.6, 0.8
 _MIN_CORRECTIONS = 0.1
 
