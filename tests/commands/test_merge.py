@@ -198,6 +198,7 @@ def test_an_adapter_trained_in_4_bits_is_merged_into_full_precision(tokenizer, s
     steps.to_parquet(tmp_path / "steps.parquet")
     argv = ["train", "--model_name_or_path", base, "--dataset_name", str(tmp_path / "steps.parquet"), "--load_in_4bit"]
     argv += ["--output_dir", adapter, "--use_cpu", "--max_steps", "2", "--learning_rate", "1e-2"]
+    argv += ["--lora_target_modules", *TARGETS]
     assert main([*argv, "--report_to", "none", "--disable_tqdm", "true"]) == 0
 
     merge(MergeArguments(adapter, str(tmp_path / "model")))

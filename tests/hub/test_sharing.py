@@ -266,8 +266,9 @@ def test_a_model_card_tells_data_settings_and_curve(shared):
     data, settings = (dict(table_rows(card.text, title)) for title in ("Training data", "Training settings"))
     assert data["dataset"] == "[me/public-steps](https://huggingface.co/datasets/me/public-steps)"
     assert data["beta"] == "1.95 nats" and int(data["kept steps"]) > 0
-    assert (settings["learning_rate"], settings["updates"], settings["rows an update"]) == ("5e-05", "4", "2")
-    assert (settings["LoRA r"], settings["LoRA target modules"]) == ("8", "q_proj, v_proj")
+    assert (settings["learning_rate"], settings["updates"], settings["rows an update"]) == ("0.0001", "4", "8")
+    layers = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert (settings["LoRA r"], settings["LoRA target modules"]) == ("8", layers)
     curve = table_rows(card.text, "Training curve")
     assert [row[0] for row in curve] == ["1", "2", "3", "4"]
     assert "| eval_kl_to_expert |" in card.text and float(curve[3][-1]) > 0 and curve[0][-1] == ""

@@ -80,7 +80,7 @@ def test_a_row_adds_up(steps, loaded_tokenizer, prompts):
         assert row["completion"] == loaded_tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
         assert 1 <= len(row["completion_ids"]) <= 12
         assert len(row["kl_divergence"]) == len(row["completion_ids"])
-        assert row["step_positions"] == [t for t, kl in enumerate(row["kl_divergence"]) if kl >= BETA]
+        assert row["step_positions"] == [t for t, kl in enumerate(row["kl_divergence"]) if kl >= BETA and t > 0]
         assert len(row["label_ids"]) == len(row["label_probs"]) == len(row["step_positions"])
         for ids, probs in zip(row["label_ids"], row["label_probs"], strict=True):
             assert len(ids) == len(set(ids)) == len(probs)
@@ -131,8 +131,8 @@ def test_alpha_narrows_the_labels(sample, prompts):
             assert len(other_ids) == 1 and set(other_ids) <= set(ids)
 
 
-def test_the_first_step_is_included_unless_told_otherwise(sample, prompts):
-    with_first, without = sample(prompts, beta=0.0), sample(prompts, beta=0.0, include_first_step=False)
+def test_the_first_step_is_left_out_unless_asked_for(sample, prompts):
+    with_first, without = sample(prompts, beta=0.0, include_first_step=True), sample(prompts, beta=0.0)
     for row, other in zip(with_first, without, strict=True):
         assert row["step_positions"] == list(range(len(row["completion_ids"])))
         assert other["step_positions"] == row["step_positions"][1:]
@@ -225,7 +225,7 @@ def test_given_completions_are_scored_and_nothing_is_generated(sample, loaded_to
     assert made["completion"][:] == given
     for row, text in zip(made, given, strict=True):
         assert row["completion_ids"] == loaded_tokenizer(text)["input_ids"]
-        assert row["step_positions"] == list(range(len(row["completion_ids"])))
+        assert row["step_positions"] == list(range(1, len(row["completion_ids"])))
 
 
 def test_a_given_message_is_scored_up_to_its_eos(sample, loaded_tokenizer, expert, amateur):

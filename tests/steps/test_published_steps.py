@@ -77,7 +77,7 @@ def published_loss(lines: list[dict], folder: str) -> float:
 
 
 def trained_loss(dataset, folder: str, tmp_path: Path) -> float:
-    args = LightReasonerConfig(str(tmp_path / "out"), use_cpu=True, disable_tqdm=True, report_to="none")
+    args = LightReasonerConfig(str(tmp_path / "out"), beta=0, use_cpu=True, disable_tqdm=True, report_to="none")
     trainer = LightReasonerTrainer(folder, args, train_dataset=dataset, eval_dataset=dataset)
     return trainer.evaluate()["eval_loss"]
 

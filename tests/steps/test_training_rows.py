@@ -4,7 +4,7 @@ import math
 import pytest
 from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
 
-from trl_lightreasoner.steps.training_rows import check_row, prepare_rows
+from trl_lightreasoner.steps.training_rows import check_row, choose_beta, prepare_rows
 from trl_lightreasoner.vocabulary import Vocabulary
 
 
@@ -33,8 +33,8 @@ def dataset_of(*rows) -> Dataset:
     return Dataset.from_list(list(rows), features=FEATURES)
 
 
-def prepare(dataset, max_length=None, one_step_per_row=False):
-    return prepare_rows(dataset, "train", VOCABULARY, WIDTH, max_length, one_step_per_row)
+def prepare(dataset, max_length=None, one_step_per_row=False, beta=None):
+    return prepare_rows(dataset, "train", VOCABULARY, WIDTH, max_length, one_step_per_row, beta)
 
 
 def test_a_good_dataset_is_left_as_it_is():
@@ -239,3 +239,76 @@ def test_one_step_per_row_makes_a_row_of_every_step(iterable):
 def test_one_step_per_row_drops_only_the_steps_beyond_max_length():
     prepared = prepare(dataset_of(ROW), max_length=5, one_step_per_row=True)
     assert prepared["step_positions"][:] == [[0], [2]]
+
+
+# The threshold
+
+
+def with_divergence(divergence: list[float | None], **columns) -> dict:
+    return {**ROW, **columns, "kl_divergence": divergence}
+
+
+def naive_choice(rows: list[dict]) -> float | None:
+    """Largest first: 1.6 where a tenth of the labels prefer another token, 0.8 where a step reaches it."""
+    steps = [
+        (row["kl_divergence"][t], row["completion_ids"][t] != ids[0])
+        for row in rows
+        for t, ids in zip(row["step_positions"], row["label_ids"], strict=True)
+    ]
+    high = [other for kl, other in steps if kl >= 1.6]
+    if high and sum(high) / len(high) >= 0.1:
+        return 1.6
+    return 0.8 if any(kl >= 0.8 for kl, _ in steps) else None
+
+
+@pytest.mark.parametrize("num_others", [0, 1, 2, 19])
+@pytest.mark.parametrize("low", [0.5, 0.9, 2.0])
+def test_the_threshold_is_chosen_by_the_share_of_labels_that_prefer_another_token(num_others, low):
+    same = with_divergence([2.0, 0.1, low, low])  # three steps, whose labels begin with the token that was taken
+    other = {**same, "label_ids": [[9], *ROW["label_ids"][1:]]}
+    rows = [other] * num_others + [same] * (19 - num_others)
+    assert choose_beta(Dataset.from_list(rows)) == naive_choice(rows)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [with_divergence([0.5, 0.5, 0.5, 0.5])],
+        [with_divergence([2.0, 2.0, None, 2.0])],
+        [ROW],
+        [with_divergence([2.0, 2.0])],
+        [with_divergence([2.0] * 4, label_ids=[[4]])],
+    ],
+    ids=["all are low", "one is not known", "none is known", "too few", "a row that does not add up"],
+)
+def test_there_is_no_threshold_where_it_cannot_be_told(rows):
+    assert choose_beta(Dataset.from_list(rows)) is None
+
+
+def test_streamed_rows_have_no_threshold_of_their_own():
+    assert choose_beta(Dataset.from_list([with_divergence([2.0] * 4)]).to_iterable_dataset()) is None
+
+
+@pytest.mark.parametrize("iterable", [False, True])
+def test_steps_below_beta_are_left_out(iterable):
+    dataset = Dataset.from_list([with_divergence([0.7, 9.0, 0.8, 1.9]), with_divergence([0.1] * 4)])
+    rows = prepare(dataset.to_iterable_dataset() if iterable else dataset, beta=0.8)
+    (row,) = list(rows)
+    assert (row["step_positions"], row["label_ids"]) == ([2, 3], ROW["label_ids"][1:])
+    assert row["label_probs"] == ROW["label_probs"][1:]
+
+
+def test_beta_needs_the_divergence_of_every_step():
+    message = "Row 0 .* divergence is not known; set `beta` to 0 to train on all of them"
+    with pytest.raises(ValueError, match=message):
+        prepare(Dataset.from_list([with_divergence([2.0, 2.0, None, 2.0])]), beta=0.8)
+
+
+def test_a_dataset_below_beta_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="none of its 3 steps reaches beta=3.0; lower it"):
+        prepare(Dataset.from_list([with_divergence([2.0] * 4)]), beta=3.0)
+
+
+def test_too_long_steps_are_counted_whatever_the_threshold(caplog):
+    prepare(Dataset.from_list([with_divergence([0.1, 2.0, 2.0, 2.0])]), max_length=5, beta=0.8)
+    assert "Dropped 1 of 3 steps of the train dataset, which lie beyond max_length=5." in caplog.text

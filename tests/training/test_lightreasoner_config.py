@@ -27,6 +27,7 @@ CONFIGS = [
     MergeArguments,
     EvaluationArguments,
 ]
+NAN = float("nan")
 # What this package declares of each, without what is inherited from transformers and TRL
 FIELDS = [
     (config, field)
@@ -82,10 +83,20 @@ def test_docstring_names_every_default_that_differs_from_training_arguments():
     }
 
 
-def test_defaults_are_the_papers(tmp_path):
-    args = LightReasonerConfig(str(tmp_path))
-    assert args.learning_rate == 5e-5
-    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 16
+@pytest.mark.parametrize(
+    ("kwargs", "max_steps"),
+    [({}, 125), ({"max_steps": 7}, 7), ({"num_train_epochs": 2}, -1), ({"num_train_epochs": 2, "max_steps": 7}, 7)],
+)
+def test_training_takes_125_updates_unless_its_length_is_set(kwargs, max_steps, tmp_path):
+    args = LightReasonerConfig(str(tmp_path), **kwargs)
+    assert args.max_steps == max_steps
+    assert args.num_train_epochs == kwargs.get("num_train_epochs", 3.0)
+
+
+@pytest.mark.parametrize("beta", [-0.1, NAN, float("inf"), "high", True])
+def test_a_bad_beta_is_refused(beta, tmp_path):
+    with pytest.raises(ValueError, match="`beta` must be a"):
+        LightReasonerConfig(str(tmp_path), beta=beta)
 
 
 @pytest.mark.parametrize("value", [0, -1, 3.5, "many", True])

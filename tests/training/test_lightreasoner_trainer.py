@@ -1,3 +1,5 @@
+import copy
+import dataclasses
 import logging
 import math
 from contextlib import nullcontext
@@ -329,10 +331,10 @@ def test_streams_that_processes_would_not_share_evenly_are_refused(expert, steps
         LightReasonerTrainer(expert, config(tmp_path, max_steps=3), train_dataset=rows)
 
 
-def test_an_iterable_dataset_needs_max_steps(expert, steps, tmp_path):
+def test_epochs_of_an_iterable_dataset_are_refused(expert, steps, tmp_path):
     rows = steps.to_iterable_dataset()
     with pytest.raises(ValueError, match="max_steps has to be specified"):
-        LightReasonerTrainer(expert, config(tmp_path, max_steps=-1), train_dataset=rows)
+        LightReasonerTrainer(expert, config(tmp_path, max_steps=-1, num_train_epochs=1), train_dataset=rows)
 
 
 def test_rows_of_one_step_have_the_same_total_loss(expert, steps, tmp_path):
@@ -544,54 +546,19 @@ def one_step_rows(steps):
     )
 
 
-def test_rows_of_one_step_take_a_thousand_updates_by_default(expert, steps, tmp_path):
-    trainer = LightReasonerTrainer(expert, config(tmp_path, max_steps=-1), train_dataset=one_step_rows(steps))
-    assert trainer.args.max_steps == 1000
-
-
-def test_whole_trajectories_exploded_take_a_thousand_updates_by_default(expert, steps, tmp_path):
-    args = config(tmp_path, max_steps=-1, one_step_per_row=True)
-    assert LightReasonerTrainer(expert, args, train_dataset=steps).args.max_steps == 1000
-
-
-def test_whole_trajectories_take_two_epochs_by_default(expert, steps, tmp_path):
-    args = config(tmp_path, max_steps=-1, per_device_train_batch_size=2, gradient_accumulation_steps=1)
-    trainer = LightReasonerTrainer(expert, args, train_dataset=steps)
-    trainer.train()
-    assert (trainer.state.epoch, trainer.state.global_step) == (2.0, 6)
-
-
-def update_size(args):
-    return args.per_device_train_batch_size, args.gradient_accumulation_steps
-
-
-def test_an_update_holds_sixteen_rows_of_one_step_by_default(expert, steps, tmp_path):
-    trainer = LightReasonerTrainer(expert, config(tmp_path), train_dataset=one_step_rows(steps))
-    assert update_size(trainer.args) == (8, 2)
-
-
-def test_an_update_holds_two_whole_trajectories_by_default(expert, steps, tmp_path):
-    args = config(tmp_path)
-    assert update_size(LightReasonerTrainer(expert, args, train_dataset=steps).args) == (2, 1)
-
-
-@pytest.mark.parametrize("kwargs", [{"per_device_train_batch_size": 8}, {"gradient_accumulation_steps": 2}])
-def test_an_update_size_that_is_set_is_kept(kwargs, expert, steps, tmp_path):
-    trainer = LightReasonerTrainer(expert, config(tmp_path, **kwargs), train_dataset=steps)
-    assert update_size(trainer.args) == (8, 2)
-
-
-def test_an_update_size_that_is_set_later_is_kept(expert, steps, tmp_path):
-    args = LightReasonerConfig(str(tmp_path), use_cpu=True, report_to="none")
-    args.per_device_train_batch_size = 6
-    trainer = LightReasonerTrainer(expert, args, train_dataset=steps)
-    assert (trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps) == (6, 2)
+@pytest.mark.parametrize("kwargs", [{}, {"one_step_per_row": True}])
+def test_updates_are_as_many_however_many_rows_there_are(kwargs, expert, steps, tmp_path):
+    for rows in (steps, steps.select([0]), one_step_rows(steps)):
+        args = LightReasonerTrainer(expert, config(tmp_path, max_steps=-1, **kwargs), train_dataset=rows).args
+        assert (args.max_steps, args.per_device_train_batch_size, args.gradient_accumulation_steps) == (125, 8, 1)
 
 
 def test_the_config_passed_in_is_left_as_it_was(expert, steps, tmp_path):
-    args = config(tmp_path, max_steps=-1)
+    args = config(tmp_path)
+    names = [field.name for field in dataclasses.fields(args)]
+    before = {name: copy.deepcopy(getattr(args, name)) for name in names}
     LightReasonerTrainer(expert, args, train_dataset=steps)
-    assert (update_size(args), args.num_train_epochs, args.max_steps) == ((8, 2), None, -1)
+    assert {name: getattr(args, name) for name in names} == before
 
 
 @pytest.mark.parametrize(

@@ -67,11 +67,11 @@ def test_resuming_from_the_last_checkpoint_of_the_output_folder(expert_path, ste
 
 
 # Six rows, two an update: three updates an epoch
-TWO_EPOCHS = [{"max_steps": 6}, {"max_steps": -1, "num_train_epochs": 2}, {"max_steps": -1}]
+TWO_EPOCHS = [{"max_steps": 6}, {"max_steps": -1, "num_train_epochs": 2}]
 OTHER_SHARE = r"An update holds another share of the dataset than at the checkpoint: training ends after 6 updates in "
 
 
-@pytest.mark.parametrize("asked", TWO_EPOCHS, ids=["updates", "epochs", "default"])
+@pytest.mark.parametrize("asked", TWO_EPOCHS, ids=["updates", "epochs"])
 @pytest.mark.parametrize(
     ("batch", "accumulation", "epochs"),
     [(1, 2, None), (2, 2, "1.00 of the data instead of 0.67"), (1, 1, "0.33 of the data instead of 0.67")],

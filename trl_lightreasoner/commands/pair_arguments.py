@@ -188,8 +188,11 @@ def as_prompts(dataset: Dataset, args: PairArguments) -> tuple[Dataset, PromptFo
     if prompt_format == PromptFormat("raw", "{question}"):
         return dataset, prompt_format
 
-    def put(row: dict) -> dict:
+    def put(row: dict, index: int) -> dict:
+        prompt = row["prompt"] or ""
+        if not isinstance(prompt, str):
+            raise ValueError(f"Row {index}: The content of `prompt` must be text, got {prompt!r}. Convert it.")
         empty = [] if style == "chat" else ""
-        return {"prompt": prompt_format.make_prompt(row["prompt"]) if row["prompt"] else empty}
+        return {"prompt": prompt_format.make_prompt(prompt) if prompt else empty}
 
-    return dataset.map(put, desc="Making prompts"), prompt_format
+    return dataset.map(put, with_indices=True, desc="Making prompts"), prompt_format

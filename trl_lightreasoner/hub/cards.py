@@ -277,7 +277,8 @@ def _setting_rows(trainer: Trainer, model: Any) -> list[tuple[str, Any]]:
     if isinstance(model, PeftModel) and isinstance(model.active_peft_config, LoraConfig):
         lora = model.active_peft_config
         targets = lora.target_modules
-        targets = ", ".join(sorted(targets)) if not isinstance(targets, str | None) else targets
+        if not isinstance(targets, str | None):  # "all-linear" becomes the name of every layer
+            targets = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
         rows += [("LoRA r", lora.r), ("LoRA alpha", lora.lora_alpha), ("LoRA dropout", lora.lora_dropout)]
         rows.append(("LoRA target modules", targets))
     return [(name, getattr(value, "value", value)) for name, value in rows]

@@ -135,10 +135,12 @@ def format_of_prompts(dataset: Dataset) -> PromptFormat | None:
 
     Plain text does not show in which template a question stands, and of several messages the last is not all.
     """
-    if isinstance(dataset.features["prompt"], dict) or not isinstance(dataset[0]["prompt"], list):
+    if dataset.format["type"] == "custom":  # a transform of the user's
         return None
     systems = set()
-    for prompt in filter(None, dataset["prompt"]):
+    for prompt in filter(None, dataset.with_format(None)["prompt"]):
+        if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
+            return None
         messages = [(message.get("role"), message.get("content")) for message in prompt]
         roles = [role for role, _ in messages]
         if roles not in (["user"], ["system", "user"]) or not all(isinstance(text, str) for _, text in messages):

@@ -139,14 +139,17 @@ def choose_beta(dataset: Dataset | IterableDataset) -> float | None:
         `float` in nats, or `None` for all kept steps: because none reaches 0.8 nats, or the divergences are not known
         before the rows are read.
     """
-    if not isinstance(dataset, Dataset) or "kl_divergence" not in dataset.column_names:
+    names = ["completion_ids", "kl_divergence", "step_positions", "label_ids"]
+    if not isinstance(dataset, Dataset) or not set(names) <= set(dataset.column_names):
         return None
     steps: list[tuple[float | None, bool]] = []  # divergence, whether another token is preferred
-    names = ("completion_ids", "kl_divergence", "step_positions", "label_ids")
-    for row in dataset.with_format(None).select_columns(list(names)):
-        preferred = [ids[0] for ids in row["label_ids"]]
-        others = [row["completion_ids"][t] != token for t, token in zip(row["step_positions"], preferred, strict=True)]
-        steps += zip(divergences_of(row), others, strict=True)
+    for row in dataset.with_format(None).select_columns(names):
+        try:
+            labels = zip(row["step_positions"], row["label_ids"], strict=True)
+            others = [row["completion_ids"][t] != label_ids[0] for t, label_ids in labels]
+            steps += zip(divergences_of(row), others, strict=True)
+        except (TypeError, IndexError, ValueError):  # a row that does not add up, which `prepare_rows` names
+            return None
     if any(divergence is None for divergence, _ in steps):
         return None
     others = [other for divergence, other in steps if divergence >= _HIGH_BETA]  # type: ignore[operator]  # numbers
@@ -222,17 +225,16 @@ def prepare_rows(
     if isinstance(dataset, IterableDataset):
         return dataset.map(prepare, with_indices=True, batched=True)
     prepared = dataset.map(prepare, with_indices=True, batched=True, desc=f"Checking the {name} dataset")
-    num_steps, num_left = count_steps(dataset), count_steps(prepared)
-    if num_left == 0:
-        reason = "no row has one; sample with a lower `beta` or a weaker amateur"
-        if beta is not None and num_steps:
-            reason = (
-                f"none of its {num_steps:,} steps reaches beta={beta} within max_length={max_length}; lower `beta`"
-            )
-        elif num_steps:
+    num_steps, num_too_long = count_steps(dataset), _count_too_long(dataset, max_length)
+    if count_steps(prepared) == 0:
+        if num_steps == 0:
+            reason = "no row has one; sample with a lower `beta` or a weaker amateur"
+        elif num_too_long == num_steps:
             reason = f"all {num_steps:,} of its steps lie beyond max_length={max_length}; raise it"
+        else:
+            reason = f"none of its {num_steps:,} steps reaches beta={beta}; lower it"
         raise ValueError(f"The {name} dataset has no step to train on: {reason}.")
-    if num_too_long := _count_too_long(dataset, max_length):
+    if num_too_long:
         logger.warning(
             f"Dropped {num_too_long:,} of {num_steps:,} steps of the {name} dataset, which lie beyond "
             f"max_length={max_length}."

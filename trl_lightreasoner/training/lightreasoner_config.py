@@ -67,7 +67,7 @@ class LightReasonerConfig(TrainingArguments):
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
-    > - `learning_rate`: Defaults to `1e-4` instead of `5e-5`.
+    > - `learning_rate`: Defaults to `0.0001` instead of `5e-05`.
     > - `num_train_epochs`: Defaults to `None` instead of `3.0`. If neither it nor `max_steps` is set, training takes
     >   125 updates, however many rows there are.
     > - `bf16`: Defaults to `None` instead of `False`: `True` on an accelerator that has it, unless `fp16` is set.
