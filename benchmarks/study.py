@@ -41,6 +41,7 @@ import transformers
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, DynamicCache, PrinterCallback
+from trl import get_peft_config
 
 from trl_lightreasoner import (
     ContrastiveSamplingConfig,
@@ -51,6 +52,7 @@ from trl_lightreasoner import (
     kl_quantiles,
     raise_beta,
 )
+from trl_lightreasoner.commands.train import LightReasonerModelConfig
 from trl_lightreasoner.contrast import contrastive_label, plausibility_mask, step_divergence
 from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR, as_prompt
 from trl_lightreasoner.demo.task import careful_solution, expert_solution, extract_answer, make_problems
@@ -277,6 +279,7 @@ class Lab:
                 str(Path(self.folder.name) / "run"),
                 max_steps=updates,
                 learning_rate=learning_rate,
+                beta=0,  # the dataset's own
                 per_device_train_batch_size=ROWS,
                 gradient_accumulation_steps=1,
                 one_step_per_row=one_step_per_row,
@@ -301,6 +304,31 @@ class Lab:
         outcome = self.grade(trainer.model.eval())
         outcome.steps, outcome.labels, outcome.seconds = count_steps(dataset), labels, seconds
         outcome.tuned_tokens = int(next(log for log in trainer.state.log_history if "loss" in log)["num_kept_steps"])
+        return outcome
+
+    def train_by_default(self) -> Outcome:
+        """Train an adapter as `lightreasoner train` does with nothing but names, and grade it."""
+        start = self.clock()
+        args = LightReasonerConfig(
+            str(Path(self.folder.name) / "run"),
+            logging_steps=25,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=self.seed,
+            use_cpu=self.device == "cpu",
+        )
+        lora = get_peft_config(LightReasonerModelConfig(lora_task_type="CAUSAL_LM"))
+        steps = self.steps()
+        trainer = LightReasonerTrainer(
+            self.load("expert"), args, train_dataset=steps, processing_class=self.tokenizer, peft_config=lora
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        seconds = self.clock() - start
+        outcome = self.grade(trainer.model.eval())
+        outcome.steps, outcome.seconds = count_steps(trainer.train_dataset), seconds
+        outcome.tuned_tokens = int([log for log in trainer.state.log_history if "loss" in log][-1]["num_kept_steps"])
         return outcome
 
     def grade(self, model: torch.nn.Module) -> Outcome:
@@ -445,6 +473,7 @@ def ablations() -> list[Condition]:
     return [
         add(BASE, lambda lab: lab.grade(lab.expert), "42.4 (average of 7 benchmarks, Qwen2.5-Math-1.5B)"),
         add(METHOD, lambda lab: with_amateur(lab, lab.train(lab.steps), "own"), "54.2"),
+        add("the defaults of `lightreasoner train`", lambda lab: lab.train_by_default()),
         add("same, rows are whole trajectories", lambda lab: lab.train(lab.steps, one_step_per_row=False)),
         add(
             "no contrast (fit pi_E itself)",

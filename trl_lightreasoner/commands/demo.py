@@ -12,7 +12,7 @@ from .arguments import ArgumentParser, printable
 
 NUM_UNLABELLED = 200
 NUM_TEST = 300
-# Rows are whole trajectories. A pair a thousand times smaller than the paper's models learns at a larger rate.
+# A pair this small can be trained in fewer updates than the default, at a larger rate, on all kept steps: in seconds.
 NUM_UPDATES = 50
 LEARNING_RATE = 5e-4
 
@@ -89,6 +89,7 @@ def main(args: DemoArguments) -> dict[str, float]:
             str(folder / "adapter"),
             max_steps=NUM_UPDATES,
             learning_rate=LEARNING_RATE,
+            beta=0,
             gradient_accumulation_steps=1,
             per_device_train_batch_size=16,
             save_strategy="no",

@@ -98,7 +98,7 @@ class LightReasonerTrainer(_BaseTrainer):
     ...     model="Qwen/Qwen2.5-Math-1.5B",
     ...     args=LightReasonerConfig(output_dir="adapter"),
     ...     train_dataset=load_dataset("steps", split="train"),
-    ...     peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    ...     peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     ... )
     >>> trainer.train()
     >>> trainer.save_model()
