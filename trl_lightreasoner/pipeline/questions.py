@@ -49,9 +49,9 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Qu
     has_answers = answer_column in dataset.column_names
     num_held_out = min(args.num_held_out, len(dataset) // 2) if has_answers else 0
     first = len(dataset) - num_held_out
-    held_out = dataset.select(range(first, len(dataset)))
-    kept_back = {_as_text(prompt) for prompt in held_out["prompt"]}
-    rows = [row for row, prompt in enumerate(dataset["prompt"][:first]) if _as_text(prompt) not in kept_back]
+    texts = [json.dumps(prompt, sort_keys=True) for prompt in dataset["prompt"]]
+    held_back = set(texts[first:])
+    rows = [row for row in range(first) if texts[row] not in held_back]
     if not rows:
         raise ValueError("The dataset has no question that could be sampled beside those that are held back.")
     prompts = dataset.select(rows[: args.num_prompts])
@@ -61,6 +61,7 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Qu
         prompt_format = format_of_prompts(prompts) or prompt_format
     problems = {}
     if num_held_out:
+        held_out = dataset.select(range(first, len(dataset)))
         problems[HELD_OUT] = read_problems(held_out, "prompt", answer_column, first)
     problems |= {name: load_benchmark(name, args.data_dir) for name in args.benchmarks or []}
     return Questions(prompts, problems, prompt_format)
@@ -80,7 +81,3 @@ def choose_format(args: RunConfig, tokenizer: PreTrainedTokenizerBase, is_text: 
         )
     system = SYSTEM_PROMPT if args.system_prompt is None and style == "chat" else args.system_prompt or ""
     return PromptFormat(style, args.prompt_template, system)
-
-
-def _as_text(prompt: str | list | None) -> str:
-    return json.dumps(prompt, sort_keys=True)
