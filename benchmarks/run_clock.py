@@ -26,7 +26,7 @@ NUM_PROMPTS, NUM_HELD_OUT = 200, 300
 
 def bundled(folder: Path) -> list[str]:
     """The flags of the bundled pair, and its questions in a file."""
-    problems = make_problems(NUM_PROMPTS + NUM_HELD_OUT, seed=0, kind_shares=KIND_SHARES)
+    problems = make_problems(2 * NUM_HELD_OUT, seed=0, kind_shares=KIND_SHARES)  # at most half are held out
     rows = [{"question": problem["question"], "answer": problem["answer"]} for problem in problems]
     (folder / "questions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     settings = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -57,7 +58,8 @@ def finished(tmp_path_factory, settings) -> tuple[Path, str, str]:
     """The folder of a run by the command as users start it, and what it printed."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     command = [sys.executable, "-m", "trl_lightreasoner", "run", *flags(settings), "--output_dir", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process, so that the numbers are the same
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder, result.stdout, result.stderr
 
