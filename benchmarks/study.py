@@ -249,7 +249,9 @@ class Lab:
             sampler = ContrastiveStepSampler(
                 self.expert,
                 self.amateur(amateur),
-                ContrastiveSamplingConfig(str(folder), alpha=alpha, beta=0.0, max_new_tokens=MAX_NEW_TOKENS),
+                ContrastiveSamplingConfig(
+                    str(folder), alpha=alpha, beta=0.0, max_new_tokens=MAX_NEW_TOKENS, include_first_step=True
+                ),
                 processing_class=self.tokenizer,
                 amateur_processing_class=self.tokenizer,
             )
@@ -319,7 +321,8 @@ class Lab:
             use_cpu=self.device == "cpu",
         )
         lora = get_peft_config(LightReasonerModelConfig(lora_task_type="CAUSAL_LM"))
-        steps = self.steps()
+        # Without the first step
+        steps = replace_steps(self.steps(), lambda row, _: [step for step in steps_of(row) if step[0] > 0])
         trainer = LightReasonerTrainer(
             self.load("expert"), args, train_dataset=steps, processing_class=self.tokenizer, peft_config=lora
         )

@@ -54,9 +54,11 @@ SUBSTITUTIONS = {
     "$seed": "1",
     "$rate": "5e-4",
     "CONDITION": "base",
+    'output_dir="run-python",': 'output_dir="run-python", max_steps=2, eval_max_new_tokens=4, system_prompt="",',
     'output_dir="evaluation"': 'output_dir="evaluation", data_dir="benchmark_files", max_new_tokens=4, num_workers=1',
 }
 LIMITS = {
+    "run": ["--max_steps", "2", "--eval_max_new_tokens", "4", "--system_prompt", ""],
     "train": ["--max_steps", "2", "--logging_steps", "1", "--use_cpu"],
     "eval": ["--max_samples", "1", "--max_new_tokens", "4", "--data_dir", "benchmark_files", "--num_workers", "1"],
 }

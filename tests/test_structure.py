@@ -23,6 +23,7 @@ WINGS = [
     "hub",
     "training",
     "report",
+    "pipeline",
     "demo",
     "commands",
     "__main__",

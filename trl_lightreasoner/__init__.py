@@ -16,6 +16,8 @@ _MODULES = {
     "LightReasonerConfig": "training.lightreasoner_config",
     "LightReasonerTrainer": "training.lightreasoner_trainer",
     "PairCheck": "sampling.pair_check",
+    "RunConfig": "pipeline.run_config",
+    "RunResult": "pipeline.run",
     "check_steps": "sampling.pair_check",
     "count_steps": "steps.dataset",
     "evaluate": "evaluation.evaluation",
@@ -26,6 +28,7 @@ _MODULES = {
     "push_dataset_to_hub": "hub.sharing",
     "push_evaluation_to_hub": "hub.sharing",
     "raise_beta": "steps.dataset",
+    "run_pipeline": "pipeline.run",
     "sampling_metadata": "steps.dataset",
     "write_report": "report.write_report",
 }
@@ -38,6 +41,8 @@ __all__ = [
     "LightReasonerConfig",
     "LightReasonerTrainer",
     "PairCheck",
+    "RunConfig",
+    "RunResult",
     "check_steps",
     "count_steps",
     "evaluate",
@@ -48,6 +53,7 @@ __all__ = [
     "push_dataset_to_hub",
     "push_evaluation_to_hub",
     "raise_beta",
+    "run_pipeline",
     "sampling_metadata",
     "write_report",
 ]
@@ -57,6 +63,8 @@ if TYPE_CHECKING:
     from .evaluation.evaluation_config import EvaluationConfig
     from .grading.verdicts import grade, grade_all
     from .hub.sharing import push_dataset_to_hub, push_evaluation_to_hub
+    from .pipeline.run import RunResult, run_pipeline
+    from .pipeline.run_config import RunConfig
     from .report.write_report import write_report
     from .sampling.contrastive_sampling_config import ContrastiveSamplingConfig
     from .sampling.contrastive_step_sampler import ContrastiveStepSampler

@@ -22,6 +22,7 @@ from trl_lightreasoner import (
     ContrastiveSamplingConfig,
     EvaluationConfig,
     LightReasonerConfig,
+    RunConfig,
     __version__,
     sampling_metadata,
 )
@@ -141,6 +142,7 @@ def test_a_missing_command_is_refused(refused):
 @pytest.mark.parametrize(
     ("command", "configs"),
     [
+        ("run", [RunConfig]),
         ("check", [CheckArguments, CheckSamplingConfig]),
         ("sample", [SampleArguments, ContrastiveSamplingConfig]),
         ("train", [TrainArguments, LightReasonerConfig, LightReasonerModelConfig]),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from datasets import Dataset, Value
 
-from ..steps.prompt_format import PromptFormat, read_template
+from ..steps.prompt_format import PromptFormat, make_prompts, name_prompts, read_template
 from ..steps.splits import load_split
 from .arguments import quantization_of
 
@@ -165,17 +165,7 @@ def make_sampler(args: PairArguments, sampling_args: "ContrastiveSamplingConfig"
 
 def as_prompts(dataset: Dataset, args: PairArguments) -> tuple[Dataset, PromptFormat | None]:
     """The dataset with a `prompt` column, as `args` asks for it, and the form of its prompts, if they were text."""
-    if args.prompt_column not in dataset.column_names:
-        raise ValueError(
-            f"The dataset has no column {args.prompt_column!r}; it has {dataset.column_names}. Name the one that "
-            "holds the prompts with `--prompt_column`."
-        )
-    if args.prompt_column != "prompt":
-        if "prompt" in dataset.column_names:
-            raise ValueError(
-                f"The dataset has a column 'prompt' beside {args.prompt_column!r}. Rename or remove one of them."
-            )
-        dataset = dataset.rename_column(args.prompt_column, "prompt")
+    dataset = name_prompts(dataset, args.prompt_column)
     style, template = args.prompt_style, args.prompt_template
     if not isinstance(dataset.features["prompt"], Value):
         if style is None and template is None:
@@ -185,14 +175,4 @@ def as_prompts(dataset: Dataset, args: PairArguments) -> tuple[Dataset, PromptFo
         prompt_format = PromptFormat("raw", template or "{question}")
     else:
         prompt_format = PromptFormat(style, template, args.system_prompt or "")
-    if prompt_format == PromptFormat("raw", "{question}"):
-        return dataset, prompt_format
-
-    def put(row: dict, index: int) -> dict:
-        prompt = row["prompt"] or ""
-        if not isinstance(prompt, str):
-            raise ValueError(f"Row {index}: The content of `prompt` must be text, got {prompt!r}. Convert it.")
-        empty = [] if style == "chat" else ""
-        return {"prompt": prompt_format.make_prompt(prompt) if prompt else empty}
-
-    return dataset.map(put, with_indices=True, desc="Making prompts"), prompt_format
+    return make_prompts(dataset, prompt_format), prompt_format

@@ -40,7 +40,7 @@ from ..steps.writer import StepWriter, describe_rows, hash_ids
 from ..vocabulary import model_vocabulary
 from .answering import Answering, context_length, grade_answers, plan_answers
 from .evaluation_config import EvaluationConfig
-from .sets import BENCHMARKS, load_benchmark
+from .sets import BENCHMARKS, load_benchmark, title_of
 from .statistics import Z_95, compare, standard_error
 
 
@@ -101,6 +101,7 @@ class Evaluation:
                 metric_value=round(100 * scores["model"]["accuracy"], 2),
             )
             for name, scores in self.results["benchmarks"].items()
+            if name in BENCHMARKS
         ]
 
     def table(self) -> str:
@@ -111,7 +112,7 @@ class Evaluation:
         rows = [["benchmark", "problems", *roles, *(["difference (95 %)", "p"] if both else []), "tokens", "cut"]]
         for name, scores in benchmarks.items():
             count = scores["num_problems"]
-            row = [BENCHMARKS[name].title, f"{count:,}", *(_percent(scores[role]) for role in roles)]
+            row = [title_of(name), f"{count:,}", *(_percent(scores[role]) for role in roles)]
             if both:
                 row += [_interval(scores["difference"]), f"{scores['difference']['p_value']:.2g}"]
             row.append(" / ".join(f"{scores[role]['mean_tokens']:.0f}" for role in roles))
@@ -183,14 +184,14 @@ def evaluate(
     args = _in_the_form_of_training(args, model)
     processes = Processes()
     problems = {name: load_benchmark(name, args.data_dir, args.max_samples) for name in args.benchmarks or []}
-    candidates = [_Candidate("model", model, processing_class, quantization_config, args, problems, processes)]
+    candidates = [Candidate("model", model, processing_class, quantization_config, args, problems, processes)]
     if baseline is not None:
         candidates.append(
-            _Candidate("baseline", baseline, baseline_processing_class, quantization_config, args, problems, processes)
+            Candidate("baseline", baseline, baseline_processing_class, quantization_config, args, problems, processes)
         )
     for candidate in candidates:
         candidate.answer()
-    return Evaluation(processes.on_main(lambda: _grade(candidates, args)))
+    return Evaluation(processes.on_main(lambda: grade_candidates(candidates, args)))
 
 
 def _in_the_form_of_training(args: EvaluationConfig, model: str | PreTrainedModel | PeftModel) -> EvaluationConfig:
@@ -207,8 +208,19 @@ def _in_the_form_of_training(args: EvaluationConfig, model: str | PreTrainedMode
     return dataclasses.replace(args, **chosen.to_dict())
 
 
-class _Candidate:
-    """A model, its prompts and the files with its answers."""
+class Candidate:
+    """
+    A model, its prompts and the files with its answers. What can be refused is, before any weights are loaded.
+
+    Args:
+        role (`str`): `"model"` or `"baseline"`.
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer, if not the one beside it.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*): With which it is loaded.
+        args ([`EvaluationConfig`]): Settings, the form of the prompts filled in.
+        problems (`dict[str, Dataset]`): By name, rows of `ROW_FEATURES`, whose `question` can be messages as well.
+        processes ([`~trl_lightreasoner.processes.Processes`]): They share the problems.
+    """
 
     def __init__(
         self,
@@ -246,26 +258,28 @@ class _Candidate:
         self.plans: dict[str, list[tuple[int, int]]] = {}  # rows and the room for their answers
         self.writers: dict[str, StepWriter] = {}
         for name, dataset in problems.items():
-            rows = [{"prompt": args.prompt_format().make_prompt(question)} for question in dataset["question"]]
+            make_prompt = args.prompt_format().make_prompt
+            questions = dataset["question"]
+            rows = [{"prompt": each if isinstance(each, list) else make_prompt(each)} for each in questions]
             ids = self.prompt_ids[name] = encode_rows(rows, tokenizer, set(self.eos_ids))["prompt_ids"]
             plan = self.plans[name] = plan_answers(ids, args.max_new_tokens, context)
             if len(plan) < len(ids):
                 logger.warning(
-                    f"{len(ids) - len(plan):,} of {len(ids):,} prompts of {BENCHMARKS[name].title} leave no room in "
+                    f"{len(ids) - len(plan):,} of {len(ids):,} prompts of {title_of(name)} leave no room in "
                     f"the {role}'s context of {context} tokens. They count as wrong."
                 )
             folder = str(Path(args.output_dir, role, name))
             prompted = dataset.add_column("prompt", tokenizer.batch_decode(ids))
             self.writers[name] = StepWriter(folder, prompted, args.overwrite_output_dir, _ANSWER_FEATURES)
 
-    def answer(self) -> None:
-        """Write down the answers that are not there yet, and let the model go."""
+    def answer(self, loaded: PreTrainedModel | PeftModel | None = None) -> None:
+        """Write down the answers that are not there yet, by a model that may be `loaded` already, and let it go."""
         lengths = [len(self.prompt_ids[name][row]) + room for name, plan in self.plans.items() for row, room in plan]
         vllm = None
         if self.args.use_vllm and lengths:
             vllm = connect_vllm(self.args, self.model, max(lengths), self.role, **self.kwargs)
         try:
-            self.model = load_model(self.model, **self.kwargs)
+            self.model = load_model(self.model if loaded is None else loaded, **self.kwargs)
             self.description = describe_model(self.model, self.name)
             self.weights = weight_fingerprint(self.model)
             decode = GreedyDecoder(self.model, self.vocabulary, self.eos_ids, vllm)
@@ -313,7 +327,7 @@ class _Candidate:
             order = [item for item in plan if item[0] not in done]
             if len(order) < len(plan):
                 logger.warning(
-                    f"{len(plan) - len(order):,} of {len(plan):,} problems of {BENCHMARKS[name].title} are answered "
+                    f"{len(plan) - len(order):,} of {len(plan):,} problems of {title_of(name)} are answered "
                     f"already by the {self.role}."
                 )
             batch_size = self.processes.on_main(lambda: self._find_batch_size(name, order))
@@ -324,7 +338,7 @@ class _Candidate:
                 write,
                 lambda index: len(all_prompt_ids[index]),
                 self.processes,
-                desc=f"{BENCHMARKS[name].title}, {self.role}, {self.answering.decode.way}",
+                desc=f"{title_of(name)}, {self.role}, {self.answering.decode.way}",
             )
             self.processes.on_main(lambda: writer.finish(set(range(len(all_prompt_ids)))))
         finally:
@@ -349,10 +363,10 @@ class _Candidate:
         }
 
 
-def _grade(candidates: list[_Candidate], args: EvaluationConfig) -> dict[str, Any]:
+def grade_candidates(candidates: list[Candidate], args: EvaluationConfig) -> dict[str, Any]:
     """Grade what was answered, and write results.json."""
     benchmarks: dict[str, dict[str, Any]] = {}
-    for name in args.benchmarks or []:
+    for name in candidates[0].writers:
         scores = benchmarks[name] = {}
         verdicts = []
         for candidate in candidates:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, List, Value
 
-from ..grading.answers import last_boxed, read_reference
+from ..grading.answers import last_boxed, read_reference, read_references
 from ..steps.splits import load_split
 
 
@@ -33,6 +33,9 @@ ROW_FEATURES = Features(
         "unit": Value("string"),
     }
 )
+HELD_OUT = "held_out"
+# Longer ones, and those of several lines, are whole solutions, in which an answer has to be marked
+_MAX_UNMARKED = 200
 # Where the file of a benchmark may lie under `data_dir`, and its kind
 _PLACES = ("{}", "benchmarks/{}", "{}/test")
 _ENDINGS = (".jsonl", ".json", ".parquet")
@@ -144,6 +147,46 @@ BENCHMARKS = {
         "MMLU-STEM", ("TIGER-Lab/MMLU-STEM", None, "test"), ("question", "choices", "answer"), _read_mmlu
     ),
 }
+
+
+def title_of(name: str) -> str:
+    """What a set of problems is called where people read it."""
+    return BENCHMARKS[name].title if name in BENCHMARKS else name.replace("_", " ").capitalize()
+
+
+def read_problems(dataset: Dataset, question_column: str, answer_column: str, first_row: int = 0) -> Dataset:
+    r"""
+    Problems from rows with a question and its answer.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): The rows.
+        question_column (`str`): Text or messages.
+        answer_column (`str`): Text, a number, or a list of them, all of which must be given. Of GSM8K's solutions what
+            follows `####` counts, of others the last `\boxed{}`.
+        first_row (`int`, *optional*, defaults to `0`): Number of the first row, for error messages.
+
+    Returns:
+        [`~datasets.Dataset`] with the columns of `ROW_FEATURES`, where `question` is as it was.
+
+    Raises:
+        `ValueError`: If a row has no question, or no answer to grade by; names the row.
+    """
+    rows = []
+    pairs = zip(dataset[question_column], dataset[answer_column], strict=True)
+    for number, (question, answer) in enumerate(pairs, first_row):
+        references = read_references(answer)
+        unmarked = isinstance(answer, str) and references == [answer.strip()]
+        if references is None or unmarked and ("\n" in answer.strip() or len(answer) > _MAX_UNMARKED):
+            shown = repr(answer) if len(repr(answer)) <= _MAX_UNMARKED else f"{repr(answer)[:_MAX_UNMARKED]}..."
+            raise ValueError(
+                f"Row {number} of the dataset has no answer to grade by in its column {answer_column!r}: it must be "
+                f"the answer alone, or a solution with it behind '####' or in \\boxed{{}}, got {shown}."
+            )
+        if not question:
+            raise ValueError(f"Row {number} of the dataset is empty in its column {question_column!r}.")
+        rows.append({"question": question, "gold": references, "kind": "math", "tolerance": None, "unit": None})
+    features = Features({**ROW_FEATURES, "question": dataset.features[question_column]})
+    return Dataset.from_list(rows, features=features)
 
 
 def load_benchmark(name: str, data_dir: str | None = None, max_samples: int | None = None) -> Dataset:

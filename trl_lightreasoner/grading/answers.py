@@ -13,7 +13,7 @@ Standard library only; every search is linear in the text.
 """
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Answer(NamedTuple):
@@ -128,6 +128,26 @@ def read_reference(text: str) -> str:
     boxes, _ = _find_boxes(text)
     found = [(box.end, box.content) for box in boxes[-1:]] + _after_hashes(text)[-1:]
     return (max(found)[1] if found else text).strip()
+
+
+def read_references(answer: Any) -> list[str] | None:
+    """The answers in a column of references, of which all must be given: text, a number, or a list of them. `None` if
+    there is nothing to grade by.
+
+    Example:
+
+    ```python
+    >>> read_references("9 * 2 = 18\\n#### 18"), read_references([1, "2"]), read_references(" ")
+    (['18'], ['1', '2'], None)
+
+    ```
+    """
+    texts = answer if isinstance(answer, list) else [answer]
+    texts = [str(text) if isinstance(text, int | float) else text for text in texts]
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        return None
+    references = [read_reference(text) for text in texts]
+    return references if all(references) else None
 
 
 def last_sentence(text: str) -> str:

@@ -5,13 +5,14 @@ models are at hand. What they say is shown only if it gives v_C again.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at
 from ..models.loading import load_config, load_model, load_tokenizer
@@ -21,6 +22,9 @@ from ..sampling.pair_check import PairCheck
 from ..vocabulary import Vocabulary, shared_vocabulary
 from .statistics import StepStatistics
 
+
+# As users name a model: id, path, or the model
+NamedModel: TypeAlias = str | PreTrainedModel | PeftModel
 
 MAX_TOKENS = 512  # of a completion that are shown
 # Mean over the steps of the total variation between v_C as it was stored and as the models give it now. Rounding in
@@ -137,7 +141,7 @@ def load_trajectories(dataset: Dataset, rows: list[int]) -> list[ShownTrajectory
     return shown
 
 
-def find_tokenizer(metadata: dict[str, Any], expert: str | None) -> PreTrainedTokenizerBase | str:
+def find_tokenizer(metadata: dict[str, Any], expert: NamedModel | None) -> PreTrainedTokenizerBase | str:
     """
     The tokenizer of the expert, or why there is none.
 
@@ -156,7 +160,10 @@ def find_tokenizer(metadata: dict[str, Any], expert: str | None) -> PreTrainedTo
 
 
 def add_probabilities(
-    trajectories: list[ShownTrajectory], metadata: dict[str, Any], expert: str | None, amateur: str | None
+    trajectories: list[ShownTrajectory],
+    metadata: dict[str, Any],
+    expert: NamedModel | None,
+    amateur: NamedModel | None,
 ) -> str | None:
     """
     Let expert and amateur read the trajectories, for their probabilities at the kept steps.
@@ -164,8 +171,8 @@ def add_probabilities(
     Args:
         trajectories (`list[ShownTrajectory]`): Whose steps are replaced.
         metadata (`dict`): What [`made_with`] says.
-        expert, amateur (`str`, *optional*): Ids or paths. By default they are those that `metadata` names, if they are
-            on this machine.
+        expert, amateur (`str` or model, *optional*): Ids or paths, or the models. By default they are those that
+            `metadata` names, if they are on this machine.
 
     Returns:
         `str`: Why nothing was added, or `None`.
@@ -213,8 +220,8 @@ def add_probabilities(
     return None
 
 
-def _source(metadata: dict[str, Any], role: str, name: str | None) -> tuple[str | None, dict[str, Any]]:
-    """Id or path of a model, and the arguments with which it is loaded as it was sampled."""
+def _source(metadata: dict[str, Any], role: str, name: NamedModel | None) -> tuple[NamedModel | None, dict[str, Any]]:
+    """Id or path of a model, or the model, and the arguments with which it is loaded as it was sampled."""
     made = metadata.get(role) or {}
     kwargs = {"dtype": made.get("dtype") or "auto"}
     if name is not None:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import logging
+from peft import PeftModel
+from transformers import PreTrainedModel, logging
 
 from ..models.token_text import TokenTexts, spell_out
 from ..sampling.pair_check import check_steps
@@ -24,8 +25,8 @@ def write_report(
     dataset: Dataset | dict[str, Dataset],
     output_dir: str,
     training_dir: str | None = None,
-    expert: str | None = None,
-    amateur: str | None = None,
+    expert: str | PreTrainedModel | PeftModel | None = None,
+    amateur: str | PreTrainedModel | PeftModel | None = None,
     load_models: bool = True,
     num_trajectories: int = 24,
     seed: int = 0,
@@ -41,8 +42,8 @@ def write_report(
             such Datasets by name, side by side.
         output_dir (`str`): Folder for the files; made if it is missing.
         training_dir (`str`, *optional*): `output_dir` of a training, whose curves are shown.
-        expert, amateur (`str`, *optional*): Ids or paths of the models. By default they are those that each Dataset
-            names, if they are on this machine.
+        expert, amateur (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*): Ids or paths of
+            the models, or the models. By default they are those that each Dataset names, if they are on this machine.
         load_models (`bool`, *optional*, defaults to `True`): Whether to load expert and amateur.
         num_trajectories (`int`, *optional*, defaults to `24`): How many trajectories of each Dataset are shown.
         seed (`int`, *optional*, defaults to `0`): Of the draw of those trajectories.

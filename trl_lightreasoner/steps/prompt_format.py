@@ -129,6 +129,45 @@ def load_prompt_format(model: str, **kwargs: Any) -> PromptFormat | None:
         raise ValueError(f"The {FILE_NAME} of {model!r} cannot be read: {error}. Mend it or remove it.") from error
 
 
+def name_prompts(dataset: Dataset, column: str) -> Dataset:
+    """
+    The dataset with its column of prompts under the name `prompt`.
+
+    Raises:
+        `ValueError`: If there is no such column, or another one has that name.
+    """
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"The dataset has no column {column!r}; it has {dataset.column_names}. Name the one that holds the "
+            "prompts with `--prompt_column`."
+        )
+    if column == "prompt":
+        return dataset
+    if "prompt" in dataset.column_names:
+        raise ValueError(f"The dataset has a column 'prompt' beside {column!r}. Rename or remove one of them.")
+    return dataset.rename_column(column, "prompt")
+
+
+def make_prompts(dataset: Dataset, prompt_format: PromptFormat) -> Dataset:
+    """
+    The dataset with its `prompt`, text so far, in that form. A row without text gets an empty prompt.
+
+    Raises:
+        `ValueError`: If a prompt is something else; names the row.
+    """
+    if prompt_format == PromptFormat("raw", "{question}"):
+        return dataset
+    empty: list | str = [] if prompt_format.prompt_style == "chat" else ""
+
+    def put(row: dict, index: int) -> dict:
+        prompt = row["prompt"] or ""
+        if not isinstance(prompt, str):
+            raise ValueError(f"Row {index}: The content of `prompt` must be text, got {prompt!r}. Convert it.")
+        return {"prompt": prompt_format.make_prompt(prompt) if prompt else empty}
+
+    return dataset.map(put, with_indices=True, desc="Making prompts")
+
+
 def format_of_prompts(dataset: Dataset) -> PromptFormat | None:
     """
     The format that the prompts of a dataset show: messages, each a question behind the same system message or none.

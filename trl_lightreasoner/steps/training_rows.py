@@ -158,6 +158,14 @@ def choose_beta(dataset: Dataset | IterableDataset) -> float | None:
     return _BETA if any(divergence >= _BETA for divergence, _ in steps) else None  # type: ignore[operator]
 
 
+def reaches(dataset: Dataset | IterableDataset, beta: float | None) -> bool:
+    """Whether a kept step of a Dataset diverges by `beta` or more, as far as that is known before it is read."""
+    if not beta or not isinstance(dataset, Dataset) or "kl_divergence" not in dataset.column_names:
+        return False
+    rows = dataset.with_format(None).select_columns(["kl_divergence", "step_positions"])
+    return any((divergence or 0) >= beta for row in rows for divergence in divergences_of(row))
+
+
 def prepare_rows(
     dataset: Dataset | IterableDataset,
     name: str,

@@ -18,7 +18,7 @@ from ..evaluation.answering import Answering, context_length, grade_answers, pla
 from ..evaluation.statistics import standard_error
 from ..generation.completions import GreedyDecoder, batches_that_fit, evaluating
 from ..generation.greedy import find_eos_ids
-from ..grading.answers import read_reference
+from ..grading.answers import read_references
 from ..steps.prompts import encode_rows
 from ..vocabulary import Vocabulary
 
@@ -158,11 +158,9 @@ class EvalQuestions:
 
 def _read_answer(row: int, answer: Any) -> list[str]:
     """The reference answers of a question, of which all must be given."""
-    texts = answer if isinstance(answer, list) else [answer]
-    texts = [str(text) if isinstance(text, int | float) else text for text in texts]
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+    if (references := read_references(answer)) is None:
         raise ValueError(
             f"Row {row} of `eval_questions` has no answer to grade by: `answer` must be text, or a list of texts, got "
             f"{answer!r}."
         )
-    return [read_reference(text) for text in texts]
+    return references

@@ -48,7 +48,7 @@ class LightReasonerConfig(TrainingArguments):
         beta (`float`, *optional*):
             Threshold in nats: steps of the dataset whose divergence is below it are left out; `0` leaves out none. If
             `None`, it is 1.6 where v_C prefers another token than the expert's at a tenth of those steps or more, and
-            otherwise 0.8.
+            otherwise 0.8; held-out rows of which no step reaches it are evaluated as they are.
         one_step_per_row (`bool`, *optional*, defaults to `False`):
             Whether to train on rows of one kept step each, as the paper does, instead of on whole trajectories, whose
             steps share one forward pass.
@@ -144,7 +144,7 @@ class LightReasonerConfig(TrainingArguments):
         metadata={
             "help": "Threshold in nats: steps of the dataset whose divergence is below it are left out; `0` leaves "
             "out none. If `None`, it is 1.6 where v_C prefers another token than the expert's at a tenth of those "
-            "steps or more, and otherwise 0.8."
+            "steps or more, and otherwise 0.8; held-out rows of which no step reaches it are evaluated as they are."
         },
     )
     one_step_per_row: bool = field(

@@ -29,7 +29,7 @@ from ..models.provenance import warn_of_another_expert
 from ..models.weights import get_base_model, settle_4bit_layers
 from ..steps.dataset import STEP_COLUMNS
 from ..steps.prompt_format import format_of_steps
-from ..steps.training_rows import choose_beta, prepare_rows
+from ..steps.training_rows import choose_beta, prepare_rows, reaches
 from ..vocabulary import model_vocabulary
 from .accuracy import EvalQuestions
 from .adapters import is_plain_lora, is_quantized, prepare_adapter
@@ -188,7 +188,7 @@ class LightReasonerTrainer(_BaseTrainer):
                 config.vocab_size,
                 args.max_length,
                 args.one_step_per_row,
-                self.beta,
+                self.beta if args.beta is not None or reaches(dataset, self.beta) else None,
             )
             if args.train_sampling_strategy in _BY_LENGTH and isinstance(rows, Dataset):
                 rows = rows.map(_add_length, fn_kwargs={"column": args.length_column_name})

@@ -1,0 +1,17 @@
+"""`lightreasoner run`: a pair and a dataset to an adapter, and whether to keep it. All stages, in one process."""
+
+from ..pipeline.run_config import RunConfig
+from .arguments import ArgumentParser
+
+
+def make_parser(prog: str | None = None) -> ArgumentParser:
+    return ArgumentParser([RunConfig], prog=prog, description=__doc__)
+
+
+def main(args: RunConfig) -> None:
+    import datasets
+
+    from ..pipeline.run import run_pipeline
+
+    datasets.disable_progress_bars()  # of every file; those of the stages stay
+    print(f"\n{run_pipeline(args).summary()}")

@@ -1,0 +1,83 @@
+"""From the rows of a dataset to prompts that are sampled and problems that are held back."""
+
+import json
+from typing import NamedTuple
+
+from datasets import Dataset, Value
+from transformers import PreTrainedTokenizerBase
+
+from ..evaluation.sets import HELD_OUT, load_benchmark, read_problems
+from ..steps.prompt_format import SYSTEM_PROMPT, PromptFormat, format_of_prompts, make_prompts, name_prompts
+from ..steps.splits import load_split
+from .run_config import RunConfig
+
+
+class Questions(NamedTuple):
+    """
+    What is asked.
+
+    Attributes:
+        prompts ([`~datasets.Dataset`]): The rows to be sampled, with a column `prompt`.
+        problems (`dict[str, Dataset]`): By name, what is answered before and after training: rows of `ROW_FEATURES`.
+        prompt_format ([`PromptFormat`]): The form of the prompts; of messages, that in which benchmarks are asked.
+    """
+
+    prompts: Dataset
+    problems: dict[str, Dataset]
+    prompt_format: PromptFormat
+
+
+def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Questions:
+    """
+    Load what is asked. A question that is held back is not sampled, even if another row holds it as well.
+
+    Args:
+        args ([`RunConfig`]): Settings.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's.
+
+    Raises:
+        `ValueError`: If a column is missing, the form does not fit, or an answer cannot be read.
+    """
+    dataset = load_split(args.dataset_name, args.dataset_config, args.dataset_split)
+    column = args.prompt_column or ("prompt" if "prompt" in dataset.column_names else "question")
+    dataset = name_prompts(dataset, column)
+    is_text = isinstance(dataset.features["prompt"], Value)
+    prompt_format = choose_format(args, tokenizer, is_text)
+    if args.answer_column is not None and args.answer_column not in dataset.column_names:
+        raise ValueError(f"The dataset has no column {args.answer_column!r}; it has {dataset.column_names}.")
+    answer_column = args.answer_column or "answer"
+    has_answers = answer_column in dataset.column_names
+    num_held_out = min(args.num_held_out, len(dataset) // 2) if has_answers else 0
+    first = len(dataset) - num_held_out
+    texts = [json.dumps(prompt, sort_keys=True) for prompt in dataset["prompt"]]
+    held_back = set(texts[first:])
+    rows = [row for row in range(first) if texts[row] not in held_back]
+    if not rows:
+        raise ValueError("The dataset has no question that could be sampled beside those that are held back.")
+    prompts = dataset.select(rows[: args.num_prompts])
+    if is_text:
+        prompts = make_prompts(prompts, prompt_format)
+    else:
+        prompt_format = format_of_prompts(prompts) or prompt_format
+    problems = {}
+    if num_held_out:
+        held_out = dataset.select(range(first, len(dataset)))
+        problems[HELD_OUT] = read_problems(held_out, "prompt", answer_column, first)
+    problems |= {name: load_benchmark(name, args.data_dir) for name in args.benchmarks or []}
+    return Questions(prompts, problems, prompt_format)
+
+
+def choose_format(args: RunConfig, tokenizer: PreTrainedTokenizerBase, is_text: bool) -> PromptFormat:
+    """The form that the settings ask for, or the one that fits the expert."""
+    asked_for = (args.prompt_style, args.system_prompt, args.prompt_template)
+    if not is_text and any(each is not None for each in asked_for):
+        raise ValueError("The questions are messages already: put the system prompt into them, or give them as text.")
+    has_template = tokenizer.chat_template is not None
+    style = args.prompt_style or ("chat" if has_template or args.system_prompt or not is_text else "raw")
+    if style == "chat" and not has_template:
+        raise ValueError(
+            "The tokenizer of the expert has no chat template. Set `prompt_style='raw'`, as for a base model, without "
+            "`system_prompt`, and give the questions as text."
+        )
+    system = SYSTEM_PROMPT if args.system_prompt is None and style == "chat" else args.system_prompt or ""
+    return PromptFormat(style, args.prompt_template, system)

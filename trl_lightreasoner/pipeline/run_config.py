@@ -1,0 +1,277 @@
+"""Settings of `run_pipeline`: what a user would set; everything else is set by the single commands."""
+
+from dataclasses import dataclass, field
+
+from ..config_checks import check_choices, check_flags, check_numbers, check_output_dir, check_whole_numbers
+from ..evaluation.sets import BENCHMARKS
+from ..steps.prompt_format import STYLES, read_template
+
+
+@dataclass
+class RunConfig:
+    r"""
+    Configuration class for [`run_pipeline`] and `lightreasoner run`. Defaults are those of the single commands.
+
+    Parameters:
+        > Parameters that control the output
+
+        output_dir (`str`):
+            Folder for everything: steps, adapter, evaluation, report and verdict.json. A run that was broken off goes
+            on there.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether to delete what a run left in `output_dir`. Otherwise it is kept, and only a run with the same
+            settings may go on.
+
+        > Parameters that control the models
+
+        expert (`str`):
+            Id or path of the stronger model, which is fine-tuned.
+        amateur (`str`):
+            Id or path of the weaker model of the same vocabulary.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Data type of the models' weights: `"auto"` (the checkpoint's own), `"bfloat16"`, `"float16"` or
+            `"float32"`.
+
+        > Parameters that control the questions
+
+        dataset_name (`str`):
+            Questions: a dataset on the Hub, a folder, or a file (JSON lines, Parquet, CSV).
+        dataset_config (`str`, *optional*):
+            Configuration of the dataset.
+        dataset_split (`str`, *optional*, defaults to `"train"`):
+            Split to use.
+        prompt_column (`str`, *optional*):
+            Column that holds the questions, as text or as lists of messages. If `None`, it is `prompt`, or else
+            `question`.
+        answer_column (`str`, *optional*):
+            Column that holds the answers to questions that are held back: the answer alone, or a solution with it
+            behind #### or in \boxed{}. If `None`, it is `answer`, if there is one; without it nothing is held back.
+        num_prompts (`int`, *optional*, defaults to `1000`):
+            How many questions are sampled, from the first. Their answers are not looked at.
+        num_held_out (`int`, *optional*, defaults to `500`):
+            How many questions, from the last, are held back, never sampled, and answered before and after training; at
+            most half of the rows. `0` holds none back.
+        benchmarks (`list[str]`, *optional*):
+            Benchmarks that are answered as well, as of `lightreasoner eval`, with blanks or commas between: gsm8k,
+            math500, math, svamp, asdiv, minerva_math, olympiadbench, mmlu_stem.
+        data_dir (`str`, *optional*):
+            Folder with files of the benchmarks. If `None`, they come from the Hub.
+
+        > Parameters that control the prompts
+
+        prompt_style (`str`, *optional*):
+            What is made of questions that are text: `"chat"`: a user's message, through the expert's chat template.
+            `"raw"`: plain text, for base models. If `None`, `"chat"` if the expert has a chat template.
+        system_prompt (`str`, *optional*):
+            System message of the style `"chat"`, empty for none. If `None`, that of Qwen2.5-Math: Please reason step
+            by step, and put your final answer within \boxed{}.
+        prompt_template (`str`, *optional*):
+            Text with {question} in it, or a file with such text, in which the question is put. If `None`, the question
+            alone for `"chat"`, and for `"raw"` `"Question: {question}"` with a line `"Answer:"` below.
+
+        > Parameters that control the sampling
+
+        alpha (`float`, *optional*, defaults to `0.2`):
+            Plausibility threshold in (0, 1]: a token can be in a label if the expert holds it at least `alpha` times
+            as probable as its favourite.
+        max_new_tokens (`int`, *optional*, defaults to `128`):
+            Longest completion that is sampled.
+
+        > Parameters that control the training
+
+        beta (`float`, *optional*):
+            Threshold in nats: steps whose divergence is below it are not trained on; those of 0.4 nats or more are
+            stored. If `None`, it is 1.6 where v_C prefers another token than the expert's at a tenth of those steps or
+            more, and otherwise 0.
+        learning_rate (`float`, *optional*, defaults to `0.0001`):
+            The initial learning rate for AdamW.
+        max_steps (`int`, *optional*, defaults to `125`):
+            Number of updates, of 8 trajectories each.
+        lora_r (`int`, *optional*, defaults to `8`):
+            LoRA R value.
+        lora_alpha (`int`, *optional*, defaults to `16`):
+            LoRA alpha.
+        lora_target_modules (`list[str]`, *optional*, defaults to `["all-linear"]`):
+            LoRA target modules.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of the training.
+
+        > Parameters that control the answers
+
+        eval_max_new_tokens (`int`, *optional*, defaults to `512`):
+            Longest answer. One that does not end before is cut there, counted, and graded as it stands.
+    """
+
+    output_dir: str = field(
+        metadata={
+            "help": "Folder for everything: steps, adapter, evaluation, report and verdict.json. A run that was "
+            "broken off goes on there."
+        },
+    )
+    expert: str = field(
+        metadata={"help": "Id or path of the stronger model, which is fine-tuned."},
+    )
+    amateur: str = field(
+        metadata={"help": "Id or path of the weaker model of the same vocabulary."},
+    )
+    dataset_name: str = field(
+        metadata={"help": "Questions: a dataset on the Hub, a folder, or a file (JSON lines, Parquet, CSV)."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to delete what a run left in `output_dir`. Otherwise it is kept, and only a run with "
+            "the same settings may go on."
+        },
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Data type of the models' weights: 'auto' (the checkpoint's own), 'bfloat16', 'float16' or "
+            "'float32'.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    dataset_config: str | None = field(
+        default=None,
+        metadata={"help": "Configuration of the dataset."},
+    )
+    dataset_split: str = field(
+        default="train",
+        metadata={"help": "Split to use."},
+    )
+    prompt_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column that holds the questions, as text or as lists of messages. If `None`, it is `prompt`, "
+            "or else `question`."
+        },
+    )
+    answer_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column that holds the answers to questions that are held back: the answer alone, or a "
+            "solution with it behind #### or in \\boxed{}. If `None`, it is `answer`, if there is one; without it "
+            "nothing is held back."
+        },
+    )
+    num_prompts: int = field(
+        default=1000,
+        metadata={"help": "How many questions are sampled, from the first. Their answers are not looked at."},
+    )
+    num_held_out: int = field(
+        default=500,
+        metadata={
+            "help": "How many questions, from the last, are held back, never sampled, and answered before and "
+            "after training; at most half of the rows. `0` holds none back."
+        },
+    )
+    benchmarks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Benchmarks that are answered as well, as of `lightreasoner eval`, with blanks or commas "
+            "between: gsm8k, math500, math, svamp, asdiv, minerva_math, olympiadbench, mmlu_stem."
+        },
+    )
+    data_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder with files of the benchmarks. If `None`, they come from the Hub."},
+    )
+    prompt_style: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is made of questions that are text: 'chat': a user's message, through the expert's chat "
+            "template. 'raw': plain text, for base models. If `None`, 'chat' if the expert has a chat template.",
+            "choices": list(STYLES),
+        },
+    )
+    system_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "System message of the style 'chat', empty for none. If `None`, that of Qwen2.5-Math: Please "
+            "reason step by step, and put your final answer within \\boxed{}."
+        },
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text with {question} in it, or a file with such text, in which the question is put. If "
+            "`None`, the question alone for 'chat', and for 'raw' 'Question: {question}' with a line 'Answer:' "
+            "below."
+        },
+    )
+    alpha: float = field(
+        default=0.2,
+        metadata={
+            "help": "Plausibility threshold in (0, 1]: a token can be in a label if the expert holds it at least "
+            "`alpha` times as probable as its favourite."
+        },
+    )
+    max_new_tokens: int = field(
+        default=128,
+        metadata={"help": "Longest completion that is sampled."},
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "Threshold in nats: steps whose divergence is below it are not trained on; those of 0.4 nats "
+            "or more are stored. If `None`, it is 1.6 where v_C prefers another token than the expert's at a tenth "
+            "of those steps or more, and otherwise 0."
+        },
+    )
+    learning_rate: float = field(
+        default=0.0001,
+        metadata={"help": "The initial learning rate for AdamW."},
+    )
+    max_steps: int = field(
+        default=125,
+        metadata={"help": "Number of updates, of 8 trajectories each."},
+    )
+    lora_r: int = field(
+        default=8,
+        metadata={"help": "LoRA R value."},
+    )
+    lora_alpha: int = field(
+        default=16,
+        metadata={"help": "LoRA alpha."},
+    )
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "LoRA target modules."},
+    )
+    seed: int = field(
+        default=42,
+        metadata={"help": "Seed of the training."},
+    )
+    eval_max_new_tokens: int = field(
+        default=512,
+        metadata={
+            "help": "Longest answer. One that does not end before is cut there, counted, and graded as it stands."
+        },
+    )
+
+    def __post_init__(self):
+        check_output_dir(self)
+        check_choices(self, ("dtype",))
+        check_flags(self, ("overwrite_output_dir",))
+        counts = ("num_prompts", "max_new_tokens", "max_steps", "lora_r", "lora_alpha", "eval_max_new_tokens")
+        check_whole_numbers(self, counts)
+        for name in ("num_held_out", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"`{name}` must be a whole number, 0 or more, got {value!r}.")
+        if self.prompt_style is not None:
+            check_choices(self, ("prompt_style",))
+        if self.prompt_style == "raw" and self.system_prompt:
+            raise ValueError("`prompt_style='raw'` does not go with `system_prompt`: put its text into the template.")
+        if self.prompt_template is not None:
+            self.prompt_template = read_template(self.prompt_template)
+        # The other numbers are checked by the settings of the stages, which are made of them before anything is done
+        check_numbers(self, ("alpha", "learning_rate"))
+        if isinstance(self.benchmarks, str):
+            self.benchmarks = [self.benchmarks]
+        names = [part for name in self.benchmarks or [] for part in name.replace(",", " ").split()]
+        self.benchmarks = list(dict.fromkeys(names)) or None
+        for name in names:
+            if name not in BENCHMARKS:
+                raise ValueError(f"There is no benchmark {name!r}. There are {', '.join(BENCHMARKS)}.")
