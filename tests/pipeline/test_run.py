@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import load_dataset
 from filelock import FileLock
+from transformers import AutoModelForCausalLM
 
 from trl_lightreasoner import RunConfig, RunResult, evaluate, run_pipeline
 from trl_lightreasoner.commands.cli import main
@@ -292,6 +294,28 @@ def test_a_mistake_is_one_sentence_and_status_2(changed, message, settings, tmp_
 def test_an_adapter_is_no_expert(finished, args):
     with pytest.raises(ValueError, match="is an adapter. Make a plain model of it with `lightreasoner merge`"):
         run_pipeline(dataclasses.replace(args, expert=str(finished[0] / "adapter")))
+
+
+def test_several_processes_are_refused(args, monkeypatch):
+    monkeypatch.setattr(pipeline, "Processes", lambda: SimpleNamespace(count=2))
+    with pytest.raises(ValueError, match="`lightreasoner run` is one process"):
+        run_pipeline(args)
+
+
+def test_several_gpus_are_refused(args, monkeypatch):
+    monkeypatch.setattr(pipeline.LightReasonerConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match="takes one GPU, and several are visible.*`CUDA_VISIBLE_DEVICES=0`"):
+        run_pipeline(args)
+
+
+def test_each_model_is_loaded_once(args, monkeypatch):
+    loaded = []
+    original = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda name, **kwargs: loaded.append(name) or original(name, **kwargs)
+    )
+    run_pipeline(args)
+    assert sorted(loaded) == [str(PAIR / "amateur"), str(PAIR / "expert")]
 
 
 def test_help_imports_no_torch():

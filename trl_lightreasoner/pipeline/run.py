@@ -1,6 +1,5 @@
 """`run_pipeline`: check, sample, train, answer and report, each model loaded once, and a verdict at the end."""
 
-import gc
 import json
 import shlex
 import time
@@ -200,6 +199,8 @@ def run_pipeline(args: RunConfig) -> RunResult:
         if not num_kept:
             raise ValueError("No step is kept, so that there is nothing to train on: choose a weaker amateur.")
         expert, amateur = sampler.expert, sampler.amateur
+        del sampler  # and its graphs and caches: training needs the memory
+        clear_device_cache(garbage_collection=True)
         if baseline is not None:
             with stages("answer_before", f"The expert answers {asked}"):
                 baseline.answer(expert)
@@ -209,9 +210,8 @@ def run_pipeline(args: RunConfig) -> RunResult:
         with stages("report", "Writing the report"):
             if not (folder.report / "report.html").is_file():
                 name = f"{folder.path.name}/steps"
-                report = {"training_dir": str(folder.adapter), "expert": expert, "amateur": amateur}
-                write_report({name: steps}, str(folder.report), **report)
-        del sampler, amateur
+                write_report({name: steps}, str(folder.report), str(folder.adapter), expert, amateur)
+        del amateur
         results = None
         if baseline is not None:
             with stages("answer_after", f"The trained expert answers {asked}"):
@@ -292,6 +292,5 @@ def _train(
     trainer.save_model()
     trainer.save_state()  # last, with the log, which the report draws
     trainer.accelerator.unwrap_model(trainer.model).unload()
-    del trainer
-    gc.collect()  # it is a cycle that holds the optimizer
-    clear_device_cache()
+    del trainer  # a cycle that holds the optimizer
+    clear_device_cache(garbage_collection=True)
