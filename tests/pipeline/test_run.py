@@ -282,7 +282,7 @@ def test_a_pair_that_does_not_look_promising_is_a_warning(args, capsys):
         ({"prompt_column": "problem"}, "The dataset has no column 'problem'"),
         ({"alpha": 2.0}, "`alpha` must be in (0, 1]"),
         ({"beta": -1.0}, "`beta` must be a finite number of nats"),
-        ({"beta": 1e6}, "lower `beta`"),
+        ({"beta": 1e6}, "lower it"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(changed, message, settings, tmp_path, capsys):
