@@ -31,7 +31,7 @@ def bundled(folder: Path) -> list[str]:
     (folder / "questions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     settings = {
         **{"expert": PAIR / "expert", "amateur": PAIR / "amateur", "dataset_name": folder / "questions.jsonl"},
-        **{"num_prompts": NUM_PROMPTS, "num_held_out": NUM_HELD_OUT, "system_prompt": "", "dtype": "float32"},
+        **{"num_prompts": NUM_PROMPTS, "num_held_out": NUM_HELD_OUT, "system_prompt": ""},
     }
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 

@@ -46,7 +46,7 @@ def questions(tmp_path_factory) -> str:
 def settings(questions) -> dict:
     return {
         **{"expert": str(PAIR / "expert"), "amateur": str(PAIR / "amateur"), "dataset_name": questions},
-        **{"num_prompts": NUM_PROMPTS, "num_held_out": NUM_HELD_OUT, "system_prompt": "", "dtype": "float32"},
+        **{"num_prompts": NUM_PROMPTS, "num_held_out": NUM_HELD_OUT, "system_prompt": ""},
         **{"max_new_tokens": 64, "eval_max_new_tokens": 64, "max_steps": 12, "learning_rate": 5e-4},
     }
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
@@ -168,15 +169,16 @@ def run_pipeline(args: RunConfig) -> RunResult:
             "`lightreasoner run` takes one GPU, and several are visible. Make a single one visible with "
             "`CUDA_VISIBLE_DEVICES=0`, or use `sample`, `train` and `eval`, which several processes share."
         )
+    dtype = args.dtype or ("auto" if torch.accelerator.is_available() else "float32")
     sampling_args = ContrastiveSamplingConfig(
-        str(folder.steps), dtype=args.dtype, alpha=args.alpha, max_new_tokens=args.max_new_tokens
+        str(folder.steps), dtype=dtype, alpha=args.alpha, max_new_tokens=args.max_new_tokens
     )
     sampler = ContrastiveStepSampler(args.expert, args.amateur, sampling_args)
     tokenizer = sampler.processing_class
     prompts, problems, prompt_format = prepare_questions(args, tokenizer)
     eval_args = EvaluationConfig(
         str(folder.evaluation),
-        dtype=args.dtype,
+        dtype=dtype,
         max_new_tokens=args.eval_max_new_tokens,
         data_dir=args.data_dir,
         **prompt_format.to_dict(),

@@ -28,9 +28,9 @@ class RunConfig:
             Id or path of the stronger model, which is fine-tuned.
         amateur (`str`):
             Id or path of the weaker model of the same vocabulary.
-        dtype (`str`, *optional*, defaults to `"auto"`):
+        dtype (`str`, *optional*):
             Data type of the models' weights: `"auto"` (the checkpoint's own), `"bfloat16"`, `"float16"` or
-            `"float32"`.
+            `"float32"`. If `None`, `"float32"` on a CPU, which is slow in half precision, and elsewhere `"auto"`.
 
         > Parameters that control the questions
 
@@ -124,11 +124,11 @@ class RunConfig:
             "the same settings may go on."
         },
     )
-    dtype: str = field(
-        default="auto",
+    dtype: str | None = field(
+        default=None,
         metadata={
             "help": "Data type of the models' weights: 'auto' (the checkpoint's own), 'bfloat16', 'float16' or "
-            "'float32'.",
+            "'float32'. If `None`, 'float32' on a CPU, which is slow in half precision, and elsewhere 'auto'.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
@@ -252,7 +252,8 @@ class RunConfig:
 
     def __post_init__(self):
         check_output_dir(self)
-        check_choices(self, ("dtype",))
+        if self.dtype is not None:
+            check_choices(self, ("dtype",))
         check_flags(self, ("overwrite_output_dir",))
         counts = ("num_prompts", "max_new_tokens", "max_steps", "lora_r", "lora_alpha", "eval_max_new_tokens")
         check_whole_numbers(self, counts)
