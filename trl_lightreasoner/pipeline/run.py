@@ -206,7 +206,7 @@ def run_pipeline(args: RunConfig) -> RunResult:
         if baseline is not None:
             with stages("answer_before", f"The expert answers {asked}"):
                 baseline.answer(expert)
-        with stages("train", f"The expert learns from {num_kept:,} of {num_steps:,} steps"):
+        with stages("train", f"The expert learns: {num_kept:,} of {num_steps:,} steps are kept"):
             if not folder.is_trained:
                 _train(expert, tokenizer, steps, training_args, args, folder.find_checkpoint())
         with stages("report", "Writing the report"):
