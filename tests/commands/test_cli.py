@@ -40,6 +40,7 @@ from trl_lightreasoner.sampling.pair_check import CAVEAT
 from trl_lightreasoner.steps import splits
 from trl_lightreasoner.steps.prompt_format import PromptFormat
 from trl_lightreasoner.steps.splits import load_split
+from trl_lightreasoner.steps.training_rows import choose_beta
 
 from ..conftest import QUESTIONS, make_model
 
@@ -457,7 +458,13 @@ def test_train_makes_an_adapter_of_what_sample_wrote(sampled, expert_path, token
         *("--model_name_or_path", expert_path, "--dataset_name", sampled, "--output_dir", tmp_path / "adapter"),
         *("--use_cpu", "--max_steps", 2, "--learning_rate", "1e-2", "--report_to", "none"),
     )
-    assert f"The model is in {tmp_path / 'adapter'}." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"The model is in {tmp_path / 'adapter'}." in printed
+    rows = load_dataset(sampled, split="train")
+    beta = choose_beta(rows)
+    num_steps = sum(row["kl_divergence"][t] >= (beta or 0) for row in rows for t in row["step_positions"])
+    threshold = f" of {beta} nats or more" if beta else ""
+    assert f"It was trained on {num_steps} steps{threshold}, for 2 updates." in printed
     base = AutoModelForCausalLM.from_pretrained(expert_path)
     ids = torch.tensor([load_dataset(sampled, split="train")[0]["prompt_ids"]])
     with torch.no_grad():

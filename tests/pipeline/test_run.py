@@ -280,6 +280,7 @@ def test_a_pair_that_does_not_look_promising_is_a_warning(args, capsys):
         ({"expert": "no-such/model"}, "The expert 'no-such/model' cannot be found"),
         ({"dataset_name": "nothing.jsonl"}, "There is no file or folder 'nothing.jsonl'"),
         ({"prompt_column": "problem"}, "The dataset has no column 'problem'"),
+        ({"answer_column": "gold"}, "it has ['question', 'answer']. Name the one that holds the answers with"),
         ({"alpha": 2.0}, "`alpha` must be in (0, 1]"),
         ({"beta": -1.0}, "`beta` must be a finite number of nats"),
         ({"beta": 1e6}, "lower it"),
@@ -289,6 +290,12 @@ def test_a_mistake_is_one_sentence_and_status_2(changed, message, settings, tmp_
     assert main(["run", *flags({**settings, **changed}), "--output_dir", str(tmp_path / "run")]) == 2
     stderr = capsys.readouterr().err.splitlines()[-1]
     assert stderr.startswith("lightreasoner run: error: ") and message in stderr
+
+
+def test_a_refused_pair_leaves_the_folder_to_another(args):
+    with pytest.raises(ValueError, match="equal weights"):
+        run_pipeline(dataclasses.replace(args, amateur=args.expert))
+    assert run_pipeline(dataclasses.replace(args, num_prompts=4, num_held_out=0, max_steps=1)).num_updates == 1
 
 
 def test_an_adapter_is_no_expert(finished, args):

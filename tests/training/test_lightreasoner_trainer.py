@@ -575,6 +575,34 @@ def test_a_length_that_is_set_is_kept(kwargs, expected, expert, steps, tmp_path)
     assert expected[1] is None or trainer.args.num_train_epochs == expected[1]
 
 
+# The threshold
+
+
+def diverging(steps, divergence: float):
+    return steps.map(lambda row: {"kl_divergence": [divergence] * len(row["completion_ids"])})
+
+
+def test_a_threshold_that_nobody_named_is_that_of_the_training_rows(expert, steps, tmp_path):
+    rows = concatenate_datasets([diverging(steps, 2.0), diverging(steps, 0.5)])
+    trainer = LightReasonerTrainer(expert, config(tmp_path), train_dataset=rows, eval_dataset=rows)
+    assert trainer.beta in (1.6, 0.8)
+    num_high = sum(map(len, steps["step_positions"]))
+    for dataset in (trainer.train_dataset, trainer.eval_dataset):
+        assert sum(map(len, dataset["step_positions"])) == num_high
+
+
+def test_held_out_rows_that_do_not_reach_it_are_evaluated_as_they_are(expert, steps, tmp_path):
+    low = diverging(steps, 0.5)
+    trainer = LightReasonerTrainer(expert, config(tmp_path), train_dataset=diverging(steps, 2.0), eval_dataset=low)
+    assert trainer.eval_dataset["step_positions"][:] == low["step_positions"][:]
+
+
+def test_held_out_rows_that_do_not_reach_a_threshold_of_the_users_are_refused(expert, steps, tmp_path):
+    args = config(tmp_path, beta=1.0)
+    with pytest.raises(ValueError, match="The eval dataset has no step to train on: none .* reaches beta=1.0; lower"):
+        LightReasonerTrainer(expert, args, train_dataset=diverging(steps, 2.0), eval_dataset=diverging(steps, 0.5))
+
+
 # Arguments
 
 

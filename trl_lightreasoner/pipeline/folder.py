@@ -63,6 +63,10 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not any(
+            path.exists() for path in self._made
+        ):  # refused before anything was made: other settings may follow
+            self.run.unlink(missing_ok=True)
         self._lock.release()
 
     @property

@@ -39,12 +39,15 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Qu
         `ValueError`: If a column is missing, the form does not fit, or an answer cannot be read.
     """
     dataset = load_split(args.dataset_name, args.dataset_config, args.dataset_split)
+    if args.answer_column is not None and args.answer_column not in dataset.column_names:
+        raise ValueError(
+            f"The dataset has no column {args.answer_column!r}; it has {dataset.column_names}. Name the one that "
+            "holds the answers with `--answer_column`."
+        )
     column = args.prompt_column or ("prompt" if "prompt" in dataset.column_names else "question")
     dataset = name_prompts(dataset, column)
     is_text = isinstance(dataset.features["prompt"], Value)
     prompt_format = choose_format(args, tokenizer, is_text)
-    if args.answer_column is not None and args.answer_column not in dataset.column_names:
-        raise ValueError(f"The dataset has no column {args.answer_column!r}; it has {dataset.column_names}.")
     answer_column = args.answer_column or "answer"
     has_answers = answer_column in dataset.column_names
     num_held_out = min(args.num_held_out, len(dataset) // 2) if has_answers else 0
