@@ -62,10 +62,10 @@ class RunFolder:
         write_json(self.run, {"settings": self._settings})
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if not any(
-            path.exists() for path in self._made
-        ):  # refused before anything was made: other settings may follow
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Refused before anything was made, it does not keep the folder from other settings
+        is_refused = kind is not None and issubclass(kind, ValueError)
+        if is_refused and not any(path.exists() for path in self._made):
             self.run.unlink(missing_ok=True)
         self._lock.release()
 
