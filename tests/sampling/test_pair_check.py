@@ -210,8 +210,11 @@ def test_swapped_sizes_are_noticed():
     assert "the other numbers say: promising." in check.reasons[0]
 
 
-def test_an_adapter_does_not_make_the_amateur_the_larger_model():
-    assert check_steps(pair(0.1, 0.3, **sizes(1500, 1510))).verdict == "promising"
+@pytest.mark.parametrize(("amateur", "verdict"), [(1300, "promising"), (1400, "doubtful"), (1510, "doubtful")])
+def test_an_amateur_of_the_experts_size_is_doubtful_and_an_adapter_does_not_make_it_the_larger_model(amateur, verdict):
+    check = check_steps(pair(0.1, 0.3, **sizes(1500, amateur)))
+    assert check.verdict == verdict
+    assert any(f"as many parameters as the expert ({amateur:,})" in each for each in check.reasons) == (amateur > 1350)
 
 
 @pytest.mark.parametrize(
