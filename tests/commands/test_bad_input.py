@@ -132,7 +132,7 @@ BOTH = (
     r"Row 0: `prompt` and `completion` must both be text or both be lists of messages with `role` and `content`, got "
 )
 FILTER = r"Filter such rows out"
-SHAPES = r"its weights have other shapes than its config, or for an adapter its base model, asks for\."
+SHAPES = r"of another shape: .* and \d+ more\."
 
 
 def prompts(name: str, sentence: str, **flags: str) -> Mistake:
@@ -311,7 +311,12 @@ SAMPLE = [
     model(
         "empty_weights", r"'{folder}/empty_weights/model\.safetensors' is damaged \(.*\)\. Download or save it again\."
     ),
-    model("other_shape", rf"The model '{{folder}}/other_shape' cannot be loaded: {SHAPES}", loads=True),
+    model(
+        "other_shape",
+        rf"The weights of the model '{{folder}}/other_shape' do not fit its config\.json: {SHAPES} Save the model "
+        r"again with `save_pretrained`, or mend its config\.json\.",
+        loads=True,
+    ),
     model(
         "nan", r"The expert's logits at step 0 of row 1 are not finite\. Load the expert in .* for NaN\.", loads=True
     ),
@@ -326,7 +331,11 @@ SAMPLE = [
     model("bad_adapter", r"The adapter_config\.json of the expert '{folder}/bad_adapter' cannot be read: .*"),
     model("new_adapter", r"The adapter_config\.json of the expert '{folder}/new_adapter' cannot be read: 'NEW'\."),
     model("no_adapter_weights", r"The expert '{folder}/no_adapter_weights' has no weights: .*"),
-    model("other_base", rf"The model '{{folder}}/other_base' cannot be loaded: {SHAPES}", loads=True),
+    model(
+        "other_base",
+        rf"The adapter '{{folder}}/other_base' does not fit its base model '.*': {SHAPES} It must be the model .*",
+        loads=True,
+    ),
     model("other_modules", r"Target modules {'qkv'} not found in the base model\. .*", loads=True),
     # Vocabularies
     model(

@@ -367,7 +367,8 @@ def test_a_base_model_that_the_adapter_does_not_fit_is_refused(change, expert, t
     Qwen2ForCausalLM(config).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     message = refused("--base_model_name_or_path", tmp_path / "other")
-    assert message.startswith("The adapter's weights do not fit the base model")
+    assert message.startswith(f"The adapter '{tmp_path}/adapter' does not fit its base model '{tmp_path}/other': ")
+    assert message.endswith("Name it with `--base_model_name_or_path`.")
 
 
 def test_a_model_that_cannot_be_saved_leaves_no_folder(refused, monkeypatch):

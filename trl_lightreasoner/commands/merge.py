@@ -15,10 +15,6 @@ if TYPE_CHECKING:
 
 # PEFT has no merge for these; what most of them add depends on the input
 _UNMERGEABLE_TYPES = ("ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA")
-_MISFIT = (
-    "The adapter's weights do not fit the base model, whose layers have other shapes or names. Name the model that it "
-    "was trained on with `--base_model_name_or_path`."
-)
 
 
 @dataclass
@@ -101,8 +97,7 @@ def main(args: MergeArguments) -> None:
 
     ```
     """
-    from transformers import AutoModelForCausalLM
-
+    from ..models.loading import load_model
     from ..steps.prompt_format import load_prompt_format
 
     folder = check_output_dir(args)
@@ -124,7 +119,7 @@ def main(args: MergeArguments) -> None:
         ) from error
     try:
         # On the CPU, whose memory holds what a GPU might not
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=args.dtype, **base_kwargs)
+        model = load_model(base, dtype=args.dtype, device_map=None, **base_kwargs)
         merge(model, args).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         if prompt_format is not None:
@@ -282,18 +277,12 @@ def check_weights(args: MergeArguments) -> None:
 
 def merge(model: "PreTrainedModel", args: MergeArguments) -> "PreTrainedModel":
     """The model with the adapter in its weights, if all of the adapter has a place there."""
-    from peft import PeftModel
+    from ..models.loading import load_adapter
 
-    adapter_kwargs = {"revision": args.model_revision, "torch_device": "cpu"}
     try:
-        adapted = PeftModel.from_pretrained(model, args.model_name_or_path, **adapter_kwargs)
-        # PEFT passes over weights without a place, and tells of them only here
-        loaded = adapted.load_adapter(args.model_name_or_path, "default", **adapter_kwargs)
-        fits = not (loaded.missing_keys or loaded.unexpected_keys)
-    except RuntimeError as error:
-        raise ValueError(_MISFIT) from error
-    if not fits:
-        raise ValueError(_MISFIT)
+        adapted = load_adapter(model, args.model_name_or_path, revision=args.model_revision)
+    except ValueError as error:
+        raise ValueError(f"{error} Name it with `--base_model_name_or_path`.") from error
     try:
         return adapted.merge_and_unload(safe_merge=True)
     except (NotImplementedError, ValueError) as error:

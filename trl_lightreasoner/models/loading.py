@@ -1,6 +1,8 @@
 """Loading an expert or an amateur, its config and its tokenizer, whichever way the user names it."""
 
 import os
+import re
+import warnings
 from pathlib import Path
 from pickle import UnpicklingError  # raised for files that hold more than tensors; none is read that way
 from typing import Any
@@ -31,6 +33,7 @@ from .weights import get_base_model, settle_4bit_layers
 
 logger = logging.get_logger(__name__)
 
+_MAX_NAMED = 3  # tensors in one sentence
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf")
 _VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json", "tokenization*.py")
 
@@ -61,10 +64,9 @@ def load_model(
         ) from error
     # What a wrong file or argument sets off, by PyTorch, safetensors, PEFT and transformers
     except (RuntimeError, TypeError, AttributeError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        if "mismatch" in reason:  # with a report of every tensor
-            reason = "its weights have other shapes than its config, or for an adapter its base model, asks for"
-        raise ValueError(f"The model {model!r} cannot be loaded: {reason}.") from error
+        raise ValueError(
+            f"The model {model!r} cannot be loaded: {' '.join(str(error).split()).rstrip('.')}."
+        ) from error
 
 
 def _load_model(model: str, is_trainable: bool, **kwargs: Any) -> PreTrainedModel | PeftModel:
@@ -73,12 +75,86 @@ def _load_model(model: str, is_trainable: bool, **kwargs: Any) -> PreTrainedMode
     if "device_map" not in kwargs and device.type != "cpu":
         kwargs["device_map"] = {"": device}
     source, repository = _locate(model, "model", kwargs)
-    loaded = settle_4bit_layers(AutoModelForCausalLM.from_pretrained(source, **{**kwargs, **repository}))
+    # A shape that differs is told with the rest
+    kwargs |= {**repository, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded, info = AutoModelForCausalLM.from_pretrained(source, **kwargs)
+    unexpected = set(info["unexpected_keys"]) - {name for name, _ in loaded.named_buffers()}  # made anew
+    if is_text_part(loaded, AutoConfig.from_pretrained(source, **repository)):
+        unexpected = set()  # its other parts
+    misfits = {
+        "missing": info["missing_keys"],
+        "unexpected": unexpected,
+        "of another shape": {name for name, *_ in info["mismatched_keys"]} | _other_shapes(loaded),
+    }
+    if any(misfits.values()):
+        raise ValueError(
+            f"The weights of the model {source!r} do not fit its config.json: {_name_tensors(misfits)}. Save the "
+            "model again with `save_pretrained`, or mend its config.json."
+        )
+    settle_4bit_layers(loaded)
     if source == model:
         return loaded
-    repository = hub_kwargs(kwargs)
-    repository.pop("trust_remote_code", None)  # an adapter has no code of its own
-    return PeftModel.from_pretrained(loaded, model, is_trainable=is_trainable, **repository)
+    return load_adapter(loaded, model, is_trainable, **hub_kwargs(kwargs))
+
+
+def _other_shapes(model: PreTrainedModel) -> set[str]:
+    """Names of weights in 4 or 8 bits of which transformers has not compared the shapes."""
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and type(module.weight).__module__.startswith("bitsandbytes")
+        and tuple((getattr(module.weight, "quant_state", None) or module.weight).shape)
+        != (module.out_features, module.in_features)
+    }
+
+
+def is_text_part(model: PreTrainedModel, config: PretrainedConfig) -> bool:
+    """Whether a model is the text part alone of what a config describes, which has vision or audio as well."""
+    return config.model_type != model.config.model_type and "text_config" in config.sub_configs
+
+
+def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = False, **kwargs: Any) -> PeftModel:
+    """
+    A model with an adapter of which every tensor has its place.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base model.
+        adapter (`str`): Id or path.
+        is_trainable (`bool`): Whether the adapter is to be trained further.
+        kwargs: As of [`hub_kwargs`].
+
+    Raises:
+        `ValueError`: If tensors are missing, are unexpected or have another shape; names them.
+    """
+    kwargs.pop("trust_remote_code", None)  # an adapter has no code of its own
+    kwargs |= {"is_trainable": is_trainable, "torch_device": "cpu"}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, adapter, **kwargs)
+        # PEFT passes over weights without a place, and tells of them only here
+        result = adapted.load_adapter(adapter, "default", **kwargs)
+        missing = {name for name in result.missing_keys if "vblora_vector_bank" not in name}  # kept in one place
+        misfits = {"missing": missing, "unexpected": set(result.unexpected_keys)}
+    except RuntimeError as error:
+        misfits = {"of another shape": set(re.findall(r"size mismatch for (\S+):", str(error)))}
+        if not any(misfits.values()):
+            raise
+    if any(misfits.values()):
+        raise ValueError(
+            f"The adapter {adapter!r} does not fit its base model {model.config._name_or_path!r}: "
+            f"{_name_tensors(misfits)}. It must be the model that the adapter was trained on."
+        )
+    return adapted
+
+
+def _name_tensors(misfits: dict[str, set[str]]) -> str:
+    def listed(names: list[str]) -> str:
+        more = f" and {len(names) - _MAX_NAMED:,} more" if len(names) > _MAX_NAMED else ""
+        return ", ".join(names[:_MAX_NAMED]) + more
+
+    return "; ".join(f"{how}: {listed(sorted(names))}" for how, names in misfits.items() if names)
 
 
 def load_config(model: str | PreTrainedModel | PeftModel, name: str = "model", **kwargs: Any) -> PretrainedConfig:

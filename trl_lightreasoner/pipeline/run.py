@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.evaluation import Candidate, Evaluation, grade_candidates
 from ..evaluation.evaluation_config import EvaluationConfig
 from ..grading.verdicts import check_math_verify
-from ..models.loading import load_adapter_config
+from ..models.loading import load_adapter, load_adapter_config
 from ..processes import Processes
 from ..report.write_report import write_report
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
@@ -218,7 +218,7 @@ def run_pipeline(args: RunConfig) -> RunResult:
         if baseline is not None:
             with stages("answer_after", f"The trained expert answers {asked}"):
                 candidate = Candidate("model", str(folder.adapter), None, None, eval_args, problems, processes)
-                candidate.answer(PeftModel.from_pretrained(expert, str(folder.adapter)))
+                candidate.answer(load_adapter(expert, str(folder.adapter)))
                 results = grade_candidates([candidate, baseline], eval_args)
         scores, what = ({}, "") if results is None else deciding(results["benchmarks"], results.get("average"))
         verdict = judge(scores.get("difference"), what)

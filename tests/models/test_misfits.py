@@ -1,0 +1,138 @@
+"""Weights that fit a config or a base model only in part are refused by name; merely another layout is not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, VBLoRAConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig, PreTrainedModel, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+from trl_lightreasoner.models.loading import load_adapter, load_model
+
+from ..conftest import make_model
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+LORA_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+def change_tensors(path: Path, change) -> None:
+    tensors = load_file(path)
+    save_file(change(tensors), path, metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def folder(tmp_path, expert_path) -> Path:
+    return Path(shutil.copytree(expert_path, tmp_path / "copy"))
+
+
+def without(name: str):
+    return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize(
+    ("change", "misfit"),
+    [
+        (lambda tensors: {f"net.{name}": each for name, each in tensors.items()}, "missing: lm_head.weight, .*; unex"),
+        (without(Q_PROJ), f"missing: {Q_PROJ}\\."),
+        (without("lm_head.weight"), r"missing: lm_head\.weight\."),
+        (lambda tensors: {**tensors, "score.weight": torch.ones(2, 2)}, r"unexpected: score\.weight\."),
+        (lambda tensors: {**tensors, Q_PROJ: torch.ones(3, 32)}, f"of another shape: {Q_PROJ}\\."),
+    ],
+    ids=["prefix", "one missing", "untied head", "one more", "shape"],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(change, misfit, bits, folder):
+    change_tensors(folder / "model.safetensors", change)
+    kwargs = {} if bits is None else {"quantization_config": BitsAndBytesConfig(**{f"load_in_{bits}bit": True})}
+    with pytest.raises(ValueError, match=f"^The weights of the model '{folder}' do not fit its config.json: {misfit}"):
+        load_model(str(folder), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "misfit"),
+    [
+        ({"model_type": "llama"}, r"unexpected: model\.layers\.0\.self_attn\.k_proj\.bias, .* and 3 more\."),
+        ({"num_hidden_layers": 1, "layer_types": None}, r"unexpected: model\.layers\.1\..* and 9 more\."),
+        ({"intermediate_size": 48}, r"of another shape: model\.layers\.0\.mlp\.down_proj\.weight, .* and 3 more\."),
+    ],
+    ids=["model_type", "layers", "shapes"],
+)
+def test_a_config_that_its_weights_do_not_fit_is_refused(changes, misfit, folder):
+    change_config(folder, **changes)
+    with pytest.raises(ValueError, match=f"do not fit its config.json: {misfit}"):
+        load_model(str(folder))
+
+
+def test_tied_heads_and_buffers_of_old_checkpoints_are_no_misfit(tmp_path, tokenizer):
+    tied = make_model(tokenizer, tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path)
+    buffers = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "model.rotary_emb.inv_freq": torch.ones(4),
+    }
+    change_tensors(tmp_path / "model.safetensors", lambda tensors: {**tensors, **buffers})
+    ids = torch.arange(9)[None]
+    assert torch.equal(load_model(str(tmp_path))(ids).logits, tied(ids).logits)
+
+
+@pytest.fixture
+def vision_model() -> PreTrainedModel:
+    return make_vision_model()
+
+
+def make_vision_model() -> PreTrainedModel:
+    text = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "layer_types": ["full_attention"],
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    torch.manual_seed(0)
+    return Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision)).eval()
+
+
+def test_the_text_part_of_a_model_that_sees_is_no_misfit(vision_model, tmp_path):
+    vision_model.save_pretrained(tmp_path)
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(load_model(str(tmp_path))(ids).logits, vision_model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "misfit"),
+    [
+        (lambda tensors: {f"net.{name}": each for name, each in tensors.items()}, r"missing: .* more; unexpected: .*"),
+        (without(LORA_A), r"missing: .*\.0\.self_attn\.q_proj\.lora_A\.default\.weight\."),
+        (
+            lambda tensors: {**tensors, LORA_A.replace("0", "7"): torch.ones(8, 32)},
+            r"unexpected: .*\.7\.self_attn\.q_proj\.lora_A\..*weight\.",
+        ),
+        (lambda tensors: {**tensors, LORA_A: torch.ones(8, 3)}, r"of another shape: .*\.q_proj\.lora_A\..*weight\."),
+    ],
+    ids=["prefix", "one missing", "one more", "shape"],
+)
+def test_an_adapter_that_does_not_fit_is_refused_by_name(change, misfit, expert, expert_path, tmp_path):
+    get_peft_model(expert, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    change_tensors(tmp_path / "adapter_model.safetensors", change)
+    sentence = f"^The adapter '{tmp_path}' does not fit its base model '{expert_path}': {misfit} It must be the model"
+    with pytest.raises(ValueError, match=sentence):
+        load_model(str(tmp_path))
+
+
+def test_weights_that_an_adapter_keeps_in_one_place_are_no_misfit(expert, expert_path, tmp_path):
+    config = VBLoRAConfig(target_modules=["q_proj"], vector_length=8, num_vectors=16)
+    get_peft_model(expert, config).save_pretrained(tmp_path)
+    assert load_adapter(load_model(expert_path), str(tmp_path)).peft_config["default"].num_vectors == 16
