@@ -133,7 +133,7 @@ def test_eos_is_the_tokenizers_and_the_models(expert, tokenizer, named, expected
 @pytest.mark.parametrize("named, expected", [(None, []), (5, [5]), ([9, 5], [5, 9])])
 def test_a_tokenizer_without_eos_leaves_the_models(expert, tokenizer, named, expected):
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.eos_token = None
+    tokenizer.eos_token = tokenizer.chat_template = expert.config.eos_token_id = None
     expert.generation_config.eos_token_id = named
     assert find_eos_ids(expert, tokenizer) == expected
 

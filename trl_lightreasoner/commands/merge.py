@@ -97,6 +97,7 @@ def main(args: MergeArguments) -> None:
 
     ```
     """
+    from ..generation.greedy import save_generation_config, without_generation_config
     from ..models.loading import load_model
     from ..steps.prompt_format import load_prompt_format
 
@@ -120,7 +121,10 @@ def main(args: MergeArguments) -> None:
     try:
         # On the CPU, whose memory holds what a GPU might not
         model = load_model(base, dtype=args.dtype, device_map=None, **base_kwargs)
-        merge(model, args).save_pretrained(folder)
+        merged = merge(model, args)
+        with without_generation_config(merged):
+            merged.save_pretrained(folder)
+        save_generation_config(merged, tokenizer, folder)
         tokenizer.save_pretrained(folder)
         if prompt_format is not None:
             prompt_format.save(folder)

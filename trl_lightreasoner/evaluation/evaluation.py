@@ -350,6 +350,14 @@ class Candidate:
         row, room = order[0]  # the longest
         return self.answering.rows_together(len(self.prompt_ids[name][row]), room, len(order), self.processes.count)
 
+    def describe_form(self) -> dict[str, Any]:
+        """Which tokens end an answer, and the template by which questions are asked, if they are."""
+        is_raw = self.args.prompt_style == "raw"
+        return {
+            "eos_tokens": self.tokenizer.convert_ids_to_tokens(self.eos_ids),
+            "chat_template": None if is_raw else self.tokenizer.get_chat_template(),
+        }
+
     def _identity(self, name: str) -> dict[str, Any]:
         """Everything that the answers depend on, by the names that a user knows."""
         return {
@@ -387,7 +395,7 @@ def grade_candidates(candidates: list[Candidate], args: EvaluationConfig) -> dic
             scores["difference"] = compare(*verdicts)._asdict()
     packages = ("math-verify", "torch", "transformers", "peft")
     results = {
-        **{candidate.role: candidate.description for candidate in candidates},
+        **{candidate.role: {**candidate.description, **candidate.describe_form()} for candidate in candidates},
         "settings": {setting: getattr(args, setting) for setting in (*_SETTINGS, "data_dir", "max_samples")},
         "benchmarks": benchmarks,
         **({"average": _average(benchmarks)} if len(benchmarks) > 1 else {}),

@@ -1,11 +1,13 @@
 """Greedy decoding on raw logits.
 
 A checkpoint's generation_config may hold temperatures, penalties, suppressed or forced tokens. None of them belongs to
-pi_E, so all of it is set aside while `generate` runs; only its EOS tokens count.
+pi_E, so all of it is set aside while `generate` runs; only its EOS tokens count, with those of `find_eos_ids`.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +19,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from ..models.loading import load_generation_config
+from ..models.loading import load_eos_ids
 from ..models.weights import get_base_model
+from ..steps.prompts import end_of_turn
 from ..vocabulary import Vocabulary
 
 
@@ -37,12 +41,25 @@ def find_eos_ids(
     model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, **kwargs: Any
 ) -> list[int]:
     """
-    Every id that ends a completion: the tokenizer's EOS and those that the model's generation_config names. The model
-    is not loaded; `kwargs` are as for [`load_model`].
+    Every id that ends an answer, wherever one is made, and in what is saved.
+
+    They are the tokenizer's EOS, those that the model's generation_config or else its config names, and the token by
+    which the chat template ends the assistant's turn: a base model that is asked by a template ends its answer with
+    it, and goes on with a question of its own. The model is not loaded; `kwargs` are as for [`load_model`].
     """
-    named = getattr(load_generation_config(model, **kwargs), "eos_token_id", None)
-    ids = {tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])}
-    return sorted(ids - {None})
+    return sorted({tokenizer.eos_token_id, end_of_turn(tokenizer), *load_eos_ids(model, **kwargs)} - {None})
+
+
+def save_generation_config(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """
+    Write the generation_config of a model or of an adapter's base model, with every token that ends an answer here,
+    so that what is loaded from the folder stops where sampling and evaluation did.
+    """
+    config = copy.deepcopy(get_base_model(model).generation_config) or GenerationConfig()
+    ids = find_eos_ids(model, tokenizer)
+    config.eos_token_id = ids[0] if len(ids) == 1 else ids or None
+    # `save_pretrained` refuses what many a checkpoint has, such as a temperature without sampling
+    config.to_json_file(str(Path(folder, GENERATION_CONFIG_NAME)), use_diff=True)
 
 
 @torch.no_grad()
@@ -78,7 +95,7 @@ def generate_greedy(
         eos_token_id=eos_ids or None,
         pad_token_id=eos_ids[0] if eos_ids else 0,
     )
-    with _without_generation_config(base):
+    with without_generation_config(base):
         output = base.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -97,7 +114,8 @@ def cut_after_eos(ids: list[int], eos_ids: set[int]) -> list[int]:
 
 
 @contextmanager
-def _without_generation_config(model: torch.nn.Module) -> Iterator[None]:
+def without_generation_config(model: torch.nn.Module) -> Iterator[None]:
+    """The model with a generation_config that says nothing, as long as it lasts."""
     # `generate` fills whatever a config of ours leaves open from the model's own
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:

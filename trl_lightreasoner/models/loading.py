@@ -128,6 +128,7 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
         `ValueError`: If tensors are missing, are unexpected or have another shape; names them.
     """
     kwargs.pop("trust_remote_code", None)  # an adapter has no code of its own
+    repository = {**kwargs}
     kwargs |= {"is_trainable": is_trainable, "torch_device": "cpu"}
     try:
         with warnings.catch_warnings():
@@ -146,6 +147,8 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
             f"The adapter {adapter!r} does not fit its base model {model.config._name_or_path!r}: "
             f"{_name_tensors(misfits)}. It must be the model that the adapter was trained on."
         )
+    if (generation_config := load_generation_config(adapter, **repository)) is not None:
+        adapted.get_base_model().generation_config = generation_config
     return adapted
 
 
@@ -308,23 +311,36 @@ def _has_tokenizer(source: str, repository: dict[str, Any]) -> bool:
     return any(cached_file(source, file, **where, **quietly) is not None for file in files)
 
 
-def load_generation_config(model: str | PreTrainedModel | PeftModel, **kwargs: Any) -> GenerationConfig:
+def load_eos_ids(model: str | PreTrainedModel | PeftModel, **kwargs: Any) -> set[int]:
     """
-    The model's generation_config, or what its config says where it has none, without loading the model.
+    The ids that a model's generation_config names as EOS, or else its config, without loading the model.
 
     Args:
-        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What the user passed.
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What the user passed. An adapter's own
+            generation_config, as the trainer saves it, comes before that of its base model.
         kwargs: As for [`load_model`]; of them, those count that say where the model is found.
     """
-    if not isinstance(model, str):
-        return get_base_model(model).generation_config
-    source, repository = _locate(model, "model", kwargs)
-    config = AutoConfig.from_pretrained(source, **repository)
-    repository.pop("trust_remote_code", None)  # it has no code
+    if isinstance(model, str):
+        source, repository = _locate(model, "model", kwargs)
+        config = AutoConfig.from_pretrained(source, **repository)
+        own = load_generation_config(model, **hub_kwargs(kwargs))
+        generation_config = own or load_generation_config(source, **repository)
+    else:
+        config, generation_config = get_base_model(model).config, get_base_model(model).generation_config
+    for each in (generation_config, config, config.get_text_config()):
+        named = getattr(each, "eos_token_id", None)
+        if named is not None:
+            return set(named) if isinstance(named, list | tuple) else {named}
+    return set()
+
+
+def load_generation_config(model: str, **kwargs: Any) -> GenerationConfig | None:
+    """The generation_config.json that lies beside a model or an adapter; `kwargs` as of [`hub_kwargs`]."""
+    kwargs.pop("trust_remote_code", None)  # it has no code
     try:
-        return GenerationConfig.from_pretrained(source, **repository)
-    except OSError:  # as `from_pretrained` of the model does
-        return GenerationConfig.from_model_config(config)
+        return GenerationConfig.from_pretrained(model, **kwargs)
+    except OSError:
+        return None
 
 
 def _locate(model: str, name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:

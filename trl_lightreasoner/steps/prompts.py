@@ -15,6 +15,10 @@ from trl import apply_chat_template, is_conversational
 from .dataset import check_dataset
 
 
+# Stands for an answer; no template holds it
+_ANSWER = "the very answer"
+
+
 def check_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     Refuse a dataset that is not a prompt-only or prompt-completion dataset, before a model is loaded.
@@ -91,6 +95,30 @@ def encode_rows(
                 completion_ids = completion_ids[: None if last_eos is None else last_eos + 1]
             encoded["completion_ids"].append(completion_ids)
     return encoded
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """
+    The token with which the chat template ends an assistant's message, if it is a special one.
+
+    Example:
+
+    ```python
+    >>> tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer))
+    '<|im_end|>'
+
+    ```
+    """
+    if tokenizer.chat_template is None:
+        return None
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, TypeError, ValueError):  # it wants other messages, or there are several and no default
+        return None
+    ids = tokenizer(text.rpartition(_ANSWER)[2].lstrip(), add_special_tokens=False)["input_ids"]
+    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    return ids[0] if ids and ids[0] in special else None
 
 
 def _as_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments, logging
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
+from ..generation.greedy import save_generation_config, without_generation_config
 from ..hub.cards import draw_curve, model_card
 from ..hub.sharing import hub_errors, open_repo
 from ..models.provenance import hub_id
@@ -52,10 +53,13 @@ class _BaseTrainer(Trainer):
     prompt_format: PromptFormat | None = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        folder = output_dir or self.args.output_dir
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        with without_generation_config(get_base_model(model)):
+            super()._save(output_dir, state_dict)
         # PEFT's card of the folder tells where the base model lies on this machine
         if self.is_world_process_zero():
-            folder = output_dir or self.args.output_dir
+            save_generation_config(model, self.processing_class, folder)
             model_card(self, self._model_name()).save(os.path.join(folder, "README.md"))
             if self.prompt_format is not None:
                 self.prompt_format.save(folder)
