@@ -9,7 +9,6 @@ from peft import (
     LoHaConfig,
     LoraConfig,
     PeftModel,
-    PolyConfig,
     PrefixTuningConfig,
     get_peft_model,
 )
@@ -319,12 +318,10 @@ def test_an_adapter_of_tied_embeddings_is_refused(config, names, tokenizer, refu
 @pytest.mark.parametrize(
     ("config", "kind"),
     [
-        (PolyConfig(target_modules=TARGETS), "POLY"),
         (LilyConfig(target_modules=TARGETS), "LILY"),
-        (LoraConfig(target_modules=TARGETS, alora_invocation_tokens=[3]), "aLoRA"),
         (LoraConfig(target_modules=TARGETS, layer_replication=[(0, 2), (1, 2)]), "LoRA with `layer_replication`"),
     ],
-    ids=["Poly", "Lily", "aLoRA", "layer_replication"],
+    ids=["Lily", "layer_replication"],
 )
 def test_an_adapter_that_cannot_be_merged_is_refused(config, kind, base_path, refused, no_weights, tmp_path):
     adapter = save_adapter(base_path, tmp_path / "other", config)

@@ -114,7 +114,7 @@ def test_the_text_part_of_a_model_that_sees_is_no_misfit(vision_model, tmp_path)
 @pytest.mark.parametrize(
     ("change", "misfit"),
     [
-        (lambda tensors: {f"net.{name}": each for name, each in tensors.items()}, r"missing: .* more; unexpected: .*"),
+        (lambda tensors: {f"net.{name}": each for name, each in tensors.items()}, r"missing: .* more\."),
         (without(LORA_A), r"missing: .*\.0\.self_attn\.q_proj\.lora_A\.default\.weight\."),
         (
             lambda tensors: {**tensors, LORA_A.replace("0", "7"): torch.ones(8, 32)},

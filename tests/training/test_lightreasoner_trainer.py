@@ -757,7 +757,7 @@ def test_a_peft_model_that_cannot_be_trained_is_refused(expert, expert_path, ste
 
 def test_prompt_tuning_is_refused(expert, steps, tmp_path):
     peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    with pytest.raises(ValueError, match="PROMPT_TUNING is not supported.*Use LoRA"):
+    with pytest.raises(ValueError, match="`peft_config` is an adapter of virtual tokens .`PROMPT_TUNING`., .* Use"):
         LightReasonerTrainer(expert, config(tmp_path), train_dataset=steps, peft_config=peft_config)
 
 

@@ -9,12 +9,13 @@ from .arguments import ArgumentParser
 
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+_FEW_TOKENS = 64  # that show whether two models say the same
 # PEFT has no merge for these; what most of them add depends on the input
-_UNMERGEABLE_TYPES = ("ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA")
+_UNMERGEABLE_TYPES = ("ADAPTION_PROMPT", "LILY")
 
 
 @dataclass
@@ -97,7 +98,10 @@ def main(args: MergeArguments) -> None:
 
     ```
     """
+    import torch
+
     from ..generation.greedy import save_generation_config, without_generation_config
+    from ..models.forward import divergence, next_token_log_probs
     from ..models.loading import load_model
     from ..steps.prompt_format import load_prompt_format
 
@@ -121,13 +125,29 @@ def main(args: MergeArguments) -> None:
     try:
         # On the CPU, whose memory holds what a GPU might not
         model = load_model(base, dtype=args.dtype, device_map=None, **base_kwargs)
-        merged = merge(model, args)
+        adapted = load_fitting(model, args)
+        ids = list(range(min(_FEW_TOKENS, len(tokenizer))))
+        expected = next_token_log_probs(adapted.eval(), ids)
+        with adapted.disable_adapter():
+            change = divergence(expected, next_token_log_probs(adapted, ids))
+        merged = merge(adapted)
+        dtype = merged.dtype
         with without_generation_config(merged):
             merged.save_pretrained(folder)
         save_generation_config(merged, tokenizer, folder)
         tokenizer.save_pretrained(folder)
         if prompt_format is not None:
             prompt_format.save(folder)
+        del model, adapted, merged  # the memory may hold one
+        loaded = load_model(str(folder), dtype=dtype, device_map=None, trust_remote_code=args.trust_remote_code)
+        nats = divergence(expected, next_token_log_probs(loaded.eval(), ids))
+        # In half precision the weights round the adapter a little
+        if nats > max(1e-5 if dtype == torch.float32 else 1e-2, 0.1 * change):
+            raise ValueError(
+                f"The merged model is not what base model and adapter are together: it differs by {nats:.2g} nats a "
+                f"token, where the adapter makes a difference of {change:.2g}. Load the adapter with PEFT as it is, "
+                "or merge in another `dtype`."
+            )
     except BaseException:  # the whole model or nothing; the folder was empty
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -169,8 +189,6 @@ def find_adapter(args: MergeArguments) -> "PeftConfig":
     check_adapter(adapter, "model")
     if adapter.peft_type in _UNMERGEABLE_TYPES:
         reason = adapter.peft_type.value
-    elif getattr(adapter, "alora_invocation_tokens", None):
-        reason = "aLoRA"
     elif getattr(adapter, "layer_replication", None):
         reason = "LoRA with `layer_replication`"
     else:
@@ -279,14 +297,30 @@ def check_weights(args: MergeArguments) -> None:
         )
 
 
-def merge(model: "PreTrainedModel", args: MergeArguments) -> "PreTrainedModel":
-    """The model with the adapter in its weights, if all of the adapter has a place there."""
+def load_fitting(model: "PreTrainedModel", args: MergeArguments) -> "PeftModel":
+    """The model with the adapter, if all of the adapter has a place there that no other weight shares."""
     from ..models.loading import load_adapter
 
     try:
         adapted = load_adapter(model, args.model_name_or_path, revision=args.model_revision)
     except ValueError as error:
         raise ValueError(f"{error} Name it with `--base_model_name_or_path`.") from error
+    names: dict[int, list[str]] = {}
+    for name, parameter in adapted.get_base_model().named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for shared in names.values():
+        adapted_names = [name for name in shared if ".base_layer." in name and ".token_adapter." not in name]
+        if len(shared) > 1 and adapted_names:  # tokens that are trained stay tied
+            where = " and ".join(name.replace(".base_layer.", ".") for name in shared[:2])
+            raise ValueError(
+                f"The adapter changes a weight that the base model uses in several places ({where}): merged into one, "
+                "it would change the others. Load the adapter with PEFT as it is."
+            )
+    return adapted
+
+
+def merge(adapted: "PeftModel") -> "PreTrainedModel":
+    """The model with the adapter in its weights."""
     try:
         return adapted.merge_and_unload(safe_merge=True)
     except (NotImplementedError, ValueError) as error:

@@ -69,6 +69,19 @@ def forward_at(model: torch.nn.Module, positions: torch.Tensor, to_keep: bool, *
     return outputs
 
 
+@torch.no_grad()
+def next_token_log_probs(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    """What a model says behind each of some tokens, `(len(ids), W)`, on the CPU."""
+    input_ids = torch.tensor([ids], device=get_base_model(model).get_input_embeddings().weight.device)
+    return model(input_ids=input_ids, use_cache=False).logits[0].float().log_softmax(-1).cpu()
+
+
+def divergence(log_probs: torch.Tensor, other_log_probs: torch.Tensor) -> float:
+    """Mean of `D_KL(p || q)` in nats over rows of log probabilities; infinite if they have no number."""
+    nats = torch.nn.functional.kl_div(other_log_probs, log_probs, reduction="sum", log_target=True) / len(log_probs)
+    return nats.nan_to_num(nan=float("inf")).item()
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the CPU on another device, without waiting until a GPU has done what it had to do before."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

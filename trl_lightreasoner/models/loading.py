@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -33,6 +33,7 @@ from .weights import get_base_model, settle_4bit_layers
 
 logger = logging.get_logger(__name__)
 
+_FORWARD_TYPES = ("aLoRA", "POLY", "SHADOW", "XLORA")
 _MAX_NAMED = 3  # tensors in one sentence
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf")
 _VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json", "tokenization*.py")
@@ -130,17 +131,21 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
     kwargs.pop("trust_remote_code", None)  # an adapter has no code of its own
     repository = {**kwargs}
     kwargs |= {"is_trainable": is_trainable, "torch_device": "cpu"}
+    misfits: dict[str, set[str]] = {}
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            warnings.filterwarnings("error", "Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, adapter, **kwargs)
-        # PEFT passes over weights without a place, and tells of them only here
-        result = adapted.load_adapter(adapter, "default", **kwargs)
-        missing = {name for name in result.missing_keys if "vblora_vector_bank" not in name}  # kept in one place
-        misfits = {"missing": missing, "unexpected": set(result.unexpected_keys)}
+        # PEFT passes over weights without a place, and tells of them only here; AdaLoRA would be pruned again
+        if not getattr(adapted.active_peft_config, "rank_pattern", None) or adapted.peft_type != PeftType.ADALORA:
+            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+            result = adapted.load_adapter(adapter, "default", key_mapping=key_mapping, **kwargs)
+            misfits["unexpected"] = set(result.unexpected_keys)
+    except UserWarning as warning:
+        misfits["missing"] = set(re.findall(r"'(\S+)'", str(warning)))
     except RuntimeError as error:
-        misfits = {"of another shape": set(re.findall(r"size mismatch for (\S+):", str(error)))}
-        if not any(misfits.values()):
+        misfits["of another shape"] = set(re.findall(r"size mismatch for (\S+):", str(error)))
+        if not misfits["of another shape"]:
             raise
     if any(misfits.values()):
         raise ValueError(
@@ -379,12 +384,25 @@ def load_adapter_config(model: str, name: str = "model", **kwargs: Any) -> PeftC
 
 
 def check_adapter(config: PeftConfig, name: str) -> None:
-    """Refuse an adapter of virtual tokens."""
+    """Refuse an adapter of virtual tokens, one that acts through PEFT's forward, and one that loads differently."""
     # Virtual tokens shift the positions at which logits are read, and the base model that generates does not see them
     if config.is_prompt_learning:
         raise ValueError(
             f"The {name} is an adapter of virtual tokens (`{config.peft_type.value}`), which is not supported. Use "
             "one that changes the weights, such as LoRA."
+        )
+    kind = "aLoRA" if getattr(config, "alora_invocation_tokens", None) else config.peft_type.value
+    if kind in _FORWARD_TYPES:
+        raise ValueError(
+            f"The {name} is an adapter that acts through PEFT's own forward ({kind}), which generation and scoring do "
+            "not call. Use one that changes the weights, such as LoRA."
+        )
+    init = getattr(config, "init_lora_weights", None)
+    if isinstance(init, str) and init.startswith("pissa_niter"):
+        raise ValueError(
+            f"The {name} is an adapter with `init_lora_weights={init!r}`, whose random decomposition is drawn anew "
+            "whenever it is loaded, so that it is never the one that was trained. Use `init_lora_weights='pissa'`, or "
+            "convert the adapter with PEFT's `path_initial_model_for_weight_conversion`."
         )
 
 

@@ -1,7 +1,8 @@
 """From a model and the user's `peft_config` to the model that is trained, or a refusal."""
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import AdaLoraModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, revision: str | None) -> torch.nn.Module:
@@ -14,7 +15,7 @@ def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, revi
         revision (`str`, *optional*): Revision of the model on the Hub.
 
     Raises:
-        `ValueError`: If there would be two adapters, one that adds positions, or nothing to train.
+        `ValueError`: If there would be two adapters, or nothing to train.
     """
     if peft_config is not None:
         if isinstance(model, PeftModel):
@@ -24,11 +25,6 @@ def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, revi
                 "with the new `peft_config` to the trainer."
             )
         model = get_peft_model(model, peft_config, revision=revision)
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        raise ValueError(
-            f"{model.active_peft_config.peft_type.value} is not supported: it adds positions in front of the prompt. "
-            "Use LoRA or another method that changes weights."
-        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "The model has no trainable parameter. Load the adapter with `is_trainable=True`, or pass a `peft_config`."
@@ -49,3 +45,38 @@ def is_quantized(model: torch.nn.Module) -> bool:
 def is_plain_lora(model: PeftModel) -> bool:
     """Whether all adapters are LoRA without DoRA's magnitudes."""
     return all(isinstance(config, LoraConfig) and not config.use_dora for config in model.peft_config.values())
+
+
+class AllocateRanks(TrainerCallback):
+    """
+    Lets AdaLoRA move its ranks behind every update, which PEFT leaves to whoever trains.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): Whose model has the adapter.
+
+    Raises:
+        `ValueError`: When training begins, if it ends before the ranks are what they are to be.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    @property
+    def _tuner(self) -> AdaLoraModel:
+        return self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False).base_model
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        config = self._tuner.peft_config[self._tuner.trainable_adapter_name]
+        if config.total_step - config.tfinal > state.max_steps - 1:
+            raise ValueError(
+                f"AdaLoRA prunes its ranks until update {config.total_step - config.tfinal} (`total_step` less "
+                f"`tfinal`), and training makes {state.max_steps}. Set `total_step={state.max_steps}`, and `tinit` "
+                "and `tfinal` to parts of it."
+            )
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        for parameter in self._tuner.parameters():
+            # An update that is left out says nothing of a rank
+            if parameter.requires_grad and (parameter.grad is None or not parameter.grad.isfinite().all()):
+                parameter.grad = torch.zeros_like(parameter)
+        self._tuner.update_and_allocate(state.global_step)

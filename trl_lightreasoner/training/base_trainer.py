@@ -5,17 +5,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments, logging
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..generation.greedy import save_generation_config, without_generation_config
 from ..hub.cards import draw_curve, model_card
 from ..hub.sharing import hub_errors, open_repo
+from ..models.loading import hub_kwargs
 from ..models.provenance import hub_id
 from ..models.weights import get_base_model
 from ..steps.prompt_format import PromptFormat
 from ..steps.writer import check_folder
+from .saving import check_saved, keep_weights, rehearse
 
 
 if TYPE_CHECKING:
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.get_logger(__name__)
+
+_FEW_TOKENS = 128  # that show whether two models say the same
 
 
 def check_destinations(args: TrainingArguments) -> None:
@@ -51,25 +57,73 @@ class _BaseTrainer(Trainer):
     _paper: dict[str, str] = {}
     # The form of the prompts in the dataset, which is saved beside the model
     prompt_format: PromptFormat | None = None
+    _saves_checkpoint = False
+
+    def train(self, *args, **kwargs):
+        def save(folder: str) -> None:
+            self.processing_class.save_pretrained(folder)
+            torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+            self._save_beside(folder)
+
+        if self.is_world_process_zero() and not self._is_split:
+            rehearse(self._whole_model(), save)
+        return super().train(*args, **kwargs)
+
+    @property
+    def _is_split(self) -> bool:
+        """Whether no process holds all of the weights."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _whole_model(self) -> torch.nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir or self.args.output_dir
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        with without_generation_config(get_base_model(model)):
-            super()._save(output_dir, state_dict)
+        model = self._whole_model()
+        try:
+            with without_generation_config(get_base_model(model)):
+                super()._save(output_dir, state_dict)
+            if self.is_world_process_zero():
+                self._save_beside(folder)
+        except Exception as error:
+            try:
+                path = keep_weights(model, state_dict, folder)
+            except Exception:  # the disk is full
+                raise error from None
+            raise ValueError(
+                f"The model could not be saved in {folder!r}: {' '.join(str(error).split()).rstrip('.')}. What was "
+                f"trained is in {path!r}, which `torch.load` reads."
+            ) from error
+
+    def _save_beside(self, folder: str) -> None:
+        save_generation_config(self._whole_model(), self.processing_class, folder)
         # PEFT's card of the folder tells where the base model lies on this machine
-        if self.is_world_process_zero():
-            save_generation_config(model, self.processing_class, folder)
-            model_card(self, self._model_name()).save(os.path.join(folder, "README.md"))
-            if self.prompt_format is not None:
-                self.prompt_format.save(folder)
+        model_card(self, self._model_name()).save(os.path.join(folder, "README.md"))
+        if self.prompt_format is not None:
+            self.prompt_format.save(folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self._saves_checkpoint or self._is_split or not self.is_world_process_zero():
+            return
+        kwargs = hub_kwargs({"trust_remote_code": self.args.trust_remote_code, **(self.args.model_init_kwargs or {})})
+        kwargs.pop("revision", None)  # which the adapter has noted
+        ids = list(range(_FEW_TOKENS))
+        if isinstance(self.train_dataset, Dataset):
+            row = self.train_dataset[0]
+            ids = [*row["prompt_ids"], *row["completion_ids"]][:_FEW_TOKENS]
+        check_saved(self._whole_model(), output_dir or self.args.output_dir, ids, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         # What is uploaded while training goes on has a card as well; an upload that goes on must not see it change
         if self.args.push_to_hub and self.is_world_process_zero():
             if self.push_in_progress is None or self.push_in_progress.is_done():
                 self.create_model_card()
-        super()._save_checkpoint(model, trial)
+        self._saves_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saves_checkpoint = False
 
     def create_model_card(
         self,

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
+from peft import AdaLoraModel, PeftConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch.utils.data import DataLoader
 from transformers import (
@@ -24,7 +24,15 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from ..contrast import contrastive_loss
 from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at
-from ..models.loading import add_quantization, hub_kwargs, load_adapter_config, load_config, load_model, load_tokenizer
+from ..models.loading import (
+    add_quantization,
+    check_adapter,
+    hub_kwargs,
+    load_adapter_config,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from ..models.provenance import warn_of_another_expert
 from ..models.weights import get_base_model, settle_4bit_layers
 from ..steps.dataset import STEP_COLUMNS
@@ -32,7 +40,7 @@ from ..steps.prompt_format import format_of_steps
 from ..steps.training_rows import choose_beta, prepare_rows, reaches
 from ..vocabulary import model_vocabulary
 from .accuracy import EvalQuestions
-from .adapters import is_plain_lora, is_quantized, prepare_adapter
+from .adapters import AllocateRanks, is_plain_lora, is_quantized, prepare_adapter
 from .base_trainer import _BaseTrainer, check_destinations
 from .combinations import check_answers, check_arguments, check_combinations
 from .cuda_graphs import GraphedLayers, can_capture
@@ -134,6 +142,8 @@ class LightReasonerTrainer(_BaseTrainer):
         # Args
         args = own_config(args, model)
         check_arguments(train_dataset, peft_config)
+        if peft_config is not None:
+            check_adapter(peft_config, "`peft_config`")
         # Batches of streamed rows are made where they are used: dispatching would cut every tensor of a batch to the
         # number of its rows, those with an entry a token as well
         args.accelerator_config.dispatch_batches = False
@@ -269,6 +279,8 @@ class LightReasonerTrainer(_BaseTrainer):
         self.skip_nonfinite_updates = SkipNonFiniteUpdates(self)
         self.add_callback(self.skip_nonfinite_updates)
         self.add_callback(RememberEpochs())
+        if isinstance(model, PeftModel) and isinstance(model.base_model, AdaLoraModel):
+            self.add_callback(AllocateRanks(self))
         self._resumed: TrainerState | None = None
 
         # Sums over the kept steps since the last log: entropy, agreement, steps. Seen: steps, tokens, since the start.
