@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from trl_lightreasoner.vocabulary import Vocabulary, model_vocabulary, shared_vocabulary
+from trl_lightreasoner.vocabulary import Vocabulary, check_embedded, model_vocabulary, shared_vocabulary
 
 from .conftest import make_tokenizer
 
@@ -115,10 +115,18 @@ def test_tokenizers_without_a_common_token_are_refused():
 
 
 @pytest.mark.parametrize("name", ["expert", "amateur"])
-def test_a_tokenizer_larger_than_the_logits_is_refused(name):
+def test_a_token_without_a_logit_is_not_shared(name):
     widths = {"expert": 4, "amateur": 4, name: 3}
-    with pytest.raises(ValueError, match=f"The {name}'s tokenizer .* token 'four' has id 3, but the {name} has 3"):
-        shared_vocabulary(word_tokenizer(), word_tokenizer(), widths["expert"], widths["amateur"])
+    shared = shared_vocabulary(word_tokenizer(), word_tokenizer(), widths["expert"], widths["amateur"])
+    assert shared.ids.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=f"No token of the {name}'s tokenizer has a logit. Pass the tokenizer that"):
+        model_vocabulary(word_tokenizer({"two": 1, "three": 2}), 1, name)
+
+
+def test_a_token_that_occurs_needs_an_embedding():
+    check_embedded([0, 2], word_tokenizer(), 3, 7, "model")
+    with pytest.raises(ValueError, match="^Row 7 has the token 'four', whose id is 3, and the model has 3 embeddings"):
+        check_embedded([3, 0], word_tokenizer(), 3, 7, "model")
 
 
 def test_logits_exactly_as_wide_as_the_tokenizer_are_accepted():

@@ -77,7 +77,7 @@ class Vocabulary:
 
 def model_vocabulary(tokenizer: PreTrainedTokenizerBase, width: int, name: str = "model") -> Vocabulary:
     """
-    Every token of one tokenizer, EOS and added tokens included.
+    Every token of one tokenizer, EOS and added tokens included, that has a column in the logits.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
@@ -85,21 +85,34 @@ def model_vocabulary(tokenizer: PreTrainedTokenizerBase, width: int, name: str =
         name (`str`): What to call the model in an error message.
 
     Raises:
-        `ValueError`: If a token has no column in the logits.
+        `ValueError`: If no token has one.
     """
     return Vocabulary(list(_tokens_with_logits(tokenizer, width, name).values()))
 
 
 def _tokens_with_logits(tokenizer: PreTrainedTokenizerBase, width: int, name: str) -> dict[str, int]:
-    vocabulary = tokenizer.get_vocab()
-    token_id = max(vocabulary.values())
-    if token_id >= width:
-        token = next(token for token, each in vocabulary.items() if each == token_id)
+    # A tokenizer can have more: Gemma 3 of 1B has no embedding for an image's token
+    vocabulary = {token: token_id for token, token_id in tokenizer.get_vocab().items() if token_id < width}
+    if not vocabulary:
         raise ValueError(
-            f"The {name}'s tokenizer is larger than its logits: token {token!r} has id {token_id}, but the {name} has "
-            f"{width} logits. Pass the tokenizer that belongs to the {name}, or resize the model's embeddings."
+            f"No token of the {name}'s tokenizer has a logit. Pass the tokenizer that belongs to the {name}."
         )
     return vocabulary
+
+
+def check_embedded(ids: list[int], tokenizer: PreTrainedTokenizerBase, width: int, row: int, name: str) -> None:
+    """
+    Refuse a row with a token for which a model of `width` embeddings has none.
+
+    Raises:
+        `ValueError`: Naming row and token.
+    """
+    token_id = max(ids, default=0)
+    if token_id >= width:
+        raise ValueError(
+            f"Row {row} has the token {tokenizer.convert_ids_to_tokens(token_id)!r}, whose id is {token_id}, and the "
+            f"{name} has {width} embeddings. Leave the token out, or use the tokenizer that belongs to the {name}."
+        )
 
 
 def shared_vocabulary(

@@ -37,7 +37,7 @@ from ..processes import Processes
 from ..steps.prompt_format import load_prompt_format
 from ..steps.prompts import encode_rows
 from ..steps.writer import StepWriter, describe_rows, hash_ids
-from ..vocabulary import model_vocabulary
+from ..vocabulary import check_embedded, model_vocabulary
 from .answering import Answering, context_length, grade_answers, plan_answers
 from .evaluation_config import EvaluationConfig
 from .sets import BENCHMARKS, load_benchmark, title_of
@@ -262,6 +262,8 @@ class Candidate:
             questions = dataset["question"]
             rows = [{"prompt": each if isinstance(each, list) else make_prompt(each)} for each in questions]
             ids = self.prompt_ids[name] = encode_rows(rows, tokenizer, set(self.eos_ids))["prompt_ids"]
+            for row, prompt in enumerate(ids):
+                check_embedded(prompt, tokenizer, config.vocab_size, row, role)
             plan = self.plans[name] = plan_answers(ids, args.max_new_tokens, context)
             if len(plan) < len(ids):
                 logger.warning(

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
-from ..models.forward import attention_backends, has_full_attention, head_makes_logits, to_device
+from ..models.forward import attention_backends, has_full_attention, head_makes_logits, to_device, without_routers
 from ..models.weights import get_base_model
 from ..vocabulary import Vocabulary
 from .greedy import cut_after_eos
@@ -143,6 +143,7 @@ class _Decoder:
         self.eos_ids = torch.tensor(eos_ids, dtype=torch.long, device=self.device)
         self.max_new_tokens = max_new_tokens
         self.cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        self.without_routers = without_routers(model)
         count = len(prompt_ids)
         self.num_columns = -(-(len(prompt_ids[0]) + max_new_tokens) // _COLUMNS) * _COLUMNS
         # Of all rows: the keys and values of each layer, what was chosen, and from which hidden states
@@ -177,7 +178,7 @@ class _Decoder:
                 input_ids=to_device(input_ids, self.device),
                 use_cache=True,
                 logits_to_keep=to_device(at_last, self.device),
-                **{self.cache_name: cache},
+                **{self.cache_name: cache, **self.without_routers},
             ).logits
             if start == 0:
                 for layer in cache.layers:
@@ -217,7 +218,7 @@ class _Decoder:
             position_ids=self.positions[:, None],
             attention_mask=mask[:, None, None],
             use_cache=True,
-            **{self.cache_name: self.cache},
+            **{self.cache_name: self.cache, **self.without_routers},
         ).logits
         self.last.copy_(self._most_probable(logits[:, -1]))
         if self.hidden_states is not None:

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from ..models.forward import without_routers
 from ..models.loading import load_eos_ids
 from ..models.weights import get_base_model
 from ..steps.prompts import end_of_turn
@@ -93,13 +94,14 @@ def generate_greedy(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=eos_ids or None,
-        pad_token_id=eos_ids[0] if eos_ids else 0,
+        pad_token_id=0,  # written behind an EOS, where it is cut off
     )
     with without_generation_config(base):
         output = base.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=config,
+            **without_routers(base),
             logits_processor=LogitsProcessorList([OnlyTokens(vocabulary, base.config.get_text_config().vocab_size)]),
         )
     return [cut_after_eos(ids, set(eos_ids)) for ids in output[:, length:].tolist()]

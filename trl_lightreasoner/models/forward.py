@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from .weights import get_base_model
@@ -20,6 +20,15 @@ _HEAD_MAKES_LOGITS: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary
 def accepts_logits_to_keep(model: torch.nn.Module) -> bool:
     """Whether the forward can leave out the positions whose logits nobody reads."""
     return "logits_to_keep" in inspect.signature(get_base_model(model).forward).parameters
+
+
+def without_routers(model: torch.nn.Module) -> dict[str, bool]:
+    """
+    Arguments of the forward by which a mixture of experts leaves out the loss of its routers, which nobody reads and
+    which fails while tokens are generated, though its config asks for it.
+    """
+    names = inspect.signature(get_base_model(model).forward).parameters
+    return {"output_router_logits": False} if "output_router_logits" in names else {}
 
 
 def has_full_attention(model: torch.nn.Module) -> bool:
@@ -57,6 +66,7 @@ def forward_at(model: torch.nn.Module, positions: torch.Tensor, to_keep: bool, *
     Returns:
         The model's output with `logits` of shape `(positions.sum(), W)` or `(n, W)`, in the order of the batch's rows.
     """
+    inputs |= without_routers(model)
     if to_keep:
         outputs = model(**inputs, logits_to_keep=positions, use_cache=False)
         _check_logits(model, outputs)
@@ -73,7 +83,8 @@ def forward_at(model: torch.nn.Module, positions: torch.Tensor, to_keep: bool, *
 def next_token_log_probs(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
     """What a model says behind each of some tokens, `(len(ids), W)`, on the CPU."""
     input_ids = torch.tensor([ids], device=get_base_model(model).get_input_embeddings().weight.device)
-    return model(input_ids=input_ids, use_cache=False).logits[0].float().log_softmax(-1).cpu()
+    outputs = model(input_ids=input_ids, use_cache=False, **without_routers(model))
+    return outputs.logits[0].float().log_softmax(-1).cpu()
 
 
 def divergence(log_probs: torch.Tensor, other_log_probs: torch.Tensor) -> float:
@@ -114,10 +125,11 @@ def head_makes_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> bool:
     base = get_base_model(model)
     if base not in _HEAD_MAKES_LOGITS:
         decoder, head = base.get_decoder(), base.get_output_embeddings()
-        makes = decoder is not None and decoder is not base and head is not None
+        # What is called decoder may be the head
+        makes = isinstance(decoder, PreTrainedModel) and decoder is not base and head is not None
         if makes:
             few = {"input_ids": input_ids[:1, :8], "use_cache": False}
-            outputs = base(**few)
+            outputs = base(**few, **without_routers(base))
             _check_logits(base, outputs)
             logits, made = outputs.logits, head(decoder(**few).last_hidden_state)
             makes = logits.shape == made.shape and torch.allclose(logits, made, rtol=0, atol=0, equal_nan=True)

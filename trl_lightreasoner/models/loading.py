@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel, PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -34,6 +35,9 @@ from .weights import get_base_model, settle_4bit_layers
 logger = logging.get_logger(__name__)
 
 _FORWARD_TYPES = ("aLoRA", "POLY", "SHADOW", "XLORA")
+_SAVED_EMBEDDINGS = re.compile(
+    r"\.(embed_tokens|embed_in|embed_out|lm_head|word_embeddings|wte)\.(base_layer\.)?weight$"
+)
 _MAX_NAMED = 3  # tensors in one sentence
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf")
 _VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json", "tokenization*.py")
@@ -130,6 +134,9 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
     """
     kwargs.pop("trust_remote_code", None)  # an adapter has no code of its own
     repository = {**kwargs}
+    rows = count_saved_embeddings(adapter, **repository)
+    if rows not in (None, model.get_input_embeddings().weight.shape[0]):  # as it was trained on
+        model.resize_token_embeddings(rows, mean_resizing=False)
     kwargs |= {"is_trainable": is_trainable, "torch_device": "cpu"}
     misfits: dict[str, set[str]] = {}
     try:
@@ -155,6 +162,18 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
     if (generation_config := load_generation_config(adapter, **repository)) is not None:
         adapted.get_base_model().generation_config = generation_config
     return adapted
+
+
+def count_saved_embeddings(adapter: str, **kwargs: Any) -> int | None:
+    """How many embeddings an adapter holds, as one of a model whose vocabulary was resized does; `kwargs` as above."""
+    kwargs.pop("trust_remote_code", None)
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(adapter, SAFETENSORS_WEIGHTS_NAME, **kwargs, **quietly)
+    if path is None:
+        return None
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if _SAVED_EMBEDDINGS.search(name)]  # noqa: SIM118
+        return file.get_slice(names[0]).get_shape()[0] if names else None
 
 
 def _name_tensors(misfits: dict[str, set[str]]) -> str:
@@ -194,6 +213,8 @@ def load_config(model: str | PreTrainedModel | PeftModel, name: str = "model", *
             if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
                 raise FileNotFoundError(source)
             config = AutoConfig.from_pretrained(source, **repository)
+            if source != model and (rows := count_saved_embeddings(model, **hub_kwargs(kwargs))) is not None:
+                config.get_text_config().vocab_size = rows
         except (OSError, StrictDataclassError) as error:
             if os.path.isfile(os.path.join(source, "config.json")):
                 raise ValueError(
@@ -277,7 +298,8 @@ def load_tokenizer(
             # The kind of tokenizer is told by a config.json, which an adapter has not
             config = AutoConfig.from_pretrained(source, **repository)
             own = _load_tokenizer(model, name, {**hub_kwargs(kwargs), "config": config})
-            if max(own.get_vocab().values()) < config.get_text_config().vocab_size:
+            rows = count_saved_embeddings(model, **hub_kwargs(kwargs)) or config.get_text_config().vocab_size
+            if max(own.get_vocab().values()) < rows:
                 return own
             logger.warning(
                 f"The tokenizer beside the {name} {model!r} has more tokens than the base model has logits. That of "

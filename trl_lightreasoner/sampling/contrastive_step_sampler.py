@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import importlib.metadata
+import json
 import platform
 import shutil
 import tempfile
@@ -27,7 +28,7 @@ from ..steps.dataset import check_dataset, kl_quantiles
 from ..steps.prompt_format import PromptFormat, format_of_prompts
 from ..steps.prompts import check_prompts, encode_rows
 from ..steps.writer import StepWriter, describe_rows, hash_ids
-from ..vocabulary import model_vocabulary, shared_vocabulary
+from ..vocabulary import check_embedded, model_vocabulary, shared_vocabulary
 from .contrastive_sampling_config import ContrastiveSamplingConfig
 from .pair_check import JUDGED_AT, PairCheck, check_steps
 from .scoring import Trajectory, TrajectoryScores, prepare_scoring, score_trajectories
@@ -126,7 +127,7 @@ class ContrastiveStepSampler:
             amateur_processing_class = load_tokenizer(amateur, "amateur", "amateur_processing_class", **amateur_kwargs)
         expert_width = expert_config.get_text_config().vocab_size
         amateur_width = amateur_config.get_text_config().vocab_size
-        self.processing_class = processing_class
+        self.processing_class, self._width = processing_class, expert_width
         self.shared_vocabulary = shared_vocabulary(
             processing_class, amateur_processing_class, expert_width, amateur_width
         )
@@ -342,6 +343,7 @@ class ContrastiveStepSampler:
         plan = []
         for index, row in enumerate(encoded):
             completion_ids = row.get("completion_ids") or []
+            check_embedded([*row["prompt_ids"], *completion_ids], self.processing_class, self._width, index, "expert")
             if self._unreadable_ids:
                 self._check_readable([*row["prompt_ids"], *completion_ids[:-1]], index)
             prompt_length, completion_length = len(row["prompt_ids"]), len(completion_ids)
@@ -440,7 +442,7 @@ class ContrastiveStepSampler:
             "shared_tokens": len(self.shared_vocabulary),
             "eos_token_ids": self.eos_ids,
             "prompt_format": self._prompt_format and self._prompt_format.to_dict(),
-            "chat_template_sha256": hashlib.sha256((self.processing_class.chat_template or "").encode()).hexdigest(),
+            "chat_template_sha256": hashlib.sha256(_template_of(self.processing_class).encode()).hexdigest(),
             "versions": {
                 "python": platform.python_version(),
                 "trl-lightreasoner": __version__,
@@ -448,6 +450,11 @@ class ContrastiveStepSampler:
                 **({} if self._vllm is None else {"vllm": self._vllm.version}),
             },
         }
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    template = tokenizer.chat_template or ""
+    return template if isinstance(template, str) else json.dumps(template, sort_keys=True)  # several by name
 
 
 def _encode(

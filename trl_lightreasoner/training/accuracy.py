@@ -20,7 +20,7 @@ from ..generation.completions import GreedyDecoder, batches_that_fit, evaluating
 from ..generation.greedy import find_eos_ids
 from ..grading.answers import read_references
 from ..steps.prompts import encode_rows
-from ..vocabulary import Vocabulary
+from ..vocabulary import Vocabulary, check_embedded
 
 
 logger = logging.get_logger(__name__)
@@ -90,6 +90,8 @@ class EvalQuestions:
         try:
             rows = dataset.select_columns(columns).to_list()
             self.prompt_ids = encode_rows(rows, tokenizer, set())["prompt_ids"]
+            for row, ids in enumerate(self.prompt_ids):
+                check_embedded(ids, tokenizer, config.vocab_size, row, "model")
         except ValueError as error:
             raise ValueError(f"`eval_questions`: {error}") from None
         context = context_length(config)

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.func import functional_call
-from transformers import logging
+from transformers import PreTrainedModel, logging
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..models.weights import get_base_model
@@ -35,6 +35,8 @@ def can_capture(model: torch.nn.Module) -> bool:
 
 def _adapter(model: PeftModel) -> BaseTunerLayer | None:
     layers = get_base_model(model).get_decoder()
+    if not isinstance(layers, PreTrainedModel):
+        return None
     return next((module for module in layers.modules() if isinstance(module, BaseTunerLayer)), None)
 
 

@@ -246,7 +246,9 @@ class LightReasonerTrainer(_BaseTrainer):
 
         # Data collator
         if data_collator is None:
-            data_collator = DataCollatorForLightReasoner(pad_token_id=processing_class.pad_token_id or 0)
+            pad_token_id = processing_class.pad_token_id
+            pad_token_id = pad_token_id if pad_token_id in self.vocabulary else 0  # it needs an embedding
+            data_collator = DataCollatorForLightReasoner(pad_token_id=pad_token_id)
 
         self._accepts_logits_to_keep = accepts_logits_to_keep(model)
         super().__init__(
