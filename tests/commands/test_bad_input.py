@@ -143,8 +143,8 @@ def model(name: str, sentence: str, flag: str = "expert", **kwargs: Any) -> Mist
     return Mistake(f"{flag}: {name}", {flag: "{folder}/" + name}, sentence, **kwargs)
 
 
-def setting(name: str, value: str | None, sentence: str, **kwargs: Any) -> Mistake:
-    return Mistake(f"--{name} {value}", {name: value}, sentence, **kwargs)
+def setting(name: str, value: str | None, sentence: str, loads: bool = False, **flags: str) -> Mistake:
+    return Mistake(f"--{name} {value}", {name: value, **flags}, sentence, loads)
 
 
 SAMPLE = [
@@ -475,6 +475,19 @@ TRAIN = [
         "gradient_accumulation_steps", "0", r"`gradient_accumulation_steps` must be a whole number, 1 or more, .*"
     ),
     setting("lora_r", "0", r"`lora_r` must be a whole number, 1 or more, got 0\."),
+    setting(
+        "lora_r",
+        "4",
+        r"`--lora_r` is for a new adapter, and '{folder}/adapter' is an adapter already, which is trained further as "
+        r"it is\. Leave it out, or make a plain model of the adapter by `lightreasoner merge` first\.",
+        model_name_or_path="{folder}/adapter",
+    ),
+    setting(
+        "lora_target_modules",
+        "v_proj",
+        r"`--lora_target_modules` is for a new adapter, and with `--use_peft false` all weights are trained\. .*",
+        use_peft="false",
+    ),
     setting("lora_dropout", "nan", r"`lora_dropout` must be in \[0, 1\), got nan\."),
     setting("seed", "-1", r"Seed must be between 0 and 2\*\*32 - 1"),
     setting("gradient_checkpointing_kwargs", "{oops", r"A setting is not the JSON that it must be: '{oops' \(.*\)\."),
@@ -548,7 +561,7 @@ TRAIN = [
     Mistake("no model", {"model_name_or_path": "{omit}"}, r"`--model_name_or_path` is required: the expert that .*"),
     Mistake("no dataset", {"dataset_name": "{omit}"}, r"`--dataset_name` is required: a dataset on the Hub, or .*"),
     setting(
-        "lora_target_modules", "qkv", r"Target modules qkv not found in the base model\. Please check .*", loads=True
+        "lora_target_modules", "qkv", r"Target modules {'qkv'} not found in the base model\. Please .*", loads=True
     ),
 ]
 

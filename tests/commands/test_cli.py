@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from trl_lightreasoner import (
     ContrastiveSamplingConfig,
@@ -503,6 +503,30 @@ def test_train_in_full_writes_a_model_in_float32(train, expert, tokenizer, tmp_p
     run_train(*train, "--model_name_or_path", tmp_path / "bf16", "--no_use_peft")
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert trained.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (["q_proj"], {"q_proj"}),
+        (["q_proj", "k_proj"], {"q_proj", "k_proj"}),
+        ([r".*\.[ko]_proj"], {"k_proj", "o_proj"}),
+    ],
+    ids=["one name", "names", "pattern"],
+)
+def test_train_adapts_the_modules_that_are_named(targets, names, train, tmp_path):
+    run_train(*train, "--lora_target_modules", *targets)
+    adapted = {name.split(".")[-3] for name in load_file(tmp_path / "out" / "adapter_model.safetensors")}
+    assert adapted == names
+
+
+def test_train_adapts_the_modules_of_a_model_that_names_them_otherwise(train, tokenizer, tmp_path):
+    config = GPT2Config(vocab_size=len(tokenizer) + 5, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    run_train(*train, "--model_name_or_path", tmp_path / "gpt2")  # as `lightreasoner sample` says
+    adapted = {name.split(".")[-3] for name in load_file(tmp_path / "out" / "adapter_model.safetensors")}
+    assert adapted == {"c_attn", "c_proj", "c_fc"}
 
 
 def test_train_continues_an_adapter(train, expert, expert_path, tmp_path):

@@ -310,6 +310,18 @@ def test_the_fingerprint_sees_two_values_that_change_places():
     assert weight_fingerprint(model) != before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("places", [(5, 777), (3, 3 + 2**20), (0, 2**21 - 1), (8, 9)], ids=str)
+def test_the_fingerprint_sees_two_values_anywhere_that_are_exchanged(places, dtype):
+    model = torch.nn.Linear(2**21, 1, bias=False, dtype=dtype)
+    with torch.no_grad():
+        model.weight.zero_()  # so that a change of place is all there is to see
+        model.weight[0, list(places)] = torch.tensor([1.5, -1.5], dtype=dtype)
+        before = weight_fingerprint(model)
+        model.weight[0, list(places)] = torch.tensor([-1.5, 1.5], dtype=dtype)
+    assert weight_fingerprint(model) != before
+
+
 def test_the_fingerprint_sees_the_dtype(expert):
     before = weight_fingerprint(expert)
     assert weight_fingerprint(expert.to(torch.bfloat16)) != before

@@ -10,6 +10,8 @@ from peft import LoraConfig, VBLoRAConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, PreTrainedModel, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
+from trl_lightreasoner.commands.merge import MergeArguments
+from trl_lightreasoner.commands.merge import main as merge
 from trl_lightreasoner.models.loading import load_adapter, load_model
 
 from ..conftest import make_model
@@ -86,12 +88,8 @@ def test_tied_heads_and_buffers_of_old_checkpoints_are_no_misfit(tmp_path, token
 
 @pytest.fixture
 def vision_model() -> PreTrainedModel:
-    return make_vision_model()
-
-
-def make_vision_model() -> PreTrainedModel:
     text = {
-        "vocab_size": 40,
+        "vocab_size": 320,
         "hidden_size": 16,
         "intermediate_size": 16,
         "num_hidden_layers": 1,
@@ -109,6 +107,18 @@ def test_the_text_part_of_a_model_that_sees_is_no_misfit(vision_model, tmp_path)
     vision_model.save_pretrained(tmp_path)
     ids = torch.arange(9)[None]
     torch.testing.assert_close(load_model(str(tmp_path))(ids).logits, vision_model(ids).logits)
+
+
+def test_a_merge_says_that_vision_is_left_out(vision_model, tokenizer, tmp_path, capsys):
+    vision_model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = load_model(str(tmp_path / "base"))
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    merge(MergeArguments(str(tmp_path / "adapter"), str(tmp_path / "model")))
+    names = load_file(tmp_path / "base" / "model.safetensors").keys()
+    lost = [name for name in names if "visual" in name]
+    said = capsys.readouterr().out
+    assert f"It is the language model alone: {len(lost)} tensors of '{tmp_path}/base' are not in it, such as" in said
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,11 @@ def test_a_new_adapter_around_the_sampled_expert_is_no_warning(warnings_of, expe
     assert warnings_of(get_peft_model(expert, lora()), steps) == []
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_new_adapter_that_begins_with_a_share_of_the_weights_is_no_warning(init, warnings_of, expert, steps):
+    assert warnings_of(get_peft_model(expert, lora(init_lora_weights=init)), steps) == []
+
+
 @pytest.mark.parametrize("as_path", [True, False])
 def test_a_trained_adapter_around_the_sampled_expert_is_a_warning(as_path, warnings_of, expert, adapter_path, steps):
     model = adapter_path if as_path else PeftModel.from_pretrained(expert, adapter_path, is_trainable=True)

@@ -1,6 +1,7 @@
 """Models that do one thing differently, and are sampled as any other."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -20,9 +21,11 @@ from trl_lightreasoner import (
     ContrastiveStepSampler,
     LightReasonerConfig,
     LightReasonerTrainer,
+    sampling_metadata,
 )
 from trl_lightreasoner.commands.merge import MergeArguments
 from trl_lightreasoner.commands.merge import main as merge
+from trl_lightreasoner.hub.cards import dataset_card
 from trl_lightreasoner.models.loading import load_config, load_model, load_tokenizer
 
 from ..conftest import TEMPLATE
@@ -93,6 +96,40 @@ def test_a_tokenizer_with_a_token_that_has_no_embedding(sample, expert, amateur,
     last = f"<{width - num_tokens}>"
     with pytest.raises(ValueError, match=f"^Row 1 has the token '{last}', whose id is {width}, and the expert has"):
         sample(expert, Dataset.from_dict({"prompt": ["2+2=", last]}), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "setting"),
+    [
+        ({"attn_implementation": "eager"}, "expert attention = 'sdpa', but it is now 'eager'"),
+        ({"rms_norm_eps": 0.5}, "expert model_init_kwargs = {}, but it is now {'rms_norm_eps': 0.5}"),
+        ({"device_map": "cpu", "local_files_only": True}, None),
+    ],
+    ids=["attention", "config", "place"],
+)
+def test_a_run_goes_on_only_with_a_model_that_is_loaded_alike(
+    kwargs, setting, sample, expert_path, amateur_path, prompts, tmp_path
+):
+    expected = sample(expert_path, prompts)
+    args = ContrastiveSamplingConfig(str(tmp_path / "steps"), max_new_tokens=6, beta=0.0, model_init_kwargs=kwargs)
+    sampler = ContrastiveStepSampler(expert_path, amateur_path, args)
+    if setting is None:
+        assert sampler.sample(prompts).to_list() == expected.to_list()
+    else:
+        with pytest.raises(ValueError, match=f"was begun with {re.escape(setting)}"):
+            sampler.sample(prompts)
+
+
+def test_what_decides_rows_in_half_precision_is_in_the_metadata_and_on_the_card(sample, expert_path, prompts):
+    steps = sample(expert_path, prompts)
+    metadata = sampling_metadata(steps)
+    assert metadata["per_device_batch_size"] == 16
+    assert [metadata[role][key] for role in ("expert", "amateur") for key in ("attention", "device")] == [
+        "sdpa",
+        "cpu",
+    ] * 2
+    card = dataset_card({"train": steps}, "steps")
+    assert "sdpa attention, on cpu" in card.text and "rows together" in card.text
 
 
 @pytest.fixture

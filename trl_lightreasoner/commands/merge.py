@@ -102,7 +102,7 @@ def main(args: MergeArguments) -> None:
 
     from ..generation.greedy import save_generation_config, without_generation_config
     from ..models.forward import divergence, next_token_log_probs
-    from ..models.loading import load_model
+    from ..models.loading import left_out, load_model
     from ..steps.prompt_format import load_prompt_format
 
     folder = check_output_dir(args)
@@ -125,6 +125,7 @@ def main(args: MergeArguments) -> None:
     try:
         # On the CPU, whose memory holds what a GPU might not
         model = load_model(base, dtype=args.dtype, device_map=None, **base_kwargs)
+        missing = left_out(model, base, **base_kwargs)
         adapted = load_fitting(model, args)
         ids = list(range(min(_FEW_TOKENS, len(tokenizer))))
         expected = next_token_log_probs(adapted.eval(), ids)
@@ -152,6 +153,11 @@ def main(args: MergeArguments) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     print(f"The model is in {args.output_dir}.")
+    if missing:
+        print(
+            f"It is the language model alone: {len(missing):,} tensors of {base!r} are not in it, such as "
+            f"{missing[0]!r}. For the whole model load the base model and the adapter with PEFT."
+        )
 
 
 def check_output_dir(args: MergeArguments) -> Path:

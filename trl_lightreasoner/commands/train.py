@@ -14,6 +14,7 @@ from ..steps.dataset import count_steps
 from ..steps.prompt_format import PromptFormat, format_of_prompts, format_of_steps
 from ..steps.splits import load_split
 from ..training.accuracy import as_questions
+from ..training.adapters import target_modules
 from ..training.lightreasoner_config import LightReasonerConfig
 from ..training.lightreasoner_trainer import LightReasonerTrainer
 from .arguments import ArgumentParser, quantization_of
@@ -111,7 +112,15 @@ class LightReasonerModelConfig(ModelConfig):
             raise ValueError(f"`lora_r` must be a whole number, 1 or more, got {self.lora_r}.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}.")
+        targets = self.lora_target_modules
         super().__post_init__()
+        self.lora_target_modules = target_modules(targets)  # type: ignore[assignment]  # as TRL leaves it
+
+    def changed_settings(self) -> list[str]:
+        """Names of the settings of a new adapter that are not the defaults."""
+        names = [name for name in self.__dataclass_fields__ if name.startswith("lora_")]
+        unset = type(self)()
+        return [name for name in (*names, "use_rslora", "use_dora") if getattr(self, name) != getattr(unset, name)]
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
@@ -143,6 +152,12 @@ def main(
     hub_kwargs = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     load_config(model_args.model_name_or_path, **hub_kwargs)  # refuses what is no model
     is_adapter = load_adapter_config(model_args.model_name_or_path, **hub_kwargs) is not None
+    if (is_adapter or not model_args.use_peft) and (changed := model_args.changed_settings()):
+        reason = f"{model_args.model_name_or_path!r} is an adapter already, which is trained further as it is"
+        remedy = "or make a plain model of the adapter by `lightreasoner merge` first"
+        if not model_args.use_peft:
+            reason, remedy = "with `--use_peft false` all weights are trained", "or `--use_peft`"
+        raise ValueError(f"`--{changed[0]}` is for a new adapter, and {reason}. Leave it out, {remedy}.")
     train_dataset = load_split(script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split)
     eval_questions = eval_dataset = None
     if script_args.eval_questions is not None:

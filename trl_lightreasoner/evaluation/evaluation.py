@@ -32,7 +32,7 @@ from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
 from ..grading.verdicts import check_math_verify
 from ..models.loading import add_quantization, hub_kwargs, load_config, load_model, load_tokenizer
-from ..models.weights import describe_model, weight_fingerprint
+from ..models.weights import describe_loading, describe_model, weight_fingerprint
 from ..processes import Processes
 from ..steps.prompt_format import load_prompt_format
 from ..steps.prompts import encode_rows
@@ -49,6 +49,8 @@ logger = get_logger(__name__)
 _ANSWER_FEATURES = {"num_tokens": Value("int32"), "ended": Value("bool")}
 # What the answers depend on, beside weights and problems
 _SETTINGS = ("prompt_style", "prompt_template", "system_prompt", "max_new_tokens", "use_vllm")
+# What is said of the others
+_SAID = ("per_device_batch_size", "data_dir", "max_samples")
 _GRADED_BY = ("kind", "tolerance", "unit")
 
 
@@ -284,6 +286,7 @@ class Candidate:
             self.model = load_model(self.model if loaded is None else loaded, **self.kwargs)
             self.description = describe_model(self.model, self.name)
             self.weights = weight_fingerprint(self.model)
+            self.loading = describe_loading(self.model, self.role, self.kwargs)
             decode = GreedyDecoder(self.model, self.vocabulary, self.eos_ids, vllm)
             self.answering = Answering(
                 self.model,
@@ -366,6 +369,7 @@ class Candidate:
             **{setting: getattr(self.args, setting) for setting in _SETTINGS},
             f"{self.role} dtype": self.description["dtype"],
             f"{self.role} weights": self.weights,
+            **self.loading,
             "EOS tokens": self.eos_ids,
             "number of problems": len(self.prompt_ids[name]),
             "prompts (tokens)": hash_ids(self.prompt_ids[name]),
@@ -398,7 +402,7 @@ def grade_candidates(candidates: list[Candidate], args: EvaluationConfig) -> dic
     packages = ("math-verify", "torch", "transformers", "peft")
     results = {
         **{candidate.role: {**candidate.description, **candidate.describe_form()} for candidate in candidates},
-        "settings": {setting: getattr(args, setting) for setting in (*_SETTINGS, "data_dir", "max_samples")},
+        "settings": {setting: getattr(args, setting) for setting in (*_SETTINGS, *_SAID)},
         "benchmarks": benchmarks,
         **({"average": _average(benchmarks)} if len(benchmarks) > 1 else {}),
         "versions": {

@@ -241,6 +241,8 @@ def _sampling_rows(sampling: dict[str, Any]) -> list[tuple[str, str]]:
     for name, value in settings.items():
         if value is not None or name in ("alpha", "beta"):
             rows.append((name, "not known" if value is None else f"{value} nats" if name == "beta" else value))
+    if sampling.get("per_device_batch_size"):
+        rows.append(("rows together", str(sampling["per_device_batch_size"])))
     if prompt_format := sampling.get("prompt_format"):
         rows.append(("prompts", f"by {PromptFormat(**prompt_format)}"))
     version = (sampling.get("versions") or {}).get("trl-lightreasoner")
@@ -257,6 +259,8 @@ def _describe(model: dict[str, Any] | None) -> str:
         parts.append(f"revision {model['revision']}")
     parts += [model["dtype"]] if model.get("dtype") else []
     parts += [describe_quantization(model["quantization"])] if model.get("quantization") else []
+    parts += [f"{model['attention']} attention"] if model.get("attention") else []
+    parts += [f"on {model['device']}"] if model.get("device") else []
     return ", ".join(parts)
 
 
@@ -272,6 +276,7 @@ def _setting_rows(trainer: Trainer, model: Any) -> list[tuple[str, Any]]:
     rows.append(("mixed precision", precision))
     described = describe_model(model)
     rows.append(("dtype of the base model" if isinstance(model, PeftModel) else "dtype", described["dtype"]))
+    rows += [(name, described[name]) for name in ("attention", "device")]
     if described["quantization"]:
         rows.append(("quantization", describe_quantization(described["quantization"])))
     if isinstance(model, PeftModel) and isinstance(model.active_peft_config, LoraConfig):

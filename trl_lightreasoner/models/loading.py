@@ -1,5 +1,6 @@
 """Loading an expert or an amateur, its config and its tokenizer, whichever way the user names it."""
 
+import json
 import os
 import re
 import warnings
@@ -26,7 +27,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     logging,
 )
-from transformers.utils import cached_file, is_bitsandbytes_available
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    is_bitsandbytes_available,
+)
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .weights import get_base_model, settle_4bit_layers
@@ -117,6 +123,23 @@ def _other_shapes(model: PreTrainedModel) -> set[str]:
 def is_text_part(model: PreTrainedModel, config: PretrainedConfig) -> bool:
     """Whether a model is the text part alone of what a config describes, which has vision or audio as well."""
     return config.model_type != model.config.model_type and "text_config" in config.sub_configs
+
+
+def left_out(model: PreTrainedModel, source: str, **kwargs: Any) -> list[str]:
+    """Names of a checkpoint's tensors that its causal language model has no use for; `kwargs` as of [`hub_kwargs`]."""
+    kwargs = {name: value for name, value in kwargs.items() if name != "trust_remote_code"}
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if index := cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **kwargs, **quietly):
+        names = list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    elif path := cached_file(source, SAFE_WEIGHTS_NAME, **kwargs, **quietly):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+    else:
+        return []
+    kept = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    ignored = [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
+    return sorted(name for name in ignored if not any(each.endswith(name) for each in kept))  # or made anew
 
 
 def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = False, **kwargs: Any) -> PeftModel:

@@ -10,7 +10,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 from transformers import logging
 
-from .weights import describe_model
+from .weights import describe_model, lies_beside
 
 
 logger = logging.get_logger(__name__)
@@ -33,10 +33,12 @@ def warn_of_another_expert(
     if not isinstance(dataset, Dataset) or "sampling_metadata" not in dataset.column_names:
         return
     trained = describe_model(model, name)
-    # A new adapter changes nothing yet
+    # A new adapter changes nothing yet. Nor does one that begins with a share of the weights, as PiSSA and OLoRA do;
+    # whether it is still new, its weights do not tell
     adapts = isinstance(model, PeftModel) and any(p.any() for n, p in model.named_parameters() if "lora_B" in n)
+    is_told = name is not None or all(map(lies_beside, getattr(model, "peft_config", {}).values()))
     experts = [_read_expert(text) for text in dataset.unique("sampling_metadata")]
-    pairs = [pair for expert in experts if expert for pair in differences(expert, trained, adapts)]
+    pairs = [pair for expert in experts if expert for pair in differences(expert, trained, adapts and is_told)]
     for sampled_as, trained_as in dict.fromkeys(pairs):
         logger.warning(
             f"The expert was sampled {sampled_as} and is trained {trained_as}: the labels come from another pi_E than "

@@ -1,10 +1,20 @@
 """What a loaded model says of itself: where it comes from, a checksum of its weights, and settled 4-bit layers."""
 
 import hashlib
+import json
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
+
+
+_BLOCK = 2**20  # words that are summed up together
+# Arguments of `from_pretrained` that say where a model is found and put, or show in its weights, dtype and attention
+_ELSEWHERE = (
+    *("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "force_download", "subfolder"),
+    *("device_map", "max_memory", "low_cpu_mem_usage", "offload_folder", "use_safetensors"),
+    *("dtype", "torch_dtype", "attn_implementation", "quantization_config"),
+)
 
 
 def settle_4bit_layers(model: torch.nn.Module) -> torch.nn.Module:
@@ -47,10 +57,17 @@ def describe_model(model: torch.nn.Module, name: str | None = None) -> dict[str,
         "model": base.config._name_or_path,
         "revision": getattr(base.config, "_commit_hash", None),
         "dtype": str(base.dtype).removeprefix("torch."),
+        "attention": getattr(base.config, "_attn_implementation", None),
+        "device": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else base.device.type,
         "num_parameters": base.num_parameters(),
         "quantization": quantization and {key: str(value) for key, value in quantization.items()},
         "adapter": (name or list(model.active_adapters)) if isinstance(model, PeftModel) else None,
     }
+
+
+def lies_beside(config: PeftConfig) -> bool:
+    """Whether an adapter is LoRA that leaves the base model's weights as they are, which PiSSA and its like change."""
+    return type(config) is LoraConfig and config.init_lora_weights in (True, False, "gaussian", "eva", "orthogonal")
 
 
 def get_base_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -62,12 +79,29 @@ def weight_fingerprint(model: torch.nn.Module) -> str:
     """A checksum over the names, shapes, dtypes and bytes of all weights and the active adapters, on every device."""
     adapters = [model.active_adapters, model.get_model_status().enabled] if isinstance(model, PeftModel) else []
     digest = hashlib.sha256(str(adapters).encode())
+    factors: dict[torch.device, torch.Tensor] = {}  # by which it counts where a value is
+    drawn = torch.randint(-(2**63), 2**63 - 1, (_BLOCK,), generator=torch.Generator().manual_seed(0))
     for name, tensor in model.state_dict().items():
         content = tensor.detach().contiguous().flatten().view(torch.uint8)
         whole = len(content) // 8 * 8
         words = content[:whole].view(torch.int64)
-        # The sum (modulo 2**64) sees a change anywhere, the sample sees values that change places
-        sample = words[:: max(1, len(words) // 64)].tolist()
-        summary = [words.sum().item(), *sample, *content[whole:].tolist()]
+        factor = factors.setdefault(tensor.device, drawn.to(tensor.device))
+        # Modulo 2**64, where the high bits of a word count by their low copy as well
+        sums = [((part ^ (part >> 32)) * factor[: len(part)]).sum() for part in words.split(_BLOCK)]
+        summary = [*(torch.stack(sums).tolist() if sums else []), *content[whole:].tolist()]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {summary}".encode())
     return digest.hexdigest()
+
+
+def describe_loading(model: torch.nn.Module, role: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    What the results of a model depend on beside its weights and their dtype, by the names that a user knows.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.
+        role (`str`): Such as `"expert"`.
+        kwargs (`dict[str, Any]`): With which it was loaded, of which those count that change its config.
+    """
+    settings = {name: value for name, value in kwargs.items() if name not in _ELSEWHERE}
+    attention = getattr(get_base_model(model).config, "_attn_implementation", None)
+    return {f"{role} attention": attention, f"{role} model_init_kwargs": json.loads(json.dumps(settings, default=str))}

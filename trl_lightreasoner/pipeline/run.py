@@ -24,6 +24,7 @@ from ..report.write_report import write_report
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
 from ..steps.dataset import count_steps
+from ..training.adapters import target_modules
 from ..training.lightreasoner_config import LightReasonerConfig
 from ..training.lightreasoner_trainer import LightReasonerTrainer
 from .folder import RunFolder, write_json
@@ -279,12 +280,11 @@ def _train(
     checkpoint: str | None,
 ) -> None:
     """Train and save an adapter, and leave the expert as it was."""
-    targets: str | list[str] = args.lora_target_modules
     peft_config = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=0.05,
-        target_modules=targets[0] if len(targets) == 1 else targets,
+        target_modules=target_modules(args.lora_target_modules),
         task_type="CAUSAL_LM",
     )
     trainer = LightReasonerTrainer(

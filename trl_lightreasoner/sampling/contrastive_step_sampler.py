@@ -22,7 +22,7 @@ from ..generation.completions import GreedyDecoder, evaluating, find_batch_size,
 from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
 from ..models.loading import add_quantization, load_config, load_model, load_tokenizer
-from ..models.weights import describe_model, weight_fingerprint
+from ..models.weights import describe_loading, describe_model, weight_fingerprint
 from ..processes import Processes
 from ..steps.dataset import check_dataset, kl_quantiles
 from ..steps.prompt_format import PromptFormat, format_of_prompts
@@ -211,6 +211,7 @@ class ContrastiveStepSampler:
             # Behind a token that the amateur cannot read, it has nothing to say
             end_ids = [*self.eos_ids, *self._unreadable_ids]
             self._decode = GreedyDecoder(self.expert, self.expert_vocabulary, end_ids, self._vllm)
+        self.batch_size = self.processes.on_main(lambda: self._find_batch_size(encoded, plan, scoring_only))
         try:
             done = self.processes.on_main(
                 lambda: writer.open({**self._identity(encoded), **describe_rows(dataset)}, self._metadata())
@@ -220,7 +221,6 @@ class ContrastiveStepSampler:
             order = [item for item in plan if item[0] not in done]
             if len(order) < len(plan):
                 logger.warning(f"{len(plan) - len(order):,} of {len(plan):,} prompts are sampled already.")
-            self.batch_size = self.processes.on_main(lambda: self._find_batch_size(encoded, order, scoring_only))
             self._sample(encoded, share_batches(order, self.batch_size, self.processes), writer, scoring_only)
             self.processes.on_main(lambda: writer.finish({index for index, _ in plan}))
             sampled = writer.load(None if self._checks_in is None else str(self._checks_in / "cache"))
@@ -424,6 +424,8 @@ class ContrastiveStepSampler:
             **{name: getattr(args, name) for name in _SETTINGS},
             "expert dtype": str(self.expert.dtype),
             "amateur dtype": str(self.amateur.dtype),
+            **describe_loading(self.expert, "expert", self._expert_kwargs),
+            **describe_loading(self.amateur, "amateur", self._amateur_kwargs),
             "expert weights": weight_fingerprint(self.expert),
             "amateur weights": weight_fingerprint(self.amateur),
             "shared vocabulary": hashlib.sha256(self.shared_vocabulary.ids.numpy().tobytes()).hexdigest(),
@@ -439,6 +441,7 @@ class ContrastiveStepSampler:
             "expert": describe_model(self.expert, self._names[0]),
             "amateur": describe_model(self.amateur, self._names[1]),
             "settings": {name: getattr(self.args, name) for name in _SETTINGS},
+            "per_device_batch_size": self.batch_size,
             "shared_tokens": len(self.shared_vocabulary),
             "eos_token_ids": self.eos_ids,
             "prompt_format": self._prompt_format and self._prompt_format.to_dict(),

@@ -1,5 +1,7 @@
 """From a model and the user's `peft_config` to the model that is trained, or a refusal."""
 
+import re
+
 import torch
 from peft import AdaLoraModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -35,6 +37,24 @@ def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, revi
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def target_modules(names: list[str] | None) -> str | list[str] | None:
+    """
+    The `target_modules` of an adapter, from what a list on the command line holds: names of modules, or one pattern.
+
+    Example:
+
+    ```python
+    >>> target_modules(["q_proj"]), target_modules(["all-linear"]), target_modules([r".*[qv]_proj"])
+    (['q_proj'], 'all-linear', '.*[qv]_proj')
+
+    ```
+    """
+    # PEFT takes text for a pattern that must match a whole name, from the model on
+    if names is None or len(names) != 1 or re.fullmatch(r"[\w.]+", names[0]):
+        return names
+    return names[0]
 
 
 def is_quantized(model: torch.nn.Module) -> bool:

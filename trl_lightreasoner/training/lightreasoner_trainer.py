@@ -49,6 +49,7 @@ from .lightreasoner_config import LightReasonerConfig, own_config
 from .nonfinite_updates import SkipNonFiniteUpdates
 from .packed_attention import can_pack, is_packed, pack, packed_attention
 from .resuming import RememberEpochs, load_state, plan_training
+from .saving import warn_of_left_out
 from .watching import DriftWarnings, adapter_off, divergence_at, starts_as_expert
 
 
@@ -239,6 +240,8 @@ class LightReasonerTrainer(_BaseTrainer):
         # The adapter remembers which revision of its base model it belongs to
         revision = None if name is None else model_init_kwargs.get("revision")
         model = prepare_adapter(model, peft_config, revision)
+        if name is not None and not isinstance(model, PeftModel):
+            warn_of_left_out(model, name, **hub_kwargs(model_init_kwargs))
 
         if args.use_liger_kernel:
             # Its forward for cross entropy takes no mask of positions

@@ -6,20 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel, logging
 
 from ..generation.completions import evaluating
 from ..models.forward import divergence, next_token_log_probs
-from ..models.loading import load_model
-from ..models.weights import get_base_model
+from ..models.loading import left_out, load_model
+from ..models.weights import get_base_model, lies_beside
 from .adapters import is_quantized
 
 
 logger = logging.get_logger(__name__)
 
-# With these LoRA begins beside the base model's weights; with the others it changes them
-_BESIDE = (True, False, "gaussian", "eva", "orthogonal")
+
+def warn_of_left_out(model: PreTrainedModel, name: str, **kwargs: Any) -> None:
+    """Say which tensors of a checkpoint will not be in what is saved of it; `kwargs` as of [`left_out`]."""
+    if lost := left_out(model, name, **kwargs):
+        logger.warning(
+            f"{len(lost):,} tensors of {name!r}, such as {lost[0]!r}, are no part of the language model that is "
+            "trained, and will not be in what is saved."
+        )
 
 
 def rehearse(model: PreTrainedModel | PeftModel, save: Callable[[str], None]) -> None:
@@ -42,7 +48,7 @@ def rehearse(model: PreTrainedModel | PeftModel, save: Callable[[str], None]) ->
                 f"What is to be trained could not be saved afterwards: {' '.join(str(error).split()).rstrip('.')}. "
                 "Mend that first."
             ) from error
-        if lies_beside(model):
+        if _has_its_base(model):
             check_saved(model, folder, [])
 
 
@@ -70,7 +76,7 @@ def check_saved(model: PreTrainedModel | PeftModel, folder: str, ids: list[int],
     Raises:
         `ValueError`: If they differ. What was saved stays.
     """
-    if lies_beside(model):
+    if _has_its_base(model):
         difference = _differing_tensor(model, folder)
     else:
         difference = _differing_logits(model, folder, ids, **kwargs)
@@ -82,11 +88,8 @@ def check_saved(model: PreTrainedModel | PeftModel, folder: str, ids: list[int],
         )
 
 
-def lies_beside(model: torch.nn.Module) -> bool:
-    """Whether all adapters are LoRA, and left the base model's weights as they were."""
-    return isinstance(model, PeftModel) and all(
-        type(config) is LoraConfig and config.init_lora_weights in _BESIDE for config in model.peft_config.values()
-    )
+def _has_its_base(model: torch.nn.Module) -> bool:
+    return isinstance(model, PeftModel) and all(map(lies_beside, model.peft_config.values()))
 
 
 def _differing_tensor(model: PeftModel, folder: str) -> str | None:
