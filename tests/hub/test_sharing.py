@@ -194,7 +194,7 @@ def test_a_dataset_card_tells_columns_models_settings_and_counts(shared):
         {"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}
     ]
     made = dict(table_rows(card.text, "How it was made"))
-    assert made["expert (pi_E)"] == "`expert`, float32" and made["amateur (pi_A)"] == "`amateur`, float32"
+    assert made["expert (pi_E)"] == "`expert`, float32, sdpa attention, on cpu" and made["amateur (pi_A)"] == "`amateur`, float32"
     assert (made["alpha"], made["beta"], made["max_new_tokens"]) == ("0.2", "1.95 nats", "12")
     mine = Dataset.from_parquet(str(shared.folder / "steps/data/*.parquet"))
     num_steps, num_kept = sum(map(len, mine["completion_ids"])), sum(map(len, mine["step_positions"]))
@@ -244,7 +244,7 @@ def test_a_card_tells_every_making_of_the_rows(steps):
     mixed = steps.remove_columns("sampling_metadata").add_column("sampling_metadata", texts)
     card = dataset_card({"train": mixed}, "me/steps").text
     link = "[Qwen/Qwen2.5-Math-1.5B](https://huggingface.co/Qwen/Qwen2.5-Math-1.5B), revision abc123"
-    assert link in card and "| `expert`, float32 |" in card
+    assert link in card and "| `expert`, float32, sdpa attention, on cpu |" in card
     assert 'model="Qwen/Qwen2.5-Math-1.5B"' in card
 
 
