@@ -194,7 +194,10 @@ def test_a_dataset_card_tells_columns_models_settings_and_counts(shared):
         {"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}
     ]
     made = dict(table_rows(card.text, "How it was made"))
-    assert made["expert (pi_E)"] == "`expert`, float32, sdpa attention, on cpu" and made["amateur (pi_A)"] == "`amateur`, float32"
+    assert (
+        made["expert (pi_E)"] == "`expert`, float32, sdpa attention, on cpu"
+        and made["amateur (pi_A)"] == "`amateur`, float32, sdpa attention, on cpu"
+    )
     assert (made["alpha"], made["beta"], made["max_new_tokens"]) == ("0.2", "1.95 nats", "12")
     mine = Dataset.from_parquet(str(shared.folder / "steps/data/*.parquet"))
     num_steps, num_kept = sum(map(len, mine["completion_ids"])), sum(map(len, mine["step_positions"]))

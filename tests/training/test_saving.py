@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, OFTConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Zamba2Config, Zamba2ForCausalLM
 
 from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
@@ -201,6 +202,6 @@ def test_a_model_that_cannot_be_saved_leaves_its_weights(peft_config, trainer, t
     monkeypatch.setattr(type(made.model), "save_pretrained", fail)
     with pytest.raises(ValueError, match="could not be saved in .*: Nothing is saved today. What was trained is in"):
         made.save_model()
-    weights = torch.load(tmp_path / "out" / "trained_weights.pt")
+    weights = load_file(tmp_path / "out" / "trained_weights.safetensors")
     trained = {name: each for name, each in made.model.named_parameters() if each.requires_grad}
     assert weights.keys() == trained.keys() and all(torch.equal(weights[name], trained[name]) for name in trained)

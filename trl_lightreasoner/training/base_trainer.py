@@ -92,7 +92,7 @@ class _BaseTrainer(Trainer):
                 raise error from None
             raise ValueError(
                 f"The model could not be saved in {folder!r}: {' '.join(str(error).split()).rstrip('.')}. What was "
-                f"trained is in {path!r}, which `torch.load` reads."
+                f"trained is in {path!r}, which `safetensors.torch.load_file` reads."
             ) from error
 
     def _save_beside(self, folder: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, logging
 
 from ..generation.completions import evaluating
@@ -53,12 +54,12 @@ def rehearse(model: PreTrainedModel | PeftModel, save: Callable[[str], None]) ->
 
 
 def keep_weights(model: torch.nn.Module, state_dict: dict[str, torch.Tensor] | None, folder: str) -> str:
-    """Write the trained weights by PyTorch alone, where `save_pretrained` has failed, and return the path."""
+    """Write the trained weights by safetensors alone, where `save_pretrained` has failed, and return the path."""
     os.makedirs(folder, exist_ok=True)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    weights = {name: value for name, value in (state_dict or model.state_dict()).items() if name in trained}
-    path = os.path.join(folder, "trained_weights.pt")
-    torch.save(weights, path)
+    every = state_dict or model.state_dict()
+    path = os.path.join(folder, "trained_weights.safetensors")
+    save_file({name: every[name].detach().cpu().contiguous() for name in trained if name in every}, path)
     return path
 
 
