@@ -7,7 +7,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
-from torch.utils.data import DataLoader
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -15,7 +14,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
-    TrainerState,
     TrainingArguments,
     logging,
     set_seed,
@@ -40,7 +38,7 @@ from .data_collator import DataCollatorForLightReasoner, find_indices
 from .lightreasoner_config import LightReasonerConfig, own_config
 from .nonfinite_updates import SkipNonFiniteUpdates
 from .packed_attention import can_pack, is_packed, pack, packed_attention
-from .resuming import RememberEpochs, load_state, plan_training
+from .resuming import RememberTraining
 from .watching import DriftWarnings, adapter_off, divergence_at, starts_as_expert
 
 
@@ -268,8 +266,8 @@ class LightReasonerTrainer(_BaseTrainer):
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.skip_nonfinite_updates = SkipNonFiniteUpdates(self)
         self.add_callback(self.skip_nonfinite_updates)
-        self.add_callback(RememberEpochs())
-        self._resumed: TrainerState | None = None
+        self.add_callback(RememberTraining())
+        self._source = name
 
         # Sums over the kept steps since the last log: entropy, agreement, steps. Seen: steps, tokens, since the start.
         self._sums = torch.zeros(3, dtype=_sum_dtype(args.device), device=args.device)
@@ -350,24 +348,14 @@ class LightReasonerTrainer(_BaseTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        self._resumed = load_state(resume_from_checkpoint, self.args.output_dir)
-        # A run that goes on has had its first evaluation
-        eval_on_start, self.args.eval_on_start = self.args.eval_on_start, self.args.eval_on_start and not self._resumed
         # LoRA layers cast what they get to their own float32, only for autocast to cast it back
         autocasts = self.accelerator.native_amp and isinstance(self.model, PeftModel)
         with disable_input_dtype_casting(self.model, active=autocasts and is_plain_lora(self.model)):
             try:
                 return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
-                self.args.eval_on_start = eval_on_start
                 if self._graphs is not None:
                     self._graphs.clear()
-
-    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
-        def plan(args: TrainingArguments) -> tuple:
-            return super(LightReasonerTrainer, self).set_initial_training_values(args, dataloader)
-
-        return plan(args) if self._resumed is None else plan_training(plan, args, dataloader, self._resumed)
 
     def training_step(self, *args, **kwargs):
         graphs = nullcontext() if self._graphs is None else self._graphs.once()
