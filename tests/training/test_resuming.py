@@ -267,13 +267,17 @@ def test_a_checkpoint_that_is_written_over_is_not_taken_for_complete(straight, t
         assert checkpoints.last_checkpoint(str(tmp_path)) is None
 
 
-@pytest.mark.parametrize("left", ["adapter_model.safetensors", "checkpoint-2"])
+@pytest.mark.parametrize("left", ["adapter", "checkpoint", "half an adapter"])
 def test_the_command_does_not_write_over_a_training(left, straight, expert_path, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    if left == "checkpoint-2":
-        shutil.copytree(straight / left, tmp_path / "out" / left)
+    out = tmp_path / "out"
+    out.mkdir()
+    if left == "checkpoint":
+        shutil.copytree(straight / "checkpoint-2", out / "checkpoint-2")
     else:
-        shutil.copy(straight / left, tmp_path / "out")
-    flags = ["--output_dir", str(tmp_path / "out"), "--dataset_name", "none", "--use_cpu"]
+        shutil.copy(straight / "adapter_model.safetensors", out)
+    if left == "adapter":
+        (out / "trainer_state.json").write_text("{}")
+    flags = ["--output_dir", str(out), "--dataset_name", str(tmp_path / "none.jsonl"), "--use_cpu"]
     assert main(["train", "--model_name_or_path", expert_path, *flags]) == 2
-    assert f"'{tmp_path}/out' holds" in capsys.readouterr().err
+    is_refused = f"'{out}' holds" in capsys.readouterr().err
+    assert is_refused == (left != "half an adapter")

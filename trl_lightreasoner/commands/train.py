@@ -21,8 +21,8 @@ from .arguments import ArgumentParser, quantization_of
 
 # A fifth of the updates
 _EVAL_STEPS = 0.2
-# What a training leaves at its end
-_FINISHED = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+# The weights that a training leaves, before its log
+_WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass
@@ -200,7 +200,7 @@ def load_questions(name: str, steps: Dataset) -> Dataset:
 def check_is_new(output_dir: str) -> None:
     """Refuse a folder in which a training that is finished, or could go on, would be written over."""
     folder = Path(output_dir)
-    if any((folder / name).is_file() for name in _FINISHED):
+    if (folder / "trainer_state.json").is_file() and any((folder / name).is_file() for name in _WEIGHTS):
         raise ValueError(f"{output_dir!r} holds what was trained before. Choose another `output_dir`.")
     if last_checkpoint(output_dir) is not None:
         raise ValueError(

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from ..contrast import contrastive_loss
+from ..evaluation.answering import context_length
 from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at
 from ..models.loading import add_quantization, hub_kwargs, load_adapter_config, load_config, load_model, load_tokenizer
 from ..models.provenance import warn_of_another_expert
@@ -32,7 +33,13 @@ from ..vocabulary import model_vocabulary
 from .accuracy import EvalQuestions
 from .adapters import is_plain_lora, is_quantized, prepare_adapter
 from .base_trainer import _BaseTrainer, check_destinations
-from .combinations import check_answers, check_arguments, check_combinations
+from .combinations import (
+    check_answers,
+    check_arguments,
+    check_combinations,
+    check_metric,
+    check_trained_weights,
+)
 from .cuda_graphs import GraphedLayers, can_capture
 from .data_collator import DataCollatorForLightReasoner, find_indices
 from .lightreasoner_config import LightReasonerConfig, own_config
@@ -164,6 +171,10 @@ class LightReasonerTrainer(_BaseTrainer):
         quantization = quantization or getattr(config, "quantization_config", None)
         dtype = model_init_kwargs.get("dtype")
         check_combinations(args, quantization, config.dtype if dtype == "auto" else dtype, trains_adapter)
+        # A subclass may evaluate more
+        if type(self).evaluation_loop is LightReasonerTrainer.evaluation_loop:
+            sets = eval_dataset if isinstance(eval_dataset, dict) else () if eval_dataset is None else ("",)
+            check_metric(args, sets, eval_questions is not None, trains_adapter)
         config = config.get_text_config()
         if processing_class is None:
             processing_class = load_tokenizer(model, **model_init_kwargs)
@@ -187,6 +198,7 @@ class LightReasonerTrainer(_BaseTrainer):
                 args.max_length,
                 args.one_step_per_row,
                 self.beta if args.beta is not None or reaches(dataset, self.beta) else None,
+                context_length(config),
             )
             if args.train_sampling_strategy in _BY_LENGTH and isinstance(rows, Dataset):
                 rows = rows.map(_add_length, fn_kwargs={"column": args.length_column_name})
@@ -227,6 +239,7 @@ class LightReasonerTrainer(_BaseTrainer):
         # The adapter remembers which revision of its base model it belongs to
         revision = None if name is None else model_init_kwargs.get("revision")
         model = prepare_adapter(model, peft_config, revision)
+        check_trained_weights(args, model)
 
         if args.use_liger_kernel:
             # Its forward for cross entropy takes no mask of positions
