@@ -521,7 +521,8 @@ TRAIN = [
     setting(
         "resume_from_checkpoint",
         "true",
-        r"There is no complete checkpoint in '{out}' to resume from\. Leave `resume_from_checkpoint` out to begin anew\.",
+        r"There is no complete checkpoint in '{out}' to resume from\. Leave `resume_from_checkpoint` out to begin "
+        r"anew\.",
     ),
     # Models
     *(

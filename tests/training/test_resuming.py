@@ -210,6 +210,17 @@ def test_the_best_model_is_loaded_into_an_adapter_that_has_a_name(expert, steps,
     assert again.state.global_step == 3
 
 
+def test_memory_that_runs_out_is_one_sentence(halfway, resume, monkeypatch):
+    def run_out(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(LightReasonerTrainer, "compute_loss", run_out)
+    with pytest.raises(
+        ValueError, match="^Memory ran out with 8 rows a batch. Lower `per_device_train_batch_size` and"
+    ):
+        resume()
+
+
 def test_two_trainings_do_not_share_a_folder(expert_path, steps, resume, tmp_path):
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out" / "_lock"), pytest.raises(ValueError, match="^Another training is writing into"):

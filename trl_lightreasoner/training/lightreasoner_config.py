@@ -211,8 +211,9 @@ class LightReasonerConfig(TrainingArguments):
         for name in ("adam_beta1", "adam_beta2"):
             if not isinstance(value := getattr(self, name), int | float) or not 0 <= value < 1:
                 raise ValueError(f"`{name}` must be a number in [0, 1), got {value!r}.")
-        if not isinstance(self.max_steps, int) or self.max_steps == 0:
-            raise ValueError(f"`max_steps` must be a whole number, 1 or more, or -1, got {self.max_steps!r}.")
+        max_steps: Any = self.max_steps  # type: ignore[has-type]  # of `TrainingArguments`
+        if not isinstance(max_steps, int) or max_steps == 0:
+            raise ValueError(f"`max_steps` must be a whole number, 1 or more, or -1, got {max_steps!r}.")
         noise = self.neftune_noise_alpha
         if noise is not None and not (isinstance(noise, int | float) and 0 <= noise < float("inf")):
             raise ValueError(f"`neftune_noise_alpha` must be a finite number, 0 or more, or `None`, got {noise!r}.")
@@ -240,7 +241,7 @@ class LightReasonerConfig(TrainingArguments):
             )
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0  # of which nothing is heard where the number of updates is given
-            if self.max_steps < 0:  # type: ignore[has-type]  # of `TrainingArguments`
+            if max_steps < 0:
                 self.max_steps = _DEFAULT_UPDATES
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
