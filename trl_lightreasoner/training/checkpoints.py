@@ -139,10 +139,9 @@ def saving(folder: Path) -> Iterator[None]:
     except Exception as error:
         if (folder / _STATE).is_file() and _is_whole(folder / _STATE):  # what came later went wrong
             raise
-        shutil.rmtree(folder, ignore_errors=True)
-        if not isinstance(error, OSError) and not any(words in str(error) for words in _CANNOT_WRITE):
+        if (reason := _cannot_write(error)) is None:
             raise
-        reason = getattr(error, "strerror", None) or "a file could not be written to its end, as on a full disk"
+        shutil.rmtree(folder, ignore_errors=True)
         remedy = "Make room, or see to the permissions, and train again."
         if _checkpoints(str(folder.parent)):
             remedy = (
@@ -150,6 +149,36 @@ def saving(folder: Path) -> Iterator[None]:
                 "`resume_from_checkpoint`."
             )
         raise OSError(f"Cannot write the checkpoint {str(folder)!r} ({reason}). {remedy}") from error
+
+
+@contextmanager
+def saving_model(folder: str, output_dir: str) -> Iterator[None]:
+    """
+    While what was trained is saved in a folder.
+
+    Raises:
+        `OSError`: If it cannot be written, with what to do so that it need not be trained again.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (reason := _cannot_write(error)) is None:
+            raise
+        remedy = "train again."
+        if last_checkpoint(output_dir) is not None:
+            remedy = "set `resume_from_checkpoint`, which goes on from the last checkpoint."
+        raise OSError(
+            f"Cannot write the model to {folder!r} ({reason}). Make room, or see to the permissions, and {remedy}"
+        ) from error
+
+
+def _cannot_write(error: Exception) -> str | None:
+    """Why a file could not be written, or `None` if something else went wrong."""
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        return error.strerror
+    if isinstance(error, SafetensorError) or any(words in str(error) for words in _CANNOT_WRITE):
+        return "a file could not be written to its end, as on a full disk"
+    return None
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from transformers.trainer_utils import has_length
 
 from ..models.weights import describe_model
 from ..steps.dataset import STEP_COLUMNS
-from .checkpoints import find_checkpoint, one_training, saving
+from .checkpoints import find_checkpoint, one_training, saving, saving_model
 
 
 logger = logging.get_logger(__name__)
@@ -116,6 +116,11 @@ class ResumableTrainer(Trainer):
                 f"The checkpoint {checkpoint!r} is of another number of processes and holds no {name}: what is drawn "
                 "at random, such as dropout, is not what it would have been."
             )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = output_dir or self.args.output_dir
+        with nullcontext() if _internal_call else saving_model(folder, self.args.output_dir):
+            super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
