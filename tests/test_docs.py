@@ -65,7 +65,9 @@ LIMITS = {
 # What "..." stands for in a command
 ELLIPSES = {
     "sample": ["--expert", "EXPERT", "--amateur", "AMATEUR", "--dataset_name", "PROMPTS"],
-    "train": ["--model_name_or_path", "EXPERT", "--dataset_name", "steps", "--output_dir", "adapter"],
+    # As the page that resumes has trained before
+    "train": ["--model_name_or_path", "EXPERT", "--dataset_name", "steps", "--output_dir", "adapter"]
+    + ["--lora_dropout", "0"],
 }
 # What a page makes, or takes from the pages before it
 FOLDERS = ["steps-0.2", "steps-0.4", "steps", "adapter", "evaluation"]

@@ -538,7 +538,8 @@ TRAIN = [
     setting(
         "resume_from_checkpoint",
         "true",
-        r"There is no checkpoint in '{out}' to resume from\. Leave `resume_from_checkpoint` out to begin anew\.",
+        r"There is no complete checkpoint in '{out}' to resume from\. Leave `resume_from_checkpoint` out to begin "
+        r"anew\.",
     ),
     # Models
     *(
@@ -766,11 +767,42 @@ def test_wrong_settings_of_sampling(settings, sentence, tmp_path):
         ({"num_train_epochs": NAN}, r"`num_train_epochs` must be a finite number above 0, got nan\."),
         ({"use_cuda_graphs": "no"}, r"`use_cuda_graphs` must be true or false, got 'no'\."),
         ({"max_length": "long"}, r"`max_length` must be a whole number, 1 or more, or `None`, got 'long'\."),
+        (
+            {"neftune_noise_alpha": NAN},
+            r"`neftune_noise_alpha` must be a finite number, 0 or more, or `None`, got nan\.",
+        ),
+        ({"warmup_steps": NAN}, r"`warmup_steps` must be a finite number, 0 or more, got nan\."),
+        ({"adam_epsilon": NAN}, r"`adam_epsilon` must be a finite number, 0 or more, got nan\."),
+        ({"adam_beta2": 1.0}, r"`adam_beta2` must be a number in \[0, 1\), got 1\.0\."),
+        ({"max_steps": 1.5}, r"`max_steps` must be a whole number, 1 or more, or -1, got 1\.5\."),
+        ({"max_steps": 0}, r"`max_steps` must be a whole number, 1 or more, or -1, got 0\."),
+        ({"logging_steps": NAN}, r"`logging_steps` must be a finite number above 0, got nan\."),
+        ({"save_steps": 0}, r"`save_steps` must be a finite number above 0, got 0\."),
+        ({"eval_steps": -1, "eval_strategy": "steps"}, r"`eval_steps` must be a finite number above 0, got -1\."),
+        ({"lr_scheduler_kwargs": {"x": 1}}, r"`lr_scheduler_kwargs` cannot be {'x': 1} with `lr_scheduler_type` 'l.*"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            r"`lr_scheduler_kwargs` cannot be None with .*: One of min_lr .*",
+        ),
+        (
+            {"accelerator_config": {"x": 1}},
+            r"`accelerator_config` cannot be used: .* unexpected keyword argument 'x'\.",
+        ),
+        ({"optim_args": "x"}, r"`optim_args` cannot be 'x' with .*: it must be pairs, such as 'momentum=0\.9'\."),
+        ({"optim_args": "x=1"}, r"`optim_args` cannot be 'x=1' with `optim` 'adamw_.*': it does not know 'x'\."),
+        ({"optim": "sgd", "optim_args": "momentum=x"}, r"`optim_args` cannot be 'momentum=x' with .*: could not .*"),
+        ({"optim": "sgd", "optim_args": "momentum=0.9,x=1"}, r"`optim_args` cannot be .*: it does not know 'x'\."),
+        ({"activation_checkpointing_kwargs": {"x": 1}}, r"`activation_checkpointing_kwargs` has no 'x'\. There is .*"),
     ],
 )
 def test_wrong_settings_of_training(settings, sentence, tmp_path):
     with pytest.raises(ValueError, match=rf"^{sentence}$"):
         LightReasonerConfig(str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize("optim_args", ["momentum=0.9,nesterov=true", "momentum=0.0, nesterov=false"])
+def test_good_settings_of_an_optimizer(optim_args, tmp_path):
+    LightReasonerConfig(str(tmp_path), use_cpu=True, optim="sgd", optim_args=optim_args)
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,13 @@ def test_models_without_embeddings_for_the_tokens_are_not_shown(steps, amateur_p
         add_probabilities(trajectories, sampling_metadata(rows), expert_path, amateur_path)
 
 
+def test_models_that_do_not_read_that_far_are_not_shown(steps, amateur_path, expert_path):
+    rows = steps.map(lambda row: {"prompt_ids": row["prompt_ids"] * 20})
+    trajectories = load_trajectories(rows, list(range(len(rows))))
+    with pytest.raises(ValueError, match="holds steps beyond the 256 tokens that the expert reads at most"):
+        add_probabilities(trajectories, sampling_metadata(rows), expert_path, amateur_path)
+
+
 def test_models_that_give_another_label_are_not_shown(steps, amateur_path, expert_path):
     trajectories = load_trajectories(steps, list(range(len(steps))))
     metadata = sampling_metadata(steps)

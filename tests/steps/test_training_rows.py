@@ -1,6 +1,7 @@
 import logging
 import math
 
+import numpy as np
 import pytest
 from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
 
@@ -33,8 +34,8 @@ def dataset_of(*rows) -> Dataset:
     return Dataset.from_list(list(rows), features=FEATURES)
 
 
-def prepare(dataset, max_length=None, one_step_per_row=False, beta=None):
-    return prepare_rows(dataset, "train", VOCABULARY, WIDTH, max_length, one_step_per_row, beta)
+def prepare(dataset, max_length=None, one_step_per_row=False, beta=None, context=None):
+    return prepare_rows(dataset, "train", VOCABULARY, WIDTH, max_length, one_step_per_row, beta, context)
 
 
 def test_a_good_dataset_is_left_as_it_is():
@@ -96,9 +97,52 @@ def test_a_malformed_row_is_refused_by_number_and_reason(changes, reason):
 
 
 def test_a_malformed_row_of_an_iterable_dataset_is_refused_when_it_is_read():
-    rows = prepare(dataset_of(ROW, {**ROW, "step_positions": [0, 2, 4]}).to_iterable_dataset())
-    with pytest.raises(ValueError, match="^Row 1 of the train dataset cannot be trained on: step position 4"):
+    rows = prepare(dataset_of(*[ROW] * 1000, {**ROW, "step_positions": [0, 2, 4]}).to_iterable_dataset())
+    with pytest.raises(ValueError, match="^Row 1000 of the train dataset cannot be trained on: step position 4"):
         list(rows)
+
+
+@pytest.mark.parametrize("beta", [None, 9.0])
+def test_streamed_rows_without_a_step_to_train_on_are_refused(beta):
+    row = with_divergence([0.1, 2.0, 2.0, 2.0])
+    unkept = {**row, "step_positions": [], "label_ids": [], "label_probs": []}
+    rows = IterableDataset.from_generator(lambda: iter([row if beta else unkept] * 3))
+    with pytest.raises(ValueError, match="^The train dataset has no step to train on: none of its streamed rows has"):
+        prepare(rows, beta=beta)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"prompt_ids": [1.5, 2, 3]}, "prompt_ids does not hold whole numbers, but float"),
+        ({"completion_ids": [4, 5.0, 6, 7]}, "completion_ids does not hold whole numbers, but float"),
+        ({"completion_ids": [True, 5, 6, 7]}, "completion_ids does not hold whole numbers, but bool"),
+        ({"prompt_ids": np.array([1, 2, 3])}, "prompt_ids does not hold lists of whole numbers"),
+        ({"prompt_ids": "text"}, "prompt_ids does not hold lists of whole numbers"),
+        ({"step_positions": 3}, "step_positions does not hold lists of whole numbers"),
+        ({"step_positions": [0, "2", 3]}, "step_positions does not hold whole numbers, but str"),
+        ({"label_ids": [4, 6, 7]}, "label_ids does not hold lists of whole numbers"),
+        ({"label_ids": [[4], [6.5, 5], [7, 8, 9]]}, "label_ids does not hold whole numbers, but float"),
+        ({"label_probs": [[True], [0.75, 0.25], [0.5, 0.25, 0.25]]}, "label_probs does not hold numbers, but bool"),
+        ({"label_probs": [[1], [0.75, "0"], [0.5, 0.25, 0.25]]}, "label_probs does not hold numbers, but str"),
+        ({"kl_divergence": ["high"] * 4}, "kl_divergence does not hold numbers, but 'high'"),
+        ({"kl_divergence": [math.nan] * 4}, "kl_divergence does not hold numbers, but nan"),
+    ],
+)
+def test_streamed_rows_without_types_are_checked_by_their_values(changes, reason):
+    rows = IterableDataset.from_generator(lambda: iter([{**with_divergence([2.0] * 4), **changes}]))
+    with pytest.raises(ValueError, match=f"^Row 0 of the train dataset cannot be trained on: {reason}"):
+        prepare(rows, beta=0.5)
+
+
+def test_steps_beyond_the_models_context_are_dropped_as_those_beyond_max_length(caplog):
+    for max_length in (None, 6):
+        assert prepare(dataset_of(ROW), max_length, context=5)[0]["step_positions"] == [0, 2]
+    assert (
+        caplog.text.count("Dropped 1 of 3 steps of the train dataset, which lie beyond the model's context of 5") == 2
+    )
+    with pytest.raises(ValueError, match="all 3 of its steps lie beyond the model's context of 2 tokens; sample with"):
+        prepare(dataset_of(ROW), context=2)
 
 
 def test_the_row_number_is_that_of_the_whole_dataset():

@@ -7,12 +7,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
 from trl_lightreasoner.commands.cli import main
-from trl_lightreasoner.training.combinations import check_combinations, fsdp_version
+from trl_lightreasoner.training.combinations import (
+    check_combinations,
+    check_metric,
+    check_trained_weights,
+    fsdp_version,
+)
 
 from ..conftest import make_model
 
@@ -65,10 +70,16 @@ def unloadable(monkeypatch):
         (["--use_peft", "false", "--dtype", "bfloat16", "--fp16"], {}, HALF.format("bfloat16")),
         (["--load_in_8bit"], FSDP1, INT8),
         (["--load_in_8bit"], FSDP2, INT8),
-        (["--load_in_4bit"], FSDP1, STORAGE.format(1, "bfloat16", "uint8")),
+        (["--load_in_4bit"], FSDP1, STORAGE.format(1, "float32", "uint8")),
+        (["--load_in_4bit", STORED, "bfloat16"], FSDP1, STORAGE.format(1, "float32", "bfloat16")),
         (["--load_in_4bit"], FSDP2, STORAGE.format(2, "float32", "uint8")),
         (["--load_in_4bit", STORED, "bfloat16"], FSDP2, STORAGE.format(2, "float32", "bfloat16")),
         (["--load_in_4bit", "--fsdp"], {}, STORAGE.format(2, "float32", "uint8")),
+        (
+            ["--use_liger_kernel"],
+            {},
+            "`use_liger_kernel` needs a GPU, on which alone Liger's kernels run. Leave it out.",
+        ),
     ],
 )
 def test_a_combination_that_cannot_work_is_refused_in_one_sentence(
@@ -119,6 +130,90 @@ def test_what_goes_together_is_not_refused(settings, variables, quantization, dt
     check_combinations(LightReasonerConfig(str(tmp_path), use_cpu=True, **settings), quantization, dtype, adapter)
 
 
+LORA = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "weight"),
+    [
+        (None, "model.embed_tokens.weight"),
+        ({"modules_to_save": ["lm_head"]}, "base_model.model.lm_head.modules_to_save.default.weight"),
+        ({"bias": "lora_only"}, r"base_model\..*\.base_layer\.bias"),
+        ({"autocast_adapter_dtype": False}, r"base_model\..*\.lora_A\.default\.weight"),
+    ],
+    ids=["all weights", "modules_to_save", "bias", "adapter"],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fp16_takes_trained_weights_in_float32_only(adapter, weight, dtype, expert, steps, tmp_path):
+    model = expert.to(dtype)
+    if adapter is not None:
+        casts = adapter.pop("autocast_adapter_dtype", True)
+        model = get_peft_model(model, LoraConfig(**LORA, **adapter), autocast_adapter_dtype=casts)
+        adapter |= {} if casts else {"autocast_adapter_dtype": False}
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(
+        ValueError, match=rf"^`fp16` does not go with trained weights in {name}, such as {weight}\. Load"
+    ):
+        args = LightReasonerConfig(str(tmp_path), use_cpu=True, fp16=True)
+        LightReasonerTrainer(model, args, train_dataset=steps)
+
+
+def test_fsdp2_takes_trained_weights_of_one_dtype_unless_accelerate_casts_them(environment, expert, tmp_path):
+    model = get_peft_model(expert.to(torch.bfloat16), LoraConfig(**LORA, bias="lora_only"))
+    plain, cast = (LightReasonerConfig(str(tmp_path), use_cpu=True, bf16=bf16) for bf16 in (False, True))
+    check_trained_weights(plain, model)
+    environment(FSDP2)
+    check_trained_weights(cast, model)
+    for args, is_quantized in ((plain, False), (cast, True)):  # as DoRA's magnitudes on 4 bits
+        model.is_loaded_in_4bit = is_quantized
+        with pytest.raises(ValueError, match="^FSDP2 takes trained weights of one dtype only, and .* Leave out"):
+            check_trained_weights(args, model)
+
+
+@pytest.mark.parametrize(
+    ("metric", "sets", "has_questions"),
+    [("accuracy", [""], False), ("eval_loss", [], True), ("loss", ["a", "b"], False), ("f1", [""], True)],
+)
+def test_a_metric_that_is_not_evaluated_is_refused(metric, sets, has_questions, tmp_path):
+    args = LightReasonerConfig(str(tmp_path), use_cpu=True, eval_strategy="steps", metric_for_best_model=metric)
+    with pytest.raises(ValueError, match=f"^`metric_for_best_model` must be .* got '{metric}'. There are .*"):
+        check_metric(args, sets, has_questions, adapter=True)
+
+
+def test_a_metric_is_that_of_a_subclass(expert, steps, tmp_path):
+    class Measuring(LightReasonerTrainer):
+        def evaluation_loop(self, *args, **kwargs):
+            output = super().evaluation_loop(*args, **kwargs)
+            output.metrics["eval_f1"] = 1.0
+            return output
+
+    settings = {"eval_strategy": "steps", "max_steps": 1, "eval_steps": 1, "report_to": "none"}
+    args = LightReasonerConfig(str(tmp_path), use_cpu=True, metric_for_best_model="f1", **settings)
+    with pytest.raises(ValueError, match="`metric_for_best_model`"):
+        LightReasonerTrainer(expert, args, train_dataset=steps, eval_dataset=steps)
+    trainer = Measuring(expert, args, train_dataset=steps, eval_dataset=steps)
+    trainer.train()
+    assert trainer.state.best_metric == 1.0
+
+
+def test_every_metric_that_is_known_is_evaluated(expert, steps, tmp_path):
+    args = LightReasonerConfig(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = LightReasonerTrainer(
+        expert, args, train_dataset=steps, eval_dataset=steps, peft_config=LoraConfig(**LORA)
+    )
+    metrics = trainer.evaluate()
+    for name in metrics:
+        args = LightReasonerConfig(
+            str(tmp_path), use_cpu=True, eval_strategy="steps", metric_for_best_model=name, report_to="none"
+        )
+        if name not in ("epoch", "eval_model_preparation_time"):
+            check_metric(args, [""], has_questions=False, adapter=True)
+
+
+def test_ddp_does_not_search_for_unused_weights(tmp_path):
+    assert LightReasonerConfig(str(tmp_path), use_cpu=True).ddp_find_unused_parameters is False
+
+
 def test_deepspeed_scales_gradients_of_fp16_itself(tmp_path, monkeypatch):
     args = LightReasonerConfig(str(tmp_path), use_cpu=True, fp16=True)
     with pytest.raises(ValueError, match=FP16.format(4)):
@@ -166,6 +261,7 @@ def test_fsdp2_does_not_cast_4_bit_weights(tokenizer, steps, tmp_path, monkeypat
 def test_liger_kernels_leave_the_forward_alone(expert, steps, tmp_path, monkeypatch):
     applied = []
     monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda model, config: applied.append(config))
+    monkeypatch.setattr("trl_lightreasoner.training.lightreasoner_trainer.check_combinations", lambda *args: None)
     settings = {"use_cpu": True, "max_steps": 1, "use_liger_kernel": True, "liger_kernel_config": {"rope": False}}
     args = LightReasonerConfig(str(tmp_path), report_to="none", **settings)
     LightReasonerTrainer(expert, args, train_dataset=steps).train()

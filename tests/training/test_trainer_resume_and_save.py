@@ -146,7 +146,7 @@ def test_a_checkpoint_says_how_many_epochs_were_asked_for(expert_path, steps, tm
     args = config(tmp_path, max_steps=-1, num_train_epochs=0.3, gradient_accumulation_steps=1)
     LightReasonerTrainer(expert_path, args, train_dataset=steps).train()
     state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
-    assert state["stateful_callbacks"]["RememberEpochs"]["attributes"] == {"num_train_epochs": 0.3}
+    assert state["stateful_callbacks"]["RememberTraining"]["attributes"]["num_train_epochs"] == 0.3
 
 
 def test_a_checkpoint_that_says_nothing_of_epochs_is_gone_on_from(expert_path, steps, tmp_path):
@@ -154,7 +154,7 @@ def test_a_checkpoint_that_says_nothing_of_epochs_is_gone_on_from(expert_path, s
     LightReasonerTrainer(expert_path, config(tmp_path, **asked, max_steps=2), train_dataset=steps).train()
     file = tmp_path / "checkpoint-2" / "trainer_state.json"
     state = json.loads(file.read_text())
-    del state["stateful_callbacks"]["RememberEpochs"]
+    del state["stateful_callbacks"]["RememberTraining"]
     file.write_text(json.dumps(state))
     trainer = LightReasonerTrainer(expert_path, config(tmp_path, **asked, max_steps=4), train_dataset=steps)
     trainer.train(resume_from_checkpoint=True)

@@ -76,6 +76,11 @@ def trained(tmp_path_factory, steps, expert_path) -> tuple[dict[str, Any], dict[
     for n in EVAL_ROWS:
         one[f"evaluated on {n}"] = settings(4, 1, num_eval_rows=n, num_questions=NUM_QUESTIONS[n])
         two[f"evaluated on {n}"] = settings(2, 1, num_eval_rows=n, num_questions=NUM_QUESTIONS[n])
+    two["lora reentrant"] = settings(4, 1)
+    two["lora reentrant"]["args"] |= {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": True},
+    }
     if varlen_attn is not None:
         two["replayed"] = settings(2, 2, graphs=True)
     return launch(1, one), launch(2, two)
@@ -85,8 +90,9 @@ def trained(tmp_path_factory, steps, expert_path) -> tuple[dict[str, Any], dict[
 def test_two_processes_train_as_one(kind, trained):
     one, two = trained
     expected = one[f"{kind} 8 x 1"]
-    others = [one[f"{kind} 1 x 8"], *(two[f"{kind} {name}"] for name in TWO)]
-    for other, name in zip(others, ["1 x 8", *TWO], strict=True):
+    names = ["1 x 8", *TWO] + ["reentrant"] * (kind == "lora")
+    others = [one[f"{kind} 1 x 8"], *(two[f"{kind} {name}"] for name in names[1:])]
+    for other, name in zip(others, names, strict=True):
         for parameter, weight in expected["weights"].items():
             torch.testing.assert_close(other["weights"][parameter], weight, rtol=1e-5, atol=1e-6, msg=name)
         assert other["losses"] == pytest.approx(expected["losses"], rel=1e-5), name

@@ -1,11 +1,10 @@
 """`lightreasoner train`: a Dataset of kept steps to an adapter."""
 
-import os
 from dataclasses import dataclass, field
-from pickle import UnpicklingError
+from pathlib import Path
 
 from datasets import Dataset
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from ..models.loading import load_adapter_config, load_config
@@ -15,6 +14,7 @@ from ..steps.prompt_format import PromptFormat, format_of_prompts, format_of_ste
 from ..steps.splits import load_split
 from ..training.accuracy import as_questions
 from ..training.adapters import target_modules
+from ..training.checkpoints import find_checkpoint, last_checkpoint
 from ..training.lightreasoner_config import LightReasonerConfig
 from ..training.lightreasoner_trainer import LightReasonerTrainer
 from .arguments import ArgumentParser, quantization_of
@@ -22,6 +22,8 @@ from .arguments import ArgumentParser, quantization_of
 
 # A fifth of the updates
 _EVAL_STEPS = 0.2
+# The weights that a training leaves, before its log
+_WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass
@@ -148,7 +150,8 @@ def main(
         **({} if model_args.dtype is None else {"dtype": model_args.dtype}),
         **(training_args.model_init_kwargs or {}),  # type: ignore[dict-item]  # no text by now
     }
-    checkpoint = find_checkpoint(training_args)
+    if find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir) is None:
+        check_is_new(training_args.output_dir)
     hub_kwargs = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     load_config(model_args.model_name_or_path, **hub_kwargs)  # refuses what is no model
     is_adapter = load_adapter_config(model_args.model_name_or_path, **hub_kwargs) is not None
@@ -177,13 +180,7 @@ def main(
         peft_config=None if is_adapter else get_peft_config(model_args),
         eval_questions=eval_questions,
     )
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except UnpicklingError as error:
-        raise ValueError(
-            f"The checkpoint {checkpoint!r} is damaged, or holds Python objects, which could run code when they are "
-            "read. Resume from another one."
-        ) from error
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if training_args.push_to_hub:  # which saves it first
         trainer.push_to_hub(dataset_name=hub_id(script_args.dataset_name))
         trainer.accelerator.print(f"The model is at {trainer.hub_model_id} on the Hub.")
@@ -215,22 +212,13 @@ def load_questions(name: str, steps: Dataset) -> Dataset:
         raise ValueError(f"`--eval_questions {name}` cannot be used: {error}") from error
 
 
-def find_checkpoint(args: LightReasonerConfig) -> str | None:
-    """The folder to resume from, if `args` ask for one: "true" stands for the last checkpoint in `output_dir`."""
-    folder = args.resume_from_checkpoint
-    if folder is None or str(folder).lower() == "false":
-        return None
-    if str(folder).lower() == "true":
-        last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-        if last is None:
-            raise ValueError(
-                f"There is no checkpoint in {args.output_dir!r} to resume from. Leave `resume_from_checkpoint` out to "
-                "begin anew."
-            )
-        folder = last
-    if not os.path.isfile(os.path.join(folder, "trainer_state.json")):
+def check_is_new(output_dir: str) -> None:
+    """Refuse a folder in which a training that is finished, or could go on, would be written over."""
+    folder = Path(output_dir)
+    if (folder / "trainer_state.json").is_file() and any((folder / name).is_file() for name in _WEIGHTS):
+        raise ValueError(f"{output_dir!r} holds what was trained before. Choose another `output_dir`.")
+    if last_checkpoint(output_dir) is not None:
         raise ValueError(
-            f"{folder!r} is no checkpoint: it has no trainer_state.json. Name a folder such as "
-            f"{os.path.join(args.output_dir, 'checkpoint-500')!r}."
+            f"{output_dir!r} holds checkpoints of a training. Set `resume_from_checkpoint` to true to go on with it, "
+            "or choose another `output_dir`."
         )
-    return folder

@@ -19,6 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..steps.writer import check_folder
+from ..training.checkpoints import last_checkpoint
 from .run_config import RunConfig
 
 
@@ -76,9 +77,7 @@ class RunFolder:
 
     def find_checkpoint(self) -> str | None:
         """The last complete checkpoint of a training that was broken off, or `None`."""
-        states = self.adapter.glob("checkpoint-*/trainer_state.json")
-        steps = {int(path.parent.name.rpartition("-")[2]): path.parent for path in states}
-        return str(steps[max(steps)]) if steps else None
+        return last_checkpoint(str(self.adapter))
 
     def _compare(self) -> None:
         if not self.run.is_file():

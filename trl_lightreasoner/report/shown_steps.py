@@ -14,6 +14,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..evaluation.answering import context_length
 from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at
 from ..models.loading import load_config, load_model, load_tokenizer
 from ..models.token_text import TokenTexts
@@ -241,6 +242,9 @@ def _read(
     width = get_base_model(model).config.get_text_config().vocab_size
     if any(token_id >= width for each in trajectories for token_id in each.prompt_ids + each.completion_ids[:-1]):
         raise ValueError(f"the dataset holds tokens beyond the {width} that the {role} has embeddings for")
+    context = context_length(get_base_model(model).config.get_text_config())
+    if any(len(each.prompt_ids) + each.steps[-1].position > context for each in trajectories if each.steps):
+        raise ValueError(f"the dataset holds steps beyond the {context} tokens that the {role} reads at most")
     probabilities: list[list[list[float]]] = []
     for trajectory in tqdm(trajectories, f"Reading the {role}", leave=False, disable=None):
         if not trajectory.steps:

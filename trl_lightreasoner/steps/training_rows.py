@@ -51,11 +51,9 @@ def check_row(row: dict[str, Any], vocabulary: Container[int], width: int) -> No
     ```
     """
     for column in STEP_COLUMNS:
-        values = row.get(column)
-        if values is None:
+        if row.get(column) is None:
             raise ValueError(f"{column} is missing")
-        if None in values or any(None in part for part in values if isinstance(part, list)):
-            raise ValueError(f"{column} has a gap (null)")
+        _check_numbers(column, row[column])
     prompt, completion, positions = row["prompt_ids"], row["completion_ids"], row["step_positions"]
     if not len(positions) == len(row["label_ids"]) == len(row["label_probs"]):
         raise ValueError(
@@ -81,6 +79,18 @@ def check_row(row: dict[str, Any], vocabulary: Container[int], width: int) -> No
             raise ValueError(f"the label at step {position} has a probability that is negative or not finite: {probs}")
         if abs(sum(probs) - 1) > _SUM_TOLERANCE:
             raise ValueError(f"the label at step {position} sums to {sum(probs):.4g}, not to 1")
+
+
+def _check_numbers(column: str, values: Any) -> None:
+    kinds, what = ({int, float}, "numbers") if column == "label_probs" else ({int}, "whole numbers")
+    parts = values if column.startswith("label") else [values]
+    if not isinstance(values, list) or not all(isinstance(part, list) for part in parts if part is not None):
+        raise ValueError(f"{column} does not hold lists of {what}")
+    found = {type(value) for part in parts for value in ([None] if part is None else part)}
+    if type(None) in found:
+        raise ValueError(f"{column} has a gap (null)")
+    if wrong := found - kinds:
+        raise ValueError(f"{column} does not hold {what}, but {', '.join(sorted(kind.__name__ for kind in wrong))}")
 
 
 def select_steps(row: dict[str, Any], max_length: int | None = None, beta: float | None = None) -> list[int]:
@@ -120,6 +130,9 @@ def select_steps(row: dict[str, Any], max_length: int | None = None, beta: float
 def divergences_of(row: dict[str, Any]) -> list[float | None]:
     """D_KL(pi_E || pi_A) in nats at the kept steps of a row, `None` where it is not known."""
     divergence = row.get("kl_divergence") or []
+    numbers = divergence if isinstance(divergence, list) else [divergence]
+    if wrong := [d for d in numbers if d is not None and (type(d) not in (int, float) or math.isnan(d))]:
+        raise ValueError(f"kl_divergence does not hold numbers, but {wrong[0]!r}")
     return [divergence[t] if t < len(divergence) else None for t in row["step_positions"]]
 
 
@@ -174,6 +187,7 @@ def prepare_rows(
     max_length: int | None,
     one_step_per_row: bool,
     beta: float | None = None,
+    context: int | None = None,
 ) -> Dataset | IterableDataset:
     """
     Rows that can be trained on.
@@ -187,6 +201,7 @@ def prepare_rows(
         max_length (`int`, *optional*): Steps with a longer context are dropped and counted.
         one_step_per_row (`bool`): Whether a row with several kept steps becomes as many rows of one.
         beta (`float`, *optional*): Steps whose divergence is below it are left out.
+        context (`int`, *optional*): Tokens that the model reads at most, a limit as `max_length` is.
 
     Returns:
         The rows that have a step left, with the columns of `dataset`. An iterable dataset is checked as it is read.
@@ -212,6 +227,9 @@ def prepare_rows(
                 f"The column {column!r} of the {name} dataset must hold lists of {'whole ' if whole else ''}numbers, "
                 f"got {features[column]}. Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
             )
+    limit, remedy = f"max_length={max_length}", "raise it"
+    if context is not None and (max_length is None or context < max_length):
+        max_length, limit, remedy = context, f"the model's context of {context} tokens", "sample with shorter prompts"
     dataset = dataset.with_format(None)  # lists, whatever the user looked at it as
 
     def prepare(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
@@ -231,21 +249,26 @@ def prepare_rows(
         return kept_rows
 
     if isinstance(dataset, IterableDataset):
-        return dataset.map(prepare, with_indices=True, batched=True)
+        prepared = dataset.map(prepare, with_indices=True, batched=True)
+        if next(iter(prepared), None) is None:
+            least = f" of beta={beta} or more" if beta else ""
+            raise ValueError(
+                f"The {name} dataset has no step to train on: none of its streamed rows has one{least} within {limit}."
+            )
+        return prepared
     prepared = dataset.map(prepare, with_indices=True, batched=True, desc=f"Checking the {name} dataset")
     num_steps, num_too_long = count_steps(dataset), _count_too_long(dataset, max_length)
     if count_steps(prepared) == 0:
         if num_steps == 0:
             reason = "no row has one; sample with a lower `beta` or a weaker amateur"
         elif num_too_long == num_steps:
-            reason = f"all {num_steps:,} of its steps lie beyond max_length={max_length}; raise it"
+            reason = f"all {num_steps:,} of its steps lie beyond {limit}; {remedy}"
         else:
             reason = f"none of its {num_steps:,} steps reaches beta={beta}; lower it"
         raise ValueError(f"The {name} dataset has no step to train on: {reason}.")
     if num_too_long:
         logger.warning(
-            f"Dropped {num_too_long:,} of {num_steps:,} steps of the {name} dataset, which lie beyond "
-            f"max_length={max_length}."
+            f"Dropped {num_too_long:,} of {num_steps:,} steps of the {name} dataset, which lie beyond {limit}."
         )
     return prepared
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import Trainer, TrainingArguments, logging
+from transformers import TrainingArguments, logging
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -19,6 +19,8 @@ from ..models.provenance import hub_id
 from ..models.weights import get_base_model
 from ..steps.prompt_format import PromptFormat
 from ..steps.writer import check_folder
+from .checkpoints import one_training
+from .resuming import ResumableTrainer
 from .saving import check_saved, keep_weights, rehearse
 
 
@@ -36,9 +38,13 @@ def check_destinations(args: TrainingArguments) -> None:
     Refuse settings by which a training would have nowhere to leave something.
 
     Raises:
-        `ValueError`: If `output_dir` is no folder, a tracker is not installed, or the repository is not the user's.
+        `ValueError`: If `output_dir` is no folder or is written into, a tracker is not installed, or the repository is
+            not the user's.
     """
     check_folder(args.output_dir)
+    if args.process_index == 0 and os.path.isdir(args.output_dir):
+        with one_training(args.output_dir):
+            pass
     for report in get_reporting_integration_callbacks(args.report_to):
         try:
             report()
@@ -49,7 +55,7 @@ def check_destinations(args: TrainingArguments) -> None:
         open_repo(repo_id, private=args.hub_private_repo, token=args.hub_token)
 
 
-class _BaseTrainer(Trainer):
+class _BaseTrainer(ResumableTrainer):
     """A [`~transformers.Trainer`] whose model cards tell the method, the data, the settings and the training curve."""
 
     _tag_names: list[str] = []

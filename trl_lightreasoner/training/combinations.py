@@ -1,6 +1,7 @@
 """Arguments that are no good, and settings that are, but not beside each other: refused before weights are loaded."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ from peft import PeftConfig
 from transformers import TrainingArguments
 
 from ..grading.verdicts import check_math_verify
+
+
+_SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
+_METRICS = ("loss", "entropy", "mean_token_accuracy", *_SPEEDS)
 
 
 def check_arguments(train_dataset: Any, peft_config: Any) -> None:
@@ -49,8 +54,9 @@ def check_combinations(
             f"`load_in_{bits}bit` does not go with training all weights, since quantized weights cannot be updated. "
             "Train an adapter (`peft_config`; `--use_peft true` on the command line), or load the model unquantized."
         )
-    # The gradient scaler, where it is not DeepSpeed's own, takes gradients in float32 only
-    scales = args.mixed_precision == "fp16" and args.deepspeed_plugin is None
+    if args.use_liger_kernel and args.device.type == "cpu":
+        raise ValueError("`use_liger_kernel` needs a GPU, on which alone Liger's kernels run. Leave it out.")
+    scales = _scales_gradients(args)
     if scales and bits is not None:
         raise ValueError(
             f"`fp16` does not go with `load_in_{bits}bit`, whose adapter is trained in bfloat16. Set `bf16` instead."
@@ -68,14 +74,69 @@ def check_combinations(
             "`load_in_8bit` does not go with FSDP, which cannot split 8-bit weights. Launch with DDP, or set "
             "`load_in_4bit`, and `bnb_4bit_quant_storage` to float32."
         )
-    # FSDP cannot split bytes. And where two bytes are stored as one bfloat16, PyTorch's `_foreach_copy_`, by which
-    # FSDP2 gathers weights, turns each of the bit patterns that mean NaN into the same one: one in a thousand
+    # FSDP1 splits what is of one dtype, FSDP2 what is no bytes. And where two bytes are stored as one bfloat16,
+    # PyTorch's `_foreach_copy_`, by which FSDP2 gathers weights, turns each of the bit patterns that mean NaN into the
+    # same one: one in a thousand
     storage = str(quantization.get("bnb_4bit_quant_storage", "uint8")).removeprefix("torch.")
-    if storage == "uint8" or version == 2 and storage != "float32":
-        needed = "float32" if version == 2 else "bfloat16"
+    needed = "float32" if version == 2 or dtype == "None" else dtype
+    if storage != needed:
         raise ValueError(
             f"`load_in_4bit` goes with FSDP{version} only if `bnb_4bit_quant_storage` is {needed}, got {storage}. Set "
             "it so, or launch with DDP."
+        )
+
+
+def check_trained_weights(args: TrainingArguments, model: torch.nn.Module) -> None:
+    """
+    Refuse weights that cannot be trained in the dtype that they have, which only they themselves tell.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): Settings of the training.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model with its adapter.
+
+    Raises:
+        `ValueError`: Naming a weight and what to do.
+    """
+    trained = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    half = next((name for name, dtype in trained.items() if dtype in (torch.float16, torch.bfloat16)), None)
+    if _scales_gradients(args) and half is not None:
+        raise ValueError(
+            f"`fp16` does not go with trained weights in {str(trained[half]).removeprefix('torch.')}, such as {half}. "
+            "Load the model with `dtype='float32'`, or set `bf16` instead."
+        )
+    # Otherwise accelerate casts them for FSDP2
+    is_cast = args.mixed_precision != "no" and not getattr(model, "is_loaded_in_4bit", False)
+    if fsdp_version(args) == 2 and not is_cast and len(set(trained.values())) > 1:
+        one, other = {dtype: name for name, dtype in trained.items()}.values()
+        raise ValueError(
+            f"FSDP2 takes trained weights of one dtype only, and {one} is in {trained[one]}, {other} in "
+            f"{trained[other]}. Leave out what is not LoRA alone (`use_dora`, `bias`, `modules_to_save`), or launch "
+            "with DDP."
+        )
+
+
+def check_metric(args: TrainingArguments, sets: Iterable[str], has_questions: bool, adapter: bool) -> None:
+    """
+    Refuse a `metric_for_best_model` that no evaluation gives.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): Settings of the training.
+        sets (`Iterable[str]`): Names of the sets of rows that are evaluated: one, `""`, if they are not in a `dict`.
+        has_questions (`bool`): Whether questions are answered.
+        adapter (`bool`): Whether an adapter is trained, so that the expert is at hand.
+
+    Raises:
+        `ValueError`: Naming those that there are.
+    """
+    if args.eval_strategy == "no" or args.metric_for_best_model is None:
+        return
+    names = [*_METRICS, "kl_to_expert"] if adapter else _METRICS
+    known = [f"{each}_{name}".strip("_") for each in sets for name in names]
+    known += ["accuracy", "accuracy_standard_error", "accuracy_num_cut"] if has_questions else []
+    if args.metric_for_best_model.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"`metric_for_best_model` must be something that is evaluated, got {args.metric_for_best_model!r}. There "
+            f"are {', '.join(name for name in known if not name.endswith(_SPEEDS))}."
         )
 
 
@@ -105,6 +166,11 @@ def check_answers(args: TrainingArguments, has_rows: bool) -> None:
             "The best model cannot be told by `eval_loss` without an `eval_dataset`. Set "
             "`metric_for_best_model='accuracy'`, or hold kept steps out."
         )
+
+
+def _scales_gradients(args: TrainingArguments) -> bool:
+    """Whether there is a gradient scaler that is not DeepSpeed's own. It takes gradients in float32 only."""
+    return args.mixed_precision == "fp16" and args.deepspeed_plugin is None
 
 
 def fsdp_version(args: TrainingArguments) -> int | None:

@@ -1,11 +1,14 @@
 """Settings of `LightReasonerTrainer`."""
 
 import copy
+import inspect
 import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..config_checks import check_flags, check_numbers, check_whole_numbers
@@ -72,6 +75,8 @@ class LightReasonerConfig(TrainingArguments):
     >   125 updates, however many rows there are.
     > - `bf16`: Defaults to `None` instead of `False`: `True` on an accelerator that has it, unless `fp16` is set.
     > - `logging_steps`: Defaults to `10` instead of `500`.
+    > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`: every trained weight of a causal model is
+    >   used in every pass.
     > - `eval_on_start`: Defaults to `None` instead of `False`: `True` where `eval_questions` are evaluated while
     >   training, so that the expert is the first point of the curve.
     """
@@ -112,6 +117,17 @@ class LightReasonerConfig(TrainingArguments):
         metadata={
             "help": "Whether to evaluate before the first update as well. If not set, it is `True` where "
             "`eval_questions` are evaluated while training, so that the expert is the first point of the curve.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={
+            "help": "When using distributed training, the value of the flag `find_unused_parameters` passed to "
+            "`DistributedDataParallel`. Every trained weight of a causal model is used in every pass, and the search "
+            "for others does not go with reentrant activation checkpointing.",
             "nargs": "?",
             "const": True,
         },
@@ -178,7 +194,7 @@ class LightReasonerConfig(TrainingArguments):
         length = self.max_length
         if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
             raise ValueError(f"`max_length` must be a whole number, 1 or more, or `None`, got {length!r}.")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise ValueError(f"`{name}` must be a finite number, 0 or more, got {value!r}.")
@@ -192,6 +208,20 @@ class LightReasonerConfig(TrainingArguments):
         epochs = self.num_train_epochs
         if epochs is not None and not (isinstance(epochs, int | float) and 0 < epochs < float("inf")):
             raise ValueError(f"`num_train_epochs` must be a finite number above 0, got {epochs!r}.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not isinstance(value := getattr(self, name), int | float) or not 0 <= value < 1:
+                raise ValueError(f"`{name}` must be a number in [0, 1), got {value!r}.")
+        max_steps: Any = self.max_steps  # type: ignore[has-type]  # of `TrainingArguments`
+        if not isinstance(max_steps, int) or max_steps == 0:
+            raise ValueError(f"`max_steps` must be a whole number, 1 or more, or -1, got {max_steps!r}.")
+        noise = self.neftune_noise_alpha
+        if noise is not None and not (isinstance(noise, int | float) and 0 <= noise < float("inf")):
+            raise ValueError(f"`neftune_noise_alpha` must be a finite number, 0 or more, or `None`, got {noise!r}.")
+        for name in ("logging", "save", "eval"):
+            steps = getattr(self, f"{name}_steps")
+            is_read = getattr(self, f"{name}_strategy") == "steps" and not (name == "eval" and steps is None)
+            if is_read and not (isinstance(steps, int | float) and 0 < steps < float("inf")):
+                raise ValueError(f"`{name}_steps` must be a finite number above 0, got {steps!r}.")
         if self.label_smoothing_factor:
             raise ValueError(
                 "`label_smoothing_factor` has no place in a loss whose labels are distributions; leave it out."
@@ -211,11 +241,21 @@ class LightReasonerConfig(TrainingArguments):
             )
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0  # of which nothing is heard where the number of updates is given
-            if self.max_steps < 0:  # type: ignore[has-type]  # of `TrainingArguments`
+            if max_steps < 0:
                 self.max_steps = _DEFAULT_UPDATES
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except TypeError as error:
+            if not isinstance(self.accelerator_config, dict):
+                raise
+            raise ValueError(f"`accelerator_config` cannot be used: {error}.") from error
+        check_optimizer(self)
+        # `checkpoint` takes any, and gives those that it does not know to the layer
+        known = {*inspect.signature(checkpoint).parameters, "preserve_rng_state", "every_n_layers", "offload"}
+        if unknown := sorted({*(self.activation_checkpointing_kwargs or {})} - known):
+            raise ValueError(f"`activation_checkpointing_kwargs` has no {unknown[0]!r}. There is `use_reentrant`.")
 
     def __getstate__(self) -> dict[str, Any]:
         # `Trainer` leaves its arguments beside the model, as training_args.bin, and uploads them with it
@@ -249,6 +289,50 @@ def own_config(args: TrainingArguments | None, model: Any) -> LightReasonerConfi
     args = copy.copy(args)
     args.accelerator_config = copy.copy(args.accelerator_config)
     return args
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """
+    Refuse `optim_args` and `lr_scheduler_kwargs` that the optimizer or the schedule would not take.
+
+    Raises:
+        `ValueError`: Naming the setting.
+    """
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, args.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`lr_scheduler_kwargs` cannot be {args.lr_scheduler_kwargs!r} with `lr_scheduler_type` "
+            f"{args.lr_scheduler_type.value!r}: {str(error).rstrip('.')}."
+        ) from error
+    if not args.optim_args or args.optim_target_modules:  # which needs the model
+        return
+
+    def make(pairs: dict[str, str]) -> tuple[Any, dict[str, Any]]:
+        changed = copy.copy(args)
+        changed.optim_args = ",".join(f"{name}={value}" for name, value in pairs.items())
+        return Trainer.get_optimizer_cls_and_kwargs(changed)
+
+    def is_read(name: str) -> bool:
+        others = {key: value for key, value in pairs.items() if key != name}
+        try:
+            return any(make(others) != make({**others, name: value}) for value in ("true", "nothing"))
+        except (TypeError, ValueError, AttributeError):
+            return True
+
+    try:
+        if any(pair.count("=") != 1 for pair in args.optim_args.split(",")):
+            raise ValueError("it must be pairs, such as 'momentum=0.9'")
+        pairs = dict(pair.split("=") for pair in args.optim_args.replace(" ", "").split(","))
+        kind, kwargs = make(pairs)
+        kind([torch.zeros(1, requires_grad=True)], **kwargs)
+        if unread := [name for name in pairs if not is_read(name)]:
+            raise ValueError(f"it does not know {unread[0]!r}")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"`optim_args` cannot be {args.optim_args!r} with `optim` {args.optim.value!r}: {str(error).rstrip('.')}."
+        ) from error
 
 
 def _without_token(kwargs: dict[str, Any] | None) -> dict[str, Any] | None:

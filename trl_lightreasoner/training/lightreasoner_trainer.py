@@ -7,7 +7,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import AdaLoraModel, PeftConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
-from torch.utils.data import DataLoader
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -15,7 +14,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
-    TrainerState,
     TrainingArguments,
     logging,
     set_seed,
@@ -23,6 +21,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from ..contrast import contrastive_loss
+from ..evaluation.answering import context_length
 from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at
 from ..models.loading import (
     add_quantization,
@@ -42,13 +41,19 @@ from ..vocabulary import model_vocabulary
 from .accuracy import EvalQuestions
 from .adapters import AllocateRanks, is_plain_lora, is_quantized, prepare_adapter
 from .base_trainer import _BaseTrainer, check_destinations
-from .combinations import check_answers, check_arguments, check_combinations
+from .combinations import (
+    check_answers,
+    check_arguments,
+    check_combinations,
+    check_metric,
+    check_trained_weights,
+)
 from .cuda_graphs import GraphedLayers, can_capture
 from .data_collator import DataCollatorForLightReasoner, find_indices
 from .lightreasoner_config import LightReasonerConfig, own_config
 from .nonfinite_updates import SkipNonFiniteUpdates
 from .packed_attention import can_pack, is_packed, pack, packed_attention
-from .resuming import RememberEpochs, load_state, plan_training
+from .resuming import RememberTraining
 from .saving import warn_of_left_out
 from .watching import DriftWarnings, adapter_off, divergence_at, starts_as_expert
 
@@ -177,6 +182,10 @@ class LightReasonerTrainer(_BaseTrainer):
         quantization = quantization or getattr(config, "quantization_config", None)
         dtype = model_init_kwargs.get("dtype")
         check_combinations(args, quantization, config.dtype if dtype == "auto" else dtype, trains_adapter)
+        # A subclass may evaluate more
+        if type(self).evaluation_loop is LightReasonerTrainer.evaluation_loop:
+            sets = eval_dataset if isinstance(eval_dataset, dict) else () if eval_dataset is None else ("",)
+            check_metric(args, sets, eval_questions is not None, trains_adapter)
         config = config.get_text_config()
         if processing_class is None:
             processing_class = load_tokenizer(model, **model_init_kwargs)
@@ -200,6 +209,7 @@ class LightReasonerTrainer(_BaseTrainer):
                 args.max_length,
                 args.one_step_per_row,
                 self.beta if args.beta is not None or reaches(dataset, self.beta) else None,
+                context_length(config),
             )
             if args.train_sampling_strategy in _BY_LENGTH and isinstance(rows, Dataset):
                 rows = rows.map(_add_length, fn_kwargs={"column": args.length_column_name})
@@ -242,6 +252,7 @@ class LightReasonerTrainer(_BaseTrainer):
         model = prepare_adapter(model, peft_config, revision)
         if name is not None and not isinstance(model, PeftModel):
             warn_of_left_out(model, name, **hub_kwargs(model_init_kwargs))
+        check_trained_weights(args, model)
 
         if args.use_liger_kernel:
             # Its forward for cross entropy takes no mask of positions
@@ -283,10 +294,10 @@ class LightReasonerTrainer(_BaseTrainer):
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.skip_nonfinite_updates = SkipNonFiniteUpdates(self)
         self.add_callback(self.skip_nonfinite_updates)
-        self.add_callback(RememberEpochs())
+        self.add_callback(RememberTraining())
         if isinstance(model, PeftModel) and isinstance(model.base_model, AdaLoraModel):
             self.add_callback(AllocateRanks(self))
-        self._resumed: TrainerState | None = None
+        self._source = name
 
         # Sums over the kept steps since the last log: entropy, agreement, steps. Seen: steps, tokens, since the start.
         self._sums = torch.zeros(3, dtype=_sum_dtype(args.device), device=args.device)
@@ -367,24 +378,14 @@ class LightReasonerTrainer(_BaseTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        self._resumed = load_state(resume_from_checkpoint, self.args.output_dir)
-        # A run that goes on has had its first evaluation
-        eval_on_start, self.args.eval_on_start = self.args.eval_on_start, self.args.eval_on_start and not self._resumed
         # LoRA layers cast what they get to their own float32, only for autocast to cast it back
         autocasts = self.accelerator.native_amp and isinstance(self.model, PeftModel)
         with disable_input_dtype_casting(self.model, active=autocasts and is_plain_lora(self.model)):
             try:
                 return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
-                self.args.eval_on_start = eval_on_start
                 if self._graphs is not None:
                     self._graphs.clear()
-
-    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
-        def plan(args: TrainingArguments) -> tuple:
-            return super(LightReasonerTrainer, self).set_initial_training_values(args, dataloader)
-
-        return plan(args) if self._resumed is None else plan_training(plan, args, dataloader, self._resumed)
 
     def training_step(self, *args, **kwargs):
         graphs = nullcontext() if self._graphs is None else self._graphs.once()

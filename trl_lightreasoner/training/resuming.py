@@ -1,28 +1,63 @@
 """What a run that goes on from a checkpoint does otherwise than `Trainer` would.
 
-It keeps its number of updates, makes none when it is complete, and says where its place in the data was not kept.
+It says what differs from the run that made the checkpoint, keeps its number of updates, makes none when it is
+complete, and says where its place in the data was not kept.
 """
 
 import copy
+import hashlib
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, logging
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, logging
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers.trainer_utils import has_length
+
+from ..models.weights import describe_model
+from ..steps.dataset import STEP_COLUMNS
+from .checkpoints import find_checkpoint, one_training, saving, saving_model
 
 
 logger = logging.get_logger(__name__)
 
+# Settings on which the weights depend. Of the first, what a checkpoint holds counts, whatever is set now
+_KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+_TAKEN = (
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "max_grad_norm",
+    "seed",
+    "data_seed",
+    "train_sampling_strategy",
+    "neftune_noise_alpha",
+)
+# Those by which the state of the optimizer has another form
+_FIXED = ("optim", "optim_args")
+# Of an adapter, what does not change what it computes while it is trained
+_FREE = ("inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type")
+_ROWS = "rows"
 
-class RememberEpochs(TrainerCallback, ExportableState):
+
+class RememberTraining(TrainerCallback, ExportableState):
     """
-    Lets a checkpoint say how many epochs were asked for, which a run that is resumed compares with its own. What
-    `Trainer` writes there is rounded up, or follows from `max_steps`.
+    Lets a checkpoint say what was trained and how, and how many epochs were asked for, which a run that is resumed
+    compares with its own. What `Trainer` writes there of the epochs is rounded up, or follows from `max_steps`.
     """
 
     num_train_epochs: float | None = None
+    training: dict[str, Any] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self.num_train_epochs = args.num_train_epochs if args.max_steps < 0 else None
@@ -30,14 +65,208 @@ class RememberEpochs(TrainerCallback, ExportableState):
         state.stateful_callbacks[type(self).__name__] = self.state()
 
     def state(self) -> dict[str, dict]:
-        return {"args": {}, "attributes": {"num_train_epochs": self.num_train_epochs}}
+        return {"args": {}, "attributes": {"num_train_epochs": self.num_train_epochs, "training": self.training}}
 
 
-def load_state(checkpoint: str | bool | None, output_dir: str) -> TrainerState | None:
-    """State of the checkpoint that `Trainer.train` is to resume from, or `None` if there is none."""
-    folder = get_last_checkpoint(output_dir) if checkpoint is True else checkpoint
-    file = os.path.join(folder or "", "trainer_state.json")
-    return TrainerState.load_from_json(file) if folder and os.path.isfile(file) else None
+class ResumableTrainer(Trainer):
+    """A [`~transformers.Trainer`] that goes on from a checkpoint exactly, or says what differs."""
+
+    # Id or path that the model was given by, if it was not given as an object
+    _source: str | None = None
+    _resumed: TrainerState | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        (memory,) = (each for each in self.callback_handler.callbacks if isinstance(each, RememberTraining))
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        memory.training = describe_training(self.args, model, self._source, self.train_dataset)
+        self._resumed = None
+        if checkpoint is not None:
+            self._resumed = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+            is_named = checkpoint == str(resume_from_checkpoint)
+            check_training(_remembered(self._resumed).get("training"), memory.training, checkpoint, is_named)
+            self._check_random_state(checkpoint)
+        # A run that goes on has had its first evaluation
+        eval_on_start, self.args.eval_on_start = self.args.eval_on_start, self.args.eval_on_start and not checkpoint
+        with one_training(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
+            try:
+                return super().train(checkpoint, *args, **kwargs)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                raise ValueError(
+                    f"Memory ran out with {self.args.per_device_train_batch_size} rows a batch. Lower "
+                    "`per_device_train_batch_size` and raise `gradient_accumulation_steps` by as much, for the same "
+                    "updates, lower `max_length`, or set `activation_checkpointing`."
+                ) from error
+            finally:
+                self.args.eval_on_start = eval_on_start
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
+        def plan(args: TrainingArguments) -> tuple:
+            return super(ResumableTrainer, self).set_initial_training_values(args, dataloader)
+
+        return plan(args) if self._resumed is None else plan_training(plan, args, dataloader, self._resumed)
+
+    def _check_random_state(self, checkpoint: str) -> None:
+        index = self.args.process_index
+        name = "rng_state.pth" if self.args.world_size <= 1 else f"rng_state_{index}.pth"
+        if not os.path.isfile(os.path.join(checkpoint, name)):
+            logger.warning(
+                f"The checkpoint {checkpoint!r} is of another number of processes and holds no {name}: what is drawn "
+                "at random, such as dropout, is not what it would have been."
+            )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = output_dir or self.args.output_dir
+        with nullcontext() if _internal_call else saving_model(folder, self.args.output_dir):
+            super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with saving(folder) if self.args.should_save else nullcontext():
+            super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # so that nothing is written behind trainer_state.json
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        name = self.model.active_adapters[0] if isinstance(self.model, PeftModel) else None
+        weights = "model.safetensors*" if name is None else "adapter_model.*"
+        folder = Path(resume_from_checkpoint, name if name not in (None, "default") else "")
+        if not is_sharded and not any(folder.glob(weights)):
+            what = "weights of the whole model" if name is None else f"weights of an adapter named {name!r}"
+            raise ValueError(f"Training cannot go on from {resume_from_checkpoint!r}: it holds no {what}.")
+        with _reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_best_model(self) -> None:
+        best, model = self.state.best_model_checkpoint, self.model
+        name = model.active_adapters[0] if isinstance(model, PeftModel) else "default"
+        # Where PEFT saves an adapter that has a name of its own, and `Trainer` does not look
+        folder = os.path.join(best, name)
+        if os.path.isdir(folder) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            model.load_adapter(folder, name, is_trainable=True)
+        else:
+            super()._load_best_model()
+
+
+@contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    try:
+        yield
+    except UnpicklingError as error:
+        raise ValueError(
+            f"The checkpoint {checkpoint!r} is damaged, or holds Python objects, which could run code when they are "
+            "read. Resume from another one."
+        ) from error
+    except (RuntimeError, ValueError, KeyError, EOFError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
+            raise
+        raise ValueError(
+            f"The checkpoint {checkpoint!r} does not fit what is trained, or is damaged: "
+            f"{' '.join(str(error).split()).rstrip('.')}. Resume from another one."
+        ) from error
+
+
+def describe_training(
+    args: TrainingArguments, model: torch.nn.Module, source: str | None, rows: Dataset | IterableDataset
+) -> dict[str, Any]:
+    """
+    What the weights depend on beside the number of updates and of rows in each, in values that JSON can hold.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): Settings of the run.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What is trained.
+        source (`str`, *optional*): Id or path that it was given by.
+        rows ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): What it is trained on. Of streamed rows nothing
+            is known before they are read.
+    """
+    settings = args.to_dict()
+    described = {name: settings[name] for name in (*_KEPT, *_TAKEN, *_FIXED)}
+    described["mixed_precision"] = args.mixed_precision
+    described |= describe_model(model)
+    del described["adapter"], described["num_parameters"]
+    source = source or described["model"]
+    described["model"] = os.path.realpath(source) if os.path.isdir(source) else source
+    if isinstance(model, PeftModel):
+        (name, *_) = model.active_adapters
+        described["adapter"] = name
+        for key, value in model.peft_config[name].to_dict().items():
+            if key not in _FREE:
+                described[f"peft_config.{key}"] = sorted(value) if isinstance(value, set | list) else value
+    described[_ROWS] = _checksum(rows) if isinstance(rows, Dataset) else None
+    return json.loads(json.dumps(described, default=str))
+
+
+def _checksum(rows: Dataset) -> str:
+    digest = hashlib.sha256()
+    for batch in rows.with_format(None).select_columns(list(STEP_COLUMNS)).iter(1000):
+        digest.update(repr([batch[column] for column in STEP_COLUMNS]).encode())
+    return digest.hexdigest()
+
+
+def check_training(before: dict[str, Any] | None, now: dict[str, Any], checkpoint: str, is_named: bool) -> None:
+    """
+    Say what differs between the run that made a checkpoint and the one that is to go on from it.
+
+    Args:
+        before, now (`dict`): What [`describe_training`] says of the two.
+        checkpoint (`str`): The folder.
+        is_named (`bool`): Whether the user has named it, and so may mean to change something.
+
+    Raises:
+        `ValueError`: If something differs and the user has not named the checkpoint, or it does not fit.
+    """
+    if before is None or before == now:
+        return
+    differences = {}
+    for name in [*now, *(name for name in before if name not in now)]:
+        old, new = before.get(name), now.get(name)
+        # What is not known, or has another name in another version or kind of adapter
+        is_unknown = None in (old, new) if name == _ROWS else not (name in before and name in now or name == "adapter")
+        if is_unknown or old == new:
+            continue
+        said = f"{name} was {old!r} and is now {new!r}"
+        said = "the rows of the dataset, or their order, are others" if name == _ROWS else said
+        differences[name] = said + (" (what it was counts)" if name in _KEPT else "")
+    free = ("peft_config.lora_dropout",)
+    misfits = [
+        said
+        for name, said in differences.items()
+        if name in (*_FIXED, "adapter") or name.startswith("peft_config.") and name not in free
+    ]
+    if misfits and is_named:
+        raise ValueError(
+            f"Training cannot go on from {checkpoint!r}: {'; '.join(misfits)}. Set it back, or begin anew in another "
+            "`output_dir`."
+        )
+    if not differences:
+        return
+    said = f"The checkpoint {checkpoint!r} is of another training: {'; '.join(differences.values())}."
+    if not is_named:
+        remedy = "Set it back or choose another `output_dir`"
+        remedy += "." if misfits else "; to go on from it all the same, name it in `resume_from_checkpoint`."
+        raise ValueError(f"{said} {remedy}")
+    logger.warning(f"{said} The weights will not be those of a run that was never stopped.")
+
+
+def _remembered(state: TrainerState) -> dict[str, Any]:
+    return (state.stateful_callbacks or {}).get(RememberTraining.__name__, RememberTraining().state())["attributes"]
 
 
 def plan_training(
@@ -57,8 +286,7 @@ def plan_training(
     """
     values = plan(args)
     planned = values[-1]
-    remembered = (resumed.stateful_callbacks or {}).get(RememberEpochs.__name__, RememberEpochs().state())
-    if args.max_steps < 0 and args.num_train_epochs == remembered["attributes"]["num_train_epochs"]:
+    if args.max_steps < 0 and args.num_train_epochs == _remembered(resumed)["num_train_epochs"]:
         # The same epochs stay the same updates, whatever an update holds by now
         args = copy.copy(args)
         args.max_steps = resumed.max_steps
