@@ -74,7 +74,7 @@ def test_benchmarks_come_beside_or_instead(prepare, tmp_path):
 )
 def test_answers_are_read_as_they_come(answer, gold, prepare):
     rows = [{"question": f"{row['question']}", "solution": answer} for row in ROWS]
-    _, problems, _ = prepare(rows, answer_column="solution", num_held_out=1)
+    _, problems, *_ = prepare(rows, answer_column="solution", num_held_out=1)
     assert problems["held_out"]["gold"][:] == [gold]
 
 
@@ -140,3 +140,21 @@ def test_benchmarks_can_be_text_with_commas():
     args = RunConfig("out", "e", "a", "d", benchmarks=["gsm8k,svamp", "asdiv"])
     assert args.benchmarks == ["gsm8k", "svamp", "asdiv"]
     assert dataclasses.replace(args).benchmarks == args.benchmarks
+
+
+def test_questions_that_choose_are_others_than_those_that_are_held_back_or_sampled(tmp_path, tokenizer):
+    rows = [ROWS[9], ROWS[6], *ROWS[:6], ROWS[9], *ROWS[6:]]  # two that are held back or choose stand before, too
+    write(tmp_path / "rows.jsonl", rows)
+    args = RunConfig(str(tmp_path / "out"), "expert", "amateur", str(tmp_path / "rows.jsonl"), num_held_out=2)
+    prompts, problems, validation, _ = prepare_questions(args, tokenizer, num_validation=3)
+    assert problems["held_out"]["question"][:] == [row["question"] for row in ROWS[8:]]
+    assert texts(validation) == [row["question"] for row in ROWS[6:8]]
+    assert validation["answer"][:] == [["12"], ["14"]]
+    assert texts(prompts) == [row["question"] for row in ROWS[:6]]
+
+
+def test_never_more_than_a_third_choose_and_a_third_are_held_back(tmp_path, tokenizer):
+    write(tmp_path / "rows.jsonl", ROWS)
+    args = RunConfig(str(tmp_path / "out"), "expert", "amateur", str(tmp_path / "rows.jsonl"))
+    prompts, problems, validation, _ = prepare_questions(args, tokenizer, num_validation=300)
+    assert (len(prompts), len(validation), len(problems["held_out"])) == (4, 3, 3)

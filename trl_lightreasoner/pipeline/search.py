@@ -150,7 +150,7 @@ def search(
 
     if done:
         print(f"  {done} are done already", flush=True)
-    study.optimize(objective, n_trials=max(0, num_trials - done), callbacks=[look_back], gc_after_trial=True)
+    study.optimize(objective, n_trials=max(0, num_trials - done), callbacks=[look_back])
     return _read(study, parameters)
 
 

@@ -64,7 +64,9 @@ def write_setting(setting: dict[str, Any], names: Sequence[str]) -> str:
     ```
     """
     values = ((name, setting[name]) for name in names)
-    return ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in values)
+    return ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in values
+    )
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,9 @@ def trial_figures(search: SearchResult) -> str:
         ]
         for trial in trials
     ]
+    pruned = f" {num_pruned} of them did worse than the others and went no further." if num_pruned else ""
     text = (
-        f"<p>{len(trials)} settings were trained on the same steps and answered the same questions. {num_pruned} of "
-        "them were broken off, because others had done better up to there; their accuracy is the last one. The best "
+        f"<p>{len(trials)} settings were trained on the same steps and answered the same questions.{pruned} The best "
         "one was chosen by these accuracies, which flatters its own.</p>"
     )
     head = ["Trial", *names, "Accuracy", ""]
