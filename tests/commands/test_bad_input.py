@@ -544,7 +544,10 @@ TRAIN = [
     Mistake("no model", {"model_name_or_path": "{omit}"}, r"`--model_name_or_path` is required: the expert that .*"),
     Mistake("no dataset", {"dataset_name": "{omit}"}, r"`--dataset_name` is required: a dataset on the Hub, or .*"),
     setting(
-        "lora_target_modules", "qkv", r"Target modules qkv not found in the base model\. Please check .*", loads=True
+        "lora_target_modules",
+        "qkv",
+        r"Target modules \{'qkv'\} not found in the base model\. Please check .*",
+        loads=True,
     ),
 ]
 

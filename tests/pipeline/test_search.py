@@ -17,7 +17,7 @@ from transformers import TrainerControl
 
 from trl_lightreasoner import TuneConfig
 from trl_lightreasoner.pipeline.folder import TuneFolder
-from trl_lightreasoner.pipeline.search import AccuracyReporter, search
+from trl_lightreasoner.pipeline.search import AccuracyReporter, UnfitSetting, search
 from trl_lightreasoner.pipeline.search_space import read_space
 from trl_lightreasoner.report.trials import trial_figures
 
@@ -163,7 +163,11 @@ def test_trials_that_are_worse_than_the_others_are_broken_off_and_reported(run):
 
 @pytest.mark.parametrize(
     ("error", "note"),
-    [(torch.OutOfMemoryError("no room"), "out of memory"), (FloatingPointError("NaN"), "gradients were not finite")],
+    [
+        (torch.OutOfMemoryError("no room"), "out of memory"),
+        (FloatingPointError("NaN"), "gradients were not finite"),
+        (UnfitSetting("no step reaches its beta"), "no step reaches its beta"),
+    ],
 )
 def test_a_setting_that_cannot_be_trained_does_not_end_the_search(error, note, run):
     train = FakeTraining()

@@ -14,6 +14,7 @@ from ..steps.dataset import count_steps
 from ..steps.prompt_format import PromptFormat, format_of_prompts, format_of_steps
 from ..steps.splits import load_split
 from ..training.accuracy import as_questions
+from ..training.adapters import as_target_modules
 from ..training.lightreasoner_config import LightReasonerConfig
 from ..training.lightreasoner_trainer import LightReasonerTrainer
 from .arguments import ArgumentParser, quantization_of
@@ -112,6 +113,8 @@ class LightReasonerModelConfig(ModelConfig):
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}.")
         super().__post_init__()
+        if isinstance(self.lora_target_modules, str):  # what `ModelConfig` makes of one name
+            self.lora_target_modules = as_target_modules([self.lora_target_modules])
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:

@@ -42,6 +42,10 @@ def import_optuna() -> ModuleType:
     return optuna
 
 
+class UnfitSetting(Exception):
+    """A setting by which nothing can be trained, for a reason of its own."""
+
+
 class AccuracyReporter(TrainerCallback):
     """
     Lets a training answer its questions at equal parts of its length and tells Optuna, which may prune it.
@@ -126,11 +130,11 @@ def search(
         reporter = AccuracyReporter(trial, setting["max_steps"])
         try:
             train(setting, folder.trial(trial.number), reporter, is_default)
-        except (torch.OutOfMemoryError, FloatingPointError) as error:  # of this setting, and of no other
+        except (torch.OutOfMemoryError, FloatingPointError, UnfitSetting) as error:  # of this setting alone
             if is_default:
                 raise
-            note = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "gradients were not finite"
-            trial.set_user_attr(_NOTE, note)
+            notes = {torch.OutOfMemoryError: "out of memory", FloatingPointError: "gradients were not finite"}
+            trial.set_user_attr(_NOTE, notes.get(type(error), str(error)))
             raise optuna.TrialPruned() from error
         assert reporter.accuracy is not None  # the last update is one of the parts
         return reporter.accuracy

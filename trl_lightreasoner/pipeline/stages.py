@@ -20,6 +20,7 @@ from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
 from ..steps.dataset import count_steps
 from ..steps.prompt_format import PromptFormat
+from ..training.adapters import as_target_modules
 from ..training.lightreasoner_config import LightReasonerConfig
 from ..training.lightreasoner_trainer import LightReasonerTrainer
 from .folder import Folder, write_json
@@ -142,12 +143,11 @@ def train_adapter(
     callback: TrainerCallback | None = None,
 ) -> None:
     """Train and save an adapter, and leave the expert as it was."""
-    targets: str | list[str] = args.lora_target_modules
     peft_config = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=0.05,
-        target_modules=targets[0] if len(targets) == 1 else targets,
+        target_modules=as_target_modules(args.lora_target_modules),
         task_type="CAUSAL_LM",
     )
     trainer = LightReasonerTrainer(

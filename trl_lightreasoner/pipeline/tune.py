@@ -7,22 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import init_empty_weights
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..evaluation.evaluation import Candidate, grade_candidates
 from ..evaluation.evaluation_config import EvaluationConfig
 from ..evaluation.sets import HELD_OUT
 from ..grading.verdicts import check_math_verify
+from ..models.loading import load_config
 from ..processes import Processes
 from ..report.trials import SearchResult, write_setting
 from ..report.write_report import write_report
-from ..steps.training_rows import choose_beta
+from ..steps.training_rows import choose_beta, reaches
 from .folder import TuneFolder, write_json
 from .questions import prepare_questions
-from .search import AccuracyReporter, Setting, import_optuna, search
+from .search import AccuracyReporter, Setting, UnfitSetting, import_optuna, search
 from .search_space import FIELDS
 from .stages import (
     Stages,
@@ -161,6 +163,7 @@ def tune(args: TuneConfig) -> TuneResult:
         for value in parameter.ends():
             training_config(with_setting(args, {parameter.name: value}), folder.path)
     sampler = open_pair(args, folder, "tune")
+    _check_layers(args)
     tokenizer = sampler.processing_class
     prompts, problems, validation, prompt_format = prepare_questions(args, tokenizer, args.num_validation)
     if HELD_OUT not in problems or not len(validation):
@@ -183,6 +186,8 @@ def tune(args: TuneConfig) -> TuneResult:
         default = default_setting(args, steps)
 
         def train(setting: Setting, path: Path, reporter: AccuracyReporter, answers_before: bool) -> None:
+            if setting["beta"] and setting != default and not reaches(steps, setting["beta"]):
+                raise UnfitSetting("no step reaches its beta")
             own_args = with_setting(args, setting)
             training_args = training_config(
                 own_args,
@@ -263,6 +268,23 @@ def write_setting_file(path: Path, fields: dict[str, Any], comment: str) -> None
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(f"# {comment}\n{yaml.safe_dump(fields, sort_keys=False)}", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _check_layers(args: TuneConfig) -> None:
+    """Refuse names of layers that the expert does not have before one of the trials would."""
+    named = [value for each in args.parameters if each.name == "lora_target_modules" for value in each.ends()]
+    if not named:
+        return
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(load_config(args.expert))
+    modules = [name for name, _ in model.named_modules() if name]
+    for name in " ".join(named).split():
+        if name != "all-linear" and not any(f".{module}".endswith(f".{name}") for module in modules):
+            last = {module.rpartition(".")[2] for module in modules}
+            raise ValueError(
+                f"`lora_target_modules` in the search space names {name!r}, which the expert does not have. It has "
+                f"{', '.join(sorted(each for each in last if not each.isdigit()))}."
+            )
 
 
 def _confirm(

@@ -41,6 +41,22 @@ def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, revi
     return model
 
 
+def as_target_modules(names: list[str]) -> str | list[str]:
+    """
+    Names of layers as PEFT takes them: a text alone is a pattern for it, which a plain name would never match.
+
+    Example:
+
+    ```python
+    >>> as_target_modules(["q_proj"]), as_target_modules(["all-linear"]), as_target_modules([r".*\\.q_proj"])
+    (['q_proj'], 'all-linear', '.*\\\\.q_proj')
+
+    ```
+    """
+    is_name = len(names) > 1 or names[0].replace(".", "_").isidentifier()
+    return list(names) if is_name else names[0]
+
+
 def is_quantized(model: torch.nn.Module) -> bool:
     """Whether bitsandbytes holds the model's weights in 4 or 8 bits."""
     return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
