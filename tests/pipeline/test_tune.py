@@ -43,9 +43,7 @@ def settings(tmp_path_factory) -> dict:
     problems = make_problems(40, seed=0, kind_shares=KIND_SHARES)
     folder = tmp_path_factory.mktemp("questions")
     write(folder / "q.jsonl", [{"question": each["question"], "answer": each["answer"]} for each in problems])
-    (folder / "space.yaml").write_text(
-        "learning_rate: {low: 1e-3, high: 5e-3}\nlora_target_modules: [q_proj]"
-    )
+    (folder / "space.yaml").write_text("learning_rate: {low: 1e-3, high: 5e-3}\nlora_target_modules: [q_proj]")
     return {
         **{"expert": str(PAIR / "expert"), "amateur": str(PAIR / "amateur"), "dataset_name": str(folder / "q.jsonl")},
         **{"num_prompts": NUM_PROMPTS, "num_held_out": NUM_HELD_OUT, "num_validation": NUM_VALIDATION},

@@ -217,6 +217,7 @@ def _trials(axes, search: SearchResult) -> None:
     _trial_points(axes, search, lambda trial: trial.number)
     if (before := search.trials[0].accuracies.get(0)) is not None:
         axes.axhline(before, color="#8a8f98", linewidth=0.8, label="the expert")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("trial")
     axes.legend(frameon=False)
 

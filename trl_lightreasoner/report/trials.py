@@ -6,6 +6,8 @@ from html import escape
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+
 from .charts import Axis, Chart, figure, table, write_number, write_share
 
 
@@ -129,13 +131,14 @@ def trial_figures(search: SearchResult) -> str:
     )
     head = ["Trial", *names, "Accuracy", ""]
     charts = [_over_trials(search), *(_against(name, search) for name in names)]
-    return f'{text}<div class="card numbers">{table(head, rows)}</div><div class="grid">{"".join(charts)}</div>'
+    return f'{text}<div class="card numbers trials">{table(head, rows)}</div><div class="grid">{"".join(charts)}</div>'
 
 
 def _over_trials(search: SearchResult) -> str:
     trials = search.trials
     chart = Chart(Axis(-0.5, max(trial.number for trial in trials) + 0.5, label="Trial"), _y(search))
-    chart.line(*search.best_so_far(), "s1")
+    numbers, highest = search.best_so_far()
+    chart.line(np.repeat(numbers, 2)[1:], np.repeat(highest, 2)[:-1], "s1")
     _draw_points(chart, search, lambda trial: trial.number)
     if (before := trials[0].accuracies.get(0)) is not None:
         chart.level(before, "the expert")
