@@ -199,7 +199,7 @@ SAMPLING = [
     ("owner", "name", "call", "finished_stages"),
     [
         (contrastive_step_sampler, "score_trajectories", 4, []),  # two batches are of the check
-        (pipeline, "_train", 1, SAMPLING),
+        (pipeline, "train_adapter", 1, SAMPLING),
         (LightReasonerTrainer, "save_model", 2, SAMPLING),  # behind the checkpoint of the last update
         (pipeline, "write_report", 1, [*SAMPLING, (pipeline, "train_adapter")]),
         (Answering, "complete", 2, SAMPLING),

@@ -90,3 +90,11 @@ def test_every_field_of_a_space_is_one_of_run_and_of_train():
 
     for module in (run, train):
         assert set(FIELDS) <= {action.dest for action in module.make_parser()._actions}
+
+
+def test_a_config_file_can_hold_the_space_itself(tmp_path):
+    from trl_lightreasoner.commands.tune import make_parser
+
+    (tmp_path / "config.yaml").write_text("expert: e\namateur: a\ndataset_name: d\nspace:\n  max_steps: [60, 125]\n")
+    (args,) = make_parser().parse(["--config", str(tmp_path / "config.yaml"), "--output_dir", "out"])
+    assert args.parameters == read_space({"max_steps": [60, 125]})

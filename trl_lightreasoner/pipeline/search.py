@@ -110,8 +110,7 @@ def search(
     # With the same seed again, a search that goes on would make its first suggestions once more
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
     if not study.trials:
-        known = {each.name: default[each.name] for each in parameters if each.holds(default[each.name])}
-        study.enqueue_trial(known, user_attrs={_IS_DEFAULT: True})
+        study.enqueue_trial({each.name: default[each.name] for each in parameters}, user_attrs={_IS_DEFAULT: True})
     done = len(_finished(study))
 
     def objective(trial: "OptunaTrial") -> float:
