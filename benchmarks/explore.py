@@ -1,5 +1,7 @@
 """
-Which settings help a real pair? Samples, trains and evaluates one setting after another, and keeps a log of all.
+What helps a real pair beside the settings that `lightreasoner tune` searches? Other labels, other amateurs, several
+rounds: samples, trains and evaluates one setting after another, and keeps a log of all. Threshold, rate, updates and
+layers alone are found by `lightreasoner tune`, which samples once.
 
 A setting is a line of JSON with the fields of `Setting` that differ from their defaults. The first rows of the dataset
 are learned from, the last ones are held back and answered, by the expert as it was and as it is after each setting;
@@ -7,7 +9,7 @@ test sets are for the one that is chosen in the end. What was evaluated already 
 out of the log: log.jsonl has a line a setting, table.md shows them all, NAME/adapter is what a setting has trained.
 
 ```bash
-echo '{"name": "paper", "learning_rate": 5e-5, "updates": 125}' > settings.jsonl
+echo '{"name": "one-hot", "label": "one-hot"}' > settings.jsonl
 python benchmarks/explore.py --expert Qwen/Qwen2.5-Math-1.5B --amateur Qwen/Qwen2.5-0.5B \
     --dataset_name gsm8k_train.jsonl --settings settings.jsonl --output_dir exploration
 ```

@@ -55,10 +55,16 @@ SUBSTITUTIONS = {
     "$rate": "5e-4",
     "CONDITION": "base",
     'output_dir="run-python",': 'output_dir="run-python", max_steps=2, eval_max_new_tokens=4, system_prompt="",',
+    'output_dir="tuned-python",': 'output_dir="tuned-python", num_trials=1, num_prompts=2, max_steps=1, '
+    'eval_max_new_tokens=4, system_prompt="",',
     'output_dir="evaluation"': 'output_dir="evaluation", data_dir="benchmark_files", max_new_tokens=4, num_workers=1',
 }
 LIMITS = {
     "run": ["--max_steps", "2", "--eval_max_new_tokens", "4", "--system_prompt", ""],
+    "tune": [
+        *("--num_trials", "1", "--num_prompts", "2", "--max_steps", "1"),
+        *("--eval_max_new_tokens", "4", "--system_prompt", ""),
+    ],
     "train": ["--max_steps", "2", "--logging_steps", "1", "--use_cpu"],
     "eval": ["--max_samples", "1", "--max_new_tokens", "4", "--data_dir", "benchmark_files", "--num_workers", "1"],
 }
@@ -206,6 +212,8 @@ def test_the_blocks_of_a_page_run(page, page_folder, earlier, monkeypatch):
         pytest.importorskip("bitsandbytes")
     if "evaluate" in (text := (ROOT / page).read_text()) or "lightreasoner eval" in text or "grading" in page:
         pytest.importorskip("math_verify")
+    if "lightreasoner tune" in text:
+        pytest.importorskip("optuna")
     rows = [{"prompt": [{"role": "user", "content": problem["question"]}]} for problem in problems()]
     namespace = {"__name__": "page", "prompts": datasets.Dataset.from_list(rows)}
     if "dataset" in text:

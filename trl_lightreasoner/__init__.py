@@ -18,6 +18,8 @@ _MODULES = {
     "PairCheck": "sampling.pair_check",
     "RunConfig": "pipeline.run_config",
     "RunResult": "pipeline.run",
+    "TuneConfig": "pipeline.tune_config",
+    "TuneResult": "pipeline.tune",
     "check_steps": "sampling.pair_check",
     "count_steps": "steps.dataset",
     "evaluate": "evaluation.evaluation",
@@ -30,6 +32,7 @@ _MODULES = {
     "raise_beta": "steps.dataset",
     "run_pipeline": "pipeline.run",
     "sampling_metadata": "steps.dataset",
+    "tune": "pipeline.tune",
     "write_report": "report.write_report",
 }
 
@@ -43,6 +46,8 @@ __all__ = [
     "PairCheck",
     "RunConfig",
     "RunResult",
+    "TuneConfig",
+    "TuneResult",
     "check_steps",
     "count_steps",
     "evaluate",
@@ -55,6 +60,7 @@ __all__ = [
     "raise_beta",
     "run_pipeline",
     "sampling_metadata",
+    "tune",
     "write_report",
 ]
 
@@ -65,6 +71,8 @@ if TYPE_CHECKING:
     from .hub.sharing import push_dataset_to_hub, push_evaluation_to_hub
     from .pipeline.run import RunResult, run_pipeline
     from .pipeline.run_config import RunConfig
+    from .pipeline.tune import TuneResult, tune
+    from .pipeline.tune_config import TuneConfig
     from .report.write_report import write_report
     from .sampling.contrastive_sampling_config import ContrastiveSamplingConfig
     from .sampling.contrastive_step_sampler import ContrastiveStepSampler

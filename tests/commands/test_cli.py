@@ -23,6 +23,7 @@ from trl_lightreasoner import (
     EvaluationConfig,
     LightReasonerConfig,
     RunConfig,
+    TuneConfig,
     __version__,
     sampling_metadata,
 )
@@ -144,6 +145,7 @@ def test_a_missing_command_is_refused(refused):
     ("command", "configs"),
     [
         ("run", [RunConfig]),
+        ("tune", [TuneConfig]),
         ("check", [CheckArguments, CheckSamplingConfig]),
         ("sample", [SampleArguments, ContrastiveSamplingConfig]),
         ("train", [TrainArguments, LightReasonerConfig, LightReasonerModelConfig]),

@@ -36,25 +36,25 @@ def texts(prompts) -> list[str]:
 
 
 def test_the_last_rows_are_held_back_and_the_first_are_sampled(prepare):
-    prompts, problems, _ = prepare(num_held_out=3, num_prompts=4)
+    prompts, problems, *_ = prepare(num_held_out=3, num_prompts=4)
     assert texts(prompts) == [row["question"] for row in ROWS[:4]]
     assert problems["held_out"]["question"][:] == [row["question"] for row in ROWS[7:]]
     assert problems["held_out"]["gold"][:] == [["14"], ["16"], ["18"]]
 
 
 def test_never_more_than_half_are_held_back(prepare):
-    prompts, problems, _ = prepare(ROWS[:9])
+    prompts, problems, *_ = prepare(ROWS[:9])
     assert (len(prompts), len(problems["held_out"])) == (5, 4)
 
 
 def test_a_question_that_is_held_back_is_not_sampled_from_another_row(prepare):
-    prompts, problems, _ = prepare([ROWS[9], *ROWS], num_held_out=1)
+    prompts, problems, *_ = prepare([ROWS[9], *ROWS], num_held_out=1)
     assert problems["held_out"]["question"][:] == ["What is 9+9?"]
     assert texts(prompts) == [row["question"] for row in ROWS[:9]]
 
 
 def test_without_answers_all_can_be_sampled(prepare):
-    prompts, problems, _ = prepare([{"prompt": row["question"]} for row in ROWS])
+    prompts, problems, *_ = prepare([{"prompt": row["question"]} for row in ROWS])
     assert len(prompts) == 10 and problems == {}
 
 
@@ -74,7 +74,7 @@ def test_benchmarks_come_beside_or_instead(prepare, tmp_path):
 )
 def test_answers_are_read_as_they_come(answer, gold, prepare):
     rows = [{"question": f"{row['question']}", "solution": answer} for row in ROWS]
-    _, problems, _ = prepare(rows, answer_column="solution", num_held_out=1)
+    _, problems, *_ = prepare(rows, answer_column="solution", num_held_out=1)
     assert problems["held_out"]["gold"][:] == [gold]
 
 
@@ -98,7 +98,7 @@ def test_text_goes_through_the_chat_template_of_an_expert_that_has_one(prepare):
 
 
 def test_a_base_model_gets_plain_text(prepare):
-    prompts, _, prompt_format = prepare(has_template=False)
+    prompts, _, _, prompt_format = prepare(has_template=False)
     assert prompt_format == PromptFormat("raw")
     assert prompts["prompt"][0] == "Question: What is 0+0?\nAnswer:"
     with pytest.raises(ValueError, match="The tokenizer of the expert has no chat template. Set `prompt_style='raw'`"):
@@ -110,7 +110,7 @@ def test_messages_are_taken_as_they_are(prepare):
         [{"role": "system", "content": "Think."}, {"role": "user", "content": row["question"]}] for row in ROWS
     ]
     rows = [{"prompt": prompt, "answer": row["answer"]} for prompt, row in zip(messages, ROWS, strict=True)]
-    prompts, problems, prompt_format = prepare(rows, num_held_out=2)
+    prompts, problems, _, prompt_format = prepare(rows, num_held_out=2)
     assert json.loads(json.dumps(prompts["prompt"][0])) == messages[0]
     assert problems["held_out"]["question"][1] == messages[9]
     assert prompt_format == PromptFormat("chat", system_prompt="Think.")
@@ -140,3 +140,21 @@ def test_benchmarks_can_be_text_with_commas():
     args = RunConfig("out", "e", "a", "d", benchmarks=["gsm8k,svamp", "asdiv"])
     assert args.benchmarks == ["gsm8k", "svamp", "asdiv"]
     assert dataclasses.replace(args).benchmarks == args.benchmarks
+
+
+def test_questions_that_choose_are_others_than_those_that_are_held_back_or_sampled(tmp_path, tokenizer):
+    rows = [ROWS[9], ROWS[6], *ROWS[:6], ROWS[9], *ROWS[6:]]  # two that are held back or choose stand before, too
+    write(tmp_path / "rows.jsonl", rows)
+    args = RunConfig(str(tmp_path / "out"), "expert", "amateur", str(tmp_path / "rows.jsonl"), num_held_out=2)
+    prompts, problems, validation, _ = prepare_questions(args, tokenizer, num_validation=3)
+    assert problems["held_out"]["question"][:] == [row["question"] for row in ROWS[8:]]
+    assert texts(validation) == [row["question"] for row in ROWS[6:8]]
+    assert validation["answer"][:] == [["12"], ["14"]]
+    assert texts(prompts) == [row["question"] for row in ROWS[:6]]
+
+
+def test_never_more_than_a_third_choose_and_a_third_are_held_back(tmp_path, tokenizer):
+    write(tmp_path / "rows.jsonl", ROWS)
+    args = RunConfig(str(tmp_path / "out"), "expert", "amateur", str(tmp_path / "rows.jsonl"))
+    prompts, problems, validation, _ = prepare_questions(args, tokenizer, num_validation=300)
+    assert (len(prompts), len(validation), len(problems["held_out"])) == (4, 3, 3)

@@ -23,6 +23,7 @@ from trl_lightreasoner.evaluation.evaluation_config import EvaluationConfig
 from trl_lightreasoner.evaluation.sets import read_problems
 from trl_lightreasoner.evaluation.statistics import compare
 from trl_lightreasoner.pipeline import run as pipeline
+from trl_lightreasoner.pipeline import stages
 from trl_lightreasoner.sampling import contrastive_step_sampler
 from trl_lightreasoner.training.lightreasoner_trainer import LightReasonerTrainer
 
@@ -167,7 +168,7 @@ def never(*_, **__):
 def test_a_finished_run_does_nothing_again(finished, settings, monkeypatch):
     folder, _, _ = finished
     for owner, name in (
-        *((contrastive_step_sampler, "score_trajectories"), (pipeline, "_train"), (pipeline, "write_report")),
+        *((contrastive_step_sampler, "score_trajectories"), (pipeline, "train_adapter"), (pipeline, "write_report")),
         *((Answering, "complete"), (contrastive_step_sampler.ContrastiveStepSampler, "check")),
     ):
         monkeypatch.setattr(owner, name, never)
@@ -198,11 +199,11 @@ SAMPLING = [
     ("owner", "name", "call", "finished_stages"),
     [
         (contrastive_step_sampler, "score_trajectories", 4, []),  # two batches are of the check
-        (pipeline, "_train", 1, SAMPLING),
+        (pipeline, "train_adapter", 1, SAMPLING),
         (LightReasonerTrainer, "save_model", 2, SAMPLING),  # behind the checkpoint of the last update
-        (pipeline, "write_report", 1, [*SAMPLING, (pipeline, "_train")]),
+        (pipeline, "write_report", 1, [*SAMPLING, (pipeline, "train_adapter")]),
         (Answering, "complete", 2, SAMPLING),
-        (Answering, "complete", 4, [*SAMPLING, (pipeline, "_train"), (pipeline, "write_report")]),
+        (Answering, "complete", 4, [*SAMPLING, (pipeline, "train_adapter"), (pipeline, "write_report")]),
     ],
     ids=["sampling", "before training", "behind training", "report", "answers before", "answers after"],
 )
@@ -236,7 +237,7 @@ def test_overwriting_deletes_what_a_run_left_and_nothing_else(args, monkeypatch)
     (folder / "adapter").mkdir(parents=True)
     for name in ("run.json", "adapter/old", "notes.txt"):
         (folder / name).write_text("{}")
-    monkeypatch.setattr(pipeline, "_check", lambda *_: 1 / 0)
+    monkeypatch.setattr(pipeline, "check_pair", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_pipeline(dataclasses.replace(args, overwrite_output_dir=True))
     assert (folder / "notes.txt").exists() and not (folder / "adapter").exists()
@@ -304,13 +305,13 @@ def test_an_adapter_is_no_expert(finished, args):
 
 
 def test_several_processes_are_refused(args, monkeypatch):
-    monkeypatch.setattr(pipeline, "Processes", lambda: SimpleNamespace(count=2))
+    monkeypatch.setattr(stages, "Processes", lambda: SimpleNamespace(count=2))
     with pytest.raises(ValueError, match="`lightreasoner run` is one process"):
         run_pipeline(args)
 
 
 def test_several_gpus_are_refused(args, monkeypatch):
-    monkeypatch.setattr(pipeline.LightReasonerConfig, "n_gpu", 2)
+    monkeypatch.setattr(stages.LightReasonerConfig, "n_gpu", 2)
     with pytest.raises(ValueError, match="takes one GPU, and several are visible.*`CUDA_VISIBLE_DEVICES=0`"):
         run_pipeline(args)
 

@@ -5,7 +5,7 @@ import re
 import pytest
 from transformers import TrainingArguments
 
-from trl_lightreasoner import ContrastiveSamplingConfig, EvaluationConfig, LightReasonerConfig, RunConfig
+from trl_lightreasoner import ContrastiveSamplingConfig, EvaluationConfig, LightReasonerConfig, RunConfig, TuneConfig
 from trl_lightreasoner.commands.check import CheckArguments, CheckSamplingConfig
 from trl_lightreasoner.commands.eval import EvaluationArguments
 from trl_lightreasoner.commands.merge import MergeArguments
@@ -27,6 +27,7 @@ CONFIGS = [
     MergeArguments,
     EvaluationArguments,
     RunConfig,
+    TuneConfig,
 ]
 NAN = float("nan")
 # What this package declares of each, without what is inherited from transformers and TRL

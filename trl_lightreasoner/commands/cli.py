@@ -10,6 +10,7 @@ from importlib import import_module
 COMMANDS = {
     "demo": "see the method work on the bundled pair: offline, on a CPU, in a minute",
     "run": "all of it: a pair and a dataset to an adapter and a verdict, in one process",
+    "tune": "twenty settings from one sampling, and the best of them confirmed on other questions",
     "check": "is this pair of models worth it? fifty prompts, one verdict and its reasons",
     "sample": "prompts to a Dataset of kept steps",
     "train": "a Dataset of kept steps to an adapter",

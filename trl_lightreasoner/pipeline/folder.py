@@ -1,12 +1,19 @@
-"""The folder of a run: what lies where, and that no two runs share it.
+"""The folders of `run` and `tune`: what lies where, and that no two runs share one.
 
-output_dir/run.json           the settings
 output_dir/check.json         what the check said of the pair
 output_dir/steps/             as of `lightreasoner sample`
-output_dir/adapter/           as of `lightreasoner train`
 output_dir/report/            as of `lightreasoner report`
 output_dir/evaluation/        as of `lightreasoner eval`
+
+output_dir/run.json           of a run: the settings
+output_dir/adapter/           as of `lightreasoner train`
 output_dir/verdict.json       what came out
+
+output_dir/tune.json          of a search: the settings
+output_dir/study.db           every trial, as Optuna keeps it
+output_dir/trials/NUMBER/     as of `lightreasoner train`; the weights of the first trial and the best one alone
+output_dir/best.yaml          the best setting, for `lightreasoner run` and `train`
+output_dir/result.json        what came out
 """
 
 import dataclasses
@@ -23,9 +30,9 @@ from ..training.checkpoints import last_checkpoint
 from .run_config import RunConfig
 
 
-class RunFolder:
+class Folder:
     """
-    Takes a folder for one run, by `with`.
+    Takes a folder for one command with one set of settings, by `with`.
 
     Args:
         args ([`RunConfig`]): Settings, of which `output_dir` names the folder.
@@ -34,13 +41,21 @@ class RunFolder:
         `ValueError`: If it holds another run, or something else; names the setting that differs.
     """
 
+    # What is said of it, its file of settings, and what else is made in it
+    _noun: str
+    _settings_name: str
+    _made_names: tuple[str, ...]
+    # Settings that may be another when it goes on
+    _free: tuple[str, ...] = ()
+
     def __init__(self, args: RunConfig):
         self.path = Path(args.output_dir)
         check_folder(args.output_dir)
-        self.run, self.check, self.verdict = (self.path / f"{name}.json" for name in ("run", "check", "verdict"))
-        names = ("steps", "adapter", "report", "evaluation")
-        self.steps, self.adapter, self.report, self.evaluation = (self.path / name for name in names)
-        self._made = (self.check, self.verdict, self.steps, self.adapter, self.report, self.evaluation)
+        self._settings_path = self.path / self._settings_name
+        self._made = [self.path / name for name in self._made_names]
+        self.check, self.steps, self.report, self.evaluation = (
+            self.path / name for name in ("check.json", "steps", "report", "evaluation")
+        )
         settings = dataclasses.asdict(args)
         self._overwrite = settings.pop("overwrite_output_dir")
         settings.pop("output_dir")  # it may have moved
@@ -48,27 +63,63 @@ class RunFolder:
         if not self._overwrite:
             self._compare()
 
-    def __enter__(self) -> "RunFolder":
+    def __enter__(self):
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path / ".lock")
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(
-                f"Another run is writing into {str(self.path)!r}. Wait for it, or choose another `output_dir`."
+                f"Another {self._noun} is writing into {str(self.path)!r}. Wait for it, or choose another "
+                "`output_dir`."
             ) from None
         if self._overwrite:
-            for path in (self.run, *self._made):
+            for path in (self._settings_path, *self._made):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        write_json(self.run, {"settings": self._settings})
+        write_json(self._settings_path, {"settings": self._settings})
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # Refused before anything was made, it does not keep the folder from other settings
         is_refused = kind is not None and issubclass(kind, ValueError)
         if is_refused and not any(path.exists() for path in self._made):
-            self.run.unlink(missing_ok=True)
+            self._settings_path.unlink(missing_ok=True)
         self._lock.release()
+
+    def _compare(self) -> None:
+        if not self._settings_path.is_file():
+            if any(path.exists() for path in self._made):
+                raise ValueError(
+                    f"{str(self.path)!r} holds files that no {self._noun} left there. Choose another `output_dir`, or "
+                    "set `overwrite_output_dir=True` to delete them."
+                )
+            return
+        try:
+            begun = json.loads(self._settings_path.read_text(encoding="utf-8"))["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{str(self._settings_path)!r} is not of a {self._noun}. Choose another `output_dir`, or set "
+                "`overwrite_output_dir=True`."
+            ) from None
+        for name, value in json.loads(json.dumps(self._settings)).items():
+            if name not in self._free and begun.get(name) != value:
+                raise ValueError(
+                    f"{str(self.path)!r} was begun with {name} = {begun.get(name)!r}, but it is now {value!r}. Set it "
+                    "back to go on, choose another `output_dir`, or set `overwrite_output_dir=True` to delete what is "
+                    "there."
+                )
+
+
+class RunFolder(Folder):
+    """The folder of `lightreasoner run`."""
+
+    _noun = "run"
+    _settings_name = "run.json"
+    _made_names = ("check.json", "verdict.json", "steps", "adapter", "report", "evaluation")
+
+    def __init__(self, args: RunConfig):
+        super().__init__(args)
+        self.verdict, self.adapter = self.path / "verdict.json", self.path / "adapter"
 
     @property
     def is_trained(self) -> bool:
@@ -79,27 +130,27 @@ class RunFolder:
         """The last complete checkpoint of a training that was broken off, or `None`."""
         return last_checkpoint(str(self.adapter))
 
-    def _compare(self) -> None:
-        if not self.run.is_file():
-            if any(path.exists() for path in self._made):
-                raise ValueError(
-                    f"{str(self.path)!r} holds files that no run left there. Choose another `output_dir`, or set "
-                    "`overwrite_output_dir=True` to delete them."
-                )
-            return
-        try:
-            begun = json.loads(self.run.read_text(encoding="utf-8"))["settings"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"{str(self.run)!r} is not of a run. Choose another `output_dir`, or set `overwrite_output_dir=True`."
-            ) from None
-        for name, value in json.loads(json.dumps(self._settings)).items():
-            if begun.get(name) != value:
-                raise ValueError(
-                    f"{str(self.path)!r} was begun with {name} = {begun.get(name)!r}, but it is now {value!r}. Set it "
-                    "back to go on, choose another `output_dir`, or set `overwrite_output_dir=True` to delete what is "
-                    "there."
-                )
+
+class TuneFolder(Folder):
+    """The folder of `lightreasoner tune`."""
+
+    _noun = "search"
+    _settings_name = "tune.json"
+    _made_names = (
+        *("check.json", "result.json", "best.yaml", "study.db", "steps", "trials", "report", "evaluation"),
+        "study.db-journal",
+    )
+    _free = ("num_trials",)
+
+    def __init__(self, args: RunConfig):
+        super().__init__(args)
+        self.result, self.best, self.study, self.trials = (
+            self.path / name for name in ("result.json", "best.yaml", "study.db", "trials")
+        )
+
+    def trial(self, number: int) -> Path:
+        """What the trial of this number has trained."""
+        return self.trials / str(number)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

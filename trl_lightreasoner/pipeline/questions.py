@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from ..evaluation.sets import HELD_OUT, load_benchmark, read_problems
 from ..steps.prompt_format import SYSTEM_PROMPT, PromptFormat, format_of_prompts, make_prompts, name_prompts
 from ..steps.splits import load_split
+from ..training.accuracy import as_questions
 from .run_config import RunConfig
 
 
@@ -19,21 +20,27 @@ class Questions(NamedTuple):
     Attributes:
         prompts ([`~datasets.Dataset`]): The rows to be sampled, with a column `prompt`.
         problems (`dict[str, Dataset]`): By name, what is answered before and after training: rows of `ROW_FEATURES`.
+        validation ([`~datasets.Dataset`]): Rows with `prompt` and `answer`, as a trainer takes them for its
+            `eval_questions`, by which a setting is chosen.
         prompt_format ([`PromptFormat`]): The form of the prompts; of messages, that in which benchmarks are asked.
     """
 
     prompts: Dataset
     problems: dict[str, Dataset]
+    validation: Dataset
     prompt_format: PromptFormat
 
 
-def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Questions:
+def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_validation: int = 0) -> Questions:
     """
-    Load what is asked. A question that is held back is not sampled, even if another row holds it as well.
+    Load what is asked. No question has two uses, even if several rows hold it: one that is held back neither chooses a
+    setting nor is sampled, and one that chooses is not sampled.
 
     Args:
         args ([`RunConfig`]): Settings.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's.
+        num_validation (`int`, *optional*, defaults to `0`): How many questions, before those that are held back,
+            choose a setting. With them, at most a third of the rows have each of these two uses.
 
     Raises:
         `ValueError`: If a column is missing, the form does not fit, or an answer cannot be read.
@@ -50,11 +57,14 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Qu
     prompt_format = choose_format(args, tokenizer, is_text)
     answer_column = args.answer_column or "answer"
     has_answers = answer_column in dataset.column_names
-    num_held_out = min(args.num_held_out, len(dataset) // 2) if has_answers else 0
-    first = len(dataset) - num_held_out
+    most = len(dataset) // (3 if num_validation else 2) if has_answers else 0
+    first = len(dataset) - min(args.num_held_out, most)
     texts = [json.dumps(prompt, sort_keys=True) for prompt in dataset["prompt"]]
-    held_back = set(texts[first:])
-    rows = [row for row in range(first) if texts[row] not in held_back]
+    taken = set(texts[first:])
+    start = first - min(num_validation, most)
+    choosing = [row for row in range(start, first) if texts[row] not in taken]
+    taken |= {texts[row] for row in choosing}
+    rows = [row for row in range(start) if texts[row] not in taken]
     if not rows:
         raise ValueError("The dataset has no question that could be sampled beside those that are held back.")
     prompts = dataset.select(rows[: args.num_prompts])
@@ -62,12 +72,18 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Qu
         prompts = make_prompts(prompts, prompt_format)
     else:
         prompt_format = format_of_prompts(prompts) or prompt_format
-    problems = {}
-    if num_held_out:
-        held_out = dataset.select(range(first, len(dataset)))
-        problems[HELD_OUT] = read_problems(held_out, "prompt", answer_column, first)
+
+    def read(rows: range) -> Dataset:
+        return read_problems(dataset.select(rows), "prompt", answer_column, rows.start)
+
+    problems = {HELD_OUT: read(range(first, len(dataset)))} if first < len(dataset) else {}
+    validation = Dataset.from_dict({"prompt": [], "answer": []})
+    if choosing:
+        chosen = read(range(start, first)).select([row - start for row in choosing])
+        validation = Dataset.from_dict({"question": chosen["question"][:], "answer": chosen["gold"][:]})
+        validation = as_questions(validation, prompt_format.make_prompt)
     problems |= {name: load_benchmark(name, args.data_dir) for name in args.benchmarks or []}
-    return Questions(prompts, problems, prompt_format)
+    return Questions(prompts, problems, validation, prompt_format)
 
 
 def choose_format(args: RunConfig, tokenizer: PreTrainedTokenizerBase, is_text: bool) -> PromptFormat:

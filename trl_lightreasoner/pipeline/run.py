@@ -2,34 +2,21 @@
 
 import json
 import shlex
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils.memory import clear_device_cache
-from datasets import Dataset
-from peft import LoraConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.evaluation import Candidate, Evaluation, grade_candidates
-from ..evaluation.evaluation_config import EvaluationConfig
 from ..grading.verdicts import check_math_verify
-from ..models.loading import load_adapter, load_adapter_config
+from ..models.loading import load_adapter
 from ..processes import Processes
 from ..report.write_report import write_report
-from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
-from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
-from ..steps.dataset import count_steps
-from ..training.adapters import target_modules
-from ..training.lightreasoner_config import LightReasonerConfig
-from ..training.lightreasoner_trainer import LightReasonerTrainer
 from .folder import RunFolder, write_json
 from .questions import prepare_questions
 from .run_config import RunConfig
+from .stages import Stages, check_pair, evaluation_config, open_pair, sample_steps, train_adapter, training_config
 from .verdict import deciding, judge
 
 
@@ -143,64 +130,26 @@ def run_pipeline(args: RunConfig) -> RunResult:
     print(run_pipeline(args).sentence)
     ```
     """
-    stages = _Stages()
-    processes = Processes()
-    if processes.count > 1:
-        raise ValueError(
-            "`lightreasoner run` is one process. Start it without `accelerate launch`, or use `sample`, `train` and "
-            "`eval`, which several processes share."
-        )
+    stages = Stages()
     folder = RunFolder(args)
     # What can be refused before weights are loaded
-    if load_adapter_config(args.expert, "expert") is not None:
-        raise ValueError(
-            f"The expert {args.expert!r} is an adapter. Make a plain model of it with `lightreasoner merge`, or use "
-            "`sample` and `train`, which trains it further."
-        )
-    training_args = LightReasonerConfig(
-        str(folder.adapter),
-        beta=args.beta,
-        learning_rate=args.learning_rate,
-        max_steps=args.max_steps,
-        logging_steps=min(10, args.max_steps),
-        seed=args.seed,
-    )
-    if training_args.n_gpu > 1:
-        raise ValueError(
-            "`lightreasoner run` takes one GPU, and several are visible. Make a single one visible with "
-            "`CUDA_VISIBLE_DEVICES=0`, or use `sample`, `train` and `eval`, which several processes share."
-        )
-    dtype = args.dtype or ("auto" if torch.accelerator.is_available() else "float32")
-    sampling_args = ContrastiveSamplingConfig(
-        str(folder.steps), dtype=dtype, alpha=args.alpha, max_new_tokens=args.max_new_tokens
-    )
-    sampler = ContrastiveStepSampler(args.expert, args.amateur, sampling_args)
+    sampler = open_pair(args, folder, "run")
+    training_args = training_config(args, folder.adapter)
     tokenizer = sampler.processing_class
-    prompts, problems, prompt_format = prepare_questions(args, tokenizer)
-    eval_args = EvaluationConfig(
-        str(folder.evaluation),
-        dtype=dtype,
-        max_new_tokens=args.eval_max_new_tokens,
-        data_dir=args.data_dir,
-        **prompt_format.to_dict(),
-    )
+    prompts, problems, _, prompt_format = prepare_questions(args, tokenizer)
+    eval_args = evaluation_config(args, folder, prompt_format)
     baseline = None
     if problems:
         check_math_verify()
-        baseline = Candidate("baseline", args.expert, tokenizer, None, eval_args, problems, processes)
+        baseline = Candidate("baseline", args.expert, tokenizer, None, eval_args, problems, Processes())
     stages.total = 6 if problems else 4
     asked = f"{sum(map(len, problems.values())):,} questions"
 
     with folder:
         with stages("check", f"Checking the pair on {min(50, len(prompts))} questions"):
-            check = _check(sampler, prompts, folder.check)
-        if not check["promising"]:
-            print(f"Warning: {check['headline']} {check['reasons'][0]}")
+            check = check_pair(sampler, prompts, folder.check)
         with stages("sample", f"Expert and amateur read {len(prompts):,} questions"):
-            steps = sampler.sample(prompts, prompt_format)
-        num_steps, num_kept = sum(map(len, steps["completion_ids"])), count_steps(steps)
-        if not num_kept:
-            raise ValueError("No step is kept, so that there is nothing to train on: choose a weaker amateur.")
+            steps, num_steps, num_kept = sample_steps(sampler, prompts, prompt_format)
         expert, amateur = sampler.expert, sampler.amateur
         del sampler  # and its graphs and caches: training needs the memory
         clear_device_cache(garbage_collection=True)
@@ -209,7 +158,7 @@ def run_pipeline(args: RunConfig) -> RunResult:
                 baseline.answer(expert)
         with stages("train", f"The expert learns: {num_kept:,} of {num_steps:,} steps are kept"):
             if not folder.is_trained:
-                _train(expert, tokenizer, steps, training_args, args, folder.find_checkpoint())
+                train_adapter(expert, tokenizer, steps, training_args, args, folder.find_checkpoint())
         with stages("report", "Writing the report"):
             if not (folder.report / "report.html").is_file():
                 name = f"{folder.path.name}/steps"
@@ -218,7 +167,7 @@ def run_pipeline(args: RunConfig) -> RunResult:
         results = None
         if baseline is not None:
             with stages("answer_after", f"The trained expert answers {asked}"):
-                candidate = Candidate("model", str(folder.adapter), None, None, eval_args, problems, processes)
+                candidate = Candidate("model", str(folder.adapter), None, None, eval_args, problems, Processes())
                 candidate.answer(load_adapter(expert, str(folder.adapter)))
                 results = grade_candidates([candidate, baseline], eval_args)
         scores, what = ({}, "") if results is None else deciding(results["benchmarks"], results.get("average"))
@@ -242,57 +191,3 @@ def run_pipeline(args: RunConfig) -> RunResult:
         )
         write_json(folder.verdict, result.to_dict())
     return result
-
-
-class _Stages:
-    """Says which stage begins, and measures how long each takes."""
-
-    def __init__(self):
-        self.total = 0
-        self._start = time.perf_counter()
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str, what: str) -> Iterator[None]:
-        print(f"{len(self._seconds) + 1}/{self.total} {what}", flush=True)
-        start = time.perf_counter()
-        yield
-        self._seconds[name] = time.perf_counter() - start
-
-    def seconds(self) -> dict[str, float]:
-        seconds = {**self._seconds, "total": time.perf_counter() - self._start}
-        return {name: round(value, 1) for name, value in seconds.items()}
-
-
-def _check(sampler: ContrastiveStepSampler, prompts: Dataset, path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        check = sampler.check(prompts)
-        write_json(path, {"headline": check.headline, **check.to_dict()})
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _train(
-    expert: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    steps: Dataset,
-    training_args: LightReasonerConfig,
-    args: RunConfig,
-    checkpoint: str | None,
-) -> None:
-    """Train and save an adapter, and leave the expert as it was."""
-    peft_config = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=0.05,
-        target_modules=target_modules(args.lora_target_modules),
-        task_type="CAUSAL_LM",
-    )
-    trainer = LightReasonerTrainer(
-        expert, training_args, train_dataset=steps, processing_class=tokenizer, peft_config=peft_config
-    )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_state()  # last, with the log, which the report draws
-    trainer.accelerator.unwrap_model(trainer.model).unload()
-    del trainer  # a cycle that holds the optimizer
-    clear_device_cache(garbage_collection=True)

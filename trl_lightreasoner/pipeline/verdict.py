@@ -45,14 +45,65 @@ def judge(difference: dict[str, float] | None, asked: str = "") -> Verdict:
             "Nothing was answered, so that nobody knows what it is worth: give a column of answers "
             "(`--answer_column`), or `--benchmarks`.",
         )
-    points, low, high = (_points(difference[name]) for name in ("difference", "low", "high"))
-    numbers = f"{points:+.1f} points ({low:.1f} to {high:.1f}) on {asked}"
+    numbers = f"{write_difference(difference)} on {asked}"
     is_sure = difference.get("p_value", 0.0) <= _MAX_P
     if is_sure and difference["low"] > 0:
         return Verdict("better", f"{numbers}: keep it.")
     if is_sure and difference["high"] < 0:
         return Verdict("worse", f"{numbers}: worse: do not use this adapter.")
     return Verdict("not told", f"{numbers}: not told from 0; ask more questions before you use it.")
+
+
+def judge_search(
+    num_settings: int,
+    setting: str,
+    is_default: bool,
+    best: dict[str, float],
+    default: dict[str, float],
+    between: dict[str, float],
+    count: int,
+) -> Verdict:
+    """
+    What a search has found, by questions that chose nothing.
+
+    Args:
+        num_settings (`int`): How many settings were tried.
+        setting (`str`): The best one, in words.
+        is_default (`bool`): Whether that is the default one.
+        best, default (`dict[str, float]`): The two settings against the expert, as of [`PairedDifference`].
+        between (`dict[str, float]`): The best against the default.
+        count (`int`): How many questions.
+
+    Example:
+
+    ```python
+    >>> best = {"difference": 0.63, "low": 0.58, "high": 0.68}
+    >>> judge_search(20, "beta 0.8", True, best, best, {}, 500).sentence
+    'Best of 20 settings: the default one (beta 0.8): +63.0 points (58.0 to 68.0) on 500 questions that chose nothing.'
+
+    ```
+    """
+    verdict = judge(best).verdict
+    name = f"the default one ({setting})" if is_default else setting
+    settings = f"{num_settings} setting{'s' if num_settings > 1 else ''}"
+    questions = f"{count:,} question{'s' if count > 1 else ''} that chose nothing"
+    sentence = f"Best of {settings}: {name}: {write_difference(best)} on {questions}"
+    if not is_default:
+        sentence += f"; the default setting {write_difference(default)}"
+    sentence += "."
+    if verdict != "better":
+        reason = "worse than the expert: do not use it" if verdict == "worse" else "not told from the expert"
+        sentence += f" It is {reason}."
+    elif not is_default:
+        against = {"better": "better than", "worse": "worse than", "not told": "not told from"}[judge(between).verdict]
+        sentence += f" It is {against} the default setting: {write_difference(between)}."
+    return Verdict(verdict, sentence)
+
+
+def write_difference(difference: dict[str, float]) -> str:
+    """A difference of accuracies with its interval."""
+    points, low, high = (_points(difference[name]) for name in ("difference", "low", "high"))
+    return f"{points:+.1f} points ({low:.1f} to {high:.1f})"
 
 
 def deciding(benchmarks: dict[str, Any], average: dict[str, Any] | None) -> tuple[dict[str, Any], str]:

@@ -160,6 +160,12 @@ class Chart:
                 place = f'x="{x:.1f}" y="{1000 - y:.1f}" width="{1000 * self.x.place(right) - x:.1f}" height="{y:.1f}"'
                 self._shapes.append(f'<rect class="bar {style}" {place}/>')
 
+    def points(self, xs: Numbers, ys: Numbers, styles: Sequence[str]) -> None:
+        """Points, each with a style of its own; beside the drawing, which would stretch them."""
+        for x, y, style in zip(xs, ys, styles, strict=True):
+            place = f"left:{100 * self.x.place(x):.2f}%;--y:{self.y.place(y):.4f}"
+            self._marks.append(f'<span class="point {style}" style="{place}"></span>')
+
     def mark(self, value: float, label: str, style: str = "") -> None:
         """A labelled line upwards from a value of x."""
         place = self.x.place(value)

@@ -21,6 +21,7 @@ from .charts import Axis, write_number, write_share
 from .figures import V_C, divergence_figures, label_figures, training_figures
 from .shown_steps import MAX_TOKENS, ReportedDataset, ShownStep, ShownTrajectory
 from .training_curves import Curve
+from .trials import SearchResult, trial_figures
 
 
 _FILES = Path(__file__).parent / "page_files"
@@ -32,7 +33,12 @@ PI_E = "π<sub>E</sub>"
 PI_A = "π<sub>A</sub>"
 
 
-def make_page(datasets: list[ReportedDataset], curves: dict[str, dict[str, Curve]] | None, paired: bool) -> str:
+def make_page(
+    datasets: list[ReportedDataset],
+    curves: dict[str, dict[str, Curve]] | None,
+    paired: bool,
+    search: SearchResult | None = None,
+) -> str:
     """
     The page.
 
@@ -40,6 +46,7 @@ def make_page(datasets: list[ReportedDataset], curves: dict[str, dict[str, Curve
         datasets (`list[ReportedDataset]`): One or two.
         curves (`dict`, *optional*): Of a training, as [`load_curves`] returns them.
         paired (`bool`): Whether the datasets' trajectories are of the same prompts, one by one.
+        search ([`SearchResult`], *optional*): Of the search that the training is the best of.
 
     Returns:
         `str`: HTML.
@@ -54,6 +61,8 @@ def make_page(datasets: list[ReportedDataset], curves: dict[str, dict[str, Curve
     if all(each.statistics.num_known for each in datasets):
         sections["divergence"] = ("Divergence", divergence_figures(datasets))
     sections["labels"] = ("Labels", label_figures(datasets))
+    if search is not None:
+        sections["settings"] = ("Settings", trial_figures(search))
     if curves is not None:
         sections["training"] = ("Training", training_figures(curves))
     names = " and ".join(f"<span class='name'>{escape(each.name)}</span>" for each in datasets)

@@ -10,6 +10,7 @@ from .charts import write_number
 from .figures import curve_title, errors_of, order_curves
 from .shown_steps import ReportedDataset
 from .training_curves import Curve
+from .trials import SearchResult
 
 
 _COLOURS = ("#0067a5", "#c04f00")  # apart for the colour-blind, and by dashes without colour
@@ -19,7 +20,10 @@ _NUM_TRAJECTORIES = 3
 
 
 def save_pictures(
-    datasets: list[ReportedDataset], curves: dict[str, dict[str, Curve]] | None, folder: Path
+    datasets: list[ReportedDataset],
+    curves: dict[str, dict[str, Curve]] | None,
+    folder: Path,
+    search: SearchResult | None = None,
 ) -> list[Path]:
     """
     Draw what the page shows.
@@ -28,6 +32,7 @@ def save_pictures(
         datasets (`list[ReportedDataset]`): One or two.
         curves (`dict`, *optional*): Of a training, as [`load_curves`] returns them.
         folder (`Path`): Where the files go. It exists.
+        search ([`SearchResult`], *optional*): The trials of a search.
 
     Returns:
         `list[Path]`: The files.
@@ -40,7 +45,7 @@ def save_pictures(
     except ImportError as error:
         raise ImportError("The PNG figures need matplotlib: `pip install 'trl-lightreasoner[report]'`.") from error
     paths = []
-    for name, draw in _pictures(datasets, curves):
+    for name, draw in _pictures(datasets, curves, search):
         figure = Figure(figsize=(6.4, 3.8), dpi=160, layout="constrained")
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
@@ -51,7 +56,9 @@ def save_pictures(
     return paths
 
 
-def _pictures(datasets: list[ReportedDataset], curves: dict[str, dict[str, Curve]] | None) -> Iterator[tuple]:
+def _pictures(
+    datasets: list[ReportedDataset], curves: dict[str, dict[str, Curve]] | None, search: SearchResult | None
+) -> Iterator[tuple]:
     if all(each.statistics.num_known for each in datasets):
         yield "kl_distribution", lambda axes: _kl_distribution(axes, datasets)
         yield "kl_along_trajectories", lambda axes: _kl_along_trajectories(axes, datasets)
@@ -63,6 +70,10 @@ def _pictures(datasets: list[ReportedDataset], curves: dict[str, dict[str, Curve
         for i, each in enumerate(datasets):
             name = "tokens" if len(datasets) == 1 else f"tokens_{i + 1}"
             yield name, lambda axes, each=each: _tokens(axes, each, len(datasets) > 1)
+    if search is not None:
+        yield "trials", lambda axes: _trials(axes, search)
+        for name in search.names:
+            yield f"trials_{name}", lambda axes, name=name: _trials_against(axes, name, search)
     curves = curves or {}
     for key in order_curves(curves):
         name = "".join(char if char.isalnum() else "_" for char in key)
@@ -198,3 +209,37 @@ def _curve(axes, key: str, kinds: dict[str, Curve], errors: dict[str, dict[int, 
         axes.legend(frameon=False)
     axes.set_xlabel("update")
     axes.set_ylabel(curve_title(key), parse_math=False)
+
+
+def _trials(axes, search: SearchResult) -> None:
+    numbers, highest = search.best_so_far()
+    axes.step(numbers, highest, where="post", color=_COLOURS[1], linestyle=_STROKES[1], label="best so far")
+    _trial_points(axes, search, lambda trial: trial.number)
+    if (before := search.trials[0].accuracies.get(0)) is not None:
+        axes.axhline(before, color="#8a8f98", linewidth=0.8, label="the expert")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("trial")
+    axes.legend(frameon=False)
+
+
+def _trials_against(axes, name: str, search: SearchResult) -> None:
+    values = [trial.setting[name] for trial in search.trials]
+    is_number = all(isinstance(value, int | float) for value in values)
+    _trial_points(axes, search, lambda trial: trial.setting[name] if is_number else str(trial.setting[name]))
+    if is_number and min(values) > 0 and max(values) > 5 * min(values):
+        axes.set_xscale("log")
+    axes.set_xlabel(name, parse_math=False)
+
+
+def _trial_points(axes, search: SearchResult, place) -> None:
+    for is_pruned, fill in ((False, _COLOURS[0]), (True, "none")):
+        shown = [trial for trial in search.shown() if trial.is_pruned == is_pruned]
+        if shown:
+            axes.scatter(
+                [place(trial) for trial in shown],
+                [trial.last_accuracy for trial in shown],
+                facecolors=fill,
+                edgecolors=_COLOURS[0],
+                label="broken off" if is_pruned else "setting",
+            )
+    axes.set_ylabel("accuracy")

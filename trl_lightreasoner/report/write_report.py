@@ -16,6 +16,7 @@ from .pictures import save_pictures
 from .shown_steps import ReportedDataset, add_probabilities, choose_rows, find_tokenizer, load_trajectories
 from .statistics import StepStatistics, made_with
 from .training_curves import load_curves
+from .trials import SearchResult
 
 
 logger = logging.get_logger(__name__)
@@ -30,6 +31,7 @@ def write_report(
     load_models: bool = True,
     num_trajectories: int = 24,
     seed: int = 0,
+    search: SearchResult | None = None,
 ) -> Path:
     """
     Write report.html, which needs no other file, and the same figures as PNG, if matplotlib is installed.
@@ -47,6 +49,7 @@ def write_report(
         load_models (`bool`, *optional*, defaults to `True`): Whether to load expert and amateur.
         num_trajectories (`int`, *optional*, defaults to `24`): How many trajectories of each Dataset are shown.
         seed (`int`, *optional*, defaults to `0`): Of the draw of those trajectories.
+        search ([`SearchResult`], *optional*): The trials of a search, which are shown as well.
 
     Returns:
         `Path`: report.html.
@@ -99,10 +102,10 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(make_page(reported, curves, paired), encoding="utf-8")
+    temporary.write_text(make_page(reported, curves, paired, search), encoding="utf-8")
     os.replace(temporary, path)
     try:
-        save_pictures(reported, curves, folder)
+        save_pictures(reported, curves, folder, search)
     except ImportError as error:
         logger.warning(f"{error} The page has them without it.")
     return path

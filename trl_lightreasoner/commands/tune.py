@@ -1,0 +1,17 @@
+"""`lightreasoner tune`: twenty settings from one sampling, and the best of them. All stages, in one process."""
+
+from ..pipeline.tune_config import TuneConfig
+from .arguments import ArgumentParser
+
+
+def make_parser(prog: str | None = None) -> ArgumentParser:
+    return ArgumentParser([TuneConfig], prog=prog, description=__doc__)
+
+
+def main(args: TuneConfig) -> None:
+    import datasets
+
+    from ..pipeline.tune import tune
+
+    datasets.disable_progress_bars()  # of every file; those of the stages stay
+    print(f"\n{tune(args).summary()}")

@@ -1,0 +1,208 @@
+"""The trials of a search: Optuna suggests settings, prunes and remembers; a SQLite file outlives a kill.
+
+`Trainer.hyperparameter_search`, which drives Optuna, cannot serve here: it sets fields of `TrainingArguments` on one
+trainer, whose rows were selected by one beta when it was made, sets no field of an adapter, and wants the model made
+anew for every trial. So Optuna is driven directly, and the expert is loaded once.
+"""
+
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..report.trials import SearchResult, Trial, write_setting
+from .folder import TuneFolder
+from .search_space import Parameter
+
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna import Trial as OptunaTrial
+    from optuna.trial import FrozenTrial
+
+Setting = dict[str, Any]
+
+# How often a trial answers the questions, its end included
+NUM_EVALUATIONS = 3
+# What Optuna remembers of a trial beside its values
+_IS_DEFAULT, _SETTING, _NOTE, _REPEATS = "is_default", "setting", "note", "repeats"
+
+
+def import_optuna() -> ModuleType:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError("A search needs Optuna: `pip install 'trl-lightreasoner[tune]'`.") from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # trials are printed here
+    return optuna
+
+
+class UnfitSetting(Exception):
+    """A setting by which nothing can be trained, for a reason of its own."""
+
+
+class AccuracyReporter(TrainerCallback):
+    """
+    Lets a training answer its questions at equal parts of its length and tells Optuna, which may prune it.
+
+    Args:
+        trial ([`~optuna.Trial`]): The trial.
+        max_steps (`int`): Updates of the training.
+    """
+
+    def __init__(self, trial: "OptunaTrial", max_steps: int):
+        self.trial = trial
+        self.accuracy: float | None = None
+        # Trials of unlike lengths are compared at the same part of their schedules
+        parts = range(1, NUM_EVALUATIONS + 1)
+        self._parts = {0: 0} | {max(1, round(max_steps * part / NUM_EVALUATIONS)): part for part in parts}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step in self._parts:
+            control.should_evaluate = True
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **_: Any,
+    ) -> None:
+        part = self._parts[state.global_step]
+        self.accuracy = metrics["eval_accuracy"]
+        self.trial.report(self.accuracy, part)
+        if part < NUM_EVALUATIONS and self.trial.should_prune():
+            raise import_optuna().TrialPruned()
+
+
+def search(
+    parameters: list[Parameter],
+    default: Setting,
+    train: Callable[[Setting, Path, AccuracyReporter, bool], None],
+    folder: TuneFolder,
+    num_trials: int,
+    seed: int,
+) -> SearchResult:
+    """
+    Try settings until `num_trials` are finished, those of an earlier call included.
+
+    Args:
+        parameters (`list[Parameter]`): The space.
+        default (`dict[str, Any]`): The first setting that is tried; the others differ from it in the parameters.
+        train (`Callable`): Trains an adapter by a setting into a folder, with a callback, and answers the questions
+            before training as well if the fourth argument says so.
+        folder ([`TuneFolder`]): Where trials are kept: the weights of the default and the best alone.
+        num_trials (`int`): How many.
+        seed (`int`): Of the suggestions.
+
+    Returns:
+        [`SearchResult`]
+    """
+    optuna = import_optuna()
+    study = _open_study(optuna, folder.study)
+    _repeat_broken_trials(optuna, study, folder)
+    # With the same seed again, a search that goes on would make its first suggestions once more
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
+    if not study.trials:
+        study.enqueue_trial({each.name: default[each.name] for each in parameters}, user_attrs={_IS_DEFAULT: True})
+    done = len(_finished(study))
+
+    def objective(trial: "OptunaTrial") -> float:
+        is_default = trial.user_attrs.get(_IS_DEFAULT, False)
+        # Of the default, Optuna is told what lies in the space; what does not is none of its values
+        names = [each for each in parameters if not is_default or each.holds(default[each.name])]
+        suggested = {each.name: each.suggest(trial) for each in names}
+        setting = default if is_default else {**default, **suggested}
+        trial.set_user_attr(_SETTING, setting)
+        for other in _finished(study):
+            if other.user_attrs[_SETTING] == setting:
+                trial.set_user_attr(_NOTE, f"the same as trial {other.number}")
+                if other.value is None:
+                    raise optuna.TrialPruned()
+                return other.value
+        reporter = AccuracyReporter(trial, setting["max_steps"])
+        try:
+            train(setting, folder.trial(trial.number), reporter, is_default)
+        except (torch.OutOfMemoryError, FloatingPointError, UnfitSetting) as error:  # of this setting alone
+            if is_default:
+                raise
+            notes = {torch.OutOfMemoryError: "out of memory", FloatingPointError: "gradients were not finite"}
+            trial.set_user_attr(_NOTE, notes.get(type(error), str(error)))
+            raise optuna.TrialPruned() from error
+        assert reporter.accuracy is not None  # the last update is one of the parts
+        return reporter.accuracy
+
+    def look_back(study: "Study", trial: "FrozenTrial") -> None:
+        result = _read(study, parameters)
+        kept = {str(each.number) for each in (result.trials[0], result.best)}
+        for path in folder.trials.iterdir() if folder.trials.is_dir() else ():
+            if path.name not in kept:
+                shutil.rmtree(path)
+        (last,) = (each for each in result.trials if each.number == trial.number)
+        accuracy = "" if last.last_accuracy is None else f"{last.last_accuracy:.1%}"
+        remarks = ", ".join(filter(None, [accuracy, last.remark()]))
+        print(
+            f"  {len(result.trials)}/{num_trials} {write_setting(last.setting, result.names)}: {remarks}", flush=True
+        )
+
+    if done:
+        print(f"  {done} are done already", flush=True)
+    study.optimize(objective, n_trials=max(0, num_trials - done), callbacks=[look_back])
+    return _read(study, parameters)
+
+
+def _open_study(optuna: ModuleType, path: Path) -> "Study":
+    # By a connection instead of a URL, in which some characters of paths have a meaning of their own
+    connect = {"creator": lambda: sqlite3.connect(path, check_same_thread=False)}
+    try:
+        storage = optuna.storages.RDBStorage("sqlite://", engine_kwargs=connect)
+        return optuna.create_study(storage=storage, study_name="tune", direction="maximize", load_if_exists=True)
+    except Exception as error:
+        if not path.is_file() or path.stat().st_size == 0:
+            raise
+        raise ValueError(
+            f"{str(path)!r} cannot be read as the trials of a search ({type(error).__name__}). Choose another "
+            "`output_dir`, or set `overwrite_output_dir=True`."
+        ) from error
+
+
+def _repeat_broken_trials(optuna: ModuleType, study: "Study", folder: TuneFolder) -> None:
+    """Trials that a kill or an error broke off are tried again; what they have left is deleted."""
+    states = optuna.trial.TrialState
+    repeated = {trial.user_attrs.get(_REPEATS) for trial in study.trials}
+    for trial in study.get_trials(states=(states.RUNNING, states.FAIL)):
+        if trial.state == states.RUNNING:
+            study.tell(trial.number, state=states.FAIL)
+        if trial.number not in repeated:
+            params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+            attrs = {_REPEATS: trial.number}
+            if trial.user_attrs.get(_IS_DEFAULT):
+                attrs[_IS_DEFAULT] = True
+            study.enqueue_trial(params, user_attrs=attrs)
+        shutil.rmtree(folder.trial(trial.number), ignore_errors=True)
+
+
+def _finished(study: "Study") -> list["FrozenTrial"]:
+    states = import_optuna().trial.TrialState
+    return study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED))
+
+
+def _read(study: "Study", parameters: list[Parameter]) -> SearchResult:
+    trials = [
+        Trial(
+            number=trial.number,
+            setting=trial.user_attrs[_SETTING],
+            accuracies=dict(sorted(trial.intermediate_values.items())),
+            accuracy=trial.value if trial.state.name == "COMPLETE" else None,
+            is_default=trial.user_attrs.get(_IS_DEFAULT, False),
+            note=trial.user_attrs.get(_NOTE, ""),
+        )
+        for trial in _finished(study)
+    ]
+    return SearchResult(sorted(trials, key=lambda trial: not trial.is_default), [each.name for each in parameters])

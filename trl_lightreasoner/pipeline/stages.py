@@ -1,0 +1,171 @@
+"""What `run` and `tune` do alike: open a pair, check it, sample it, train an adapter, and say what goes on."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+
+from ..evaluation.evaluation_config import EvaluationConfig
+from ..models.loading import load_adapter_config
+from ..processes import Processes
+from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
+from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
+from ..steps.dataset import count_steps
+from ..steps.prompt_format import PromptFormat
+from ..training.adapters import target_modules
+from ..training.lightreasoner_config import LightReasonerConfig
+from ..training.lightreasoner_trainer import LightReasonerTrainer
+from .folder import Folder, write_json
+from .run_config import RunConfig
+
+
+class Stages:
+    """Says which stage begins, and measures how long each takes."""
+
+    def __init__(self):
+        self.total = 0
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str, what: str) -> Iterator[None]:
+        print(f"{len(self._seconds) + 1}/{self.total} {what}", flush=True)
+        start = time.perf_counter()
+        yield
+        self._seconds[name] = time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        seconds = {**self._seconds, "total": time.perf_counter() - self._start}
+        return {name: round(value, 1) for name, value in seconds.items()}
+
+
+def open_pair(args: RunConfig, folder: Folder, command: str) -> ContrastiveStepSampler:
+    """
+    The two models, checked and not yet loaded.
+
+    Args:
+        args ([`RunConfig`]): Settings.
+        folder ([`RunFolder`] or [`TuneFolder`]): Where the steps go.
+        command (`str`): What to call it in messages.
+
+    Raises:
+        `ValueError`: If there are several processes or GPUs, the expert is an adapter, or a setting or a model is not
+            what it must be.
+    """
+    if Processes().count > 1:
+        raise ValueError(
+            f"`lightreasoner {command}` is one process. Start it without `accelerate launch`, or use `sample`, "
+            "`train` and `eval`, which several processes share."
+        )
+    if load_adapter_config(args.expert, "expert") is not None:
+        raise ValueError(
+            f"The expert {args.expert!r} is an adapter. Make a plain model of it with `lightreasoner merge`, or use "
+            "`sample` and `train`, which trains it further."
+        )
+    if training_config(args, folder.path).n_gpu > 1:
+        raise ValueError(
+            f"`lightreasoner {command}` takes one GPU, and several are visible. Make a single one visible with "
+            "`CUDA_VISIBLE_DEVICES=0`, or use `sample`, `train` and `eval`, which several processes share."
+        )
+    sampling_args = ContrastiveSamplingConfig(
+        str(folder.steps), dtype=choose_dtype(args), alpha=args.alpha, max_new_tokens=args.max_new_tokens
+    )
+    return ContrastiveStepSampler(args.expert, args.amateur, sampling_args)
+
+
+def choose_dtype(args: RunConfig) -> str:
+    """The data type of the models' weights."""
+    return args.dtype or ("auto" if torch.accelerator.is_available() else "float32")
+
+
+def check_pair(sampler: ContrastiveStepSampler, prompts: Dataset, path: Path) -> dict[str, Any]:
+    """What the check says of the pair, kept in a file, and a warning where it is not promising."""
+    if not path.is_file():
+        check = sampler.check(prompts)
+        write_json(path, {"headline": check.headline, **check.to_dict()})
+    check = json.loads(path.read_text(encoding="utf-8"))
+    if not check["promising"]:
+        print(f"Warning: {check['headline']} {check['reasons'][0]}")
+    return check
+
+
+def sample_steps(
+    sampler: ContrastiveStepSampler, prompts: Dataset, prompt_format: PromptFormat
+) -> tuple[Dataset, int, int]:
+    """The Dataset of kept steps, how many steps its completions have, and how many of them are kept."""
+    steps = sampler.sample(prompts, prompt_format)
+    num_kept = count_steps(steps)
+    if not num_kept:
+        raise ValueError("No step is kept, so that there is nothing to train on: choose a weaker amateur.")
+    return steps, sum(map(len, steps["completion_ids"])), num_kept
+
+
+def evaluation_config(args: RunConfig, folder: Folder, prompt_format: PromptFormat) -> EvaluationConfig:
+    """The settings of the answers to questions that were held back."""
+    return EvaluationConfig(
+        str(folder.evaluation),
+        dtype=choose_dtype(args),
+        max_new_tokens=args.eval_max_new_tokens,
+        data_dir=args.data_dir,
+        **prompt_format.to_dict(),
+    )
+
+
+def training_config(args: RunConfig, output_dir: Path, **kwargs: Any) -> LightReasonerConfig:
+    """The settings of a training, of which `kwargs` are those that a run does not have."""
+    return LightReasonerConfig(
+        str(output_dir),
+        beta=args.beta,
+        learning_rate=args.learning_rate,
+        max_steps=args.max_steps,
+        logging_steps=min(10, args.max_steps),
+        seed=args.seed,
+        **kwargs,
+    )
+
+
+def train_adapter(
+    expert: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    steps: Dataset,
+    training_args: LightReasonerConfig,
+    args: RunConfig,
+    checkpoint: str | None = None,
+    eval_questions: Dataset | None = None,
+    callback: TrainerCallback | None = None,
+) -> None:
+    """Train and save an adapter, and leave the expert as it was."""
+    peft_config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=0.05,
+        target_modules=target_modules(args.lora_target_modules),
+        task_type="CAUSAL_LM",
+    )
+    trainer = LightReasonerTrainer(
+        expert,
+        training_args,
+        train_dataset=steps,
+        processing_class=tokenizer,
+        callbacks=None if callback is None else [callback],
+        peft_config=peft_config,
+        eval_questions=eval_questions,
+    )
+    try:
+        if training_args.disable_tqdm:
+            trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_state()  # last, with the log, which the report draws
+    finally:
+        trainer.accelerator.unwrap_model(trainer.model).unload()
+        del trainer  # a cycle that holds the optimizer
+        clear_device_cache(garbage_collection=True)
