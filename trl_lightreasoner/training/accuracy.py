@@ -112,8 +112,9 @@ class EvalQuestions:
             accelerator ([`~accelerate.Accelerator`]): Knows the processes and the precision.
 
         Returns:
-            `dict[str, float]`: `accuracy` between 0 and 1, `accuracy_standard_error`, and `accuracy_num_cut`, the
-            answers that did not come to an end; the same on all processes.
+            `dict[str, float]`: `accuracy` between 0 and 1, `accuracy_standard_error`, `accuracy_num_cut`, the answers
+            that did not come to an end, and `accuracy_num_undecided`, those that could not be graded; the same on all
+            processes.
         """
         model = accelerator.unwrap_model(model, keep_torch_compile=False)
         if self._answering is None or self._answering.model is not model:
@@ -134,14 +135,20 @@ class EvalQuestions:
         clear_device_cache()
         references = [{"gold": self.references[row]} for row in answered]
         verdicts = grade_answers(self._answering.texts(completions), references, self.is_raw)
-        sums = [float(sum(verdict.correct for verdict in verdicts)), float(num_ended)]
-        num_correct, num_ended = accelerator.reduce(torch.tensor(sums, device=accelerator.device), "sum").tolist()
+        counts = [
+            sum(verdict.correct for verdict in verdicts),
+            num_ended,
+            sum(verdict.failure is not None for verdict in verdicts),
+        ]
+        sums = accelerator.reduce(torch.tensor(counts, dtype=torch.float, device=accelerator.device), "sum")
+        num_correct, num_ended, num_undecided = sums.tolist()
         count = len(self.references)
         accuracy = num_correct / count
         return {
             "accuracy": accuracy,
             "accuracy_standard_error": standard_error(accuracy, count),
             "accuracy_num_cut": count - num_ended,
+            "accuracy_num_undecided": num_undecided,
         }
 
     def _answer(self, order: list[tuple[int, int]], answering: Answering):
