@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset
 from transformers.utils import cached_file
 
+from ..text import read_text
 from .dataset import read_samplings
 
 
@@ -101,7 +102,7 @@ def read_template(template: str) -> str:
         raise ValueError(
             f"`prompt_template` must be text with {{question}} in it, or a file with such text, got {template!r}."
         )
-    text = Path(template).read_text(encoding="utf-8")
+    text = read_text(template, "The prompt template")
     if "{question}" not in text:
         raise ValueError(f"The prompt template {template!r} has no {{question}} in it.")
     return text.removesuffix("\n")  # an editor's
