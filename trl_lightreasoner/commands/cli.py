@@ -38,8 +38,8 @@ commands:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Run the program. Returns its exit status: 0, 2 for a mistake that the user can mend, 1 if `check` says no, 130 after
-    Ctrl-C, and 141 if nobody reads what it prints.
+    Run the program. Returns its exit status: 0, 2 for a mistake that the user can mend, 1 if `check` says no, 130
+    after Ctrl-C, and 141 if nobody reads what it prints.
     """
     return speak("lightreasoner", lambda: _main(sys.argv[1:] if argv is None else list(argv)))
 

@@ -1,5 +1,5 @@
-"""How a command speaks to its terminal: nothing that comes from a file steers it, and it ends without a traceback where
-nobody reads on, or after Ctrl-C.
+"""How a command speaks to its terminal: nothing that comes from a file steers it, and no traceback ends it where nobody
+reads on, or after Ctrl-C.
 """
 
 import contextlib
