@@ -15,12 +15,20 @@ def read_text(path: str | Path, what: str) -> str:
     Raises:
         `ValueError`: If it is not in UTF-8; names the line.
     """
-    content = Path(path).read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{what} {str(path)!r} is not in UTF-8 (line {line}). Save it as UTF-8.") from None
+    if (line := line_not_in_utf8(path)) is not None:
+        raise ValueError(f"{what} {str(path)!r} is not in UTF-8 (line {line}). Save it as UTF-8.")
+    return Path(path).read_text(encoding="utf-8-sig")
+
+
+def line_not_in_utf8(path: str | Path) -> int | None:
+    """The number, from 1, of the first line of a file that is not in UTF-8; `None` if all are."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return None
 
 
 def printable(text: str, keep: str = "") -> str:

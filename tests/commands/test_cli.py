@@ -333,7 +333,11 @@ def test_an_empty_folder_is_no_dataset(refused, train, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("broken.jsonl", '{"prompt": "a"}\n{"prompt": \n', "cannot be read: JSON parse error"),
+        (
+            "broken.jsonl",
+            '{"prompt": "a"}\n{"prompt": \n',
+            "cannot be read: line 2 is no JSON (Expecting value). Mend or remove it.",
+        ),
         ("empty.jsonl", "", "cannot be read: it is empty. Repair or replace the file."),
         ("notes.docx", "text", "is not a dataset file. Known endings are .json, .jsonl, .parquet, .csv, .txt."),
     ],

@@ -122,9 +122,7 @@ def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
     assert stdout.buffer.getvalue() == b"1 \\u2260 \\udc802\n"
 
 
-def test_the_name_of_a_tensor_does_not_steer_the_terminal(
-    expert, tokenizer, steps, tmp_path, propagated_logs, caplog
-):
+def test_the_name_of_a_tensor_does_not_steer_the_terminal(expert, tokenizer, steps, tmp_path, propagated_logs, caplog):
     expert.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors") | {f"lm_head.{HOSTILE}": torch.zeros(1)}

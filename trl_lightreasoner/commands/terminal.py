@@ -1,5 +1,5 @@
-"""How a command speaks to its terminal: nothing that comes from a file steers it, and no traceback ends it where nobody
-reads on, or after Ctrl-C.
+"""How a command speaks to its terminal: nothing that comes from a file steers it, and where nobody reads on, or after
+Ctrl-C, it ends without a traceback.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ def _safe_output() -> Iterator[None]:
     output = _Output(sys.stdout)
     logging.setLogRecordFactory(make_safe_record)
     try:
-        with contextlib.redirect_stdout(output):  # type: ignore[type-var]
+        with contextlib.redirect_stdout(output):
             try:
                 yield
             finally:

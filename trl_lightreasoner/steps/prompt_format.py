@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, List, Value
 from transformers.utils import cached_file
 
 from ..text import read_text
@@ -147,6 +147,14 @@ def name_prompts(dataset: Dataset, column: str) -> Dataset:
     if "prompt" in dataset.column_names:
         raise ValueError(f"The dataset has a column 'prompt' beside {column!r}. Rename or remove one of them.")
     return dataset.rename_column(column, "prompt")
+
+
+def has_messages(dataset: Dataset) -> bool:
+    """Whether the prompts are lists of messages. Among rows of several types, one such row makes them that."""
+    feature = dataset.features["prompt"]
+    if isinstance(feature, Value | List):
+        return isinstance(feature, List)
+    return any(isinstance(prompt, list | dict) for prompt in dataset["prompt"])
 
 
 def make_prompts(dataset: Dataset, prompt_format: PromptFormat) -> Dataset:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
-from datasets import Dataset, Value
+from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, logging
 
 from ..evaluation.answering import Answering, context_length, grade_answers, plan_answers
@@ -19,6 +19,7 @@ from ..evaluation.statistics import standard_error
 from ..generation.completions import GreedyDecoder, batches_that_fit, evaluating
 from ..generation.greedy import find_eos_ids
 from ..grading.answers import read_references
+from ..steps.prompt_format import has_messages
 from ..steps.prompts import encode_rows
 from ..vocabulary import Vocabulary
 
@@ -78,7 +79,7 @@ class EvalQuestions:
             )
         if len(dataset) == 0:
             raise ValueError("`eval_questions` holds no question.")
-        self.is_raw = isinstance(dataset.features["prompt"], Value)
+        self.is_raw = not has_messages(dataset)
         if not self.is_raw and tokenizer.chat_template is None:
             raise ValueError(
                 "The prompts of `eval_questions` are messages, but the model's tokenizer has no chat template. Give "
