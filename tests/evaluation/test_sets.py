@@ -170,8 +170,8 @@ def test_the_first_problems_only(data_dir):
         (
             "mmlu_stem",
             {"question": "a", "choices": ["b"], "answer": 1},
-            "Row 0 of MMLU-STEM in '{file}' is not as expected: its answer 1 is not the index of one of 1 choices. Mend "
-            "or remove it.",
+            "Row 0 of MMLU-STEM in '{file}' is not as expected: its answer 1 is not the index of one of 1 choices. "
+            "Mend or remove it.",
         ),
         (
             "gsm8k",
