@@ -1,6 +1,7 @@
 """Local folders need no network, files run no code, and secrets stay where they are."""
 
 import copy
+import importlib.metadata
 import json
 import os
 import pickletools
@@ -99,6 +100,67 @@ def test_local_folders_need_no_network(environment, expert_path, amateur_path, p
 def test_the_guard_guards():
     result = run_python(GUARD + "import urllib.request; urllib.request.urlopen('http://localhost')")
     assert result.returncode == 99 and "NETWORK" in result.stderr
+
+
+# The folder that a command is started in
+
+EVERY_COMMAND = """
+import os, sys
+from trl_lightreasoner.commands.cli import COMMANDS, main
+expert, amateur, prompts, benchmarks, folder = sys.argv[1:]
+
+def run(*argv):
+    assert main(list(argv)) in (0, 1), argv
+
+pair = ["--expert", expert, "--amateur", amateur, "--dataset_name", prompts, "--max_new_tokens", "4", "--beta", "0"]
+run("check", *pair)
+run("sample", *pair, "--output_dir", f"{folder}/steps")
+run("train", "--model_name_or_path", expert, "--dataset_name", f"{folder}/steps", "--output_dir", f"{folder}/adapter",
+    "--use_cpu", "--max_steps", "1", "--dataloader_num_workers", "1")
+run("merge", "--model_name_or_path", f"{folder}/adapter", "--output_dir", f"{folder}/model")
+run("report", f"{folder}/steps", "--output_dir", f"{folder}/report")
+run("eval", "--model", f"{folder}/model", "--benchmarks", "math500", "--data_dir", benchmarks, "--prompt_style", "raw",
+    "--max_new_tokens", "4", "--output_dir", f"{folder}/evaluation")
+for command in COMMANDS:
+    try:
+        main([command, "--help"])
+    except SystemExit:
+        pass
+# What such a process starts is safe as well: trackers of multiprocessing, vLLM
+os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", "import queue, sympy"])
+"""
+
+
+def plant_modules(folder: Path, names: set[str]) -> Path:
+    """Modules that say that they were imported, and are of no use."""
+    for name in names:
+        (folder / f"{name}.py").write_text(f"print('PLANTED', {name!r})\nopen({str(folder / 'obeyed')!r}, 'a')\n")
+    return folder / "obeyed"
+
+
+def test_no_command_imports_from_where_it_is_started(expert_path, amateur_path, prompts_file, tmp_path, monkeypatch):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    names = sys.stdlib_module_names | importlib.metadata.packages_distributions().keys()
+    obeyed = plant_modules(folder, {name for name in names if name.isidentifier()} - {"trl_lightreasoner"})
+    (tmp_path / "math500.jsonl").write_text(json.dumps({"problem": "2+2?", "answer": r"2\sqrt{2}"}) + "\n")
+    program = tmp_path / "program.py"  # beside which the console script lies, and not in the current folder
+    program.write_text(EVERY_COMMAND)
+    monkeypatch.chdir(folder)
+    paths = (expert_path, amateur_path, prompts_file, tmp_path, tmp_path / "out")
+    result = subprocess.run([sys.executable, program, *map(str, paths)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert not obeyed.exists(), result.stdout
+
+
+def test_the_module_leaves_out_where_it_is_started(tmp_path):
+    loaded = "import runpy, sys; print(*sys.modules)"  # before anything of the package
+    loaded = subprocess.run([sys.executable, "-P", "-c", loaded], capture_output=True, text=True).stdout.split()
+    obeyed = plant_modules(tmp_path, sys.stdlib_module_names - set(loaded))
+    command = [sys.executable, "-m", "trl_lightreasoner", "report", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert not obeyed.exists(), result.stdout
 
 
 # Secrets

@@ -95,6 +95,22 @@ def test_no_two_modules_import_each_other():
     assert len(list(TopologicalSorter(graph).static_order())) >= len(paths)  # a circle raises `CycleError`
 
 
+def test_every_text_file_is_opened_in_a_named_encoding():
+    """The locale's, which is the default, is CP1252 on many a Windows."""
+    unnamed = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or "encoding" in {keyword.arg for keyword in node.keywords}:
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            is_open = name == "fdopen" or isinstance(node.func, ast.Name) and name == "open"
+            is_method = isinstance(node.func, ast.Attribute) and name in ("read_text", "write_text")
+            if is_method or is_open and not any("b" in mode for mode in modes):
+                unnamed.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert unnamed == []
+
+
 @pytest.mark.parametrize(
     ("line", "found"),
     [

@@ -1,10 +1,11 @@
 """LightReasoner for TRL: contrastive step selection with an expert and an amateur, and training on the kept steps."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 
 __version__ = "0.1.0"
+
+TYPE_CHECKING = False  # as `typing` has it, which `python -m` would look for in the current folder
 
 # Where each public name lives. PyTorch and transformers are imported when a name is first used, so that importing the
 # package costs nothing and `lightreasoner --help` answers at once.

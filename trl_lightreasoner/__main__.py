@@ -2,8 +2,12 @@
 
 import sys
 
-from .commands.cli import main
+from .safe_path import safe_path
 
 
 if __name__ == "__main__":
+    sys.path[:] = safe_path()  # before anything else is imported
+
+    from .commands.cli import main
+
     sys.exit(main())

@@ -104,6 +104,13 @@ PROMPTS = {
     "header.csv": "prompt\n",
     "empty.jsonl": "",
     "cut.jsonl": '{"prompt": "2+2="}\n{"prompt": "3+',
+    "empty.txt": "",
+    "blank_line.jsonl": rows_of({"prompt": "2+2="}) + "\n" + rows_of({"prompt": 7}),
+    "text_and_number.jsonl": rows_of({"prompt": "2+2="}, {"prompt": 7}),
+    "late_type.jsonl": rows_of(*[{"prompt": "2+2=", "other": 1, "long": "9" * 2**20}] * 11, {"other": "text"}),
+    "late_point.jsonl": rows_of(*[{"prompt": "2+2=", "other": 1, "long": "9" * 2**20}] * 11, {"other": 1.5}),
+    "late_column.jsonl": rows_of(*[{"prompt": "2+2=", "long": "9" * 2**20}] * 11, {"other": "text"}),
+    "list.jsonl": "7\n8\n",
     "text.parquet": "prompt\n",
     "notes.docx": "2+2=",
     "file": "2+2=",
@@ -220,7 +227,45 @@ SAMPLE = [
     prompts("header.csv", r"The dataset '{folder}/header\.csv' has no row in its split 'train'\."),
     prompts("empty.parquet", r"The dataset '{folder}/empty\.parquet' has no row in its split 'train'\."),
     prompts("empty.jsonl", r"The dataset '.*' cannot be read: it is empty\. Repair or replace the file\."),
-    prompts("cut.jsonl", r"The dataset '.*' cannot be read: JSON parse error: .* Repair or replace the file\."),
+    prompts(
+        "cut.jsonl",
+        r"The dataset '.*' cannot be read: line 2 is no JSON \(Unterminated string starting at\)\. Mend or .*",
+    ),
+    prompts("empty.txt", r"The dataset '.*' cannot be read: it is empty\. Repair or replace the file\."),
+    prompts(
+        "blank_line.jsonl",
+        r"The dataset '.*' cannot be read: line 3 has a number in the column 'prompt', where line 1 has text\. Give "
+        r"all rows one type, or remove the column\.",
+    ),
+    prompts(
+        "late_type.jsonl",
+        r"The dataset '.*' cannot be read: line 12 has text in the column 'other', where line 1 has a number\. .*",
+    ),
+    prompts(
+        "late_point.jsonl",
+        r"The dataset '.*' cannot be read: line 12 has a number with a point in the column 'other', where line 1 has "
+        r"a whole number\. Give all .*",
+    ),
+    prompts(
+        "late_column.jsonl",
+        r"The dataset '.*' cannot be read: line 12 has a column 'other', which line 1 has not\. Give all rows the "
+        r"same columns, or remove it\.",
+    ),
+    prompts("list.jsonl", r"The dataset '.*' cannot be read: line 1 must be an object, such as .*, got 7\. Mend it\."),
+    prompts("latin_1.jsonl", r"The dataset '.*' cannot be read: line 2 is not in UTF-8\. Save the file as UTF-8\."),
+    prompts(
+        "latin_1", r"The dataset '.*' cannot be read: in 'a\.txt' line 2 is not in UTF-8\. Save the file as UTF-8\."
+    ),
+    prompts(
+        "text_and_number.jsonl",
+        rf"Row 1: `prompt` must be text or a list of messages, got 7\. {FILTER}, or convert them\.",
+        expert="{folder}/no_template",
+    ),
+    prompts(
+        "text_and_number.jsonl",
+        r"Row 1: The content of `prompt` must be text, got 7\. Convert it\.",
+        prompt_style="raw",
+    ),
     prompts("cut.parquet", r"The dataset '.*' cannot be read: Parquet magic bytes not found .* Repair or replace .*"),
     prompts("text.parquet", r"The dataset '.*' cannot be read: Parquet file size is 7 bytes, .* Repair or replace .*"),
     prompts(
@@ -573,6 +618,9 @@ def folder(tmp_path_factory, expert_path, amateur_path, tokenizer, steps) -> Pat
     root = tmp_path_factory.mktemp("bad")
     for name, text in PROMPTS.items():
         (root / name).write_text(text)
+    (root / "latin_1.jsonl").write_bytes(b'{"prompt": "2+2="}\n{"prompt": "Z\xe4hle."}\n')  # which `datasets` takes
+    (root / "latin_1").mkdir()
+    (root / "latin_1" / "a.txt").write_bytes(b"Name a prime.\nZ\xe4hle.\n")
     for name, changes in {**STEPS, "steps": {}}.items():
         (root / f"{name}.jsonl").write_text(rows_of({**GOOD, **changes}))
     (root / "published.jsonl").write_text(rows_of({"prefix": "2+2=", "tokens": ["4"], "weights": [1.0]}))

@@ -297,7 +297,8 @@ def test_wrong_config_files_are_refused(text, message, refused, write_config):
 
 def test_a_binary_config_file_is_refused(refused, tmp_path):
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00")
-    assert refused("train", "--config", tmp_path / "config.yaml").startswith("The config file is not valid YAML: ")
+    sentence = refused("train", "--config", tmp_path / "config.yaml")
+    assert sentence == f"The config file {str(tmp_path / 'config.yaml')!r} is not in UTF-8 (line 1). Save it as UTF-8."
 
 
 def test_an_empty_config_file_is_told_what_to_hold(refused, write_config):
@@ -334,7 +335,11 @@ def test_an_empty_folder_is_no_dataset(refused, train, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("broken.jsonl", '{"prompt": "a"}\n{"prompt": \n', "cannot be read: JSON parse error"),
+        (
+            "broken.jsonl",
+            '{"prompt": "a"}\n{"prompt": \n',
+            "cannot be read: line 2 is no JSON (Expecting value). Mend or remove it.",
+        ),
         ("empty.jsonl", "", "cannot be read: it is empty. Repair or replace the file."),
         ("notes.docx", "text", "is not a dataset file. Known endings are .json, .jsonl, .parquet, .csv, .txt."),
     ],

@@ -402,6 +402,26 @@ def test_two_processes_answer_what_one_does(in_processes, config, expert_path, t
 # What comes out
 
 
+def test_an_answer_that_cannot_be_graded_is_counted_and_shown(
+    data_dir, expert_path, tmp_path, monkeypatch, capsys, propagated_logs, caplog
+):
+    failures = ["over 5 seconds", "RecursionError", "over 5 seconds", *[None] * 7]
+
+    def grade_all(items, num_workers=None):
+        return [Verdict("1", False, failure) for _, failure in zip(items, failures, strict=True)]
+
+    monkeypatch.setattr(answering, "grade_all", grade_all)
+    flags = ("--data_dir", data_dir, "--benchmarks", "gsm8k", "--output_dir", tmp_path / "out", "--max_new_tokens", 2)
+    assert main([str(part) for part in ("eval", "--model", expert_path, *flags)]) == 0
+    reasons = "over 5 seconds (2), RecursionError (1)"
+    assert f"Of 3 of 10 answers it is not known whether they are right: {reasons}. They count as wrong." in caplog.text
+    said = "3 of 10 answers of the model could not be graded, and count as wrong; the column `failure` of"
+    assert f"{said} {tmp_path / 'out' / 'model'} says why." in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["benchmarks"]["gsm8k"]["model"]["num_undecided"] == 3
+    assert [row["failure"] for row in answers_of(tmp_path / "out")] == failures
+
+
 @pytest.fixture
 def compared(config, says, expert, amateur, monkeypatch):
     """Of ten sums the model has 0 to 6 right, the baseline 4 to 7."""

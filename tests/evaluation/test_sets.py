@@ -155,27 +155,49 @@ def test_the_first_problems_only(data_dir):
         (
             "gsm8k",
             {"question": "a", "answer": "7"},
-            "Row 0 of GSM8K in '{file}' is not as expected: its answer has no '####'.",
+            "Row 0 of GSM8K in '{file}' is not as expected: its answer has no '####'. Mend or remove it.",
         ),
         (
             "math",
             {"problem": "a", "solution": "7"},
-            r"Row 0 of MATH in '{file}' is not as expected: its solution has no \boxed{} answer.",
+            r"Row 0 of MATH in '{file}' is not as expected: its solution has no \boxed{} answer. Mend or remove it.",
         ),
         (
             "svamp",
             {"Body": "a", "Question": "b", "Answer": "many"},
-            "Row 0 of SVAMP in '{file}' is not as expected: could not convert string to float: 'many'.",
+            "Row 0 of SVAMP in '{file}' is not as expected: its answer 'many' is not a number. Mend or remove it.",
         ),
         (
             "mmlu_stem",
             {"question": "a", "choices": ["b"], "answer": 1},
-            "Row 0 of MMLU-STEM in '{file}' is not as expected: its answer 1 is not the index of one of 1 choices.",
+            "Row 0 of MMLU-STEM in '{file}' is not as expected: its answer 1 is not the index of one of 1 choices. "
+            "Mend or remove it.",
         ),
         (
             "gsm8k",
             {"question": " ", "answer": "#### 7"},
-            "Row 0 of GSM8K in '{file}' is not as expected: its question or its answer is empty.",
+            "Row 0 of GSM8K in '{file}' is not as expected: its question or its answer is empty. Mend or remove it.",
+        ),
+        *(
+            (name, row, f"Row 0 of {title} in '{{file}}' is not as expected: {reason}. Mend or remove it.")
+            for name, title, row, reason in [
+                ("math500", "MATH-500", {"problem": "a", "answer": None}, "its column 'answer' is empty"),
+                ("gsm8k", "GSM8K", {"question": None, "answer": "#### 7"}, "its column 'question' is empty"),
+                ("svamp", "SVAMP", {"Body": "a", "Question": "b", "Answer": None}, "its column 'Answer' is empty"),
+                ("asdiv", "ASDiv", {"body": "a", "question": "b", "answer": None}, "its column 'answer' is empty"),
+                (
+                    "olympiadbench",
+                    "OlympiadBench",
+                    {"question": "a", "final_answer": ["1", None], "unit": None, "error": None},
+                    "its answer must be a list of texts, got ['1', None]",
+                ),
+                (
+                    "mmlu_stem",
+                    "MMLU-STEM",
+                    {"question": "a", "choices": ["b", "c"], "answer": "B"},
+                    "its answer 'B' is not the index of one of 2 choices",
+                ),
+            ]
         ),
         (
             "asdiv",

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from trl_lightreasoner.grading import answers, equal_answers, exact_numbers, units, verdicts
+from trl_lightreasoner.grading import answers, equal_answers, exact_numbers, graders, units, verdicts
 from trl_lightreasoner.grading.answers import find_answer, find_letter, first_answer, last_boxed, read_reference
 from trl_lightreasoner.grading.verdicts import Verdict, grade, grade_all
 
@@ -288,7 +288,7 @@ def test_tolerance_is_a_share_of_the_reference():
 def test_the_reference_answer_is_the_first_that_math_verify_gets(monkeypatch):
     calls = []
     monkeypatch.setattr("math_verify.verify", lambda gold, answer, **kwargs: calls.append((str(gold), str(answer))))
-    grade(r"\boxed{x + y + 1}", "x + z")
+    equal_answers.equal_answers("x + z", "x + y + 1")
     assert calls == [("x + z", "x + y + 1")]
 
 
@@ -457,6 +457,11 @@ def test_a_text_answer_may_stand_in_the_last_sentence():
         (r"\boxed{AB}", "A,B"),
         (r"\boxed{A} or \boxed{B}", "A,B"),
         ("The answer is both A and B.", "A,B"),
+        (r"\boxed{\langle H\rangle} is what remains. **Answer: B**", "B"),
+        ("\\boxed{12} moles.\nThe answer is (B).", "B"),
+        ("#### 12\nAnswer: B", "B"),
+        (r"Answer: B. It weighs \boxed{12}", "B"),
+        (r"\boxed{12}. It is not (B).", None),
         ("The answer is a gene.", None),
         ("A gene is lost.", None),
         ("Answer: A gene is lost.", None),
@@ -538,6 +543,12 @@ ASDIV = [
     ("The 3rd runner.", ["the 3rd runner", r"\text{The 3rd runner}"], ["the 4th runner", "3"]),
     ("Yes", ["Yes", r"\text{yes}"], ["No", "yes and no"]),
     ("5th", ["5", "5th", r"5^{\text{th}}"], ["15th", "6th"]),
+    ("3:0", ["3:0", "3.0:0"], ["6:0", "0:3", "3"]),
+    ("0:1:2", ["0:2:4"], ["0:2:3"]),
+    ("1:00", ["1:00", "01:00", "13:00", "1:00 p.m."], ["12:00", "2:00", "1:00:30"]),
+    ("2:30", ["2:30", "2 to 30", "14:30"], ["1:15", "3:30"]),
+    ("1:20:00", ["1:20:00"], ["2:40:00", "12:00:00"]),
+    ("10:20", ["1:2", "10:20"], ["5:10"]),
     ("May 2nd", ["May 2nd", "May 2"], ["May 3rd", "June 2nd"]),
 ]
 
@@ -636,6 +647,7 @@ def test_grade_all_keeps_order_and_limits_time():
     verdicts = grade_all(items, num_workers=1, timeout=1)
     assert time.monotonic() - start < 20
     assert [verdict.correct for verdict in verdicts] == [True, False, True, False, True]
+    assert [verdict.failure for verdict in verdicts] == [None, "over 1 seconds", None, None, None]
     assert verdicts[1].answer == r"\prod_{n=1}^{10^{9}} n"
 
 
@@ -655,7 +667,7 @@ def test_grade_all_in_a_script_without_a_guard_and_in_a_thread(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"from trl_lightreasoner.grading.verdicts import grade_all\nprint(grade_all([{ROOT!r}]))\n")
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
-    assert run.stdout == "[Verdict(answer='\\\\sqrt{20}', correct=True)]\n", run.stderr
+    assert run.stdout == "[Verdict(answer='\\\\sqrt{20}', correct=True, failure=None)]\n", run.stderr
     verdicts = []
     thread = threading.Thread(target=lambda: verdicts.extend([*grade_all([ROOT]), grade(**ROOT)]))
     thread.start()
@@ -664,7 +676,7 @@ def test_grade_all_in_a_script_without_a_guard_and_in_a_thread(tmp_path):
 
 
 def test_a_worker_that_dies_is_replaced(monkeypatch):
-    start = verdicts._Workers._start
+    start = graders.Graders._start
     started = []
 
     def start_dead(self):
@@ -674,9 +686,27 @@ def test_a_worker_that_dies_is_replaced(monkeypatch):
             worker.wait()
         return worker
 
-    monkeypatch.setattr(verdicts._Workers, "_start", start_dead)
-    assert [verdict.correct for verdict in grade_all([ROOT, ROOT], num_workers=1)] == [False, True]
+    monkeypatch.setattr(graders.Graders, "_start", start_dead)
+    died, graded = grade_all([ROOT, ROOT], num_workers=1)
+    assert (died.correct, died.failure) == (False, "the grading process died")
+    assert (graded.correct, graded.failure) == (True, None)
     assert len(started) == 2
+
+
+@pytest.mark.parametrize("text", [r"\boxed{5} ", "#### a\n", "answer: 1. a ", "answer is 5 ", r"\boxed{5}. Wait "])
+def test_a_text_is_read_in_time_that_grows_as_its_length(text):
+    start = time.process_time()
+    first_answer(text * (160_000 // len(text)))
+    answers.find_answer(text * (160_000 // len(text)))
+    assert time.process_time() - start < 4
+
+
+def test_what_is_compared_without_computer_algebra_is_limited_as_well():
+    numbers = [f"{i}" for i in range(200)]
+    item = {"completion": rf"\boxed{{{'; '.join(numbers)}}}", "gold": numbers[::-1] * 20}
+    start = time.monotonic()
+    assert grade_all([item], timeout=0.5)[0].failure == "over 0.5 seconds"
+    assert time.monotonic() - start < 10
 
 
 def test_long_texts_take_no_time():
@@ -702,7 +732,7 @@ def test_long_texts_take_no_time():
 
 def test_math_verify_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for call in (lambda: grade("#### 18", "18"), lambda: grade_all([])):
+    for call in (lambda: grade("#### 18", "18"), lambda: grade_all([]), verdicts.check_math_verify):
         with pytest.raises(ImportError, match=r"pip install 'trl-lightreasoner\[eval\]'"):
             call()
 

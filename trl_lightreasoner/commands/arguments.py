@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import yaml
 from trl import TrlParser
 
+from ..text import read_text
+
 
 if TYPE_CHECKING:  # slow to import, and `--help` needs none of them
     from transformers import BitsAndBytesConfig
@@ -54,7 +56,7 @@ class ArgumentParser(TrlParser):
         self._first, self._hint = first, hint
         self._hints = {name: str(hint) for each in dataclass_types for name, hint in get_type_hints(each).items()}
         super().__init__(dataclass_types=dataclass_types, allow_abbrev=False, **kwargs)
-        # TrlParser takes `--config` out before argparse sees it; declared for `--help`
+        # `parse` takes `--config` out before argparse sees it; declared for `--help`
         self.add_argument("--config", help="YAML file whose keys are the flags below. Flags override it.")
 
     def parse(self, args: Sequence[str]) -> tuple:
@@ -62,17 +64,20 @@ class ArgumentParser(TrlParser):
         if self._first is not None and args and not args[0].startswith("-"):
             args = [f"--{self._first}", *args]
         args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+        unknown_keys: list[str] = []
         if "--config" in args:
-            index = args.index("--config") + 1
-            if index == len(args) or args[index].startswith("--"):
+            index = args.index("--config")
+            if index + 1 == len(args) or args[index + 1].startswith("--"):
                 raise ValueError("`--config` needs the path of a YAML file.")
-            if "--config" in args[index:]:
+            if "--config" in args[index + 1 :]:
                 raise ValueError("`--config` can be given once.")
-            _check_config(args[index])
+            # As `parse_args_and_config` does, which reads the file in the encoding of the locale
+            config = _read_config(args[index + 1])
+            os.environ.update({key: str(value) for key, value in config.pop("env", {}).items()})
+            unknown_keys = self.set_defaults_with_config(**config)
+            args = [*args[:index], *args[index + 2 :]]
         try:
-            *parsed, unknown_keys, unknown_flags = self.parse_args_and_config(
-                args, return_remaining_strings=True, separate_remaining_strings=True
-            )
+            *parsed, unknown_flags = self.parse_args_into_dataclasses(args, return_remaining_strings=True)
         except json.JSONDecodeError as error:
             raise ValueError(f"A setting is not the JSON that it must be: {error.doc!r} ({error}).") from None
         for kind, unknown in (("key", unknown_keys), ("flag", unknown_flags)):
@@ -125,16 +130,18 @@ class ArgumentParser(TrlParser):
         return f"There is no {kind} `{name}`. {hint}"
 
 
-def _check_config(path: str) -> None:
+def _read_config(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise ValueError(f"The config file {path!r} {'is a folder' if os.path.isdir(path) else 'does not exist'}.")
     try:
-        with open(path, encoding="utf-8") as file:
-            config = yaml.safe_load(file)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        config = yaml.safe_load(read_text(path, "The config file"))
+    except yaml.YAMLError as error:
         raise ValueError(f"The config file is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise ValueError(f"The config file {path!r} must hold lines of the form `name: value`.")
+    if not isinstance(config.get("env", {}), dict):
+        raise ValueError(f"`env` in the config file {path!r} must hold lines of the form `NAME: value`.")
+    return config
 
 
 def quantization_of(model_args: "ModelConfig") -> "BitsAndBytesConfig | None":
@@ -144,8 +151,3 @@ def quantization_of(model_args: "ModelConfig") -> "BitsAndBytesConfig | None":
     # TRL takes the dtype for the one to compute in as well, which has to be named
     dtype = "bfloat16" if model_args.dtype in (None, "auto") else model_args.dtype
     return get_quantization_config(replace(model_args, dtype=dtype))
-
-
-def printable(text: str) -> str:
-    """`text` with control characters escaped: what a model or a file says must not steer a terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

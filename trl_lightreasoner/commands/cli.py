@@ -5,6 +5,11 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
+
+from ..safe_path import start_processes_safely
+from ..text import printable
+from .terminal import speak
 
 
 COMMANDS = {
@@ -20,6 +25,7 @@ COMMANDS = {
     "eval": "how many problems of seven benchmarks a model solves, and a baseline beside it",
 }
 _MODULES = {"import": "import_steps"}  # a word that Python keeps to itself
+_GOES_ON = ("run", "sample", "eval")  # by the same command, after it was broken off
 
 USAGE = f"""usage: lightreasoner COMMAND [--flag VALUE ...] [--config FILE.yaml]
 
@@ -32,8 +38,14 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program. Returns its exit status: 0, 2 for a mistake that the user can mend, 1 if `check` says no."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    """
+    Run the program. Returns its exit status: 0, 2 for a mistake that the user can mend, 1 if `check` says no, 130
+    after Ctrl-C, and 141 if nobody reads what it prints.
+    """
+    return speak("lightreasoner", lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+
+
+def _main(argv: Sequence[str]) -> int:
     if argv[:1] == ["--version"]:
         from .. import __version__
 
@@ -43,28 +55,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     if not argv or argv[0] not in COMMANDS:
-        given = f"There is no command {argv[0]!r}." if argv else "A command is missing."
+        given = f"There is no command {printable(repr(argv[0]))}." if argv else "A command is missing."
         print(f"lightreasoner: error: {given} The commands are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     command = import_module(f".{_MODULES.get(argv[0], argv[0])}", __package__)
-    return run(f"lightreasoner {argv[0]}", command.make_parser, command.main, argv[1:])
+    return _run(f"lightreasoner {argv[0]}", command.make_parser, command.main, argv[1:])
 
 
 def run(prog: str, make_parser: Callable, command: Callable, argv: Sequence[str]) -> int:
     """Parse `argv` and run one command; a mistake of the user's becomes one sentence on stderr and exit status 2."""
+    return speak(prog, lambda: _run(prog, make_parser, command, argv))
+
+
+def _run(prog: str, make_parser: Callable, command: Callable, argv: Sequence[str]) -> int:
+    start_processes_safely()
     # It would tell at every start that a kernel for 4 bits on CPUs is not installed
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    args: tuple = ()
     try:
-        outcome = command(*make_parser(prog).parse(argv))
+        args = make_parser(prog).parse(argv)
+        outcome = command(*args)
         _leave_process_group()
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        from .arguments import printable
-
         print(f"{prog}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
+        raise KeyboardInterrupt(_how_to_go_on(prog, args)) from None
     return outcome if isinstance(outcome, int) else 0
+
+
+def _how_to_go_on(prog: str, args: tuple) -> str:
+    """What to do after Ctrl-C, where there is something to go on with."""
+    name = prog.split()[-1].removesuffix(".py")
+    for each in args:
+        folder = Path(getattr(each, "output_dir", None) or "")
+        begun = any(place.is_file() for pattern in ("run.json", "*/*/run.json") for place in folder.glob(pattern))
+        if name in _GOES_ON and begun and hasattr(each, "overwrite_output_dir"):
+            without = ", without `--overwrite_output_dir`," if each.overwrite_output_dir else ""
+            return f"The same command{without} goes on where it stopped."
+        if name == "train" and any(folder.glob("checkpoint-*/trainer_state.json")):
+            return "The same command with `--resume_from_checkpoint true` goes on from the last checkpoint."
+    return ""
 
 
 def _leave_process_group() -> None:

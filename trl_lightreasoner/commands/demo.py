@@ -7,7 +7,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .arguments import ArgumentParser, printable
+from ..text import printable
+from .arguments import ArgumentParser
 
 
 NUM_UNLABELLED = 200
@@ -120,7 +121,7 @@ def main(args: DemoArguments) -> dict[str, float]:
         "seed": args.seed,
         "seconds": time.perf_counter() - start,
     }
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     print(report(test, before, after, metrics, folder))
     return metrics
 

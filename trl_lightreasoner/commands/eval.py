@@ -1,6 +1,7 @@
 """`lightreasoner eval`: how many problems of seven benchmarks a model solves, and a baseline beside it."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..evaluation.evaluation_config import EvaluationConfig
 from .arguments import ArgumentParser, quantization_of
@@ -106,12 +107,19 @@ def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
     print(f"\n{evaluation.table()}\n")
     scores = evaluation.results["benchmarks"].values()
     for role in ("model", "baseline"):
-        counts = [(score[role]["num_cut"], score["num_problems"]) for score in scores if role in score]
-        num_cut, num_answers = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
+        of_role = [score[role] | score for score in scores if role in score]
+        num_answers, num_cut, num_undecided = (
+            sum(score[name] for score in of_role) for name in ("num_problems", "num_cut", "num_undecided")
+        )
         if num_cut:
             print(
                 f"{num_cut:,} of {num_answers:,} answers of the {role} did not end within {args.max_new_tokens:,} "
                 "tokens or the context, and were graded as they stand."
+            )
+        if num_undecided:
+            print(
+                f"{num_undecided:,} of {num_answers:,} answers of the {role} could not be graded, and count as wrong; "
+                f"the column `failure` of {Path(args.output_dir, role)} says why."
             )
     print(f"Percent, +- one standard error. Answers and results.json are in {args.output_dir}.")
     if script_args.push_to_hub:

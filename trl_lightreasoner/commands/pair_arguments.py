@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from datasets import Dataset, Value
+from datasets import Dataset
 
-from ..steps.prompt_format import PromptFormat, make_prompts, name_prompts, read_template
+from ..steps.prompt_format import PromptFormat, has_messages, make_prompts, name_prompts, read_template
 from ..steps.splits import load_split
 from .arguments import quantization_of
 
@@ -167,7 +167,7 @@ def as_prompts(dataset: Dataset, args: PairArguments) -> tuple[Dataset, PromptFo
     """The dataset with a `prompt` column, as `args` asks for it, and the form of its prompts, if they were text."""
     dataset = name_prompts(dataset, args.prompt_column)
     style, template = args.prompt_style, args.prompt_template
-    if not isinstance(dataset.features["prompt"], Value):
+    if has_messages(dataset):
         if style is None and template is None:
             return dataset, None
         raise ValueError("The prompts are messages already: put the system prompt into them, or give them as text.")

@@ -6,17 +6,20 @@ its room with questions of its own. An answer to messages ends with an EOS token
 """
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, logging
 
 from ..generation.completions import find_batch_size
 from ..generation.cuda_graphs import Generated
 from ..grading.answers import first_answer
 from ..grading.verdicts import Verdict, grade_all
 
+
+logger = logging.get_logger(__name__)
 
 # After so many tokens rows that have ended leave the batch, and plain text is looked at
 TOKENS_A_PIECE = 256
@@ -113,7 +116,7 @@ def grade_answers(
     answers: list[str], references: list[dict[str, Any]], is_raw: bool, num_workers: int | None = None
 ) -> list[Verdict]:
     """
-    Verdicts on answers.
+    Verdicts on answers, with a warning of those that were not reached.
 
     Args:
         answers (`list[str]`): What the model wrote.
@@ -132,4 +135,12 @@ def grade_answers(
     """
     texts = [first_answer(answer) if is_raw else answer for answer in answers]
     items = [{"completion": text, **reference} for text, reference in zip(texts, references, strict=True)]
-    return grade_all(items, num_workers=num_workers)
+    verdicts = grade_all(items, num_workers=num_workers)
+    failures = Counter(verdict.failure for verdict in verdicts if verdict.failure is not None)
+    if failures:
+        reasons = ", ".join(f"{failure} ({count:,})" for failure, count in failures.most_common())
+        logger.warning(
+            f"Of {failures.total():,} of {len(verdicts):,} answers it is not known whether they are right: {reasons}. "
+            "They count as wrong."
+        )
+    return verdicts

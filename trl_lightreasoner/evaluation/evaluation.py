@@ -62,8 +62,8 @@ class Evaluation:
     Attributes:
         results (`dict[str, Any]`):
             What results.json holds. Under `"benchmarks"` and the name of each: `num_problems`, and for `"model"` and
-            `"baseline"` `accuracy`, `standard_error`, `mean_tokens` and `num_cut`; `"difference"` as of
-            [`PairedDifference`]. Shares are between 0 and 1.
+            `"baseline"` `accuracy`, `standard_error`, `mean_tokens`, `num_cut` and `num_undecided`; `"difference"` as
+            of [`PairedDifference`]. Shares are between 0 and 1.
     """
 
     results: dict[str, Any]
@@ -170,7 +170,8 @@ def evaluate(
     Raises:
         `ValueError`: If a benchmark, a tokenizer or a setting is not what it must be, or `args.output_dir` holds
             another run.
-        `ImportError`: If math-verify, or bitsandbytes or vLLM where they are asked for, is not installed.
+        `ImportError`: If math-verify, or bitsandbytes or vLLM where they are asked for, is not installed, or does not
+            work.
 
     Example:
 
@@ -396,6 +397,7 @@ def grade_candidates(candidates: list[Candidate], args: EvaluationConfig) -> dic
                 "standard_error": standard_error(accuracy, count),
                 "mean_tokens": sum(answers["num_tokens"]) / count,
                 "num_cut": count - sum(answers["ended"]),
+                "num_undecided": sum(failure is not None for failure in answers["failure"]),
             }
         if len(candidates) == 2:
             scores["difference"] = compare(*verdicts)._asdict()
@@ -423,7 +425,8 @@ def _grade_answers(answers: Dataset, args: EvaluationConfig) -> Dataset:
     is_raw = args.prompt_style == "raw"
     verdicts = grade_answers(answers["completion"][:], references, is_raw, args.num_workers)
     answers = answers.add_column("extracted", [verdict.answer for verdict in verdicts], feature=Value("string"))
-    return answers.add_column("correct", [verdict.correct for verdict in verdicts])
+    answers = answers.add_column("correct", [verdict.correct for verdict in verdicts])
+    return answers.add_column("failure", [verdict.failure for verdict in verdicts], feature=Value("string"))
 
 
 def _average(benchmarks: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:

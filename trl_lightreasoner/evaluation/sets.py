@@ -34,6 +34,7 @@ ROW_FEATURES = Features(
     }
 )
 HELD_OUT = "held_out"
+_MAY_BE_EMPTY = ("unit", "error")
 # Longer ones, and those of several lines, are whole solutions, in which an answer has to be marked
 _MAX_UNMARKED = 200
 # Where the file of a benchmark may lie under `data_dir`, and its kind
@@ -59,6 +60,8 @@ class Benchmark(NamedTuple):
 
 
 def _row(question: str, *gold: str, kind: str = "math", tolerance: float | None = None, unit: str | None = None):
+    if not all(isinstance(text, str) for text in (question, *gold)):
+        raise ValueError("its question or its answer is not text")
     if not question.strip() or not all(text.strip() for text in gold) or not gold:
         raise ValueError("its question or its answer is empty")
     answers = [text.strip() for text in gold]
@@ -71,7 +74,7 @@ def _sentence(text: str) -> str:
 
 
 def _read_gsm8k(row: dict[str, Any]) -> dict[str, Any]:
-    if "####" not in row["answer"]:
+    if not isinstance(row["answer"], str) or "####" not in row["answer"]:
         raise ValueError("its answer has no '####'")
     return _row(row["question"], read_reference(row["answer"]).replace(",", ""))
 
@@ -84,7 +87,11 @@ def _read_problem(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_svamp(row: dict[str, Any]) -> dict[str, Any]:
-    return _row(f"{_sentence(row['Body'])} {row['Question'].strip()}", f"{float(row['Answer']):.12g}")
+    try:
+        answer = f"{float(row['Answer']):.12g}"
+    except (ValueError, TypeError):
+        raise ValueError(f"its answer {row['Answer']!r} is not a number") from None
+    return _row(f"{_sentence(row['Body'])} {row['Question'].strip()}", answer)
 
 
 def _read_asdiv(row: dict[str, Any]) -> dict[str, Any] | None:
@@ -99,15 +106,19 @@ def _read_asdiv(row: dict[str, Any]) -> dict[str, Any] | None:
 def _read_olympiadbench(row: dict[str, Any]) -> dict[str, Any]:
     context = f"{row['context'].strip()}\n" if row.get("context") else ""
     answers, error = row["final_answer"], row["error"]
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers) or not answers:
+        raise ValueError(f"its answer must be a list of texts, got {answers!r}")
     tolerance = None
     if error:  # how far off the number may be, such as "1e-1"
-        tolerance = float(error) / abs(float(answers[0].strip("$ ")))
+        if not (number := float(answers[0].strip("$ "))):
+            raise ValueError("its answer 0 can be off by no share of itself, which an `error` allows")
+        tolerance = float(error) / abs(number)
     return _row(context + row["question"], *answers, tolerance=tolerance, unit=row["unit"])
 
 
 def _read_mmlu(row: dict[str, Any]) -> dict[str, Any]:
     choices = row["choices"]
-    if not 0 <= row["answer"] < len(choices) <= len(ascii_uppercase):
+    if not isinstance(row["answer"], int) or not 0 <= row["answer"] < len(choices) <= len(ascii_uppercase):
         raise ValueError(f"its answer {row['answer']!r} is not the index of one of {len(choices)} choices")
     options = " ".join(f"({letter}) {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
     return _row(f"{row['question'].strip()}\nAnswer Choices: {options}", ascii_uppercase[row["answer"]], kind="choice")
@@ -224,16 +235,26 @@ def load_benchmark(name: str, data_dir: str | None = None, max_samples: int | No
         if len(rows) == max_samples:
             break
         try:
+            _check_filled(row, benchmark.columns)
             read = benchmark.read(row)
-        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"Row {number} of {benchmark.title} in {source!r} is not as expected: {reason.rstrip('.')}."
+                f"Row {number} of {benchmark.title} in {source!r} is not as expected: {reason.rstrip('.')}. Mend or "
+                "remove it."
             ) from error
         rows += [] if read is None else [read]
     if not rows:
         raise ValueError(f"{benchmark.title} in {source!r} has no row that can be used.")
     return Dataset.from_list(rows, features=ROW_FEATURES)
+
+
+def _check_filled(row: dict[str, Any], columns: tuple[str, ...]) -> None:
+    for column in columns:
+        names = column.split(" | ")
+        if column not in _MAY_BE_EMPTY and all(row.get(name) is None for name in names):
+            there = [name for name in names if name in row]
+            raise ValueError(f"its column {' or '.join(map(repr, there))} is empty")
 
 
 def _find_file(name: str, data_dir: str) -> str:

@@ -23,6 +23,7 @@ import torch
 from transformers import logging
 
 from ..models.loading import hub_kwargs, load_adapter_config
+from ..safe_path import start_processes_safely
 from ..vocabulary import Vocabulary
 
 
@@ -175,6 +176,7 @@ class ColocatedVLLM(VLLMGeneration):
     def __init__(
         self, expert: str, max_length: int, gpu_memory_utilization: float, name: str = "expert", **kwargs: Any
     ):
+        start_processes_safely()  # of which vLLM has several
         import vllm
 
         self.version = vllm.__version__

@@ -13,6 +13,8 @@ Standard library only; every search is linear in the text.
 """
 
 import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 
@@ -50,7 +52,7 @@ _PHRASE = re.compile(
     re.I,
 )
 # "Answer:" above "1. First ..." announces reasoning, but "The answer is 1." does not
-_LIST = re.compile(r"[* ]*\n[*\s]*+1[.)][* ]+\S|(?<![a-z] )1[.)][* ]+\S[^\n]*\n+[* ]*2[.)]\s")
+_LIST = re.compile(r"[* ]*\n[*\s]*+1[.)][* ]+\S|(?<![a-z] )1[.)][* ]+\S[^\n]{0,1000}\n+[* ]*2[.)]\s")
 _NO_VALUE = re.compile(r"\W*(?:not|wrong|incorrect|correct|right|unclear|as follows|given|found|obtained)\b", re.I)
 _SENTENCE_END = re.compile(r"(?<![A-Z])(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)(?<!\b[ap]\.m)[.!?](?=\s+[A-Z\\$*(]|\s*$)")
 
@@ -82,17 +84,22 @@ def find_answer(completion: str) -> Answer | None:
 
     ```
     """
+    marked = next(_marked_answers(completion), None)
+    if marked is not None:
+        return Answer(marked, True)
+    return None if _find_boxes(completion)[1] is not None else _last_value(completion)
+
+
+def _marked_answers(completion: str) -> Iterator[str]:
+    """What a completion marks as its answer; first the one that counts."""
     boxes, unfinished = _find_boxes(completion)
     if unfinished is not None:
         completion = completion[:unfinished]
     strong = [_joined(completion, boxes)] if boxes else []
     strong += _after_hashes(completion)[-1:]
-    if strong:
-        return Answer(max(strong)[1], True)
-    for values in (_after_phrases(completion), _bold_in_last_line(completion)):
-        if values:
-            return Answer(values[-1], True)
-    return None if unfinished is not None else _last_value(completion)
+    yield from (text for _, text in sorted(strong, reverse=True))
+    yield from _after_phrases(completion)
+    yield from reversed(_bold_in_last_line(completion))
 
 
 def last_boxed(text: str) -> str | None:
@@ -178,11 +185,12 @@ def first_answer(completion: str) -> str:
     sign = _RUN_ON.search("\n" + completion)
     text = completion[: max(sign.start() - 1, 0)] if sign else completion
     boxes, _ = _find_boxes(text)
-    ends = {_sentence_end(text, box.end) for box in boxes}
+    sentence_end = _sentence_ends(text)
+    ends = {sentence_end(box.end) for box in boxes}
     ends |= {position for position, _ in _after_hashes(text)}
     for match in _phrases(text):
         if value := _VALUE.match(text, match.end()):
-            ends.add(_sentence_end(text, value.end()))
+            ends.add(sentence_end(value.end()))
     for end in sorted(ends):
         if not _WITHDRAWN.match(text, end):
             return text[:end].rstrip()
@@ -191,6 +199,9 @@ def first_answer(completion: str) -> str:
 
 def find_letter(completion: str, letters: str = "ABCDEFGHIJ") -> str | None:
     r"""Read the letter of a multiple-choice answer; several letters come back as they are, joined by commas.
+
+    Of what is marked as an answer, the first in the order of this module that begins with a letter counts: a box may
+    hold the value, and a line below it the letter.
 
     Example:
 
@@ -204,10 +215,12 @@ def find_letter(completion: str, letters: str = "ABCDEFGHIJ") -> str | None:
 
     ```
     """
-    answer = find_answer(completion)
-    if answer and answer.marked:
-        return _leading_letters(answer.text, letters)
-    if _find_boxes(completion)[1] is not None:
+    is_marked = _find_boxes(completion)[1] is not None
+    for marked in _marked_answers(completion):
+        is_marked = True
+        if found := _leading_letters(marked, letters):
+            return found
+    if is_marked:
         return None
     text = completion.replace("**", "").strip()
     # A completion that is a letter, or starts with one: "B", "(B) because", "B. The rate"
@@ -282,10 +295,10 @@ def _after_hashes(text: str) -> list[tuple[int, str]]:
     The end and the text of each answer behind `####`. A heading, "#### Step 2" or "#### 2. Money", is none unless it
     is the end.
     """
-    found = []
+    found, end = [], len(text.rstrip())
     for match in re.finditer(r"#### *([^\n]+)", text):
         is_value = re.match(r"[^A-Za-z\d]*\d|\W*\\", match[1]) and not re.match(r"\d+[.):]\s+\D", match[1])
-        if is_value or not text[match.end() :].strip():
+        if is_value or match.end() >= end:
             found.append((match.end(), _value(match[1])))
     return [(end, value) for end, value in found if value]
 
@@ -294,18 +307,17 @@ def _phrases(text: str) -> list[re.Match]:
     return [match for match in _PHRASE.finditer(text) if not _LIST.match(text, match.end())]
 
 
-def _after_phrases(text: str) -> list[str]:
-    values = []
-    for match in _phrases(text):
+def _after_phrases(text: str) -> Iterator[str]:
+    """The value behind each phrase; the last one first."""
+    for match in reversed(_phrases(text)):
         line = text[match.end() : match.end() + 1000].lstrip().split("\n\n")[0]
         # A formula set apart may take several lines, text does not
         formula = re.match(r"(?:\*\*)?(?:\$\$|\\\[)", line)
         line = line if formula else line.split("\n")[0]
         if match[0].endswith("**") and (bold := re.match(r"([^*]+)\*\*", line)):  # "answer is **18** dollars"
             line = bold[1]
-        if line and not _NO_VALUE.match(line):
-            values.append(_value(line))
-    return [value for value in values if value]
+        if line and not _NO_VALUE.match(line) and (value := _value(line)):
+            yield value
 
 
 def _bold_in_last_line(text: str) -> list[str]:
@@ -336,11 +348,19 @@ def _last_line(text: str) -> str:
     return text.rstrip().rsplit("\n", 1)[-1]
 
 
-def _sentence_end(text: str, start: int) -> int:
-    closing = re.compile(r"\s*(?:\\\]|\\\)|\$\$?|\*\*)+").match(text, start)
-    start = closing.end() if closing else start
-    end = re.compile(r"\n|[.!?](?=\s|\$|$)(?:\$)?").search(text, start)
-    return end.end() if end else len(text)
+_CLOSING = re.compile(r"\s*(?:\\\]|\\\)|\$\$?|\*\*)+")
+
+
+def _sentence_ends(text: str) -> Callable[[int], int]:
+    """Where the sentence ends that goes on at a place; the text is searched once for all of them."""
+    ends = [(match.start(), match.end()) for match in re.finditer(r"\n|[.!?](?=\s|\$|$)(?:\$)?", text)]
+
+    def sentence_end(start: int) -> int:
+        closing = _CLOSING.match(text, start)
+        following = bisect_left(ends, (closing.end() if closing else start,))
+        return ends[following][1] if following < len(ends) else len(text)
+
+    return sentence_end
 
 
 def _leading_letters(text: str, letters: str) -> str | None:

@@ -33,7 +33,7 @@ def equal_answers(
     answer: str,
     tolerance: float | None = None,
     unit: str | None = None,
-    symbolic: Symbolic | None = None,
+    symbolic: Symbolic = equal_by_math_verify,
 ) -> bool:
     r"""Whether an answer says the same as the reference answer, however it is written.
 
@@ -60,7 +60,7 @@ def equal_answers(
     ```
     """
     try:
-        return _equal(clean(gold), clean(answer), _Terms(tolerance, unit, symbolic or equal_by_math_verify))
+        return _equal(clean(gold), clean(answer), _Terms(tolerance, unit, symbolic))
     except TooLarge:  # and not written the same way
         return False
 
@@ -303,19 +303,26 @@ def _base(text: str) -> tuple[str, int | None] | None:
 def _equal_time_or_ratio(gold: str, answer: str, terms: _Terms) -> bool:
     gold, answer = re.sub(WRAPPERS, r"\1", gold).strip(), re.sub(WRAPPERS, r"\1", answer).strip()
     gold_time, answer_time = _TIME.match(gold), _TIME.match(answer)
-    if gold_time and answer_time and (gold_time[4] or answer_time[4]):
+    # Without a.m. or p.m. 2:30 may be a ratio, which 1:15 would equal; of two that can both be times it is one
+    of_day = gold_time and answer_time and (gold_time[4] or answer_time[4] or _on_clock(gold) and _on_clock(answer))
+    if gold_time and answer_time and of_day:
         return not _readings(gold_time).isdisjoint(_readings(answer_time))
     gold_ratio, answer_ratio = _ratio(gold), _ratio(answer)
     if gold_ratio and answer_ratio:
         return gold_ratio == answer_ratio
     # 3:4 is 3/4
     gold_number, answer_number = (
-        Number(Fraction(ratio[0]) / ratio[1]) if ratio and len(ratio) == 2 and ratio[1] else read_number(text)
+        Number(ratio[0] / ratio[1]) if ratio and len(ratio) == 2 and all(ratio) else read_number(text)
         for ratio, text in ((gold_ratio, gold), (answer_ratio, answer))
     )
     if gold_number is None or answer_number is None:
         return False
     return same_number(gold_number, answer_number, terms.tolerance)
+
+
+def _on_clock(text: str) -> bool:
+    """Whether a text can be a time of day, or a duration, in digits alone: hours, minutes and perhaps seconds."""
+    return re.fullmatch(r"(?:[01]?\d|2[0-4])(?::[0-5]\d){1,2}", text) is not None
 
 
 def _readings(time: re.Match) -> set[tuple[int, int, int]]:
@@ -328,14 +335,17 @@ def _readings(time: re.Match) -> set[tuple[int, int, int]]:
     return {(hour, minute, second) for hour in hours}
 
 
-def _ratio(text: str) -> tuple[int, ...] | None:
+def _ratio(text: str) -> tuple[Fraction, ...] | None:
+    """The terms of a ratio, in lowest terms."""
     match = _RATIO.match(text)
     if not match:
         return None
     terms = [Fraction(term) for term in match.groups() if term]
     scale = math.lcm(*(term.denominator for term in terms))
     whole = [int(term * scale) for term in terms]
-    return tuple(term // (math.gcd(*whole) or 1) for term in whole)
+    if sum(term != 0 for term in whole) < 2:  # 1:0 is not 12:0, though both would be reduced to it
+        return tuple(terms)
+    return tuple(Fraction(term // math.gcd(*whole)) for term in whole)
 
 
 def _equal_equation(gold: str, gold_sides: list[str], answer_sides: list[str], terms: _Terms) -> bool:

@@ -1,25 +1,31 @@
 """Formulas, compared by math-verify: what only computer algebra can decide.
 
-It may fail in many ways and take forever: what it cannot compare is not equal, and `grade_all` sets the limit.
+It may fail in many ways and take forever: only a process that can be stopped should ask it (`graders`).
 """
 
 import re
-import threading
 from fractions import Fraction
 
 from .answer_writing import WRAPPERS
 from .exact_numbers import Number, read_number, same_number
 
 
+def check_computer_algebra() -> None:
+    """Raise what keeps formulas from being compared here, such as a missing package."""
+    from latex2sympy2_extended import latex2sympy
+
+    latex2sympy(r"\sqrt{20}")  # math-verify would keep the error of it to itself
+    if not equal_by_math_verify(r"2\sqrt{5}", r"\sqrt{20}", None):
+        raise RuntimeError(r"it does not find that \sqrt{20} is 2\sqrt{5}")
+
+
 def equal_by_math_verify(gold: str, answer: str, tolerance: float | None) -> bool:
-    """Whether two formulas in LaTeX are equal; the reference answer has to be the first."""
-    try:
-        return _equal_formulas(gold, answer, tolerance)
-    except Exception:  # computer algebra fails in many ways; what it cannot compare is not equal
-        return False
+    """
+    Whether two formulas in LaTeX are equal; the reference answer has to be the first. What is no formula equals none.
 
-
-def _equal_formulas(gold: str, answer: str, tolerance: float | None) -> bool:
+    Raises:
+        `Exception`: Any, where computer algebra fails.
+    """
     import sympy
     from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
@@ -29,11 +35,9 @@ def _equal_formulas(gold: str, answer: str, tolerance: float | None) -> bool:
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
     )
     config = [LatexExtractionConfig(normalization_config=writing)]
-    # Its limit of time is a signal, which only the main thread may use
-    limit = 5 if threading.current_thread() is threading.main_thread() else None
     expressions = []
     for text in (gold, answer):
-        found = parse(f"${_with_plain_letters(text)}$", config, fallback_mode="no_fallback", parsing_timeout=limit)
+        found = parse(f"${_with_plain_letters(text)}$", config, fallback_mode="no_fallback", parsing_timeout=None)
         if not found:
             return False
         expression = found[0]
@@ -53,7 +57,7 @@ def _equal_formulas(gold: str, answer: str, tolerance: float | None) -> bool:
             return same_number(first, second, tolerance) or difference <= abs(first.value) / 10**40
     if all(isinstance(expression, sympy.Expr) for expression in expressions):
         expressions = _with_positive_letters(*expressions)
-    return verify(*expressions, allow_set_relation_comp=True, timeout_seconds=limit)
+    return verify(*expressions, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
 
 
 _SUBSCRIPT = re.compile(

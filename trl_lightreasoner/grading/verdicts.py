@@ -1,40 +1,53 @@
 r"""Grades completions: is the answer that a completion gives the reference answer?
 
-`grade` reads the answer out of one completion (`answers`) and compares it; `grade_all` does so for many, each within a
-limit of time. Nothing here loads a model.
+`grade` reads the answer out of one completion (`answers`) and compares it, within a limit of time; `grade_all` does so
+for many. Nothing here loads a model.
 
 Numbers that can be written as a fraction are compared exactly: 2^100 is not 2^100 + 1. Text, times, ratios, units,
 bases, lists, pairs and intervals are compared by the rules of docs/grading.md. What is left, formulas, is decided by
 math-verify, which always gets the reference answer first because its verdict depends on the order. It may take
-forever, hence the limit. Everything before it is bounded.
+forever: it works in processes of its own (`graders`), which are ended at the limit. So do long answers and references.
 """
 
-import contextlib
+import atexit
 import importlib.util
-import json
 import os
-import subprocess
-import sys
-import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from .answer_writing import clean
 from .answers import find_answer, find_letter, last_sentence
 from .equal_answers import Symbolic, equal_answers, says, words_of
-from .formulas import equal_by_math_verify
+from .formulas import check_computer_algebra, equal_by_math_verify
+from .graders import Graders, serve
 
 
+# Seconds that one completion may take
+TIMEOUT = 5.0
 # Longer ones are no answers but runaway text
 MAX_ANSWER_LENGTH = 1000
+# What is longer is graded where it can be stopped: a completion, and an answer times its reference, each part of which
+# can be compared with each
+_MAX_LENGTH_HERE = 50_000
+_MAX_PRODUCT_HERE = 10_000
+
+# Of `grade`: its processes stay for the next call
+_graders = Graders()
+atexit.register(_graders.close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_graders.forget)
 
 
 class Verdict(NamedTuple):
-    """What was read out of a completion (`None` if there was no answer), and whether it is right."""
+    """
+    What was read out of a completion (`None` if there was no answer), and whether it is right. Where no verdict was
+    reached, it counts as wrong, and `failure` says why: "over 5 seconds", or the error of computer algebra.
+    """
 
     answer: str | None
     correct: bool
+    failure: str | None = None
 
 
 def grade(
@@ -46,7 +59,8 @@ def grade(
 ) -> Verdict:
     r"""Read the answer out of a completion and compare it with the reference answer.
 
-    There is no limit of time but that of math-verify, which needs the main thread to have one: see [`grade_all`].
+    It takes five seconds at most, wherever it is called; what takes longer has a `failure` instead of a verdict. A
+    formula goes to a process of its own, whose start at the first one takes a second or two.
 
     Args:
         completion (`str`):
@@ -62,34 +76,35 @@ def grade(
             Unit of the reference answer where that does not say it. An answer without a unit is taken to be in it.
 
     Returns:
-        [`Verdict`]: the answer as it is written in the completion, and whether it is right.
+        [`Verdict`]: the answer as it is written in the completion, whether it is right, and if that is not known, why.
 
     Raises:
-        `ImportError`: if math-verify is not installed.
+        `ImportError`: if math-verify is not installed, or does not work.
         `ValueError`: if there is no reference answer, or no such kind.
 
     Example:
 
     ```python
     >>> grade(r"She has \boxed{1\frac{1}{4}} pies left.", "5/4")
-    Verdict(answer='1\\frac{1}{4}', correct=True)
+    Verdict(answer='1\\frac{1}{4}', correct=True, failure=None)
     >>> grade("It takes 90 minutes. #### 90 minutes", "1.5", unit="hours")
-    Verdict(answer='90 minutes', correct=True)
+    Verdict(answer='90 minutes', correct=True, failure=None)
     >>> grade("The answer is (B), because it is a base.", "B", kind="choice")
-    Verdict(answer='B', correct=True)
+    Verdict(answer='B', correct=True, failure=None)
 
     ```
     """
-    check_math_verify()
-    return _grade(completion, gold, kind, tolerance, unit, symbolic=equal_by_math_verify)
+    _find_math_verify()
+    item = {"completion": completion, "gold": gold, "kind": kind, "tolerance": tolerance, "unit": unit}
+    return _grade_here(item) or _grade_there(item, _graders, TIMEOUT)
 
 
-def grade_all(items: Iterable[dict], num_workers: int | None = None, timeout: float = 5.0) -> list[Verdict]:
+def grade_all(items: Iterable[dict], num_workers: int | None = None, timeout: float = TIMEOUT) -> list[Verdict]:
     """Grade many completions, each within a limit of time.
 
-    What needs no computer algebra, most word problems, is decided at once in this process. The rest goes to processes
-    of its own, which are started anew rather than forked, so this may be called from anywhere: a script without
-    `if __name__ == "__main__"`, a thread, a process that has used CUDA.
+    What is short and needs no computer algebra, most word problems, is decided at once in this process. The rest goes
+    to processes of its own, which are started anew rather than forked, so this may be called from anywhere: a script
+    without `if __name__ == "__main__"`, a thread, a process that has used CUDA.
 
     Args:
         items (`Iterable[dict]`):
@@ -97,40 +112,54 @@ def grade_all(items: Iterable[dict], num_workers: int | None = None, timeout: fl
         num_workers (`int`, *optional*):
             How many processes; by default one a CPU core, at most 8.
         timeout (`float`, *optional*, defaults to `5.0`):
-            Seconds that one completion may take. One that takes longer is wrong, and its process is replaced.
+            Seconds that one completion may take. One that takes longer has a `failure`, and its process is replaced.
 
     Returns:
         `list[Verdict]`: one for each item, in their order.
+
+    Raises:
+        `ImportError`: if math-verify is not installed, or does not work.
 
     Example:
 
     ```python
     >>> grade_all([{"completion": "#### 18", "gold": "18"}, {"completion": "#### 17", "gold": "18"}])
-    [Verdict(answer='18', correct=True), Verdict(answer='17', correct=False)]
+    [Verdict(answer='18', correct=True, failure=None), Verdict(answer='17', correct=False, failure=None)]
 
     ```
     """
-    check_math_verify()
+    _find_math_verify()
     items = list(items)
-    verdicts: list[Verdict | None] = []
-    for item in items:
-        try:
-            verdicts.append(_grade(**item, symbolic=_undecided))
-        except _Undecided:
-            verdicts.append(None)
+    verdicts = [_grade_here(item) for item in items]
     undecided = [index for index, verdict in enumerate(verdicts) if verdict is None]
     if undecided:
         count = min(num_workers or min(os.cpu_count() or 1, 8), len(undecided))
-        workers = _Workers(timeout)
+        graders = Graders()
         with ThreadPoolExecutor(count) as threads:
             try:
-                graded = threads.map(workers.grade, [items[index] for index in undecided])
+                graded = threads.map(lambda index: _grade_there(items[index], graders, timeout), undecided)
                 for index, verdict in zip(undecided, graded, strict=True):
                     verdicts[index] = verdict
             finally:  # of an interrupted run, too
                 threads.shutdown(wait=False, cancel_futures=True)
-                workers.close()
+                graders.close()
     return [verdict for verdict in verdicts if verdict is not None]  # every one is there
+
+
+def check_math_verify() -> None:
+    """
+    Refuse to grade where it cannot be done, before hours of work are spent on answers.
+
+    Raises:
+        `ImportError`: if math-verify is not installed, or does not work.
+    """
+    _find_math_verify()
+    _graders.start()
+
+
+def _find_math_verify() -> None:
+    if importlib.util.find_spec("math_verify") is None:
+        raise ImportError("Grading needs math-verify: `pip install 'trl-lightreasoner[eval]'`.")
 
 
 # ---- One completion ----
@@ -148,11 +177,13 @@ def _grade(
     golds = [gold] if isinstance(gold, str) else list(gold)
     if not golds or not all(golds):
         raise ValueError(f"There is no reference answer to grade by: {gold!r}.")
+    if kind not in ("math", "choice"):
+        raise ValueError(f'kind is "math" or "choice", not {kind!r}.')
+    if symbolic is _undecided and len(completion) > _MAX_LENGTH_HERE:
+        raise _Undecided
     if kind == "choice":
         letter = find_letter(completion)
         return Verdict(letter, letter == golds[0].strip("() \n").upper())
-    if kind != "math":
-        raise ValueError(f'kind is "math" or "choice", not {kind!r}.')
 
     answer = find_answer(completion)
     if len(golds) == 1 and (words := words_of(clean(golds[0]))) and not (answer and answer.marked):
@@ -162,94 +193,32 @@ def _grade(
         return Verdict(None, False)
     if len(answer.text) > MAX_ANSWER_LENGTH:
         return Verdict(answer.text, False)
-    return Verdict(answer.text, equal_answers(", ".join(golds), answer.text, tolerance, unit, symbolic))
+    gold = ", ".join(golds)
+    if symbolic is _undecided and len(gold) * len(answer.text) > _MAX_PRODUCT_HERE:
+        raise _Undecided
+    return Verdict(answer.text, equal_answers(gold, answer.text, tolerance, unit, symbolic))
 
 
 class _Undecided(Exception):
-    """Computer algebra would have to decide."""
+    """This is not the process to decide it in."""
 
 
 def _undecided(gold: str, answer: str, tolerance: float | None) -> bool:
     raise _Undecided
 
 
-def check_math_verify() -> None:
-    """Refuse to grade without math-verify."""
-    if importlib.util.find_spec("math_verify") is None:
-        raise ImportError("Grading needs math-verify: `pip install 'trl-lightreasoner[eval]'`.")
+def _grade_here(item: dict) -> Verdict | None:
+    """The verdict on what is short and needs no computer algebra."""
+    try:
+        return _grade(**item, symbolic=_undecided)
+    except _Undecided:
+        return None
 
 
-# ---- Worker processes ----
-
-
-class _Workers:
-    """Processes that grade, one for each thread that asks.
-
-    They are started by a command rather than by multiprocessing, which would import the caller's script again.
-    """
-
-    def __init__(self, timeout: float):
-        self.timeout = timeout
-        self._of_thread = threading.local()
-        self._all: list[subprocess.Popen] = []
-
-    def grade(self, item: dict) -> Verdict:
-        worker = getattr(self._of_thread, "worker", None)
-        if worker is None:
-            worker = self._of_thread.worker = self._start()
-        expired = threading.Event()
-
-        def kill() -> None:
-            expired.set()
-            worker.kill()  # which ends the reading, on every platform
-
-        timer = threading.Timer(self.timeout, kill)
-        timer.start()
-        try:
-            requests, replies = _pipes(worker)
-            requests.write(json.dumps(item) + "\n")
-            requests.flush()
-            line = replies.readline()
-        except OSError:  # it died
-            line = ""
-        timer.cancel()
-        timer.join()
-        finished = line.endswith("\n")
-        if expired.is_set() or not finished:
-            worker.kill()
-            self._of_thread.worker = None
-        return Verdict(*json.loads(line)) if finished else Verdict(_answer_text(item), False)
-
-    def close(self) -> None:
-        for worker in self._all:
-            worker.kill()
-            worker.wait()
-            requests, replies = _pipes(worker)
-            replies.close()
-            with contextlib.suppress(OSError):  # what it did not read
-                requests.close()
-
-    def _start(self) -> subprocess.Popen:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        worker = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import _serve; _serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-            env=environment,
-        )
-        self._all.append(worker)
-        # Its start is not counted against the first completion
-        if _pipes(worker)[1].readline() != "ready\n":
-            raise RuntimeError("A grading process did not start; `python -c 'import math_verify'` may tell why.")
-        return worker
-
-
-def _pipes(worker: subprocess.Popen) -> tuple[IO[str], IO[str]]:
-    assert worker.stdin is not None and worker.stdout is not None
-    return worker.stdin, worker.stdout
+def _grade_there(item: dict, graders: Graders, timeout: float) -> Verdict:
+    """The verdict of a process that can be stopped."""
+    reply, failure = graders.ask(item, timeout)
+    return Verdict(*reply) if failure is None else Verdict(_answer_text(item), False, failure)
 
 
 def _answer_text(item: dict) -> str | None:
@@ -257,17 +226,13 @@ def _answer_text(item: dict) -> str | None:
     return answer.text if answer else None
 
 
-def _serve() -> None:
-    """What a worker does: a line of JSON in, a line of JSON out."""
-    sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    import math_verify  # noqa: F401
+def serve_verdicts() -> None:
+    """What a grader does."""
+    serve(check_computer_algebra, _reply)
 
-    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever else is printed must not come between
-    print("ready", file=output, flush=True)
-    for line in sys.stdin:
-        try:
-            verdict = grade(**json.loads(line))
-        except BaseException:  # the limit of math-verify, memory
-            verdict = Verdict(_answer_text(json.loads(line)), False)
-        print(json.dumps(verdict), file=output, flush=True)
+
+def _reply(item: dict) -> Verdict:
+    try:
+        return _grade(**item, symbolic=equal_by_math_verify)
+    except Exception as error:
+        return Verdict(_answer_text(item), False, type(error).__name__)

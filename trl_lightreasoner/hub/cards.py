@@ -25,6 +25,7 @@ from ..models.provenance import describe_quantization, hub_id, public_name
 from ..models.weights import describe_model, get_base_model
 from ..steps.dataset import count_steps, read_samplings
 from ..steps.prompt_format import PromptFormat
+from ..text import printable
 
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ _CURVE = (
     *(_ACCURACY, _ACCURACY_ERROR, "eval_loss", "eval_entropy", "eval_kl_to_expert"),
 )
 _MAX_CURVE_ROWS = 20
+_LINES = "\n\t"
 
 
 def model_card(
@@ -112,6 +114,7 @@ def model_card(
         versions="\n".join(f"- {name}: {version}" for name, version in _versions().items()),
         citation=CITATION,
     )
+    card.text = printable(card.text, keep=_LINES)
     if evaluation is not None:
         add_evaluation(card, evaluation)
     return card
@@ -367,7 +370,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def _replace_part(text: str, name: str, part: str, before: str | None = None) -> str:
     """`text` with the part of that name replaced, or put in front of `before`, or else at the end."""
     start, end = f"<!-- lightreasoner: {name} -->", f"<!-- lightreasoner: end of {name} -->"
-    part = f"{start}\n{part}\n{end}"
+    part = f"{start}\n{printable(part, keep=_LINES)}\n{end}"
     pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
     if pattern.search(text):
         return pattern.sub(lambda _: part, text, count=1)

@@ -10,6 +10,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 from transformers import logging
 
+from ..text import printable
 from .weights import describe_model, lies_beside
 
 
@@ -158,4 +159,4 @@ def describe_quantization(settings: dict[str, Any] | None) -> str:
     if settings.get("load_in_4bit") == "True":
         nested = ", nested" if settings.get("bnb_4bit_use_double_quant") == "True" else ""
         return f"in 4 bits ({settings.get('bnb_4bit_quant_type', 'fp4')}{nested})"
-    return f"with quantization {settings.get('quant_method', '').rpartition('.')[2].lower()}".rstrip()
+    return printable(f"with quantization {settings.get('quant_method', '').rpartition('.')[2].lower()}".rstrip())

@@ -3,11 +3,18 @@
 import json
 from typing import NamedTuple
 
-from datasets import Dataset, Value
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.sets import HELD_OUT, load_benchmark, read_problems
-from ..steps.prompt_format import SYSTEM_PROMPT, PromptFormat, format_of_prompts, make_prompts, name_prompts
+from ..steps.prompt_format import (
+    SYSTEM_PROMPT,
+    PromptFormat,
+    format_of_prompts,
+    has_messages,
+    make_prompts,
+    name_prompts,
+)
 from ..steps.splits import load_split
 from ..training.accuracy import as_questions
 from .run_config import RunConfig
@@ -53,7 +60,7 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_v
         )
     column = args.prompt_column or ("prompt" if "prompt" in dataset.column_names else "question")
     dataset = name_prompts(dataset, column)
-    is_text = isinstance(dataset.features["prompt"], Value)
+    is_text = not has_messages(dataset)
     prompt_format = choose_format(args, tokenizer, is_text)
     answer_column = args.answer_column or "answer"
     has_answers = answer_column in dataset.column_names

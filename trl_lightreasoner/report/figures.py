@@ -26,6 +26,7 @@ CURVE_TITLES = {
     "learning_rate": "Learning rate",
     "num_nonfinite_updates": "Updates left out",
     "accuracy_num_cut": "Answers cut",
+    "accuracy_num_undecided": "Answers without a verdict",
 }
 CURVE_TEXTS = {
     "accuracy": "Share of the questions that the model answers rightly, with one standard error to both sides.",
@@ -36,10 +37,11 @@ CURVE_TEXTS = {
     "learning_rate": "As the schedule sets it.",
     "num_nonfinite_updates": "Their gradient was not finite.",
     "accuracy_num_cut": "They did not end within <code>eval_max_new_tokens</code>.",
+    "accuracy_num_undecided": "They could not be graded, and count as wrong.",
 }
 _ERROR = "_standard_error"
 # Counts of what should not happen
-_FAULTS = ("num_nonfinite_updates", "accuracy_num_cut")
+_FAULTS = ("num_nonfinite_updates", "accuracy_num_cut", "accuracy_num_undecided")
 
 
 # Divergence

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset, Value
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..models.token_text import TokenTexts, label_of, spell_out
 from ..steps.dataset import STEP_COLUMNS, check_dataset, sampling_metadata
+from ..steps.prompt_format import has_messages
 
 
 # What the limits rest on (docs/evidence.md): three tiny pairs with seven amateurs each, and one real pair of 1.5 and
@@ -344,7 +345,7 @@ def _made_with(dataset: Dataset) -> dict[str, Any]:
 
 def _is_plain(dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None) -> bool:
     """Whether the prompts are text without a mark of a chat template."""
-    if "prompt" not in dataset.column_names or not isinstance(dataset.features["prompt"], Value):
+    if "prompt" not in dataset.column_names or has_messages(dataset):
         return False
     if tokenizer is None:
         return True

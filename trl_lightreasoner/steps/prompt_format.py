@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, List, Value
 from transformers.utils import cached_file
 
+from ..text import read_text
 from .dataset import read_samplings
 
 
@@ -101,7 +102,7 @@ def read_template(template: str) -> str:
         raise ValueError(
             f"`prompt_template` must be text with {{question}} in it, or a file with such text, got {template!r}."
         )
-    text = Path(template).read_text(encoding="utf-8")
+    text = read_text(template, "The prompt template")
     if "{question}" not in text:
         raise ValueError(f"The prompt template {template!r} has no {{question}} in it.")
     return text.removesuffix("\n")  # an editor's
@@ -146,6 +147,14 @@ def name_prompts(dataset: Dataset, column: str) -> Dataset:
     if "prompt" in dataset.column_names:
         raise ValueError(f"The dataset has a column 'prompt' beside {column!r}. Rename or remove one of them.")
     return dataset.rename_column(column, "prompt")
+
+
+def has_messages(dataset: Dataset) -> bool:
+    """Whether the prompts are lists of messages. Among rows of several types, one such row makes them that."""
+    feature = dataset.features["prompt"]
+    if isinstance(feature, Value | List):
+        return isinstance(feature, List)
+    return any(isinstance(prompt, list | dict) for prompt in dataset["prompt"])
 
 
 def make_prompts(dataset: Dataset, prompt_format: PromptFormat) -> Dataset:

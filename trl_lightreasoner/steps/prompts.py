@@ -7,12 +7,13 @@ applied once. BOS comes once, wherever it comes from. A `completion` is the answ
 import json
 from typing import Any
 
-from datasets import Dataset, Value
+from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational
 
 from .dataset import check_dataset
+from .prompt_format import has_messages
 
 
 # Stands for an answer; no template holds it
@@ -35,7 +36,7 @@ def check_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
         )
     if len(dataset) == 0:
         raise ValueError("The dataset is empty: there is no prompt to sample.")
-    if not isinstance(dataset.features["prompt"], Value) and tokenizer.chat_template is None:
+    if has_messages(dataset) and tokenizer.chat_template is None:
         raise ValueError(
             "The prompts are conversational, but the expert's tokenizer has no chat template. Set "
             "`tokenizer.chat_template` and pass it as `processing_class`, or give the prompts as text."

@@ -9,6 +9,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
+from .dataset_files import check_encoding, find_fault
 from .writer import literal_path
 
 
@@ -41,26 +42,48 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
         )
     if path.exists():  # `datasets` would tell its server that a local file was read
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+        check_encoding(name)
     try:
         return _load_split(name, config, split)
-    except OSError as error:
-        raise ValueError(
+    except _FAULTS as error:
+        is_content = isinstance(error, DatasetsError | UnicodeDecodeError) or path.is_file()
+        is_cast = any(part in str(error.__cause__) for part in _OF_A_CAST)
+        if is_content and not _is_about_split(error) and (fault := find_fault(path, is_cast)):
+            raise ValueError(f"The dataset {name!r} cannot be read: {fault}") from error
+        if (explained := _explained(error, name, split)) is None:
+            raise
+        raise explained from error
+
+
+# What `datasets` raises: StopIteration for an empty JSON file, ValueError for what it hands on from pandas and Arrow
+_FAULTS = (OSError, DatasetsError, StopIteration, ValueError, TypeError)
+_NO_ROW, _NO_SPLIT = "corresponds to no data", "Unknown split"
+_OF_A_CAST = ("Couldn't cast", "as a scalar of type", "converting to")
+
+
+def _is_about_split(error: Exception) -> bool:
+    return isinstance(error, ValueError) and any(part in str(error) for part in (_NO_ROW, _NO_SPLIT))
+
+
+def _explained(error: Exception, name: str, split: str) -> ValueError | None:
+    """An error of `datasets` in a sentence that says what to do; `None` for one that says so itself."""
+    if isinstance(error, OSError):
+        return ValueError(
             f"The dataset {name!r} cannot be loaded: {_first_line(error)}. It must be a file "
             f"({', '.join(_BUILDERS)}), a folder, or the id of a dataset on the Hub; private and gated ones need "
             "`hf auth login`, offline ones must be in the cache."
-        ) from error
-    except (DatasetsError, StopIteration, pa.ArrowInvalid) as error:  # StopIteration: an empty JSON file
+        )
+    if isinstance(error, DatasetsError | StopIteration | pa.ArrowInvalid | TypeError):
         reason = _first_line(error.__cause__ or error) or "it is empty"
-        raise ValueError(f"The dataset {name!r} cannot be read: {reason}. Repair or replace the file.") from error
-    except ValueError as error:
-        if "corresponds to no data" in str(error):
-            raise ValueError(f"The dataset {name!r} has no row in its split {split!r}.") from error
-        if "Unknown split" in str(error):
-            raise ValueError(
-                f"The dataset {name!r} has no split {split!r}: {_first_line(error)}. Rows of another split can be "
-                "held out, such as 'train[:95%]' and 'train[95%:]'."
-            ) from error
-        raise
+        return ValueError(f"The dataset {name!r} cannot be read: {reason}. Repair or replace the file.")
+    if _NO_ROW in str(error):
+        return ValueError(f"The dataset {name!r} has no row in its split {split!r}.")
+    if _NO_SPLIT in str(error):
+        return ValueError(
+            f"The dataset {name!r} has no split {split!r}: {_first_line(error)}. Rows of another split can be held "
+            "out, such as 'train[:95%]' and 'train[95%:]'."
+        )
+    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
-from datasets import Dataset, Value
+from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, logging
 
 from ..evaluation.answering import Answering, context_length, grade_answers, plan_answers
@@ -19,6 +19,7 @@ from ..evaluation.statistics import standard_error
 from ..generation.completions import GreedyDecoder, batches_that_fit, evaluating
 from ..generation.greedy import find_eos_ids
 from ..grading.answers import read_references
+from ..steps.prompt_format import has_messages
 from ..steps.prompts import encode_rows
 from ..vocabulary import Vocabulary, check_embedded
 
@@ -78,7 +79,7 @@ class EvalQuestions:
             )
         if len(dataset) == 0:
             raise ValueError("`eval_questions` holds no question.")
-        self.is_raw = isinstance(dataset.features["prompt"], Value)
+        self.is_raw = not has_messages(dataset)
         if not self.is_raw and tokenizer.chat_template is None:
             raise ValueError(
                 "The prompts of `eval_questions` are messages, but the model's tokenizer has no chat template. Give "
@@ -114,8 +115,9 @@ class EvalQuestions:
             accelerator ([`~accelerate.Accelerator`]): Knows the processes and the precision.
 
         Returns:
-            `dict[str, float]`: `accuracy` between 0 and 1, `accuracy_standard_error`, and `accuracy_num_cut`, the
-            answers that did not come to an end; the same on all processes.
+            `dict[str, float]`: `accuracy` between 0 and 1, `accuracy_standard_error`, `accuracy_num_cut`, the answers
+            that did not come to an end, and `accuracy_num_undecided`, those that could not be graded; the same on all
+            processes.
         """
         model = accelerator.unwrap_model(model, keep_torch_compile=False)
         if self._answering is None or self._answering.model is not model:
@@ -136,14 +138,20 @@ class EvalQuestions:
         clear_device_cache()
         references = [{"gold": self.references[row]} for row in answered]
         verdicts = grade_answers(self._answering.texts(completions), references, self.is_raw)
-        sums = [float(sum(verdict.correct for verdict in verdicts)), float(num_ended)]
-        num_correct, num_ended = accelerator.reduce(torch.tensor(sums, device=accelerator.device), "sum").tolist()
+        counts = [
+            sum(verdict.correct for verdict in verdicts),
+            num_ended,
+            sum(verdict.failure is not None for verdict in verdicts),
+        ]
+        sums = accelerator.reduce(torch.tensor(counts, dtype=torch.float, device=accelerator.device), "sum")
+        num_correct, num_ended, num_undecided = sums.tolist()
         count = len(self.references)
         accuracy = num_correct / count
         return {
             "accuracy": accuracy,
             "accuracy_standard_error": standard_error(accuracy, count),
             "accuracy_num_cut": count - num_ended,
+            "accuracy_num_undecided": num_undecided,
         }
 
     def _answer(self, order: list[tuple[int, int]], answering: Answering):

@@ -1,0 +1,178 @@
+"""How a command ends where nobody reads on or after Ctrl-C, and that nothing from a file steers the terminal."""
+
+import builtins
+import io
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from trl_lightreasoner.commands import cli
+from trl_lightreasoner.commands.cli import main
+from trl_lightreasoner.hub.cards import dataset_card
+from trl_lightreasoner.models.provenance import describe_quantization
+
+
+HOSTILE = "\x1b[2J\x1b]0;title\x07\r\x9b31m"
+ESCAPED = r"\x1b[2J\x1b]0;title\x07\r\x9b31m"
+
+
+# The end of a command
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["merge", "--help"]])
+def test_a_command_ends_quietly_where_nobody_reads_on(argv):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "trl_lightreasoner", *argv]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_a_connection_that_broke_is_an_error_like_any_other(capsys):
+    def command():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert cli.run("lightreasoner train", lambda prog: Parser(), command, []) == 2
+    assert capsys.readouterr().err == "lightreasoner train: error: [Errno 32] Broken pipe\n"
+
+
+def test_ctrl_c_in_the_first_seconds_is_one_line(tmp_path):
+    (tmp_path / "trl.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-m", "trl_lightreasoner", "sample", "--help"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True, env=environment)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert (process.returncode, stderr) == (130, "lightreasoner: interrupted.\n")
+
+
+class Parser:
+    def __init__(self, *args):
+        self.args = args
+
+    def parse(self, argv):
+        return self.args
+
+
+class Settings:
+    def __init__(self, output_dir, overwrite_output_dir=False):
+        self.output_dir, self.overwrite_output_dir = str(output_dir), overwrite_output_dir
+
+
+@pytest.mark.parametrize(
+    ("prog", "file", "overwrite", "sentence"),
+    [
+        ("lightreasoner sample", "run.json", False, " The same command goes on where it stopped."),
+        ("sample.py", "run.json", False, " The same command goes on where it stopped."),
+        (
+            "lightreasoner run",
+            "run.json",
+            True,
+            " The same command, without `--overwrite_output_dir`, goes on where it stopped.",
+        ),
+        ("lightreasoner eval", "model/gsm8k/run.json", False, " The same command goes on where it stopped."),
+        ("lightreasoner sample", "other.json", False, ""),
+        ("lightreasoner check", "run.json", False, ""),
+        (
+            "lightreasoner train",
+            "checkpoint-5/trainer_state.json",
+            False,
+            " The same command with `--resume_from_checkpoint true` goes on from the last checkpoint.",
+        ),
+        ("lightreasoner train", "run.json", False, ""),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(prog, file, overwrite, sentence, tmp_path, capsys):
+    def command(settings):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+        raise KeyboardInterrupt
+
+    assert cli.run(prog, lambda prog: Parser(Settings(tmp_path, overwrite)), command, []) == 130
+    assert capsys.readouterr().err == f"{prog}: interrupted.{sentence}\n"
+
+
+# What leaves for the terminal and for cards
+
+
+def test_what_a_command_says_is_printable(capsys, caplog):
+    def command():
+        print(f"1\u00a0000 \u2260 {HOSTILE}\n\tdone")
+        logging.getLogger("of.any.library").warning("%s \x1b[31mred\x1b[0m\nline", HOSTILE)
+
+    assert cli.run("lightreasoner sample", lambda prog: Parser(), command, []) == 0
+    assert capsys.readouterr().out == f"1\u00a0000 \u2260 {ESCAPED}\n\tdone\n"
+    assert caplog.messages == [f"{ESCAPED} \x1b[31mred\x1b[0m\nline"]  # colours do no harm
+
+
+def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert cli.run("lightreasoner sample", lambda prog: Parser(), lambda: print("1 \u2260 \udc802"), []) == 0
+    assert stdout.buffer.getvalue() == b"1 \\u2260 \\udc802\n"
+
+
+def test_the_name_of_a_tensor_does_not_steer_the_terminal(expert, tokenizer, steps, tmp_path, propagated_logs, caplog):
+    expert.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors") | {f"lm_head.{HOSTILE}": torch.zeros(1)}
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    steps.to_parquet(tmp_path / "steps.parquet")
+    argv = ["train", "--model_name_or_path", "model", "--dataset_name", "steps.parquet", "--output_dir", "out"]
+    argv = [str(tmp_path / arg) if arg in ("model", "steps.parquet", "out") else arg for arg in argv]
+    assert main([*argv, "--use_cpu", "--max_steps", "1", "--disable_tqdm", "true"]) == 0
+    assert f"lm_head.{ESCAPED}" in caplog.text and HOSTILE not in caplog.text
+
+
+def test_metadata_does_not_hide_in_a_card(steps):
+    made = json.loads(steps[0]["sampling_metadata"])
+    made["expert"] |= {"model": f"models/{HOSTILE}", "quantization": {"quant_method": HOSTILE}, "dtype": HOSTILE}
+    made["settings"]["dtype"] = HOSTILE
+    hostile = steps.map(lambda row: {"sampling_metadata": json.dumps(made)})
+    text = dataset_card({"train": hostile}, "me/steps").content
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert ESCAPED in text
+    assert describe_quantization({"quant_method": HOSTILE}).isprintable()
+
+
+# What is read is UTF-8, whatever the locale
+
+
+@pytest.fixture
+def windows_locale(monkeypatch):
+    """Files that are opened as text without an encoding are read as CP1252."""
+    open_as_named = builtins.open
+
+    def open_as_cp1252(file, mode="r", buffering=-1, encoding=None, *args, **kwargs):
+        return open_as_named(file, mode, buffering, encoding or (None if "b" in mode else "cp1252"), *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", open_as_cp1252)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_config_file_is_utf8_whatever_the_locale(encoding, windows_locale, tmp_path):
+    from trl_lightreasoner.commands.sample import make_parser
+
+    config = tmp_path / "config.yaml"
+    config.write_text("system_prompt: Löse Schritt für Schritt ∑\n", encoding=encoding)
+    argv = ["--config", str(config), "--expert", "a", "--amateur", "b", "--dataset_name", "c", "--output_dir", "d"]
+    assert make_parser().parse(argv)[0].system_prompt == "Löse Schritt für Schritt ∑"
+
+
+@pytest.mark.parametrize("flag", ["--config", "--prompt_template"])
+def test_a_file_in_latin_1_is_refused_by_name_and_line(flag, tmp_path, capsys):
+    file = tmp_path / "file.txt"
+    file.write_text("# one\n# für {question}\n", encoding="latin-1")
+    argv = ["--expert", "a", "--amateur", "b", "--dataset_name", "c", "--output_dir", "d"]
+    assert main(["sample", *argv, flag, str(file)]) == 2
+    assert f" {str(file)!r} is not in UTF-8 (line 2). Save it as UTF-8.\n" in capsys.readouterr().err

@@ -1,0 +1,97 @@
+"""Grading processes: they import nothing from where they are started, end with their parent, and stop in time."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from trl_lightreasoner.grading import verdicts
+from trl_lightreasoner.grading.verdicts import check_math_verify, grade, grade_all
+
+
+ROOT = {"completion": r"\boxed{\sqrt{20}}", "gold": r"2\sqrt{5}"}
+
+
+def test_a_grader_imports_nothing_from_where_it_is_started(tmp_path, monkeypatch):
+    for name in ("sympy", "math_verify", "queue", "json", "trl_lightreasoner", "sitecustomize", "antlr4"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'a').write({name!r})")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "")  # which is that folder
+    monkeypatch.setattr(sys, "path", ["", *sys.path, str(tmp_path)])
+    assert grade_all([ROOT])[0].correct
+    assert not (tmp_path / "imported").exists()
+
+
+ENDLESS = [r"\sum_{n=1}^{10^9} 1/n", r"\pi^{10^{50}}"]
+
+
+@pytest.mark.parametrize("formula", ENDLESS)
+def test_grade_stops_in_time_and_says_so(formula, monkeypatch):
+    monkeypatch.setattr(verdicts, "TIMEOUT", 0.5)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(grade(rf"\boxed{{{formula}}}", r"\sqrt{2}")))
+    start = time.monotonic()
+    thread.start()
+    found.append(grade(rf"\boxed{{{formula}}}", r"\sqrt{2}"))
+    thread.join()
+    assert time.monotonic() - start < 10
+    assert found == [verdicts.Verdict(formula, False, "over 0.5 seconds")] * 2
+
+
+KILLED = r"""
+import os, threading
+from trl_lightreasoner.grading import graders
+found = graders.Graders()
+found.start()
+print(found._idle[0].pid, flush=True)
+found.ask({"completion": r"\boxed{\sum_{n=1}^{10^9} 1/n}", "gold": r"\sqrt{2}"}, timeout=600)
+"""
+
+
+def test_a_grader_ends_with_the_process_that_started_it():
+    parent = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
+    grader = int(parent.stdout.readline())
+    time.sleep(1)  # it is at work
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 10
+    while is_running(grader) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(grader)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:  # who waits for it may take its time
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the system has no such limit")
+def test_a_grader_limits_its_processor_time():
+    program = "from trl_lightreasoner.grading.graders import _limit_processor_time as limit; limit(-1); 7 ** 10 ** 9"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == -signal.SIGXCPU
+
+
+def test_an_error_of_computer_algebra_is_no_verdict(monkeypatch):
+    def fail(gold, answer, tolerance):
+        raise RecursionError
+
+    monkeypatch.setattr(verdicts, "equal_by_math_verify", fail)
+    assert verdicts._reply(ROOT) == verdicts.Verdict(r"\sqrt{20}", False, "RecursionError")
+    assert verdicts._reply({"completion": "#### 18", "gold": "18"}).correct  # needs none
+
+
+@pytest.mark.parametrize("call", [check_math_verify, lambda: grade(**ROOT), lambda: grade_all([ROOT])])
+def test_a_grader_that_cannot_work_is_an_error(call, tmp_path, monkeypatch):
+    (tmp_path / "antlr4.py").write_text("raise ModuleNotFoundError(\"No module named 'antlr4'\")")
+    monkeypatch.syspath_prepend(tmp_path)
+    verdicts._graders.close()
+    with pytest.raises(ImportError, match="math-verify does not work here: No module named 'antlr4'. Install it anew"):
+        call()

@@ -1,0 +1,194 @@
+"""Processes that grade, one completion at a time, so that computer algebra can be stopped.
+
+They are started by a command rather than by multiprocessing, which would import the caller's script again, and import
+nothing from the folder that they are started in. They end with the process that started them, and each limits its own
+processor time, so that none is left at work when that one was killed.
+"""
+
+import contextlib
+import json
+import math
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import IO, Any
+
+from ..safe_path import safe_path
+
+
+# What a grader is asked for: the arguments of `grade`, in JSON. What it replies: a verdict, in JSON
+Serve = Callable[[dict[str, Any]], Any]
+
+_PROGRAM = (
+    "import sys; sys.path[:] = sys.argv[1:]; from trl_lightreasoner.grading import verdicts; verdicts.serve_verdicts()"
+)
+_READY = "ready"
+
+
+class Graders:
+    """
+    Processes that grade, as many as are asked at once; each is kept for the next completion.
+
+    A process that is over the time, or has died, is replaced. What it was asked has no reply.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._idle: list[subprocess.Popen] = []
+        self._all: list[subprocess.Popen] = []
+
+    def ask(self, item: dict[str, Any], timeout: float) -> tuple[Any, str | None]:
+        """
+        The reply of a grader, and why there is none.
+
+        Args:
+            item (`dict`): What to grade. JSON.
+            timeout (`float`): Seconds that it may take. The start of a process is not counted.
+
+        Raises:
+            `ImportError`: If no grader can work here; says why.
+        """
+        grader = self._take()
+        expired = threading.Event()
+
+        def kill() -> None:
+            expired.set()
+            grader.kill()  # which ends the reading, on every platform
+
+        timer = threading.Timer(timeout, kill)
+        timer.start()
+        try:
+            requests, replies = _pipes(grader)
+            requests.write(json.dumps({"timeout": timeout, "item": item}) + "\n")
+            requests.flush()
+            line = replies.readline()
+        except OSError:  # it died
+            line = ""
+        finally:
+            timer.cancel()
+            timer.join()
+        finished = line.endswith("\n")
+        if finished and not expired.is_set():
+            with self._lock:
+                self._idle.append(grader)
+        else:
+            self._end(grader)
+        if finished:
+            return json.loads(line), None
+        return None, f"over {timeout:g} seconds" if expired.is_set() else "the grading process died"
+
+    def start(self) -> None:
+        """Start one, if there is none: the same errors as of [`~Graders.ask`]."""
+        grader = self._take()
+        with self._lock:
+            self._idle.append(grader)
+
+    def close(self) -> None:
+        """End them all, whatever they are at."""
+        with self._lock:
+            graders, self._all, self._idle = self._all, [], []
+        for grader in graders:
+            _end(grader)
+
+    def forget(self) -> None:
+        """In a process that was forked off: they belong to the other one."""
+        self.__init__()  # type: ignore[misc]
+
+    def _take(self) -> subprocess.Popen:
+        with self._lock:
+            while self._idle:
+                grader = self._idle.pop()
+                if grader.poll() is None:
+                    return grader
+        return self._start()
+
+    def _end(self, grader: subprocess.Popen) -> None:
+        with self._lock:
+            if grader in self._all:
+                self._all.remove(grader)
+        _end(grader)
+
+    def _start(self) -> subprocess.Popen:
+        # The path goes as arguments: in PYTHONPATH it would hold for the start of Python as well
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        grader = subprocess.Popen(
+            [sys.executable, "-P", "-c", _PROGRAM, *safe_path()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+        )
+        with self._lock:
+            self._all.append(grader)
+        line = _pipes(grader)[1].readline()
+        if line != json.dumps(_READY) + "\n":
+            self._end(grader)
+            reason = json.loads(line) if line.endswith("\n") else "the grading process ended at its start"
+            raise ImportError(
+                f"math-verify does not work here: {str(reason).rstrip('.')}. Install it anew, with what it needs: "
+                "`pip install --force-reinstall 'trl-lightreasoner[eval]'`."
+            )
+        return grader
+
+
+def _pipes(grader: subprocess.Popen) -> tuple[IO[str], IO[str]]:
+    assert grader.stdin is not None and grader.stdout is not None
+    return grader.stdin, grader.stdout
+
+
+def _end(grader: subprocess.Popen) -> None:
+    grader.kill()
+    grader.wait()
+    requests, replies = _pipes(grader)
+    replies.close()
+    with contextlib.suppress(OSError):  # what it did not read
+        requests.close()
+
+
+def serve(check: Callable[[], None], reply: Serve) -> None:
+    """
+    What a grader does: a line of JSON in, a line of JSON out, until the process that asks is gone.
+
+    Args:
+        check (`Callable`): Raises what makes grading impossible.
+        reply (`Callable`): From what was asked to what is replied.
+    """
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever else is printed must not come between
+    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in requests:
+            asked.put(line)
+        os._exit(0)  # also in the middle of a formula
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        check()
+        outcome: str = _READY
+    except Exception as error:
+        outcome = str(error) or type(error).__name__
+    print(json.dumps(outcome), file=replies, flush=True)
+    while outcome == _READY:
+        request = json.loads(asked.get())
+        _limit_processor_time(request["timeout"])
+        print(json.dumps(reply(request["item"])), file=replies, flush=True)
+
+
+def _limit_processor_time(seconds: float) -> None:
+    """The system ends this process, where it knows such a limit, even within one long operation on whole numbers."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    limit = math.ceil(usage.ru_utime + usage.ru_stime + seconds) + 1
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
