@@ -1,7 +1,6 @@
 """A split of a dataset by the name that a user gives: a file, a folder, or an id on the Hub."""
 
 import glob
-import json
 from pathlib import Path
 
 import datasets
@@ -9,6 +8,8 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
+from .caches import name_the_cache
+from .run_file import finished_files
 from .writer import literal_path
 
 
@@ -42,7 +43,8 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
     if path.exists():  # `datasets` would tell its server that a local file was read
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
-        return _load_split(name, config, split)
+        with name_the_cache():
+            return _load_split(name, config, split)
     except OSError as error:
         raise ValueError(
             f"The dataset {name!r} cannot be loaded: {_first_line(error)}. It must be a file "
@@ -78,9 +80,9 @@ def _load_split(name: str, config: str | None, split: str) -> Dataset:
             raise ValueError(f"There is no split {split!r} in {name!r}. It has {list(dataset)}.")
         return dataset[split]
     # A bare name could also be that of another folder in the cache of `datasets`, hence builders and absolute paths
+    if config is None and (path / "data").is_dir() and (files := [literal_path(each) for each in finished_files(path)]):
+        return load_dataset("parquet", data_files={"train": files}, split=split)
     if config is None and list((path / "data").glob("*.parquet")):
-        if files := _sampled_files(path):
-            return load_dataset("parquet", data_files={"train": files}, split=split)
         return load_dataset("parquet", data_dir=literal_path(path / "data"), split=split)
     if not path.is_dir():
         return load_dataset(name, name=config, split=split)
@@ -88,12 +90,3 @@ def _load_split(name: str, config: str | None, split: str) -> Dataset:
     if glob.has_magic(folder):
         raise ValueError(f"{folder!r} would be taken for a pattern of names. Rename the folder, or name a file in it.")
     return load_dataset(folder, name=config, split=split)
-
-
-def _sampled_files(folder: Path) -> list[str]:
-    """What `lightreasoner sample` wrote into a folder, whatever lies beside it."""
-    try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        return [literal_path(folder / "data" / name) for name in sorted(run["files"])]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
