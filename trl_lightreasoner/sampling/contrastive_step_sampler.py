@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import uuid
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..processes import Processes
 from ..steps.dataset import check_dataset, kl_quantiles
 from ..steps.prompt_format import PromptFormat, format_of_prompts
 from ..steps.prompts import check_prompts, encode_rows
+from ..steps.run_file import run_date
 from ..steps.writer import StepWriter, describe_rows, hash_ids
 from ..vocabulary import model_vocabulary, shared_vocabulary
 from .contrastive_sampling_config import ContrastiveSamplingConfig
@@ -166,7 +168,9 @@ class ContrastiveStepSampler:
         """
         check_prompts(dataset, self.processing_class)
         self._prompt_format = prompt_format or format_of_prompts(dataset)
-        writer = StepWriter(self.args.output_dir, dataset, self.args.overwrite_output_dir)
+        folder, overwrite = self.args.output_dir, self.args.overwrite_output_dir
+        date = self.processes.on_main(lambda: run_date(folder, overwrite))
+        writer = StepWriter(folder, dataset, overwrite, date=date)
         self.eos_ids = find_eos_ids(self.expert, self.processing_class, **self._expert_kwargs)
 
         scoring_only = "completion" in dataset.column_names
@@ -188,7 +192,7 @@ class ContrastiveStepSampler:
             _encode,
             with_indices=True,
             batched=True,
-            fn_kwargs={"tokenizer": self.processing_class, "eos_ids": set(self.eos_ids)},
+            fn_kwargs={"tokenizer": self.processing_class, "eos_ids": set(self.eos_ids), "date": date},
             remove_columns=dataset.column_names,
             features=Features({column: List(Value("int32")) for column in columns}),
             keep_in_memory=True,
@@ -451,7 +455,11 @@ class ContrastiveStepSampler:
 
 
 def _encode(
-    batch: dict[str, list], indices: list[int], tokenizer: PreTrainedTokenizerBase, eos_ids: set[int]
+    batch: dict[str, list],
+    indices: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: set[int],
+    date: datetime,
 ) -> dict[str, list[list[int]]]:
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    return encode_rows(rows, tokenizer, eos_ids, first_row=indices[0])
+    return encode_rows(rows, tokenizer, eos_ids, first_row=indices[0], date=date)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Value
 from transformers.utils import cached_file
 
 from .dataset import read_samplings
@@ -134,7 +134,8 @@ def name_prompts(dataset: Dataset, column: str) -> Dataset:
     The dataset with its column of prompts under the name `prompt`.
 
     Raises:
-        `ValueError`: If there is no such column, or another one has that name.
+        `ValueError`: If there is no such column, another one has that name, or a row of it is a conversation that ends
+            with its answer.
     """
     if column not in dataset.column_names:
         raise ValueError(
@@ -145,6 +146,14 @@ def name_prompts(dataset: Dataset, column: str) -> Dataset:
         return dataset
     if "prompt" in dataset.column_names:
         raise ValueError(f"The dataset has a column 'prompt' beside {column!r}. Rename or remove one of them.")
+    if not isinstance(dataset.features[column], Value):
+        for index, messages in enumerate(dataset.with_format(None)[column]):
+            last = messages[-1] if isinstance(messages, list) and messages else None
+            if isinstance(last, dict) and last.get("role") == "assistant":
+                raise ValueError(
+                    f"Row {index}: the messages of {column!r} end with an answer, which would become part of the "
+                    "prompt. Move it into a column `completion` to have it scored, or leave it out."
+                )
     return dataset.rename_column(column, "prompt")
 
 

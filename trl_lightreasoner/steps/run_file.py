@@ -76,7 +76,7 @@ def finished_files(folder: Path) -> list[Path]:
     Raises:
         `ValueError`: If one of them, or run.json, is damaged or missing.
     """
-    if not (folder / "run.json").is_file():
+    if not ((folder / "run.json").is_file() and (folder / "data").is_dir()):
         return []
     files = read_run(folder).get("files", {})
     found = checksums(folder / "data", files)
@@ -85,8 +85,7 @@ def finished_files(folder: Path) -> list[Path]:
             path = str(folder / "data" / name)
             raise ValueError(
                 f"{path!r} is {'damaged: it does not match its checksum in run.json' if name in found else 'missing'}."
-                " Run the same again that made it, which makes it anew; to read a file that you changed yourself, name "
-                "the file."
+                " Run the same again that made it, which makes it anew. To read a file that you changed, name it."
             )
     return [folder / "data" / name for name in sorted(files)]
 

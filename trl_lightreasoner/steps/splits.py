@@ -80,8 +80,8 @@ def _load_split(name: str, config: str | None, split: str) -> Dataset:
             raise ValueError(f"There is no split {split!r} in {name!r}. It has {list(dataset)}.")
         return dataset[split]
     # A bare name could also be that of another folder in the cache of `datasets`, hence builders and absolute paths
-    if config is None and (path / "data").is_dir() and (files := [literal_path(each) for each in finished_files(path)]):
-        return load_dataset("parquet", data_files={"train": files}, split=split)
+    if config is None and (files := finished_files(path)):
+        return load_dataset("parquet", data_files={"train": [*map(literal_path, files)]}, split=split)
     if config is None and list((path / "data").glob("*.parquet")):
         return load_dataset("parquet", data_dir=literal_path(path / "data"), split=split)
     if not path.is_dir():

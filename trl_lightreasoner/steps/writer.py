@@ -54,8 +54,8 @@ class StepWriter:
         dataset ([`~datasets.Dataset`]): The input, whose columns are carried along.
         overwrite (`bool`): Whether rows that are there already are deleted instead of continued.
         features (`dict`): Types of the columns that are made, beside `completion`.
-        date ([`~datetime.datetime`], *optional*): What [`~trl_lightreasoner.steps.run_file.run_date`] says, if the rows
-            depend on it.
+        date ([`~datetime.datetime`], *optional*): What [`~trl_lightreasoner.steps.run_file.run_date`] says, if the
+            rows depend on it.
 
     Raises:
         `ValueError`: If the folder is a file or holds something else, or an input column has the name of one of ours.
@@ -108,7 +108,8 @@ class StepWriter:
             `set[int]`: Rows of the input that are there already.
 
         Raises:
-            `ValueError`: If another process has the folder, it was begun with another identity, or run.json is damaged.
+            `ValueError`: If another process has the folder, it was begun with another identity, or run.json is
+                damaged.
             `OSError`: If the folder cannot be written, and is not finished.
         """
         self.opening = ""
@@ -252,8 +253,8 @@ class StepWriter:
         except (OSError, DatasetsError) as error:
             shutil.rmtree(self.merging, ignore_errors=True)
             raise OSError(
-                f"Cannot finish {str(self.folder)!r} ({reason_of(error)}). All rows are kept: make room, or see to the "
-                "permissions, and run the same again to put them together."
+                f"Cannot finish {str(self.folder)!r} ({reason_of(error)}). All rows are kept: make room, or see to "
+                "the permissions, and run the same again to put them together."
             ) from error
 
     def _shards_to_merge(self, rows: set[int]) -> tuple[list[Path], int]:
