@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from trl_lightreasoner.steps.dataset import raise_beta
 from trl_lightreasoner.steps.splits import load_split
+from trl_lightreasoner.steps.training_rows import prepare_rows
 from trl_lightreasoner.steps.writer import StepWriter
+from trl_lightreasoner.vocabulary import Vocabulary
 
 
 pytestmark = pytest.mark.usefixtures("propagated_logs")
@@ -44,7 +47,7 @@ def columns_of(rows, sign=1):
 
 def open_run(folder, beta=0.4, done=(), **kwargs) -> StepWriter:
     writer = StepWriter(str(folder), INPUT, **kwargs)
-    assert writer.open({"beta": beta}, {"beta": beta}) == set(done)
+    assert writer.open({"beta": beta}, {"settings": {"beta": beta}}) == set(done)
     return writer
 
 
@@ -325,3 +328,26 @@ def test_a_cache_that_cannot_be_written_is_named(folder, tmp_path, monkeypatch):
     for work in (open_run(folder, done=ROWS).load, lambda: load_split(str(folder), None, "train")):
         with pytest.raises(ValueError, match=r"cache of `datasets`, '.*elsewhere', cannot be written \(Read-only"):
             work()
+
+
+def test_rows_that_were_saved_to_a_read_only_disk_are_prepared_in_memory(folder, tmp_path, monkeypatch):
+    finished(folder)
+    load_split(str(folder), None, "train").save_to_disk(tmp_path / "saved")
+    before = set((tmp_path / "saved").iterdir())
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    saved = load_split(str(tmp_path / "saved"), None, "train")
+    rows = prepare_rows(saved, "train", Vocabulary(list(range(16))), 16, None, one_step_per_row=False)
+    assert raise_beta(saved, 0.4)["step_positions"][:] == rows["step_positions"][:] == [[1]] * 8
+    assert set((tmp_path / "saved").iterdir()) == before
+
+
+def test_a_folder_without_room_for_prepared_rows_is_named(folder, monkeypatch):
+    finished(folder)
+    rows = load_split(str(folder), None, "train")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28] No space left on device")
+
+    monkeypatch.setattr(Dataset, "map", full)
+    with pytest.raises(ValueError, match=r"'.*cache.*parquet.*', cannot be written \(No space left on device\)"):
+        raise_beta(rows, 0.5)

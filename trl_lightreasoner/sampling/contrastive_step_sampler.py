@@ -363,11 +363,17 @@ class ContrastiveStepSampler:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items() if count)
         if skipped[empty] == len(encoded):
             columns = "`prompt` or `completion`" if scoring_only else "`prompt`"
-            raise ValueError(f"Every row of the dataset is empty. There must be text in the column {columns}.")
+            raise ValueError(
+                f"Every row of the dataset is empty: {columns} holds no text, or none of which the expert's tokenizer "
+                "makes a token. Check the column and `processing_class`."
+            )
         if not plan:
+            remedies = ["Shorten the prompts" + (" and completions" if scoring_only else "")]
+            remedies += ["raise `max_prompt_length`"] if skipped[too_long] else []
+            remedies += ["choose models with a longer context"] if skipped[no_room] else []
             raise ValueError(
                 f"Every prompt of the dataset had to be skipped ({reasons}; the models' context is {self.max_length} "
-                "tokens). Shorten the prompts, or raise `max_prompt_length`."
+                f"tokens). {', or '.join(remedies)}."
             )
         if reasons:
             logger.warning(

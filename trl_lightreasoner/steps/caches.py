@@ -2,13 +2,13 @@
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from datasets.exceptions import DatasetsError
 
 
@@ -42,14 +42,19 @@ def name_the_cache(cache_dir: str | None = None, hint: str = "") -> Iterator[Non
         ) from error
 
 
-def map_options(dataset: Dataset | IterableDataset) -> dict[str, Any]:
+def map_rows(dataset: Dataset, function: Callable, **kwargs: Any) -> Dataset:
     """
-    How to `map` a Dataset wherever it lies: beside one that was saved to a read-only disk, `datasets` cannot write.
+    `dataset.map`, wherever the Dataset lies: its result goes into a file beside it, or into the memory where that
+    cannot be written, as beside one that was saved to a read-only disk.
+
+    Raises:
+        `ValueError`: If the disk does not take the file; names the folder.
     """
-    if isinstance(dataset, IterableDataset):
-        return {}
-    folders = {os.path.dirname(file["filename"]) for file in dataset.cache_files}
-    return {} if all(os.access(folder, os.W_OK) for folder in folders) else {"keep_in_memory": True}
+    folders = [os.path.dirname(file["filename"]) for file in dataset.cache_files]
+    if not all(os.access(folder, os.W_OK) for folder in folders):
+        kwargs["keep_in_memory"] = True
+    with name_the_cache(folders[0] if folders else None):
+        return dataset.map(function, **kwargs)
 
 
 def reason_of(error: BaseException) -> str:

@@ -65,9 +65,9 @@ def render_row(
     if not isinstance(text.get("chat_template_kwargs", {}), dict):
         raise ValueError(f"`chat_template_kwargs` must be a dict, got {text['chat_template_kwargs']!r}. Convert it.")
     # Where rows of a dataset have different keys, Arrow fills in nulls
-    text = {key: remove_none_values(value) for key, value in text.items()}
-    for column in text.keys() - {"chat_template_kwargs"}:
-        text[column] = [_as_plain_message(message, column) for message in text[column]]
+    for key, value in text.items():
+        plain = value if key == "chat_template_kwargs" else [_as_plain_message(message, key) for message in value]
+        text[key] = remove_none_values(plain)
     tools = _tools_of(row)
     template = tokenizer.get_chat_template(tools=tools or None)
     template = _TODAY.sub(lambda call: json.dumps((date or datetime.now()).strftime(call[2])), template)

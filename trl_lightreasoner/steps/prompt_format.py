@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset, Value
 from transformers.utils import cached_file
 
+from .caches import map_rows
 from .dataset import read_samplings
 
 
@@ -174,7 +175,7 @@ def make_prompts(dataset: Dataset, prompt_format: PromptFormat) -> Dataset:
             raise ValueError(f"Row {index}: The content of `prompt` must be text, got {prompt!r}. Convert it.")
         return {"prompt": prompt_format.make_prompt(prompt) if prompt else empty}
 
-    return dataset.map(put, with_indices=True, desc="Making prompts")
+    return map_rows(dataset, put, with_indices=True, desc="Making prompts")
 
 
 def format_of_prompts(dataset: Dataset) -> PromptFormat | None:
