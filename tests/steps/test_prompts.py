@@ -225,6 +225,7 @@ WRONG_ROWS = {
     "a list of texts": ({"prompt": ["2+2="]}, "must both be text or both be lists"),
     "two completions": ({"prompt": MESSAGES, "completion": [ANSWER, ANSWER]}, "one assistant message, got 2 of them"),
     "an empty completion": ({"prompt": MESSAGES, "completion": []}, "one assistant message, got 0 of them"),
+    "a user's completion": ({"prompt": MESSAGES, "completion": MESSAGES[1:]}, "must be one assistant message, got {"),
     "a system message last": ({"prompt": MESSAGES[:1]}, "Invalid role in the last message: system"),
     "null content": ({"prompt": [{"role": "user", "content": None}]}, "A message of `prompt` has no content"),
     "no content": ({"prompt": [{"role": "user", "text": "2+2="}]}, "A message of `prompt` has no content"),

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import cached_file, is_bitsandbytes_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from .hub_access import from_cache_if_unreachable
 from .weights import get_base_model, settle_4bit_layers
 
 
@@ -35,6 +36,7 @@ _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.
 _VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json", "tokenization*.py")
 
 
+@from_cache_if_unreachable
 def load_model(
     model: str | PreTrainedModel | PeftModel, is_trainable: bool = False, **kwargs: Any
 ) -> PreTrainedModel | PeftModel:
@@ -81,6 +83,7 @@ def _load_model(model: str, is_trainable: bool, **kwargs: Any) -> PreTrainedMode
     return PeftModel.from_pretrained(loaded, model, is_trainable=is_trainable, **repository)
 
 
+@from_cache_if_unreachable
 def load_config(model: str | PreTrainedModel | PeftModel, name: str = "model", **kwargs: Any) -> PretrainedConfig:
     """
     The model's configuration, without loading the model.
@@ -172,6 +175,7 @@ def _check_weights(model: str, name: str) -> None:
             raise ValueError(f"{str(path)!r} is damaged ({error}). Download or save it again.") from error
 
 
+@from_cache_if_unreachable
 def load_tokenizer(
     model: str | torch.nn.Module, name: str = "model", argument: str = "processing_class", **kwargs: Any
 ) -> PreTrainedTokenizerBase:
@@ -232,6 +236,7 @@ def _has_tokenizer(source: str, repository: dict[str, Any]) -> bool:
     return any(cached_file(source, file, **where, **quietly) is not None for file in files)
 
 
+@from_cache_if_unreachable
 def load_generation_config(model: str | PreTrainedModel | PeftModel, **kwargs: Any) -> GenerationConfig:
     """
     The model's generation_config, or what its config says where it has none, without loading the model.
@@ -266,6 +271,7 @@ def hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in names if name in kwargs}
 
 
+@from_cache_if_unreachable
 def load_adapter_config(model: str, name: str = "model", **kwargs: Any) -> PeftConfig | None:
     """The configuration of a PEFT adapter, or `None` if `model` is not one; `kwargs` as of [`hub_kwargs`]."""
     kwargs.pop("trust_remote_code", None)  # an adapter has no code of its own

@@ -62,6 +62,8 @@ def render_row(
         return text
     if completion is not None and len(completion) != 1:
         raise ValueError(f"`completion` must be one assistant message, got {len(completion)} of them.")
+    if completion and isinstance(completion[0], dict) and completion[0].get("role") not in ("assistant", None):
+        raise ValueError(f"`completion` must be one assistant message, got {completion[0]!r}. Filter such rows out.")
     if not isinstance(text.get("chat_template_kwargs", {}), dict):
         raise ValueError(f"`chat_template_kwargs` must be a dict, got {text['chat_template_kwargs']!r}. Convert it.")
     # Where rows of a dataset have different keys, Arrow fills in nulls

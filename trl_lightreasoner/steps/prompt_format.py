@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset, Value
 from transformers.utils import cached_file
 
+from ..models.hub_access import from_cache_if_unreachable
 from .caches import map_rows
 from .dataset import read_samplings
 
@@ -108,6 +109,7 @@ def read_template(template: str) -> str:
     return text.removesuffix("\n")  # an editor's
 
 
+@from_cache_if_unreachable
 def load_prompt_format(model: str, **kwargs: Any) -> PromptFormat | None:
     """
     The format that lies beside a model or an adapter, or `None` if there is none.
