@@ -228,6 +228,10 @@ WRONG_ROWS = {
     "a user's completion": ({"prompt": MESSAGES, "completion": MESSAGES[1:]}, "must be one assistant message, got {"),
     "a system message last": ({"prompt": MESSAGES[:1]}, "Invalid role in the last message: system"),
     "null content": ({"prompt": [{"role": "user", "content": None}]}, "A message of `prompt` has no content"),
+    "no call": (
+        {"prompt": [{**MESSAGES[1], "tool_calls": 7}]},
+        "`tool_calls` of a message of `prompt` must be a list",
+    ),
     "no content": ({"prompt": [{"role": "user", "text": "2+2="}]}, "A message of `prompt` has no content"),
 }
 

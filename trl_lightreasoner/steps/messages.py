@@ -108,8 +108,13 @@ def _as_plain_message(message: Any, column: str) -> dict[str, Any]:
     # A template prints whatever it is given, numbers and lists as well
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f"A message of `{column}` has no role: {message!r}. Filter such rows out.")
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise ValueError(
+            f"`tool_calls` of a message of `{column}` must be a list of calls, got {calls!r}. Convert it."
+        )
     content = message.get("content")
-    if not content and content != "" and not message.get("tool_calls"):
+    if not content and content != "" and not calls:
         raise ValueError(f"A message of `{column}` has no content: {message!r}. Filter such rows out.")
     if isinstance(content, list):
         for part in content:
