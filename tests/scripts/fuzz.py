@@ -57,12 +57,13 @@ EXPECTED = made_up(list(range(NUM_ROWS)))
 IDENTITY, METADATA = {"beta": 0.4, "prompts": "a"}, {"settings": {"beta": 0.4}}
 
 
-def run(folder: Path, rng: random.Random, batches: int | None = None) -> Dataset | None:
+def run(folder: Path, rng: random.Random, batches: int | None = None, pause: float = 0.0) -> Dataset | None:
     """Make the rows that are not there yet; of `batches` batches, all that are missing if `None`."""
     writer = StepWriter(str(folder), INPUT)
     try:
         done = writer.open(IDENTITY, METADATA)
         for batch in cut(rng, [row for row in range(NUM_ROWS) if row not in done])[:batches]:
+            time.sleep(pause)
             writer.write(batch, made_up(batch))
         if batches is not None:
             return None
@@ -244,56 +245,59 @@ def damage_round(rng: random.Random, folder: Path) -> str:
 # Kills
 
 
-def work(folder: str, seed: str, is_main: bool, opened: Any, done: Any, pause: float) -> None:
+def wait_for(path: Path) -> bool:
+    """Whether a file comes. A queue between processes would hang where one is killed that holds its lock."""
+    deadline = time.monotonic() + 30
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return path.exists()
+
+
+def work(folder: Path, number: int, seed: str, is_main: bool, pause: float) -> None:
     """One of two processes of a run: the main one opens and finishes it."""
     rng = random.Random(seed)
     sys.stderr = open(os.devnull, "w")
-    writer = StepWriter(folder, INPUT)
+    opened, done = folder / f"opened-{number}", folder / f"done-{number}"
+    writer = StepWriter(str(folder / "steps"), INPUT)
     if is_main:
-        opened.put(writer.open(IDENTITY, METADATA))
-    there = opened.get()
-    opened.put(there)
-    if not is_main:
+        there = writer.open(IDENTITY, METADATA)
+        (folder / f"there-{number}").write_text(json.dumps(sorted(there)))
+        (folder / f"there-{number}").rename(opened)
+    elif wait_for(opened):
+        there = set(json.loads(opened.read_text()))
         writer.join()
-    rows = [row for row in range(is_main, NUM_ROWS, 2) if row not in there]
-    for batch in cut(rng, rows):
+    for batch in cut(rng, [row for row in range(is_main, NUM_ROWS, 2) if row not in there]):
         time.sleep(pause)
         writer.write(batch, made_up(batch))
-    if is_main:
-        done.get()
+    if not is_main:
+        done.touch()
+    elif wait_for(done):
         writer.finish(set(range(NUM_ROWS)))
-    else:
-        done.put(True)
 
 
 def kills_round(rng: random.Random, folder: Path) -> str:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     processes = []
-    for _ in range(rng.randint(1, 3)):
-        opened, done = context.Queue(), context.Queue()
-        pause = rng.choice([0.0, 0.01, 0.03])
+    for number in range(rng.randint(1, 3)):
+        pause = rng.choice([0.0, 0.02, 0.05, 0.1])
         pair = [
-            context.Process(
-                target=work,
-                args=(str(folder / "steps"), f"{rng.random()}", bool(rank), opened, done, pause),
-                daemon=True,
-            )
-            for rank in (1, 0)  # the main one first
+            context.Process(target=work, args=(folder, number, f"{rng.random()}", is_main, pause))
+            for is_main in (True, False)
         ]
         for process in pair:
             process.start()
-        time.sleep(rng.uniform(0.02, 0.4))
+        if rng.random() < 0.8:  # otherwise it may be killed as it starts
+            assert wait_for(folder / f"opened-{number}")
+        time.sleep(rng.uniform(0.0, 0.3))
         # The launcher dies with the main process, or with both; what is left over goes on beside the next start
-        killed = pair if rng.random() < 0.3 else [pair[0]] if rng.random() < 0.8 else [pair[1]]
-        for process in killed:
+        for process in pair if rng.random() < 0.3 else pair[:1]:
             process.kill()
-        pair[0].kill()
-        pair[0].join()
+            process.join()
         processes += pair
     deadline = time.monotonic() + 60
     while True:
-        made, sentence = refusal(lambda: run(folder / "steps", rng))
+        made, sentence = refusal(lambda: run(folder / "steps", rng, pause=rng.choice([0.0, 0.05])))
         if sentence is None:
             break
         assert "Another run is writing" in sentence and time.monotonic() < deadline, sentence
@@ -341,4 +345,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Processes find their work in the module, not in the program
+    __import__("tests.scripts.fuzz", fromlist=["main"]).main()

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +264,7 @@ class Candidate:
             questions = dataset["question"]
             rows = [{"prompt": each if isinstance(each, list) else make_prompt(each)} for each in questions]
             folder = str(Path(args.output_dir, role, name))
-            date = processes.on_main(lambda folder=folder: run_date(folder, args.overwrite_output_dir))
+            date = processes.on_main(partial(run_date, folder, args.overwrite_output_dir))
             ids = self.prompt_ids[name] = encode_rows(rows, tokenizer, set(self.eos_ids), date=date)["prompt_ids"]
             plan = self.plans[name] = plan_answers(ids, args.max_new_tokens, context)
             if len(plan) < len(ids):

@@ -196,7 +196,7 @@ def _told(text: str) -> dict[str, _Told]:
 
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]*) \| ([^|]*) \|$", section("Size"), re.MULTILINE)[1:]
     cells = {name.strip(): tuple(cell.strip() for cell in row) for name, *row in rows}
-    makings = {}
+    makings: dict[str, str] = {}
     for part in section("How it was made").split("\n### ")[1:]:
         names, _, making = part.partition("\n")
         makings |= dict.fromkeys(names.split(", "), making.strip())
