@@ -152,7 +152,16 @@ def test_renamed_special_tokens_are_left_out_with_a_warning(caplog):
     assert expert.eos_token_id == amateur.eos_token_id == 4
     shared = shared_vocabulary(expert, amateur, 8, 8)
     assert shared.ids.tolist() == [0, 1, 2, 3, 5]
-    assert "1 special tokens have another name" in caplog.text and "the first is id 4" in caplog.text
+    assert "1 added tokens have another name" in caplog.text
+    assert "(the first is id 4: '<|im_end|>' and '<|Assistant|>')" in caplog.text
+
+
+def test_words_that_were_added_are_no_special_tokens():
+    expert, amateur = word_tokenizer(), word_tokenizer()
+    expert.add_tokens("apples")
+    amateur.add_tokens("pears")
+    with pytest.raises(ValueError, match="id 4 is token 'apples' for the expert and 'pears' for the amateur"):
+        shared_vocabulary(expert, amateur, 8, 8)
 
 
 def test_tokens_that_agree_give_no_warning(caplog, tokenizer):

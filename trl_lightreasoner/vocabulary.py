@@ -124,8 +124,9 @@ def shared_vocabulary(
     """
     The tokens that two models hold under the same id.
 
-    One tokenizer may have tokens that the other lacks (they are not shared), and special tokens of one may stand where
-    the other has differently named ones (DeepSeek-R1-Distill-Qwen beside Qwen2.5; neither is shared, with a warning).
+    One tokenizer may have tokens that the other lacks (they are not shared), and added tokens of one may stand where
+    the other has differently named ones, one of them special (DeepSeek-R1-Distill-Qwen beside Qwen2.5; neither is
+    shared, with a warning).
     Any other difference means that the amateur would read another text than the expert wrote, and is refused.
 
     Args:
@@ -145,7 +146,8 @@ def shared_vocabulary(
     if expert == amateur:  # the usual case
         return Vocabulary(list(expert.values()))
     amateur_token = {token_id: token for token, token_id in amateur.items()}
-    expert_special, amateur_special = _special_ids(expert_tokenizer), _special_ids(amateur_tokenizer)
+    added = _added_ids(expert_tokenizer) & _added_ids(amateur_tokenizer)
+    special = special_ids(expert_tokenizer) | special_ids(amateur_tokenizer)  # two added words are other text
     shared, renamed = [], []
     for token, token_id in sorted(expert.items(), key=lambda item: item[1]):
         other = amateur_token.get(token_id)
@@ -157,7 +159,7 @@ def shared_vocabulary(
                 f"and id {amateur[token]} for the amateur. Choose two models of one family."
             )
         elif other is not None:
-            if not (token_id in expert_special and token_id in amateur_special and other not in expert):
+            if token_id not in added & special or other in expert:
                 raise ValueError(
                     f"The expert's and the amateur's tokenizers differ: id {token_id} is token {token!r} for the "
                     f"expert and {other!r} for the amateur. Choose two models of one family."
@@ -166,12 +168,20 @@ def shared_vocabulary(
     if not shared:
         raise ValueError("The expert's and the amateur's tokenizers share no token. Choose two models of one family.")
     if renamed:
+        first = renamed[0]
+        names = f"{expert_tokenizer.convert_ids_to_tokens(first)!r} and {amateur_token[first]!r}"
         logger.warning(
-            f"{len(renamed)} special tokens have another name for the amateur than for the expert (the first is id "
-            f"{renamed[0]}). They take no part in any probability, and the amateur reads them under its own name."
+            f"{len(renamed)} added tokens have another name for the expert than for the amateur (the first is id "
+            f"{first}: {names}). They take no part in any probability, and the amateur reads them under its own name."
         )
     return Vocabulary(shared)
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that stand for something other than text; words that were added do not."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {token_id for token_id, token in added if token.special} | set(tokenizer.all_special_ids)
+
+
+def _added_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)

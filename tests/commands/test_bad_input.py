@@ -122,9 +122,9 @@ PROMPTS = {
 }
 SKIPPED = (
     r"Every prompt of the dataset had to be skipped \(1 {}; the models' context is 256 tokens\). Shorten the "
-    + (r"prompts, or raise `max_prompt_length`\.")
+    + (r"prompts, or {}\.")
 )
-EMPTY = r"Every row of the dataset is empty\. There must be text in the column `prompt`\."
+EMPTY = r"Every row of the dataset is empty: `prompt` holds no text, or none of which the expert's tokenizer makes .*"
 SPLITS = r".* Should be one of \['train'\]\. Rows of another split can be held out, such as .*"
 NO_DATASET = (
     r"It must be a file \(\.json, \.jsonl, \.parquet, \.csv, \.txt\), a folder, or the id of a dataset on the Hub; "
@@ -207,8 +207,12 @@ SAMPLE = [
     prompts("strings.jsonl", BOTH + r"\['2\+2=', '3\+3='\]\."),
     prompts("no_messages.jsonl", EMPTY),
     prompts("empty_text.jsonl", EMPTY),
-    prompts("long.jsonl", SKIPPED.format("no room")),
-    prompts("long.jsonl", SKIPPED.format("longer than max_prompt_length=9"), max_prompt_length="9"),
+    prompts("long.jsonl", SKIPPED.format("no room", "choose models with a longer context")),
+    prompts(
+        "long.jsonl",
+        SKIPPED.format("longer than max_prompt_length=9", "raise `max_prompt_length`"),
+        max_prompt_length="9",
+    ),
     prompts(
         "taken.jsonl",
         r"The input already has columns named \['label_ids'\], which sampling writes\. Rename or remove them first\.",

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import os
 import shlex
@@ -408,7 +409,9 @@ def test_a_file_beside_the_rows_of_a_sampling_is_not_read(steps, tmp_path):
     for name in ("train-00000-of-00001.parquet", "train-00000-of-00001-Copy1.parquet"):
         steps.to_parquet(tmp_path / "data" / name)
     assert len(load_split(str(tmp_path), None, "train")) == 2 * len(steps)
-    (tmp_path / "run.json").write_text(json.dumps({"files": {"train-00000-of-00001.parquet": "SHA-256"}}))
+    name = "train-00000-of-00001.parquet"
+    checksum = hashlib.sha256((tmp_path / "data" / name).read_bytes()).hexdigest()
+    (tmp_path / "run.json").write_text(json.dumps({"files": {name: checksum}}))
     assert load_split(str(tmp_path), None, "train").to_list() == steps.to_list()
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from datasets import Dataset, Features
+from datasets import Dataset, DatasetInfo, Features
+from datasets.info import DatasetInfosDict
+from datasets.splits import SplitDict, SplitInfo
 from filelock import FileLock
 from huggingface_hub import DatasetCard, ModelCard
 from peft import LoraConfig
@@ -238,6 +240,31 @@ def test_splits_stand_side_by_side(shared):
     dict_card, splits_card = (shared.hub.card("datasets", f"me/{name}") for name in ("dict", "splits"))
     assert [row[:2] for row in table_rows(dict_card, "Size")] == [["train", "6"], ["test", "1"]]
     assert [row[:2] for row in table_rows(splits_card, "Size")] == [["validation", "1"], ["train", "2"]]
+
+
+def test_a_split_that_is_pushed_later_leaves_what_the_card_tells_of_the_first(steps):
+    def card_of(split, name, before=None):
+        return dataset_card({name: split}, "me/steps", before)
+
+    def pushed(card, **sizes):  # as `datasets` does
+        splits = SplitDict({name: SplitInfo(name, num_examples=size) for name, size in sizes.items()})
+        DatasetInfosDict({"default": DatasetInfo(splits=splits)}).to_dataset_card_data(card.data)
+        return card
+
+    made = json.loads(steps[0]["sampling_metadata"])
+    later = json.dumps({**made, "settings": {**made["settings"], "beta": 7.5}})
+    held_out = steps.select([0]).remove_columns("sampling_metadata").add_column("sampling_metadata", [later])
+    train = card_of(steps, "train")
+    told = table_rows(train.text, "Size")[0]
+    both = card_of(held_out, "validation", pushed(train, train=len(steps), validation=1)).text
+    assert 'split="train"' in both
+    size = {row[0]: row[1:] for row in table_rows(both, "Size")}
+    assert ["train", *size["train"]] == told and size["validation"][0] == "1"
+    makings = both.partition("## How it was made")[2].partition("## Size")[0].split("### ")[1:]
+    assert {part.split()[0]: "7.5 nats" in part for part in makings} == {"train": False, "validation": True}
+    again = card_of(steps, "validation", pushed(DatasetCard("---\n---\n" + both), train=9, validation=6)).text
+    assert "7.5 nats" not in again and "### train, validation" in again
+    assert ["train", "9", "", ""] in table_rows(again, "Size")  # somebody has changed it
 
 
 def test_a_card_tells_every_making_of_the_rows(steps):

@@ -6,6 +6,8 @@ from transformers import PreTrainedTokenizerFast
 
 from trl_lightreasoner.models.token_text import TokenTexts, label_of, spell_out
 
+from ..conftest import make_tokenizer
+
 
 @pytest.mark.parametrize(
     ("text", "shown"),
@@ -54,6 +56,14 @@ def test_special_tokens_are_shown_and_known(tokenizer):
     assert texts(tokenizer.eos_token_id) == "<|im_end|>"
     assert texts.is_special(tokenizer.eos_token_id)
     assert not texts.is_special(tokenizer("a").input_ids[0])
+
+
+def test_a_word_that_was_added_is_text():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens("apples")
+    texts = TokenTexts(tokenizer)
+    (token_id,) = tokenizer("apples").input_ids
+    assert texts(token_id) == "apples" and not texts.is_special(token_id)
 
 
 @pytest.mark.parametrize("token_id", [10**6, -1])

@@ -3,15 +3,19 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoTokenizer
+from transformers.utils import chat_template_utils
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
 
@@ -236,6 +240,39 @@ def test_another_batch_size_goes_on(stopped, sampler, many_prompts, left_alone):
     made = sampler(per_device_batch_size=5).sample(many_prompts)
     for column in ("completion_ids", "step_positions", "label_ids"):
         assert made[column][:] == left_alone[column][:]
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_template_that_prints_the_date_does_not_end_a_run_at_midnight(
+    is_finished, sampler, expert_path, tmp_path, monkeypatch
+):
+    tokenizer = AutoTokenizer.from_pretrained(expert_path)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    prompts = Dataset.from_dict({"prompt": [[{"role": "user", "content": f"What is {i}?"}] for i in range(4)]})
+
+    def sample() -> Dataset:
+        run = sampler()
+        run.processing_class = tokenizer
+        return run.sample(prompts)
+
+    def today(day: int) -> None:
+        class Today(datetime):
+            @classmethod
+            def now(cls):
+                return datetime(2026, 11, day)
+
+        for module in ("steps.run_file", "steps.messages"):
+            monkeypatch.setattr(f"trl_lightreasoner.{module}.datetime", Today, raising=False)
+        monkeypatch.setattr(chat_template_utils, "datetime", Today)
+
+    today(28)
+    made = sample()
+    if not is_finished:
+        shutil.rmtree(tmp_path / "steps" / "data")
+    today(29)
+    assert equal(sample(), made)
+    assert "28 Nov 2026" in tokenizer.decode(made["prompt_ids"][0])
 
 
 def test_overwriting_starts_afresh(stopped, sampler, many_prompts):

@@ -19,6 +19,7 @@ from trl_lightreasoner.steps.prompt_format import (
     format_of_prompts,
     format_of_steps,
     load_prompt_format,
+    name_prompts,
 )
 
 from ..conftest import QUESTIONS
@@ -185,3 +186,11 @@ def test_another_style_has_the_template_of_its_own(asked):
     settings, said = asked(prompt_style="raw")
     assert settings == PromptFormat("raw").to_dict()
     assert "is asked by plain text 'Question: {question}\\nAnswer:'" in said
+
+
+def test_a_conversation_that_ends_with_its_answer_is_no_prompt():
+    question = {"role": "user", "content": "What is 2+2?"}
+    dataset = Dataset.from_dict({"messages": [[question], [question, {"role": "assistant", "content": "4"}]]})
+    with pytest.raises(ValueError, match="Row 1: the messages of 'messages' end with an answer.*column `completion`"):
+        name_prompts(dataset, "messages")
+    assert name_prompts(dataset.select([0]), "messages")["prompt"][0] == [question]

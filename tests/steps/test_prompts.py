@@ -1,4 +1,8 @@
+from datetime import datetime
+from pathlib import Path
+
 import pytest
+import trl
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -152,11 +156,18 @@ def test_tools_can_be_json(tokenizer):
     assert tokenizer.decode(encoded["prompt_ids"]) == "[calculator]" + RENDERED
 
 
-def test_a_text_completion_is_taken_whole(tokenizer):
-    # EOS inside a text is the user's, and none is added behind it
-    completion = "4<|im_end|>\nand more"
-    encoded = encode(tokenizer, prompt="What is 2+2?", completion=completion)
-    assert encoded["completion_ids"] == ids_of(tokenizer, completion)
+@pytest.mark.parametrize("behind", ["", "<|im_end|>", "\n", "<|im_end|><|endoftext|>\n"])
+def test_a_text_completion_ends_with_its_first_eos(tokenizer, behind):
+    encoded = encode(tokenizer, prompt="What is 2+2?", completion="4<|im_end|>" + behind)
+    assert encoded["completion_ids"] == [*ids_of(tokenizer, "4"), tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("kind", ["text", "message"])
+def test_a_completion_that_goes_on_behind_eos_is_refused(tokenizer, kind):
+    text = "4<|im_end|>It is 4."
+    completion = [{"role": "assistant", "content": text}] if kind == "message" else text
+    with pytest.raises(ValueError, match="^Row 0: `completion` goes on behind the token '<|im_end|>', which ends an"):
+        encode(tokenizer, prompt=MESSAGES if kind == "message" else "What is 2+2?", completion=completion)
 
 
 def test_a_completion_message_ends_with_eos(tokenizer):
@@ -165,12 +176,6 @@ def test_a_completion_message_ends_with_eos(tokenizer):
     encoded = encode(tokenizer, prompt=MESSAGES, completion=completion)
     assert encoded["prompt_ids"] == ids_of(tokenizer, RENDERED)
     assert encoded["completion_ids"] == [*ids_of(tokenizer, "It is 4."), tokenizer.eos_token_id]
-
-
-def test_eos_inside_a_completion_message_does_not_cut_it(tokenizer):
-    completion = [{"role": "assistant", "content": "4<|im_end|>It is 4."}]
-    encoded = encode(tokenizer, prompt=MESSAGES, completion=completion)
-    assert tokenizer.decode(encoded["completion_ids"]) == "4<|im_end|>It is 4.<|im_end|>"
 
 
 def test_a_template_without_eos_leaves_the_completion_whole(tokenizer):
@@ -220,8 +225,13 @@ WRONG_ROWS = {
     "a list of texts": ({"prompt": ["2+2="]}, "must both be text or both be lists"),
     "two completions": ({"prompt": MESSAGES, "completion": [ANSWER, ANSWER]}, "one assistant message, got 2 of them"),
     "an empty completion": ({"prompt": MESSAGES, "completion": []}, "one assistant message, got 0 of them"),
+    "a user's completion": ({"prompt": MESSAGES, "completion": MESSAGES[1:]}, "must be one assistant message, got {"),
     "a system message last": ({"prompt": MESSAGES[:1]}, "Invalid role in the last message: system"),
     "null content": ({"prompt": [{"role": "user", "content": None}]}, "A message of `prompt` has no content"),
+    "no call": (
+        {"prompt": [{**MESSAGES[1], "tool_calls": 7}]},
+        "`tool_calls` of a message of `prompt` must be a list",
+    ),
     "no content": ({"prompt": [{"role": "user", "text": "2+2="}]}, "A message of `prompt` has no content"),
 }
 
@@ -239,10 +249,132 @@ def test_what_a_chat_template_refuses_is_an_error_of_the_row(tokenizer):
 
 
 def test_an_assistants_message_of_tool_calls_needs_no_content(tokenizer):
-    tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] or 'call'")
+    printed = "message['content'] or message['tool_calls'][0]['name']"
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['content']", printed)
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "calculator"}]}
     prompt = [*MESSAGES, call, {"role": "tool", "content": "4"}]
-    assert "assistant\ncall<|im_end|>" in tokenizer.decode(encode(tokenizer, prompt=prompt)["prompt_ids"])
+    assert "assistant\ncalculator<|im_end|>" in tokenizer.decode(encode(tokenizer, prompt=prompt)["prompt_ids"])
+
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+
+
+def template_of(name: str) -> str:
+    return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def parts(*texts: str) -> list[dict]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma", "lfm2", "qwen2_5", "gptoss"])
+def test_text_in_parts_is_joined(tokenizer, name):
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    tokenizer.chat_template = template_of(name)
+    in_parts, whole = (
+        encode(tokenizer, prompt=[{"role": "user", "content": content}], completion=[{**ANSWER, "content": answer}])
+        for content, answer in ((parts("What is ", "2+2?"), parts("It is ", "4.")), ("What is 2+2?", "It is 4."))
+    )
+    assert in_parts == whole
+    assert "What is 2+2?" in tokenizer.decode(whole["prompt_ids"])
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"type": "image"}, {"type": "image", "text": "a"}, {"type": "text", "text": 4}, "2+2?", None, {"text": "a"}],
+)
+def test_a_part_that_is_not_text_is_refused(tokenizer, part):
+    with pytest.raises(ValueError, match="Row 0: A message of `prompt` has a part that is not text: "):
+        encode(tokenizer, prompt=[{"role": "user", "content": [*parts("What is this?"), part]}])
+
+
+def test_what_a_template_leaves_out_of_a_prompt_is_refused(tokenizer):
+    tokenizer.chat_template = "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}"
+    tokenizer.chat_template += "{% endif %}{% endfor %}"
+    with pytest.raises(ValueError, match="^Row 0: The chat template leaves 'Please reason step by step.' out of"):
+        encode(tokenizer, prompt=MESSAGES)
+
+
+@pytest.mark.parametrize(
+    "tools", [[{"name": "calculator"}], [{"type": "function", "function": {"name": "calculator"}}]]
+)
+def test_tools_that_a_template_leaves_out_are_refused(tokenizer, tools):
+    with pytest.raises(ValueError, match="leaves 'calculator' out of `prompt`"):
+        encode(tokenizer, prompt=MESSAGES, tools=tools)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_6", "llama3", "gptoss", "deepseek_r1_distill", "gemma3"])
+def test_reasoning_of_an_earlier_turn_may_be_left_out_of_a_prompt(tokenizer, name):
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    tokenizer.chat_template = template_of(name)
+    prompt = [MESSAGES[1], {"role": "assistant", "content": "<think>\nhm\n</think>\n\n4"}, MESSAGES[1]]
+    assert tokenizer.decode(encode(tokenizer, prompt=prompt)["prompt_ids"]).count("What is 2+2?") == 2
+
+
+REASONED = [
+    {"role": "assistant", "content": "<think>\nTwo and two.\n</think>\n\nIt is 4."},
+    {"role": "assistant", "content": "It is 4.", "reasoning_content": "Two and two."},
+]
+
+
+@pytest.mark.parametrize("message", REASONED, ids=["in the content", "beside it"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_6"])
+def test_a_completion_that_comes_out_of_the_template_whole_is_scored_whole(tokenizer, name, message):
+    tokenizer.chat_template = template_of(name)
+    encoded = encode(tokenizer, prompt=MESSAGES, completion=[message])
+    text = tokenizer.decode([*encoded["prompt_ids"], *encoded["completion_ids"]])
+    assert "<think>\nTwo and two.\n</think>\n\nIt is 4.<|im_end|>" in text
+    assert "Two and two." in tokenizer.decode(encoded["completion_ids"])
+
+
+@pytest.mark.parametrize("message", REASONED, ids=["in the content", "beside it"])
+def test_a_completion_whose_reasoning_the_template_drops_is_refused(tokenizer, message):
+    tokenizer.chat_template = template_of("deepseek_r1_distill")
+    with pytest.raises(ValueError, match="^Row 0: The chat template leaves .*Two and two.* out of `completion`"):
+        encode(tokenizer, prompt=MESSAGES, completion=[message])
+
+
+def test_nulls_that_arrow_fills_in_do_not_reach_the_template(tokenizer):
+    tokenizer.chat_template = template_of("qwen3")
+
+    def row(name: str, **arguments) -> dict:
+        parameters = {"type": "object", "properties": {key: {"type": "string"} for key in arguments}}
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        return {
+            "prompt": [MESSAGES[1], {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "4"}],
+            "tools": [{"type": "function", "function": {"name": name, "parameters": parameters}}],
+            "chat_template_kwargs": {name: 1},
+        }
+
+    rows = [row("calculator", sum="2+2"), row("weather", city="Rome")]
+    assert encode_rows(Dataset.from_list(rows).to_list(), tokenizer, set()) == encode_rows(rows, tokenizer, set())
+
+
+@pytest.mark.parametrize("name", ["llama3_2", "gptoss"])
+def test_a_template_takes_the_date_that_it_is_given_for_today(tokenizer, name):
+    tokenizer.chat_template = template_of(name)
+    date = datetime(1999, 12, 31)
+    (ids,) = encode_rows([{"prompt": MESSAGES}], tokenizer, set(), date=date)["prompt_ids"]
+    assert any(each in tokenizer.decode(ids) for each in ("31 Dec 1999", "1999-12-31"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tools": "[oops"}, "`tools` is not JSON"),
+        ({"tools": '{"name": "a"}'}, "`tools` must be a list"),
+        ({"chat_template_kwargs": "a"}, "`chat_template_kwargs` must be a dict"),
+    ],
+)
+def test_what_goes_with_messages_is_refused_by_its_name(tokenizer, row, message):
+    with pytest.raises(ValueError, match=f"^Row 0: {message}"):
+        encode(tokenizer, prompt=MESSAGES, **row)
+
+
+def test_an_error_in_the_code_of_a_template_is_one_of_the_row(tokenizer):
+    tokenizer.chat_template = "{% for message in messages %}{{ 'a' + 1 }}{% endfor %}"
+    with pytest.raises(ValueError, match="^Row 0: The chat template refuses the messages .* can only concatenate"):
+        encode(tokenizer, prompt=MESSAGES)
 
 
 @pytest.mark.parametrize("prompt", ["What is 2+2?", MESSAGES], ids=["standard", "conversational"])

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from ..models.weights import describe_loading, describe_model, weight_fingerprin
 from ..processes import Processes
 from ..steps.prompt_format import load_prompt_format
 from ..steps.prompts import encode_rows
+from ..steps.run_file import run_date
 from ..steps.writer import StepWriter, describe_rows, hash_ids
 from ..vocabulary import check_embedded, model_vocabulary
 from .answering import Answering, context_length, grade_answers, plan_answers
@@ -264,7 +266,9 @@ class Candidate:
             make_prompt = args.prompt_format().make_prompt
             questions = dataset["question"]
             rows = [{"prompt": each if isinstance(each, list) else make_prompt(each)} for each in questions]
-            ids = self.prompt_ids[name] = encode_rows(rows, tokenizer, set(self.eos_ids))["prompt_ids"]
+            folder = str(Path(args.output_dir, role, name))
+            date = processes.on_main(partial(run_date, folder, args.overwrite_output_dir))
+            ids = self.prompt_ids[name] = encode_rows(rows, tokenizer, set(self.eos_ids), date=date)["prompt_ids"]
             for row, prompt in enumerate(ids):
                 check_embedded(prompt, tokenizer, config.vocab_size, row, role)
             plan = self.plans[name] = plan_answers(ids, args.max_new_tokens, context)
@@ -273,9 +277,8 @@ class Candidate:
                     f"{len(ids) - len(plan):,} of {len(ids):,} prompts of {title_of(name)} leave no room in "
                     f"the {role}'s context of {context} tokens. They count as wrong."
                 )
-            folder = str(Path(args.output_dir, role, name))
             prompted = dataset.add_column("prompt", tokenizer.batch_decode(ids))
-            self.writers[name] = StepWriter(folder, prompted, args.overwrite_output_dir, _ANSWER_FEATURES)
+            self.writers[name] = StepWriter(folder, prompted, args.overwrite_output_dir, _ANSWER_FEATURES, date)
 
     def answer(self, loaded: PreTrainedModel | PeftModel | None = None) -> None:
         """Write down the answers that are not there yet, by a model that may be `loaded` already, and let it go."""

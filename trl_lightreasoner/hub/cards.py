@@ -12,10 +12,11 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from datasets.info import DatasetInfosDict
+from datasets.splits import SplitInfo
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 from peft import LoraConfig, PeftModel
 from transformers import Trainer, TrainerState
@@ -60,6 +61,7 @@ _CURVE = (
 )
 _MAX_CURVE_ROWS = 20
 _LINES = "\n\t"
+_UNKNOWN = "The rows do not say."
 
 
 def model_card(
@@ -148,7 +150,9 @@ def dataset_card(splits: dict[str, Dataset], repo_id: str, existing: DatasetCard
     infos = DatasetInfosDict.from_dataset_card_data(card.data)
     info = infos.get("default")
     others = {name: split for name, split in ((info and info.splits) or {}).items() if name not in splits}
+    told = _told(card.text)
     first = next(iter(splits.values()))
+    names = [*splits, *others]
     samplings = read_samplings(splits.values())
     expert = public_name(((samplings or [{}])[0].get("expert") or {}).get("model")) or "EXPERT"
     template = Path(__file__).with_name("dataset_card_template.md").read_text(encoding="utf-8")
@@ -157,15 +161,14 @@ def dataset_card(splits: dict[str, Dataset], repo_id: str, existing: DatasetCard
         template_str="---\n{{ card_data }}\n---\n" + template,
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
-        split=next(iter(splits)),
+        split="train" if "train" in names else names[0],
         expert=expert,
         paper_id=PAPER_ID,
         columns=_table(["column", "type", "meaning"], _column_rows(first.features)),
-        sampling="\n\n".join(_table(["", ""], _sampling_rows(sampling)) for sampling in samplings)
-        or "The rows do not say.",
+        sampling=_makings({name: told.get(name, _Told()).making for name in others} | _makings_of(splits)),
         counts=_table(
             ["split", "trajectories", "steps", "kept steps"],
-            _count_rows(splits) + [(name, f"{each.num_examples:,}", "", "") for name, each in others.items()],
+            _count_rows(splits) + [told.get(name, _Told()).counts(name, each) for name, each in others.items()],
         ),
         citation=CITATION,
     ).text
@@ -176,6 +179,50 @@ def dataset_card(splits: dict[str, Dataset], repo_id: str, existing: DatasetCard
     card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *TAGS]))
     card.data["task_categories"] = card.data.get("task_categories") or ["text-generation"]
     return card
+
+
+class _Told(NamedTuple):
+    """What a card tells of a split, which is not at hand when another one is pushed."""
+
+    making: str = _UNKNOWN
+    cells: tuple[str, ...] = ("", "", "")
+
+    def counts(self, name: str, split: SplitInfo) -> tuple[str, ...]:
+        num_rows = f"{split.num_examples:,}"
+        # A split that somebody has changed since is another one
+        return (name, *self.cells) if self.cells[0] == num_rows else (name, num_rows, "", "")
+
+
+def _told(text: str) -> dict[str, _Told]:
+    def section(title: str) -> str:
+        return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]*) \| ([^|]*) \|$", section("Size"), re.MULTILINE)[1:]
+    cells = {name.strip(): tuple(cell.strip() for cell in row) for name, *row in rows}
+    makings: dict[str, str] = {}
+    for part in section("How it was made").split("\n### ")[1:]:
+        names, _, making = part.partition("\n")
+        makings |= dict.fromkeys(names.split(", "), making.strip())
+    if not makings and len(cells) == 1:  # of a card that tells of one split
+        makings = dict.fromkeys(cells, section("How it was made").strip())
+    return {name: _Told(makings.get(name, _UNKNOWN), row) for name, row in cells.items()}
+
+
+def _makings_of(splits: dict[str, Dataset]) -> dict[str, str]:
+    """Of each split, a table of every sampling that its rows come from."""
+    tables = {
+        name: [_table(["", ""], _sampling_rows(sampling)) for sampling in read_samplings([split])]
+        for name, split in splits.items()
+    }
+    return {name: "\n\n".join(each) or _UNKNOWN for name, each in tables.items()}
+
+
+def _makings(makings: dict[str, str]) -> str:
+    """A part for the splits of each making."""
+    alike: dict[str, list[str]] = {}
+    for name, making in makings.items():
+        alike.setdefault(making, []).append(name)
+    return "\n\n".join(f"### {', '.join(names)}\n\n{making}" for making, names in alike.items())
 
 
 def draw_curve(state: TrainerState, path: str) -> bool:

@@ -13,6 +13,7 @@ from huggingface_hub import DatasetCard, HfApi, ModelCard, RepoCard
 from huggingface_hub.errors import EntryNotFoundError
 
 from ..models.provenance import public_name
+from ..steps.caches import map_rows
 from ..steps.dataset import STEP_COLUMNS
 from .cards import add_evaluation, dataset_card
 
@@ -145,7 +146,7 @@ def _without_paths(dataset: Dataset) -> Dataset:
     def rename(batch: dict[str, list]) -> dict[str, list]:
         return {"sampling_metadata": [texts[text] for text in batch["sampling_metadata"]]}
 
-    return dataset.map(rename, batched=True, desc="Leaving out local paths")
+    return map_rows(dataset, rename, batched=True, desc="Leaving out local paths")
 
 
 def _public(text: str | None) -> str | None:

@@ -35,6 +35,7 @@ from transformers.utils import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from .hub_access import from_cache_if_unreachable
 from .weights import get_base_model, settle_4bit_layers
 
 
@@ -49,6 +50,7 @@ _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.
 _VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json", "tokenization*.py")
 
 
+@from_cache_if_unreachable
 def load_model(
     model: str | PreTrainedModel | PeftModel, is_trainable: bool = False, **kwargs: Any
 ) -> PreTrainedModel | PeftModel:
@@ -207,6 +209,7 @@ def _name_tensors(misfits: dict[str, set[str]]) -> str:
     return "; ".join(f"{how}: {listed(sorted(names))}" for how, names in misfits.items() if names)
 
 
+@from_cache_if_unreachable
 def load_config(model: str | PreTrainedModel | PeftModel, name: str = "model", **kwargs: Any) -> PretrainedConfig:
     """
     The model's configuration, without loading the model.
@@ -300,6 +303,7 @@ def _check_weights(model: str, name: str) -> None:
             raise ValueError(f"{str(path)!r} is damaged ({error}). Download or save it again.") from error
 
 
+@from_cache_if_unreachable
 def load_tokenizer(
     model: str | torch.nn.Module, name: str = "model", argument: str = "processing_class", **kwargs: Any
 ) -> PreTrainedTokenizerBase:
@@ -361,6 +365,7 @@ def _has_tokenizer(source: str, repository: dict[str, Any]) -> bool:
     return any(cached_file(source, file, **where, **quietly) is not None for file in files)
 
 
+@from_cache_if_unreachable
 def load_eos_ids(model: str | PreTrainedModel | PeftModel, **kwargs: Any) -> set[int]:
     """
     The ids that a model's generation_config names as EOS, or else its config, without loading the model.
@@ -408,6 +413,7 @@ def hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in names if name in kwargs}
 
 
+@from_cache_if_unreachable
 def load_adapter_config(model: str, name: str = "model", **kwargs: Any) -> PeftConfig | None:
     """The configuration of a PEFT adapter, or `None` if `model` is not one; `kwargs` as of [`hub_kwargs`]."""
     kwargs.pop("trust_remote_code", None)  # an adapter has no code of its own

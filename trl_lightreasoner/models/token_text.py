@@ -5,6 +5,8 @@ import unicodedata
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from ..vocabulary import special_ids
+
 
 _BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
 _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
@@ -69,7 +71,7 @@ class TokenTexts:
         self._texts: dict[int, str] = {}
         if tokenizer is not None:
             self._size = len(tokenizer)
-            self._special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+            self._special = special_ids(tokenizer)
             # Some tokenizers take the blank from the first token of a text
             self._anchor = tokenizer("a", add_special_tokens=False).input_ids
             self._before = self._decode([])

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import uuid
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..processes import Processes
 from ..steps.dataset import check_dataset, kl_quantiles
 from ..steps.prompt_format import PromptFormat, format_of_prompts
 from ..steps.prompts import check_prompts, encode_rows
+from ..steps.run_file import run_date
 from ..steps.writer import StepWriter, describe_rows, hash_ids
 from ..vocabulary import check_embedded, model_vocabulary, shared_vocabulary
 from .contrastive_sampling_config import ContrastiveSamplingConfig
@@ -167,7 +169,9 @@ class ContrastiveStepSampler:
         """
         check_prompts(dataset, self.processing_class)
         self._prompt_format = prompt_format or format_of_prompts(dataset)
-        writer = StepWriter(self.args.output_dir, dataset, self.args.overwrite_output_dir)
+        folder, overwrite = self.args.output_dir, self.args.overwrite_output_dir
+        date = self.processes.on_main(lambda: run_date(folder, overwrite))
+        writer = StepWriter(folder, dataset, overwrite, date=date)
         self.eos_ids = find_eos_ids(self.expert, self.processing_class, **self._expert_kwargs)
 
         scoring_only = "completion" in dataset.column_names
@@ -189,7 +193,7 @@ class ContrastiveStepSampler:
             _encode,
             with_indices=True,
             batched=True,
-            fn_kwargs={"tokenizer": self.processing_class, "eos_ids": set(self.eos_ids)},
+            fn_kwargs={"tokenizer": self.processing_class, "eos_ids": set(self.eos_ids), "date": date},
             remove_columns=dataset.column_names,
             features=Features({column: List(Value("int32")) for column in columns}),
             keep_in_memory=True,
@@ -361,11 +365,17 @@ class ContrastiveStepSampler:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items() if count)
         if skipped[empty] == len(encoded):
             columns = "`prompt` or `completion`" if scoring_only else "`prompt`"
-            raise ValueError(f"Every row of the dataset is empty. There must be text in the column {columns}.")
+            raise ValueError(
+                f"Every row of the dataset is empty: {columns} holds no text, or none of which the expert's tokenizer "
+                "makes a token. Check the column and `processing_class`."
+            )
         if not plan:
+            remedies = ["Shorten the prompts" + (" and completions" if scoring_only else "")]
+            remedies += ["raise `max_prompt_length`"] if skipped[too_long] else []
+            remedies += ["choose models with a longer context"] if skipped[no_room] else []
             raise ValueError(
                 f"Every prompt of the dataset had to be skipped ({reasons}; the models' context is {self.max_length} "
-                "tokens). Shorten the prompts, or raise `max_prompt_length`."
+                f"tokens). {', or '.join(remedies)}."
             )
         if reasons:
             logger.warning(
@@ -461,7 +471,11 @@ def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _encode(
-    batch: dict[str, list], indices: list[int], tokenizer: PreTrainedTokenizerBase, eos_ids: set[int]
+    batch: dict[str, list],
+    indices: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: set[int],
+    date: datetime,
 ) -> dict[str, list[list[int]]]:
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    return encode_rows(rows, tokenizer, eos_ids, first_row=indices[0])
+    return encode_rows(rows, tokenizer, eos_ids, first_row=indices[0], date=date)

@@ -20,6 +20,8 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset, List, Value
 
+from .caches import map_rows
+
 
 STEP_FEATURES = {
     "prompt_ids": List(Value("int32")),
@@ -139,4 +141,5 @@ def raise_beta(dataset: Dataset, beta: float) -> Dataset:
             row["sampling_metadata"] = json.dumps(made)
         return row
 
-    return dataset.with_format(None).map(keep, with_indices=True, desc=f"Keeping steps of {beta} nats or more")
+    desc = f"Keeping steps of {beta} nats or more"
+    return map_rows(dataset.with_format(None), keep, with_indices=True, desc=desc)

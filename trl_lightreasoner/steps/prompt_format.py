@@ -12,7 +12,9 @@ from typing import Any
 from datasets import Dataset, List, Value
 from transformers.utils import cached_file
 
+from ..models.hub_access import from_cache_if_unreachable
 from ..text import read_text
+from .caches import map_rows
 from .dataset import read_samplings
 
 
@@ -108,6 +110,7 @@ def read_template(template: str) -> str:
     return text.removesuffix("\n")  # an editor's
 
 
+@from_cache_if_unreachable
 def load_prompt_format(model: str, **kwargs: Any) -> PromptFormat | None:
     """
     The format that lies beside a model or an adapter, or `None` if there is none.
@@ -135,7 +138,8 @@ def name_prompts(dataset: Dataset, column: str) -> Dataset:
     The dataset with its column of prompts under the name `prompt`.
 
     Raises:
-        `ValueError`: If there is no such column, or another one has that name.
+        `ValueError`: If there is no such column, another one has that name, or a row of it is a conversation that ends
+            with its answer.
     """
     if column not in dataset.column_names:
         raise ValueError(
@@ -146,6 +150,14 @@ def name_prompts(dataset: Dataset, column: str) -> Dataset:
         return dataset
     if "prompt" in dataset.column_names:
         raise ValueError(f"The dataset has a column 'prompt' beside {column!r}. Rename or remove one of them.")
+    if not isinstance(dataset.features[column], Value):
+        for index, messages in enumerate(dataset.with_format(None)[column]):
+            last = messages[-1] if isinstance(messages, list) and messages else None
+            if isinstance(last, dict) and last.get("role") == "assistant":
+                raise ValueError(
+                    f"Row {index}: the messages of {column!r} end with an answer, which would become part of the "
+                    "prompt. Move it into a column `completion` to have it scored, or leave it out."
+                )
     return dataset.rename_column(column, "prompt")
 
 
@@ -174,7 +186,7 @@ def make_prompts(dataset: Dataset, prompt_format: PromptFormat) -> Dataset:
             raise ValueError(f"Row {index}: The content of `prompt` must be text, got {prompt!r}. Convert it.")
         return {"prompt": prompt_format.make_prompt(prompt) if prompt else empty}
 
-    return dataset.map(put, with_indices=True, desc="Making prompts")
+    return map_rows(dataset, put, with_indices=True, desc="Making prompts")
 
 
 def format_of_prompts(dataset: Dataset) -> PromptFormat | None:

@@ -4,15 +4,15 @@ TRL's conventions hold: `prompt` is text, taken verbatim, or a list of messages,
 applied once. BOS comes once, wherever it comes from. A `completion` is the answer to score instead of one generated.
 """
 
-import json
+from datetime import datetime
 from typing import Any
 
 from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from trl import apply_chat_template, is_conversational
 
 from .dataset import check_dataset
+from .messages import render_row
 from .prompt_format import has_messages
 
 
@@ -44,7 +44,11 @@ def check_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def encode_rows(
-    rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, eos_ids: set[int], first_row: int = 0
+    rows: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: set[int],
+    first_row: int = 0,
+    date: datetime | None = None,
 ) -> dict[str, list[list[int]]]:
     """
     Token ids of rows of one dataset.
@@ -52,9 +56,10 @@ def encode_rows(
     Args:
         rows (`list[dict]`): Rows with `prompt` and, if there is one to score, `completion`; text or messages.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's.
-        eos_ids (`set[int]`): Tokens that end a completion. What a chat template puts behind the last of them is no
-            part of the answer and is left out.
+        eos_ids (`set[int]`): Tokens that end a completion. The first of them is its last token; a line break or
+            padding behind it is left out.
         first_row (`int`): Number of the first row, for error messages.
+        date ([`~datetime.datetime`], *optional*): What a chat template that prints the date takes for today.
 
     Returns:
         `dict` with `prompt_ids` of each row, empty for an empty prompt, and `completion_ids` if there are completions.
@@ -73,7 +78,7 @@ def encode_rows(
     texts = []
     for number, row in enumerate(rows, first_row):
         try:
-            texts.append(_as_text(row, tokenizer))
+            texts.append(render_row(row, tokenizer, date))
         except ValueError as error:
             raise ValueError(f"Row {number}: {error}") from None
     # All prompts in one call, which a tokenizer spreads over the processor's cores
@@ -82,7 +87,7 @@ def encode_rows(
     encoded: dict[str, list[list[int]]] = {"prompt_ids": []}
     if "completion" in rows[0]:
         encoded["completion_ids"] = []
-    for row, text, ids in zip(rows, texts, prompt_ids, strict=True):
+    for number, (row, text, ids) in enumerate(zip(rows, texts, prompt_ids, strict=True), first_row):
         conversational = not isinstance(row["prompt"], str)
         # A template brings its own BOS, so that only plain text needs one
         with_bos = has_bos and not conversational and ids[:1] != [tokenizer.bos_token_id]
@@ -91,10 +96,15 @@ def encode_rows(
             completion_ids = []
             if text["prompt"]:
                 completion_ids = encode_continuation(text["prompt"], ids, text["completion"], tokenizer)
-            if conversational:
-                last_eos = max((i for i, token_id in enumerate(completion_ids) if token_id in eos_ids), default=None)
-                completion_ids = completion_ids[: None if last_eos is None else last_eos + 1]
-            encoded["completion_ids"].append(completion_ids)
+            end = next((i for i, token_id in enumerate(completion_ids, 1) if token_id in eos_ids), len(completion_ids))
+            behind = tokenizer.decode(completion_ids[end:], skip_special_tokens=True).strip()
+            if behind:
+                raise ValueError(
+                    f"Row {number}: `completion` goes on behind the token "
+                    f"{tokenizer.convert_ids_to_tokens(completion_ids[end - 1])!r}, which ends an answer: {behind!r}. "
+                    "The expert would have stopped there: remove what follows, or the token."
+                )
+            encoded["completion_ids"].append(completion_ids[:end])
     return encoded
 
 
@@ -120,53 +130,6 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     ids = tokenizer(text.rpartition(_ANSWER)[2].lstrip(), add_special_tokens=False)["input_ids"]
     special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     return ids[0] if ids and ids[0] in special else None
-
-
-def _as_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """`prompt`, and `completion` if there is one, of a row that was checked, the chat template applied."""
-    prompt, completion = row["prompt"], row.get("completion")
-    if not isinstance(prompt, str | list):
-        raise ValueError(
-            f"`prompt` must be text or a list of messages, got {prompt!r}. Filter such rows out, or convert them."
-        )
-    if "completion" in row and not isinstance(completion, str | list):
-        raise ValueError(
-            f"`completion` must be text or a list of one message, got {completion!r}. Filter such rows out, or remove "
-            "the column to let the expert answer."
-        )
-    if len(prompt) == 0:
-        return {"prompt": ""}
-    keys = [key for key in ("prompt", "completion", "chat_template_kwargs") if row.get(key) is not None]
-    text = {key: row[key] for key in keys}
-    conversational = is_conversational({"prompt": prompt}) and isinstance(completion, list | None)
-    if not conversational and not (isinstance(prompt, str) and isinstance(completion, str | None)):
-        raise ValueError(
-            "`prompt` and `completion` must both be text or both be lists of messages with `role` and `content`, got "
-            f"{prompt!r}" + (f" and {completion!r}." if "completion" in row else ".")
-        )
-    if not conversational:
-        return text
-    if completion is not None and len(completion) != 1:
-        raise ValueError(f"`completion` must be one assistant message, got {len(completion)} of them.")
-    for column, messages in {"prompt": prompt, "completion": completion or []}.items():
-        for message in messages:
-            _check_message(message, column)
-    try:
-        tools = row.get("tools")
-        return apply_chat_template(text, tokenizer, tools=json.loads(tools) if isinstance(tools, str) else tools)
-    except TemplateError as error:
-        raise ValueError(f"The chat template refuses the messages {prompt!r}: {error}.") from None
-
-
-def _check_message(message: Any, column: str) -> None:
-    # A template prints whatever it is given, None and numbers as well
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ValueError(f"A message of `{column}` has no role: {message!r}. Filter such rows out.")
-    content = message.get("content")
-    if content is None and not message.get("tool_calls"):
-        raise ValueError(f"A message of `{column}` has no content: {message!r}. Filter such rows out.")
-    if not isinstance(content, str | list | None):
-        raise ValueError(f"The content of a message of `{column}` must be text, got {content!r}. Convert it.")
 
 
 def encode_continuation(

@@ -11,19 +11,21 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, logging
-from trl import apply_chat_template
 
 from .. import __version__
 from ..models.loading import load_config, load_tokenizer
 from ..vocabulary import Vocabulary, model_vocabulary
+from .messages import render_row
 from .prompt_format import PromptFormat
 from .prompts import encode_continuation
+from .run_file import run_date
 from .training_rows import check_row
 from .writer import StepWriter, hash_ids
 
@@ -80,11 +82,11 @@ def import_published_steps(
             "The expert's tokenizer has no chat template, by which the published scripts make their prompts. Set "
             "`tokenizer.chat_template` and pass it as `processing_class`."
         )
-    reader = _Reader(path, tokenizer, model_vocabulary(tokenizer, width, "expert"), width, system_prompt)
+    date = run_date(output_dir, overwrite_output_dir)
+    reader = _Reader(path, tokenizer, model_vocabulary(tokenizer, width, "expert"), width, system_prompt, date)
     rows = reader.read()
-    writer = StepWriter(
-        output_dir, Dataset.from_list([{"prompt": row.pop("prompt")} for row in rows]), overwrite_output_dir
-    )
+    prompts = Dataset.from_list([{"prompt": row.pop("prompt")} for row in rows])
+    writer = StepWriter(output_dir, prompts, overwrite_output_dir, date=date)
     with open(path, "rb") as content:
         checksum = hashlib.file_digest(content, "sha256").hexdigest()
     model = {"model": expert, "revision": None, "dtype": None, "quantization": None, "adapter": None}
@@ -146,7 +148,9 @@ class _Reader:
         vocabulary: Vocabulary,
         width: int,
         system_prompt: str | None,
+        date: datetime,
     ):
+        self.date = date
         self.path, self.tokenizer, self.vocabulary, self.width = path, tokenizer, vocabulary, width
         self.system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         self._texts: dict[int, tuple[str, str]] = {}
@@ -164,7 +168,7 @@ class _Reader:
                 label = sorted(zip(self._label_ids(step), step["weights"], strict=True), key=lambda pair: -pair[1])
                 if question not in prompts:
                     messages = [*self.system, {"role": "user", "content": question}]
-                    text = apply_chat_template({"prompt": messages}, self.tokenizer)["prompt"]
+                    text = render_row({"prompt": messages}, self.tokenizer, self.date)["prompt"]
                     ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
                     prompts[question] = (messages, text, ids)
                 _, text, prompt_ids = prompts[question]

@@ -1,7 +1,6 @@
 """A split of a dataset by the name that a user gives: a file, a folder, or an id on the Hub."""
 
 import glob
-import json
 from pathlib import Path
 
 import datasets
@@ -9,7 +8,9 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
+from .caches import name_the_cache
 from .dataset_files import check_encoding, find_fault
+from .run_file import finished_files
 from .writer import literal_path
 
 
@@ -44,7 +45,8 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
         check_encoding(name)
     try:
-        return _load_split(name, config, split)
+        with name_the_cache():
+            return _load_split(name, config, split)
     except _FAULTS as error:
         is_content = isinstance(error, DatasetsError | UnicodeDecodeError) or path.is_file()
         is_cast = any(part in str(error.__cause__) for part in _OF_A_CAST)
@@ -101,9 +103,9 @@ def _load_split(name: str, config: str | None, split: str) -> Dataset:
             raise ValueError(f"There is no split {split!r} in {name!r}. It has {list(dataset)}.")
         return dataset[split]
     # A bare name could also be that of another folder in the cache of `datasets`, hence builders and absolute paths
+    if config is None and (files := finished_files(path)):
+        return load_dataset("parquet", data_files={"train": [*map(literal_path, files)]}, split=split)
     if config is None and list((path / "data").glob("*.parquet")):
-        if files := _sampled_files(path):
-            return load_dataset("parquet", data_files={"train": files}, split=split)
         return load_dataset("parquet", data_dir=literal_path(path / "data"), split=split)
     if not path.is_dir():
         return load_dataset(name, name=config, split=split)
@@ -111,12 +113,3 @@ def _load_split(name: str, config: str | None, split: str) -> Dataset:
     if glob.has_magic(folder):
         raise ValueError(f"{folder!r} would be taken for a pattern of names. Rename the folder, or name a file in it.")
     return load_dataset(folder, name=config, split=split)
-
-
-def _sampled_files(folder: Path) -> list[str]:
-    """What `lightreasoner sample` wrote into a folder, whatever lies beside it."""
-    try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        return [literal_path(folder / "data" / name) for name in sorted(run["files"])]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []

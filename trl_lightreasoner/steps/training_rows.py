@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset, LargeList, List, Value
 from transformers import logging
 
 from ..vocabulary import Vocabulary
+from .caches import map_rows
 from .dataset import STEP_COLUMNS, count_steps
 
 
@@ -256,7 +257,7 @@ def prepare_rows(
                 f"The {name} dataset has no step to train on: none of its streamed rows has one{least} within {limit}."
             )
         return prepared
-    prepared = dataset.map(prepare, with_indices=True, batched=True, desc=f"Checking the {name} dataset")
+    prepared = map_rows(dataset, prepare, with_indices=True, batched=True, desc=f"Checking the {name} dataset")
     num_steps, num_too_long = count_steps(dataset), _count_too_long(dataset, max_length)
     if count_steps(prepared) == 0:
         if num_steps == 0:

@@ -8,6 +8,9 @@
 A file is written under another name, flushed to the disk and renamed, so that a process may be killed at any moment: a
 later run with the same models, settings and prompts goes on behind the last complete batch. A shard whose content does
 not match the checksum in its name is made again. Where several processes write, one opens and finishes the run.
+
+Each opening of the folder has a name, which stands in run.json and in every shard that is written under it. A process
+that is left over from an earlier opening is told so before it writes, and what it wrote all the same is not taken.
 """
 
 import errno
@@ -16,7 +19,9 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +29,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value
+from datasets.exceptions import DatasetsError
 from filelock import FileLock, Timeout
 from transformers import logging
 
+from .caches import name_the_cache, reason_of
 from .dataset import STEP_FEATURES
+from .run_file import checksums, finished_files, read_run, run_content
 
 
 logger = logging.get_logger(__name__)
 
 _MAX_FILE_BYTES = 500 * 2**20
 _ROW = "_row"  # place of a row in the input, while rows are written in the order they are made
+_OPENING = b"opening"  # under which a shard was written, in its schema's metadata
 
 
 class StepWriter:
@@ -45,13 +54,20 @@ class StepWriter:
         dataset ([`~datasets.Dataset`]): The input, whose columns are carried along.
         overwrite (`bool`): Whether rows that are there already are deleted instead of continued.
         features (`dict`): Types of the columns that are made, beside `completion`.
+        date ([`~datetime.datetime`], *optional*): What [`~trl_lightreasoner.steps.run_file.run_date`] says, if the
+            rows depend on it.
 
     Raises:
         `ValueError`: If the folder is a file or holds something else, or an input column has the name of one of ours.
     """
 
     def __init__(
-        self, output_dir: str, dataset: Dataset, overwrite: bool = False, features: dict[str, Any] = STEP_FEATURES
+        self,
+        output_dir: str,
+        dataset: Dataset,
+        overwrite: bool = False,
+        features: dict[str, Any] = STEP_FEATURES,
+        date: datetime | None = None,
     ):
         taken = [name for name in (*features, _ROW) if name in dataset.column_names]
         if taken:
@@ -59,14 +75,16 @@ class StepWriter:
                 f"The input already has columns named {taken}, which sampling writes. Rename or remove them first."
             )
         self.folder = Path(output_dir)
-        check_folder(output_dir)
+        self.overwrite = overwrite
+        self.date = date or datetime.now()
+        self.run = self.folder / "run.json"
+        self.shards, self.merging, self.data = (self.folder / name for name in ("shards", "merging", "data"))
+        if overwrite or not (self.run.exists() and self.data.exists()):  # which are given back from anywhere
+            check_folder(output_dir)
         if "::" in str(self.folder.absolute()):
             raise ValueError(
                 f"'::' in {output_dir!r} is taken for a chain of file systems. Choose another `output_dir`."
             )
-        self.overwrite = overwrite
-        self.run = self.folder / "run.json"
-        self.shards, self.merging, self.data = (self.folder / name for name in ("shards", "merging", "data"))
         if (self.shards.exists() or self.data.exists()) and not self.run.exists() and not overwrite:
             raise ValueError(
                 f"{output_dir!r} holds files that no run of this version left there. Choose another `output_dir`, or "
@@ -90,8 +108,38 @@ class StepWriter:
             `set[int]`: Rows of the input that are there already.
 
         Raises:
-            `ValueError`: If another process has the folder, or it was begun with another identity.
+            `ValueError`: If another process has the folder, it was begun with another identity, or run.json is
+                damaged.
+            `OSError`: If the folder cannot be written, and is not finished.
         """
+        self.opening = ""
+        refusal = self._take_lock()
+        if self.overwrite and refusal is None:
+            for path in (self.shards, self.merging, self.data):
+                shutil.rmtree(path, ignore_errors=True)
+            self.run.unlink(missing_ok=True)
+        if self.run.exists() and not self.overwrite:
+            self.begun = read_run(self.folder)
+            self._check_identity(self.begun.get("identity", {}), json.loads(json.dumps(identity)))
+            if self.data.exists() and self._is_whole():
+                return set(range(len(self.input)))
+        else:
+            self.begun = {"identity": identity, "metadata": metadata, "date": self.date.isoformat()}
+        if refusal is not None:
+            raise refusal
+        if self.data.exists():
+            logger.warning(f"{self.data} is damaged; everything is made again.")
+            shutil.rmtree(self.data)
+        self.opening = uuid.uuid4().hex
+        self.begun["openings"] = [*self.begun.get("openings", []), self.opening]
+        self._write(self.run, run_content(self.begun))
+        self._set_metadata()
+        self.shards.mkdir(exist_ok=True)
+        self.earlier = self._take_shards()
+        return {row for rows in self.earlier.values() for row in rows}
+
+    def _take_lock(self) -> OSError | None:
+        """Why nothing can be written, if that is so: what is finished can be read all the same."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
@@ -100,32 +148,17 @@ class StepWriter:
                 f"Another run is writing into {str(self.folder)!r}. Wait for it, or choose another `output_dir`."
             ) from None
         except OSError as error:
-            raise OSError(
-                f"Cannot write to {str(self.folder)!r} ({error.strerror}). Choose another `output_dir`, or see to the "
-                "permissions."
-            ) from error
-        if self.overwrite:
-            for path in (self.shards, self.merging, self.data):
-                shutil.rmtree(path, ignore_errors=True)
-            self.run.unlink(missing_ok=True)
-        if self.run.exists():
-            self.begun = json.loads(self.run.read_text(encoding="utf-8"))
-            self._check_identity(self.begun["identity"], json.loads(json.dumps(identity)))
-        else:
-            self.begun = {"identity": identity, "metadata": metadata}
-            self._write(self.run, json.dumps(self.begun, indent=2).encode())
-        self._set_metadata()
-        if self.data.exists():
-            files = self.begun.get("files", {})
-            if files and self._checksums(self.data, files) == files:
-                return set(range(len(self.input)))
-            logger.warning(f"{self.data} is damaged; everything is made again.")
-            shutil.rmtree(self.data)
-        self.shards.mkdir(exist_ok=True)
-        done = set()
-        for path in self._sound_shards():
-            done.update(pq.read_table(path, columns=[_ROW])[_ROW].to_pylist())
-        return done
+            return OSError(
+                f"Cannot write to {str(self.folder)!r} ({reason_of(error)}). Choose another `output_dir`, make room, "
+                "or see to the permissions."
+            )
+        return None
+
+    def _is_whole(self) -> bool:
+        try:
+            return bool(finished_files(self.folder))
+        except ValueError:
+            return False
 
     def join(self) -> None:
         """
@@ -139,8 +172,22 @@ class StepWriter:
                 f"There is no {str(self.run)!r}, which the main process has made. Choose an `output_dir` that all "
                 "processes share."
             )
-        self.begun = json.loads(self.run.read_text(encoding="utf-8"))
+        self.begun = read_run(self.folder)
+        self.opening = "" if self.data.exists() else self.begun["openings"][-1]
         self._set_metadata()
+
+    def _check_opening(self) -> None:
+        """Refuse to write into what is another run's by now: of a run that was killed, this process can be left."""
+        try:
+            openings = read_run(self.folder).get("openings", [])
+        except FileNotFoundError:
+            openings = []
+        if openings[-1:] != [self.opening]:
+            raise ValueError(
+                f"{str(self.folder)!r} was {'begun again' if openings else 'removed'} while this run was writing into "
+                "it. This run ends here. Run the same again to go on with what is there, or choose another "
+                "`output_dir`."
+            )
 
     def _set_metadata(self) -> None:
         self.metadata = json.dumps(self.begun["metadata"])  # of the first run, the same in every row
@@ -158,9 +205,11 @@ class StepWriter:
         for name, values in columns.items():
             table = table.append_column(name, pa.array(values, self.schema.field(name).type))
         buffer = pa.BufferOutputStream()
-        pq.write_table(table.select(self.schema.names).cast(self.schema), buffer)
+        schema = self.schema.with_metadata({**(self.schema.metadata or {}), _OPENING: self.opening.encode()})
+        pq.write_table(table.select(schema.names).cast(schema), buffer)
         content = buffer.getvalue().to_pybytes()
-        self._write(self.shards / f"{min(indices):09d}-{hashlib.sha256(content).hexdigest()}.parquet", content)
+        self._check_opening()
+        self._write(self.shards / _shard_name(indices, content), content)
 
     def finish(self, rows: set[int]) -> None:
         """
@@ -170,29 +219,72 @@ class StepWriter:
             rows (`set[int]`): Rows of the input that must be there.
 
         Raises:
-            `ValueError`: If some are not.
+            `ValueError`: If some are not, or are there twice.
+            `OSError`: If the disk does not take them.
         """
-        if not self.data.exists():
+        if self.opening:  # otherwise it was finished when it was opened
             self._merge(rows)
         shutil.rmtree(self.shards, ignore_errors=True)
         shutil.rmtree(self.merging, ignore_errors=True)
 
     def load(self, cache_dir: str | None = None) -> Dataset:
         """The finished Dataset, memory-mapped; `cache_dir` is where, if not in the cache of `datasets`."""
-        files = json.loads(self.run.read_text(encoding="utf-8"))["files"]
-        return Dataset.from_parquet([literal_path(self.data / name) for name in sorted(files)], cache_dir=cache_dir)
+        files = [literal_path(self.data / name) for name in sorted(read_run(self.folder)["files"])]
+        with name_the_cache(cache_dir, f"The finished rows are in {str(self.data)!r}."):
+            return Dataset.from_parquet(files, cache_dir=cache_dir)
 
     def _merge(self, rows: set[int]) -> None:
+        self._check_opening()
         shutil.rmtree(self.merging, ignore_errors=True)  # of a run that was killed here
-        data = self.merging / "data"
-        data.mkdir(parents=True)
-        shards = [str(path) for path in sorted(self.shards.glob("*.parquet"))]
-        missing = rows - {row for shard in shards for row in pq.read_table(shard, columns=[_ROW])[_ROW].to_pylist()}
-        if missing:
+        shards, num_bytes = self._shards_to_merge(rows)
+        free = shutil.disk_usage(self.folder).free
+        if free < num_bytes:
+            raise OSError(
+                f"Putting the rows of {str(self.folder)!r} together takes {num_bytes / 1e6:,.0f} MB, and "
+                f"{free / 1e6:,.0f} MB are free. All rows are kept: make room, and run the same again."
+            )
+        try:
+            files = self._merge_into(self.merging / "data", shards)
+            self._check_opening()
+            self.begun["files"] = files
+            self._write(self.run, run_content(self.begun))
+            os.replace(self.merging / "data", self.data)
+            _sync(self.folder)
+        except (OSError, DatasetsError) as error:
+            shutil.rmtree(self.merging, ignore_errors=True)
+            raise OSError(
+                f"Cannot finish {str(self.folder)!r} ({reason_of(error)}). All rows are kept: make room, or see to "
+                "the permissions, and run the same again to put them together."
+            ) from error
+
+    def _shards_to_merge(self, rows: set[int]) -> tuple[list[Path], int]:
+        """The shards that hold `rows`, each of them once, and the bytes that putting them together takes at most."""
+        shards, num_bytes, there = [], 0, []
+        for path in sorted(self.shards.glob("*.parquet")):
+            shard = self._read_shard(path)
+            if shard is None or not (path in self.earlier or shard.schema.metadata[_OPENING] == self.opening.encode()):
+                logger.warning(f"{path} is damaged or of another run; it is left out.")
+                continue
+            shards.append(path)
+            num_bytes += shard.nbytes + path.stat().st_size
+            there += shard[_ROW].to_pylist()
+        twice = len(there) - len(set(there))
+        if twice:
+            raise ValueError(
+                f"{twice:,} rows are twice in {str(self.shards)!r}. Delete the files that were put there, and run the "
+                "same again."
+            )
+        if missing := rows - set(there):
             raise ValueError(
                 f"{len(missing):,} of {len(rows):,} rows are missing in {str(self.shards)!r}, first row "
-                f"{min(missing)}. Choose an `output_dir` that all processes share."
+                f"{min(missing)}. Choose an `output_dir` that all processes share; if they do share it, run the same "
+                "again to make them."
             )
+        return shards, num_bytes
+
+    def _merge_into(self, data: Path, shards: list[Path]) -> dict[str, str]:
+        """Checksums of the files that hold the rows of `shards`, in the order of the input."""
+        data.mkdir(parents=True)
         cache = os.path.abspath(self.merging / "cache")
         made = Dataset.from_parquet([literal_path(path) for path in shards], cache_dir=cache)
         made = made.select(np.argsort(made.data[_ROW].to_numpy(), kind="stable")).remove_columns(_ROW)
@@ -201,10 +293,7 @@ class StepWriter:
             path = data / f"train-{i:05d}-of-{num_files:05d}.parquet"
             made.shard(num_files, i, contiguous=True).to_parquet(path)
             _sync(path)
-        self.begun["files"] = self._checksums(data, os.listdir(data))
-        self._write(self.run, json.dumps(self.begun, indent=2).encode())
-        os.replace(data, self.data)
-        _sync(self.folder)
+        return checksums(data, os.listdir(data))
 
     def _check_identity(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         for name in [*new, *(name for name in old if name not in new)]:
@@ -215,25 +304,35 @@ class StepWriter:
                     "`overwrite_output_dir=True` to delete what is there."
                 )
 
-    def _checksums(self, folder: Path, names: Iterable[str]) -> dict[str, str]:
-        checksums = {}
-        for path in (folder / name for name in sorted(names)):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    checksums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-        return checksums
-
-    def _sound_shards(self) -> list[Path]:
-        sound = []
+    def _take_shards(self) -> dict[Path, list[int]]:
+        """Rows of the shards of earlier openings; what is damaged, or holds a row that another one has, is deleted."""
+        taken: dict[Path, list[int]] = {}
+        seen: set[int] = set()
         for path in sorted(self.shards.iterdir()):
-            content = path.read_bytes()
-            if path.suffix == ".parquet" and path.stem.endswith(hashlib.sha256(content).hexdigest()):
-                sound.append(path)
+            shard = self._read_shard(path)
+            rows = [] if shard is None else shard[_ROW].to_pylist()
+            if shard is not None and seen.isdisjoint(rows):
+                taken[path] = rows
+                seen.update(rows)
                 continue
             if path.suffix == ".parquet":  # not what a killed process leaves behind, which has another ending
-                logger.warning(f"{path} is damaged; its rows are made again.")
+                state = "damaged" if shard is None else "there twice"
+                logger.warning(f"{path} is {state}; its rows are made again.")
             path.unlink()
-        return sound
+        return taken
+
+    def _read_shard(self, path: Path) -> pa.Table | None:
+        """A shard of this run, or `None` if it is something else or damaged."""
+        content = path.read_bytes()
+        if not path.name.endswith(f"-{hashlib.sha256(content).hexdigest()}.parquet"):
+            return None
+        try:
+            shard = pq.read_table(pa.BufferReader(content))
+            opening = shard.schema.metadata[_OPENING].decode()
+            is_ours = opening in self.begun["openings"]
+            return shard if is_ours and path.name == _shard_name(shard[_ROW].to_pylist(), content) else None
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):  # it is no shard
+            return None
 
     def _write(self, path: Path, content: bytes) -> None:
         temporary = path.with_name(f"{path.name}.tmp")
@@ -247,9 +346,13 @@ class StepWriter:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise OSError(
-                f"Cannot write to {str(path.parent)!r} ({error.strerror}). What was written before is kept: make "
+                f"Cannot write to {str(path.parent)!r} ({reason_of(error)}). What was written before is kept: make "
                 "room, or see to the permissions, and run the same again to go on."
             ) from error
+
+
+def _shard_name(rows: list[int], content: bytes) -> str:
+    return f"{min(rows):09d}-{hashlib.sha256(content).hexdigest()}.parquet"
 
 
 def describe_rows(dataset: Dataset) -> dict[str, Any]:

@@ -1,0 +1,50 @@
+"""What is in the cache is loaded at once where there is no network, not after each file was asked for six times."""
+
+import os
+import time
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+from huggingface_hub import constants, get_session, is_offline_mode
+from transformers import logging
+
+
+logger = logging.get_logger(__name__)
+
+T = TypeVar("T")
+
+_SECONDS = 300  # for which an answer holds
+_answer: tuple[float, bool] | None = None  # when it was given, and whether the Hub was there
+
+
+def from_cache_if_unreachable(load: Callable[..., T]) -> Callable[..., T]:
+    """Let a function whose first argument can be the id of a model look into the cache alone, if the Hub is away."""
+
+    @wraps(load)
+    def loaded(model: Any, *args: Any, **kwargs: Any) -> T:
+        is_id = isinstance(model, str) and not os.path.exists(model)
+        if not is_id or is_offline_mode() or _is_reachable():
+            return load(model, *args, **kwargs)
+        constants.HF_HUB_OFFLINE = True
+        try:
+            return load(model, *args, **kwargs)
+        finally:
+            constants.HF_HUB_OFFLINE = False  # whoever uploads later asks anew
+
+    return loaded
+
+
+def _is_reachable() -> bool:
+    global _answer
+    if _answer is None or time.monotonic() - _answer[0] > _SECONDS:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            _answer = (time.monotonic(), True)
+        except Exception as error:  # what its HTTP client raises, now this one, now that
+            logger.warning(
+                f"{constants.ENDPOINT} cannot be reached ({' '.join(str(error).split())}): models are loaded from the "
+                "cache."
+            )
+            _answer = (time.monotonic(), False)
+    return _answer[1]

@@ -1,0 +1,171 @@
+"""From the messages of a row to text, by the expert's chat template.
+
+What a template leaves out of what it is given, it leaves out in silence; so a row that does not come out whole is
+refused.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from trl import apply_chat_template, is_conversational
+from trl.trainer.utils import remove_none_values
+
+
+# Today's date, as templates print it
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+# By these words Qwen3 and SmolLM3 are told whether to think, and templates take them out
+_SWITCH = re.compile(r"/(no_)?think\b")
+_THINK, _END_OF_THINK = "<think>", "</think>"
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+def render_row(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, date: datetime | None = None
+) -> dict[str, str]:
+    """
+    `prompt`, and `completion` if there is one, as text.
+
+    Args:
+        row (`dict`): Text or messages, and with messages, if need be, `tools` and `chat_template_kwargs`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's.
+        date ([`~datetime.datetime`], *optional*): What a chat template that prints the date takes for today.
+
+    Raises:
+        `ValueError`: If the row is not as TRL's conventions say, or something of it does not come out of the template.
+    """
+    prompt, completion = row["prompt"], row.get("completion")
+    if not isinstance(prompt, str | list):
+        raise ValueError(
+            f"`prompt` must be text or a list of messages, got {prompt!r}. Filter such rows out, or convert them."
+        )
+    if "completion" in row and not isinstance(completion, str | list):
+        raise ValueError(
+            f"`completion` must be text or a list of one message, got {completion!r}. Filter such rows out, or remove "
+            "the column to let the expert answer."
+        )
+    if len(prompt) == 0:
+        return {"prompt": ""}
+    keys = [key for key in ("prompt", "completion", "chat_template_kwargs") if row.get(key) is not None]
+    text = {key: row[key] for key in keys}
+    conversational = is_conversational({"prompt": prompt}) and isinstance(completion, list | None)
+    if not conversational and not (isinstance(prompt, str) and isinstance(completion, str | None)):
+        raise ValueError(
+            "`prompt` and `completion` must both be text or both be lists of messages with `role` and `content`, got "
+            f"{prompt!r}" + (f" and {completion!r}." if "completion" in row else ".")
+        )
+    if not conversational:
+        return text
+    if completion is not None and len(completion) != 1:
+        raise ValueError(f"`completion` must be one assistant message, got {len(completion)} of them.")
+    if completion and isinstance(completion[0], dict) and completion[0].get("role") not in ("assistant", None):
+        raise ValueError(f"`completion` must be one assistant message, got {completion[0]!r}. Filter such rows out.")
+    if not isinstance(text.get("chat_template_kwargs", {}), dict):
+        raise ValueError(f"`chat_template_kwargs` must be a dict, got {text['chat_template_kwargs']!r}. Convert it.")
+    # Where rows of a dataset have different keys, Arrow fills in nulls
+    for key, value in text.items():
+        plain = value if key == "chat_template_kwargs" else [_as_plain_message(message, key) for message in value]
+        text[key] = remove_none_values(plain)
+    tools = _tools_of(row)
+    template = tokenizer.get_chat_template(tools=tools or None)
+    template = _TODAY.sub(lambda call: json.dumps((date or datetime.now()).strftime(call[2])), template)
+    try:
+        rendered = apply_chat_template(text, tokenizer, tools=tools, chat_template=template)
+    except (TemplateError, TypeError, AttributeError, LookupError, ArithmeticError) as error:  # of the template's code
+        reason = str(error).rstrip(".")
+        raise ValueError(f"The chat template refuses the messages {prompt!r}: {reason}.") from None
+    for column, texts in {"prompt": _texts_of_prompt(text["prompt"], tools), **_texts_of_completion(text)}.items():
+        for given in texts:
+            if column == "completion" and rendered["prompt"].rstrip().endswith(_THINK):  # which opens the answer
+                given = given.lstrip().removeprefix(_THINK)
+            if not _holds(rendered[column], given):
+                raise ValueError(
+                    f"The chat template leaves {given!r} out of `{column}`, so that the models would not see it. Set "
+                    "another `chat_template`, give the row as text, or remove what is left out."
+                )
+    return rendered
+
+
+def _tools_of(row: dict[str, Any]) -> list[Any]:
+    tools = row.get("tools") or []
+    if not tools:
+        return []
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) or []
+        except ValueError as error:
+            raise ValueError(f"`tools` is not JSON: {error}. Repair it.") from None
+    if not isinstance(tools, list):
+        raise ValueError(f"`tools` must be a list, got {tools!r}. Convert it.")
+    return tools if isinstance(row["tools"], str) else remove_none_values(tools)
+
+
+def _as_plain_message(message: Any, column: str) -> dict[str, Any]:
+    # A template prints whatever it is given, numbers and lists as well
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"A message of `{column}` has no role: {message!r}. Filter such rows out.")
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise ValueError(
+            f"`tool_calls` of a message of `{column}` must be a list of calls, got {calls!r}. Convert it."
+        )
+    content = message.get("content")
+    if not content and content != "" and not calls:
+        raise ValueError(f"A message of `{column}` has no content: {message!r}. Filter such rows out.")
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise ValueError(
+                    f"A message of `{column}` has a part that is not text: {part!r}. Filter such rows out: "
+                    "these models read text alone."
+                )
+        return {**message, "content": "".join(part["text"] for part in content)}
+    if not isinstance(content, str | None):
+        raise ValueError(f"The content of a message of `{column}` must be text, got {content!r}. Convert it.")
+    return message
+
+
+def _texts_of_prompt(messages: list[dict[str, Any]], tools: list[Any]) -> Iterator[str]:
+    """What of a prompt must come out of a template, reasoning of earlier turns not among it, which most drop."""
+    for tool in tools:
+        yield from _names_of([tool])
+    for message in messages:
+        calls = message.get("tool_calls") or []
+        yield from _names_of(calls)
+        # Beside a call, templates print an assistant's content or do not
+        if not calls and "content" in message:
+            yield (
+                message["content"].rpartition(_END_OF_THINK)[2]
+                if message["role"] == "assistant"
+                else message["content"]
+            )
+
+
+def _texts_of_completion(text: dict[str, Any]) -> dict[str, list[str]]:
+    if "completion" not in text:
+        return {}
+    (message,) = text["completion"]
+    given = [message.get("content"), *(message.get(name) for name in _REASONING)]
+    return {"completion": [each for each in given if isinstance(each, str)] + [*_names_of(message.get("tool_calls"))]}
+
+
+def _names_of(functions: Any) -> Iterator[str]:
+    for each in functions or []:
+        function = each.get("function", each) if isinstance(each, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("name"), str):
+            yield function["name"]
+
+
+def _holds(rendered: str, given: str) -> bool:
+    """Whether a text is in a rendered one, verbatim or as JSON, apart from white space, which templates trim."""
+
+    def bare(text: str) -> str:
+        return "".join(_SWITCH.sub("", text).split())
+
+    rendered = bare(rendered)
+    as_json = (json.dumps(given, ensure_ascii=ensure_ascii)[1:-1] for ensure_ascii in (False, True))
+    return any(bare(each) in rendered for each in (given, *as_json))

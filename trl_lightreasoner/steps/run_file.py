@@ -1,0 +1,104 @@
+"""run.json in the folder of a [`~trl_lightreasoner.steps.writer.StepWriter`]: what is made there, and by whom.
+
+| name | holds |
+|---|---|
+| identity | everything that the rows depend on |
+| metadata | what goes with the rows |
+| date | when it was begun, which a chat template may print |
+| openings | a name for each time that the folder was opened, the last one at work; each shard tells its own |
+| files | checksums of the finished Dataset, by file name |
+| checksum | of all of the above |
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+
+_TYPES = {"identity": dict, "metadata": dict, "date": str, "openings": list, "files": dict}
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """
+    What run.json in a folder says; of a file that is somebody else's, as much as has one of our names.
+
+    Raises:
+        `ValueError`: If it is damaged.
+        `OSError`: If it cannot be read.
+    """
+    path = folder / "run.json"
+    text = path.read_bytes()
+    try:
+        run = json.loads(text.decode())
+        if not isinstance(run, dict):
+            raise ValueError("it is not a JSON object")
+        if run.pop("checksum", None) not in (None, _checksum(run)):  # other files have none
+            raise ValueError("it does not match its checksum")
+        for name, kind in _TYPES.items():
+            if not isinstance(run.get(name, kind()), kind):
+                raise ValueError(f"`{name}` is not what it must be")
+        for name in run.get("files", {}):
+            if name in ("", ".", "..") or Path(name.replace("\\", "/")).name != name:
+                raise ValueError(f"it names a file outside its folder, {name!r}")
+    except (ValueError, RecursionError) as error:  # of the encoding and of JSON as well
+        raise ValueError(
+            f"{str(path)!r} is damaged: {str(error).rstrip('.')}. Restore it, or sample again with "
+            "`overwrite_output_dir=True`; rows in a file can be read without it if you name the file."
+        ) from None
+    return {name: value for name, value in run.items() if name in _TYPES}
+
+
+def run_content(run: dict[str, Any]) -> bytes:
+    """What is to stand in run.json."""
+    run = json.loads(json.dumps(run))
+    return json.dumps({**run, "checksum": _checksum(run)}, indent=2).encode()
+
+
+def run_date(folder: str | Path, overwrite: bool = False) -> datetime:
+    """When the run in a folder was begun: now, if there is none that is to go on."""
+    try:
+        date = None if overwrite else read_run(Path(folder)).get("date")
+    except (FileNotFoundError, NotADirectoryError):
+        date = None
+    try:
+        return datetime.fromisoformat(date) if date else datetime.now()
+    except ValueError:
+        raise ValueError(f"The date in {str(Path(folder, 'run.json'))!r} is damaged: {date!r}.") from None
+
+
+def finished_files(folder: Path) -> list[Path]:
+    """
+    The files of a finished Dataset, whatever lies beside them; none if the folder is not that of one.
+
+    Raises:
+        `ValueError`: If one of them, or run.json, is damaged or missing.
+    """
+    if not ((folder / "run.json").is_file() and (folder / "data").is_dir()):
+        return []
+    files = read_run(folder).get("files", {})
+    found = checksums(folder / "data", files)
+    for name, checksum in files.items():
+        if found.get(name) != checksum:
+            path = str(folder / "data" / name)
+            raise ValueError(
+                f"{path!r} is {'damaged: it does not match its checksum in run.json' if name in found else 'missing'}."
+                " Run the same again that made it, which makes it anew. To read a file that you changed, name it."
+            )
+    return [folder / "data" / name for name in sorted(files)]
+
+
+def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of the files of a folder that are there."""
+    found = {}
+    for path in (folder / name for name in sorted(names)):
+        if path.is_file():
+            with open(path, "rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _checksum(run: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
