@@ -59,6 +59,7 @@ from trl_lightreasoner.demo.task import careful_solution, expert_solution, extra
 from trl_lightreasoner.generation.greedy import cut_after_eos, find_eos_ids, generate_greedy
 from trl_lightreasoner.models.loading import load_model, load_tokenizer
 from trl_lightreasoner.steps.prompts import encode_rows
+from trl_lightreasoner.training.adapters import choose_target_modules
 from trl_lightreasoner.vocabulary import model_vocabulary
 
 
@@ -320,9 +321,10 @@ class Lab:
             seed=self.seed,
             use_cpu=self.device == "cpu",
         )
-        lora = get_peft_config(LightReasonerModelConfig(lora_task_type="CAUSAL_LM"))
         # Without the first step
         steps = replace_steps(self.steps(), lambda row, _: [step for step in steps_of(row) if step[0] > 0])
+        layers = choose_target_modules(steps, self.expert.config.model_type)
+        lora = get_peft_config(LightReasonerModelConfig(lora_task_type="CAUSAL_LM", lora_target_modules=layers))
         trainer = LightReasonerTrainer(
             self.load("expert"), args, train_dataset=steps, processing_class=self.tokenizer, peft_config=lora
         )

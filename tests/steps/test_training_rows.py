@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
 
-from trl_lightreasoner.steps.training_rows import check_row, choose_beta, prepare_rows
+from trl_lightreasoner.steps.training_rows import check_row, choose_beta, has_corrections, prepare_rows
 from trl_lightreasoner.vocabulary import Vocabulary
 
 
@@ -312,6 +312,7 @@ def test_the_threshold_is_chosen_by_the_share_of_labels_that_prefer_another_toke
     other = {**same, "label_ids": [[9], *ROW["label_ids"][1:]]}
     rows = [other] * num_others + [same] * (19 - num_others)
     assert choose_beta(Dataset.from_list(rows)) == naive_choice(rows)
+    assert has_corrections(Dataset.from_list(rows)) == (naive_choice(rows) == 1.6)
 
 
 @pytest.mark.parametrize(
@@ -327,6 +328,7 @@ def test_the_threshold_is_chosen_by_the_share_of_labels_that_prefer_another_toke
 )
 def test_there_is_no_threshold_where_it_cannot_be_told(rows):
     assert choose_beta(Dataset.from_list(rows)) is None
+    assert not has_corrections(Dataset.from_list(rows))
 
 
 def test_streamed_rows_have_no_threshold_of_their_own():

@@ -26,6 +26,7 @@ from ..models.provenance import describe_quantization, hub_id, public_name
 from ..models.weights import describe_model, get_base_model
 from ..steps.dataset import count_steps, read_samplings
 from ..steps.prompt_format import PromptFormat
+from ..steps.training_rows import has_corrections
 from ..text import printable
 
 
@@ -163,6 +164,8 @@ def dataset_card(splits: dict[str, Dataset], repo_id: str, existing: DatasetCard
         repo_id=repo_id,
         split="train" if "train" in names else names[0],
         expert=expert,
+        # As `lightreasoner train` chooses
+        layers='["q_proj", "v_proj"]' if has_corrections(first) else '"all-linear"',
         paper_id=PAPER_ID,
         columns=_table(["column", "type", "meaning"], _column_rows(first.features)),
         sampling=_makings({name: told.get(name, _Told()).making for name in others} | _makings_of(splits)),

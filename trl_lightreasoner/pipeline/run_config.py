@@ -82,7 +82,7 @@ class RunConfig:
         beta (`float`, *optional*):
             Threshold in nats: steps whose divergence is below it are not trained on; those of 0.4 nats or more are
             stored. If `None`, it is 1.6 where v_C prefers another token than the expert's at a tenth of those steps or
-            more, and otherwise 0.
+            more, and otherwise 0.8.
         learning_rate (`float`, *optional*, defaults to `0.0001`):
             The initial learning rate for AdamW.
         max_steps (`int`, *optional*, defaults to `125`):
@@ -91,8 +91,10 @@ class RunConfig:
             LoRA R value.
         lora_alpha (`int`, *optional*, defaults to `16`):
             LoRA alpha.
-        lora_target_modules (`list[str]`, *optional*, defaults to `["all-linear"]`):
-            LoRA target modules.
+        lora_target_modules (`list[str]`, *optional*):
+            LoRA target modules. If `None`, they are those that PEFT names for the architecture, such as q_proj and
+            v_proj, if v_C prefers another token than the expert's at a tenth or more of the steps of 1.6 nats or more,
+            and otherwise all linear layers.
         seed (`int`, *optional*, defaults to `42`):
             Seed of the training.
 
@@ -216,7 +218,7 @@ class RunConfig:
         metadata={
             "help": "Threshold in nats: steps whose divergence is below it are not trained on; those of 0.4 nats "
             "or more are stored. If `None`, it is 1.6 where v_C prefers another token than the expert's at a tenth "
-            "of those steps or more, and otherwise 0."
+            "of those steps or more, and otherwise 0.8."
         },
     )
     learning_rate: float = field(
@@ -235,9 +237,13 @@ class RunConfig:
         default=16,
         metadata={"help": "LoRA alpha."},
     )
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "LoRA target modules."},
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA target modules. If `None`, they are those that PEFT names for the architecture, such as "
+            "q_proj and v_proj, if v_C prefers another token than the expert's at a tenth or more of the steps of 1.6 "
+            "nats or more, and otherwise all linear layers."
+        },
     )
     seed: int = field(
         default=42,

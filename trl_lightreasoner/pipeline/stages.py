@@ -20,7 +20,7 @@ from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
 from ..steps.dataset import count_steps
 from ..steps.prompt_format import PromptFormat
-from ..training.adapters import target_modules
+from ..training.adapters import choose_target_modules, target_modules
 from ..training.lightreasoner_config import LightReasonerConfig
 from ..training.lightreasoner_trainer import LightReasonerTrainer
 from .folder import Folder, write_json
@@ -143,11 +143,12 @@ def train_adapter(
     callback: TrainerCallback | None = None,
 ) -> None:
     """Train and save an adapter, and leave the expert as it was."""
+    layers = args.lora_target_modules or choose_target_modules(steps, expert.config.model_type)
     peft_config = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=0.05,
-        target_modules=target_modules(args.lora_target_modules),
+        target_modules=target_modules(layers),
         task_type="CAUSAL_LM",
     )
     trainer = LightReasonerTrainer(

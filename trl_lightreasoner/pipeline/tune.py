@@ -21,6 +21,7 @@ from ..processes import Processes
 from ..report.trials import SearchResult, write_setting
 from ..report.write_report import write_report
 from ..steps.training_rows import choose_beta, reaches
+from ..training.adapters import choose_target_modules
 from .folder import TuneFolder, write_json
 from .questions import prepare_questions
 from .search import AccuracyReporter, Setting, UnfitSetting, import_optuna, search
@@ -182,7 +183,7 @@ def tune(args: TuneConfig) -> TuneResult:
         expert, amateur = sampler.expert, sampler.amateur
         del sampler  # and its graphs and caches: training needs the memory
         clear_device_cache(garbage_collection=True)
-        default = default_setting(args, steps)
+        default = default_setting(args, steps, expert.config.model_type)
 
         def train(setting: Setting, path: Path, reporter: AccuracyReporter, answers_before: bool) -> None:
             if setting["beta"] and setting != default and not reaches(steps, setting["beta"]):
@@ -244,11 +245,12 @@ def tune(args: TuneConfig) -> TuneResult:
     return found
 
 
-def default_setting(args: TuneConfig, steps: Dataset) -> Setting:
-    """What a run by these settings would train with, its threshold filled in; layers as one text."""
+def default_setting(args: TuneConfig, steps: Dataset, model_type: str) -> Setting:
+    """What a run by these settings would train with, threshold and layers filled in; layers as one text."""
     beta = args.beta if args.beta is not None else choose_beta(steps) or 0.0
     values = {name: getattr(args, name) for name in FIELDS}
-    return {**values, "beta": beta, "lora_target_modules": " ".join(args.lora_target_modules)}
+    layers = args.lora_target_modules or choose_target_modules(steps, model_type)
+    return {**values, "beta": beta, "lora_target_modules": " ".join(layers)}
 
 
 def as_fields(setting: Setting, args: TuneConfig) -> dict[str, Any]:

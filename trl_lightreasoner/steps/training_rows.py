@@ -17,8 +17,9 @@ logger = logging.get_logger(__name__)
 
 # Labels are stored in fp32, and rounded further by some file formats
 _SUM_TOLERANCE = 1e-3
-# What `choose_beta` rests on (docs/evidence.md): a real pair gained most from the steps of 1.6 nats or more, where
-# 22 % of the labels preferred another token; three tiny pairs, where none did there, from those of 0.8 or more
+# What `choose_beta` and `has_corrections` rest on (docs/evidence.md): a real pair gained most from the steps of 1.6
+# nats or more, where 22 % of the labels preferred another token; three tiny pairs, where none did there, from those of
+# 0.8 or more
 _HIGH_BETA, _BETA = 1.6, 0.8
 _MIN_CORRECTIONS = 0.1
 
@@ -142,8 +143,7 @@ def choose_beta(dataset: Dataset | IterableDataset) -> float | None:
     The threshold for a Dataset of steps where nobody named one.
 
     The larger the divergence, the more a step has to say, as long as some of the labels say something else than the
-    expert would: 1.6 nats if v_C prefers another token than the one that the expert took at a tenth of those steps,
-    and otherwise 0.8.
+    expert would: 1.6 nats if [`has_corrections`], and otherwise 0.8.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows as [`ContrastiveStepSampler`] makes
@@ -153,23 +153,46 @@ def choose_beta(dataset: Dataset | IterableDataset) -> float | None:
         `float` in nats, or `None` for all kept steps: because none reaches 0.8 nats, or the divergences are not known
         before the rows are read.
     """
+    steps = _read_steps(dataset)
+    if _has_corrections(steps):
+        return _HIGH_BETA
+    return _BETA if any(divergence >= _BETA for divergence, _ in steps) else None
+
+
+def has_corrections(dataset: Dataset | IterableDataset) -> bool:
+    """
+    Whether v_C prefers another token than the one that the expert took at a tenth or more of the steps of 1.6 nats or
+    more; False where that is not known before the rows are read. The defaults of the training follow from it.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows as [`ContrastiveStepSampler`] makes
+            them.
+    """
+    return _has_corrections(_read_steps(dataset))
+
+
+def _has_corrections(steps: list[tuple[float, bool]]) -> bool:
+    others = [other for divergence, other in steps if divergence >= _HIGH_BETA]
+    return bool(others) and sum(others) >= _MIN_CORRECTIONS * len(others)
+
+
+def _read_steps(dataset: Dataset | IterableDataset) -> list[tuple[float, bool]]:
+    """Of each kept step its divergence and whether another token is preferred; nothing if one is not known."""
     names = ["completion_ids", "kl_divergence", "step_positions", "label_ids"]
     if not isinstance(dataset, Dataset) or not set(names) <= set(dataset.column_names):
-        return None
-    steps: list[tuple[float | None, bool]] = []  # divergence, whether another token is preferred
+        return []
+    steps: list[tuple[float, bool]] = []
     for row in dataset.with_format(None).select_columns(names):
         try:
             labels = zip(row["step_positions"], row["label_ids"], strict=True)
             others = [row["completion_ids"][t] != label_ids[0] for t, label_ids in labels]
-            steps += zip(divergences_of(row), others, strict=True)
+            divergences = divergences_of(row)
+            if None in divergences:
+                return []
+            steps += zip(divergences, others, strict=True)  # type: ignore[arg-type]  # numbers
         except (TypeError, IndexError, ValueError):  # a row that does not add up, which `prepare_rows` names
-            return None
-    if any(divergence is None for divergence, _ in steps):
-        return None
-    others = [other for divergence, other in steps if divergence >= _HIGH_BETA]  # type: ignore[operator]  # numbers
-    if others and sum(others) >= _MIN_CORRECTIONS * len(others):
-        return _HIGH_BETA
-    return _BETA if any(divergence >= _BETA for divergence, _ in steps) else None  # type: ignore[operator]
+            return []
+    return steps
 
 
 def reaches(dataset: Dataset | IterableDataset, beta: float | None) -> bool:

@@ -3,8 +3,12 @@
 import re
 
 import torch
+from datasets import Dataset, IterableDataset
 from peft import AdaLoraModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..steps.training_rows import has_corrections
 
 
 def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, revision: str | None) -> torch.nn.Module:
@@ -55,6 +59,30 @@ def target_modules(names: list[str] | None) -> str | list[str] | None:
     if names is None or len(names) != 1 or re.fullmatch(r"[\w.]+", names[0]):
         return names
     return names[0]
+
+
+def choose_target_modules(dataset: Dataset | IterableDataset, model_type: str) -> list[str]:
+    """
+    The layers of a new adapter where nobody named them.
+
+    If the steps that diverge most hold corrections ([`has_corrections`]), these are the layers that PEFT names for the
+    architecture, the query and value projections of most, and otherwise all linear ones (docs/evidence.md).
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows as [`ContrastiveStepSampler`] makes
+            them.
+        model_type (`str`): Of the model's config.
+
+    Example:
+
+    ```python
+    >>> choose_target_modules(dataset, "qwen2")  # doctest: +SKIP
+    ['q_proj', 'v_proj']
+
+    ```
+    """
+    named = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+    return list(named) if named and has_corrections(dataset) else ["all-linear"]
 
 
 def is_quantized(model: torch.nn.Module) -> bool:
