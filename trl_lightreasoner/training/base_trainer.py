@@ -92,6 +92,8 @@ class _BaseTrainer(ResumableTrainer):
             if self.is_world_process_zero():
                 self._save_beside(folder)
         except Exception as error:
+            if isinstance(error, OSError) and self._saves_checkpoint:  # the training goes on from the one before
+                raise
             try:
                 path = keep_weights(model, state_dict, folder)
             except Exception:  # the disk is full
