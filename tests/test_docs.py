@@ -73,7 +73,7 @@ ELLIPSES = {
     "sample": ["--expert", "EXPERT", "--amateur", "AMATEUR", "--dataset_name", "PROMPTS"],
     # As the page that resumes has trained before
     "train": ["--model_name_or_path", "EXPERT", "--dataset_name", "steps", "--output_dir", "adapter"]
-    + ["--lora_dropout", "0"],
+    + ["--lora_dropout", "0", "--lora_target_modules", "q_proj", "v_proj"],
 }
 # What a page makes, or takes from the pages before it
 FOLDERS = ["steps-0.2", "steps-0.4", "steps", "adapter", "evaluation"]
@@ -292,7 +292,7 @@ def run_command(words: list[str], reason: str | None, monkeypatch) -> None:
             flags.remove("...")
             flags = [*ELLIPSES[command], *flags]
         if reason is not None:
-            monkeypatch.setattr(cli, "run", parse_only)
+            monkeypatch.setattr(cli, "_run", parse_only)
             assert cli.main([command, *flags]) == 0
         else:
             status = cli.main([command, *flags, *LIMITS.get(command, [])])

@@ -150,8 +150,15 @@ def model(name: str, sentence: str, flag: str = "expert", **kwargs: Any) -> Mist
     return Mistake(f"{flag}: {name}", {flag: "{folder}/" + name}, sentence, **kwargs)
 
 
-def setting(name: str, value: str | None, sentence: str, loads: bool = False, **flags: str) -> Mistake:
-    return Mistake(f"--{name} {value}", {name: value, **flags}, sentence, loads)
+def setting(
+    name: str,
+    value: str | None,
+    sentence: str,
+    loads: bool = False,
+    error: type[Exception] = ValueError,
+    **flags: str,
+) -> Mistake:
+    return Mistake(f"--{name} {value}", {name: value, **flags}, sentence, loads, error)
 
 
 SAMPLE = [

@@ -122,7 +122,9 @@ def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
     assert stdout.buffer.getvalue() == b"1 \\u2260 \\udc802\n"
 
 
-def test_the_name_of_a_tensor_does_not_steer_the_terminal(expert, tokenizer, steps, tmp_path, propagated_logs, caplog):
+def test_the_name_of_a_tensor_does_not_steer_the_terminal(
+    expert, tokenizer, steps, tmp_path, propagated_logs, caplog, capsys
+):
     expert.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors") | {f"lm_head.{HOSTILE}": torch.zeros(1)}
@@ -130,8 +132,9 @@ def test_the_name_of_a_tensor_does_not_steer_the_terminal(expert, tokenizer, ste
     steps.to_parquet(tmp_path / "steps.parquet")
     argv = ["train", "--model_name_or_path", "model", "--dataset_name", "steps.parquet", "--output_dir", "out"]
     argv = [str(tmp_path / arg) if arg in ("model", "steps.parquet", "out") else arg for arg in argv]
-    assert main([*argv, "--use_cpu", "--max_steps", "1", "--disable_tqdm", "true"]) == 0
-    assert f"lm_head.{ESCAPED}" in caplog.text and HOSTILE not in caplog.text
+    assert main([*argv, "--use_cpu", "--max_steps", "1", "--disable_tqdm", "true"]) == 2
+    told = caplog.text + capsys.readouterr().err
+    assert f"lm_head.{ESCAPED}" in told and HOSTILE not in told
 
 
 def test_metadata_does_not_hide_in_a_card(steps):

@@ -300,9 +300,11 @@ def test_given_completions_that_do_not_fit_are_skipped(sample, loaded_tokenizer,
 
 
 def test_rows_without_text_alone_are_told_by_their_column(sample):
-    with pytest.raises(ValueError, match="Every row of the dataset is empty. .* the column `prompt`."):
+    with pytest.raises(
+        ValueError, match="Every row of the dataset is empty: `prompt` holds no text.* Check the column"
+    ):
         sample(prompts_of("", ""))
-    with pytest.raises(ValueError, match="Every row of the dataset is empty. .* the column `prompt` or `completion`."):
+    with pytest.raises(ValueError, match="Every row of the dataset is empty: `prompt` or `completion` holds no text"):
         sample(prompts_of("2+2=", completion=[""]))
 
 

@@ -27,7 +27,8 @@ def without_routers(model: torch.nn.Module) -> dict[str, bool]:
     Arguments of the forward by which a mixture of experts leaves out the loss of its routers, which nobody reads and
     which fails while tokens are generated, though its config asks for it.
     """
-    names = inspect.signature(get_base_model(model).forward).parameters
+    model = get_base_model(model)
+    names = inspect.signature(getattr(model, "forward", model)).parameters
     return {"output_router_logits": False} if "output_router_logits" in names else {}
 
 

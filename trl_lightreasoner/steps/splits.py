@@ -43,7 +43,8 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
         )
     if path.exists():  # `datasets` would tell its server that a local file was read
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-        check_encoding(name)
+        if not (path / "run.json").is_file():  # which is told of as what it is
+            check_encoding(name)
     try:
         with name_the_cache():
             return _load_split(name, config, split)

@@ -93,7 +93,9 @@ def _check(folder: Path, output_dir: str) -> None:
     if "latest" not in names:
         needed |= {name: any(each.startswith(name) for each in names) for name in ("optimizer", "scheduler.pt")}
         index = folder / "model.safetensors.index.json"
-        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+        shards = (
+            set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
+        )
         weights = [*folder.glob("*.safetensors"), *folder.glob("*/adapter_model.safetensors")]
         weights += [*folder.glob("*.bin"), *folder.glob("*model_fsdp*")]
         needed |= {"model.safetensors": any(path.name != "training_args.bin" for path in weights) and shards <= names}
