@@ -146,7 +146,9 @@ def _read_config(path: str) -> dict[str, Any]:
 
 def quantization_of(model_args: "ModelConfig") -> "BitsAndBytesConfig | None":
     """The quantization that TRL's flags ask for; where no dtype is named, it computes in bfloat16."""
-    from trl import get_quantization_config
+    if not (model_args.load_in_4bit or model_args.load_in_8bit):
+        return None
+    from trl import get_quantization_config  # with all that TRL's trainers need
 
     # TRL takes the dtype for the one to compute in as well, which has to be named
     dtype = "bfloat16" if model_args.dtype in (None, "auto") else model_args.dtype

@@ -3,14 +3,13 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from datasets import Dataset
-
 from ..steps.prompt_format import PromptFormat, has_messages, make_prompts, name_prompts, read_template
-from ..steps.splits import load_split
 from .arguments import quantization_of
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
     from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
 
@@ -138,8 +137,10 @@ class PairArguments:
             self.prompt_template = read_template(self.prompt_template)
 
 
-def load_prompts(args: PairArguments) -> tuple[Dataset, PromptFormat | None]:
+def load_prompts(args: PairArguments) -> "tuple[Dataset, PromptFormat | None]":
     """The prompts that `args` name, in a column `prompt`, and their form, if they were text."""
+    from ..steps.splits import load_split
+
     return as_prompts(load_split(args.dataset_name, args.dataset_config, args.dataset_split), args)
 
 
@@ -163,7 +164,7 @@ def make_sampler(args: PairArguments, sampling_args: "ContrastiveSamplingConfig"
     )
 
 
-def as_prompts(dataset: Dataset, args: PairArguments) -> tuple[Dataset, PromptFormat | None]:
+def as_prompts(dataset: "Dataset", args: PairArguments) -> "tuple[Dataset, PromptFormat | None]":
     """The dataset with a `prompt` column, as `args` asks for it, and the form of its prompts, if they were text."""
     dataset = name_prompts(dataset, args.prompt_column)
     style, template = args.prompt_style, args.prompt_template

@@ -4,7 +4,6 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..steps.splits import load_split
 from .arguments import ArgumentParser
 
 
@@ -111,6 +110,7 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 
 def main(args: ReportArguments) -> None:
     from ..report.write_report import write_report
+    from ..steps.splits import load_split
     from ..steps.writer import check_folder
 
     check_folder(args.output_dir)

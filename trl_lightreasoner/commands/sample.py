@@ -56,7 +56,6 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 
 
 def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig) -> None:
-    from ..hub.sharing import open_repo, push_dataset_to_hub
     from ..processes import Processes
     from ..sampling.pair_check import check_steps
     from ..steps.dataset import count_steps
@@ -64,6 +63,8 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
     prompts, prompt_format = load_prompts(script_args)
     hub: dict[str, Any] = {"private": script_args.hub_private_repo, "token": script_args.hub_token}
     if script_args.push_to_hub and Processes().is_main:  # who may not write shall know it now
+        from ..hub.sharing import open_repo
+
         name = script_args.hub_dataset_id or Path(sampling_args.output_dir).absolute().name
         repo_id = open_repo(name, "dataset", **hub)
     sampler = make_sampler(script_args, sampling_args)
@@ -71,6 +72,8 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
     if not sampler.processes.is_main:
         return
     if script_args.push_to_hub:
+        from ..hub.sharing import push_dataset_to_hub
+
         push_dataset_to_hub(dataset, repo_id, **hub)
         print(f"The Dataset is at {repo_id} on the Hub.")
     num_steps, num_kept = sum(map(len, dataset["completion_ids"])), count_steps(dataset)

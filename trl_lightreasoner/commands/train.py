@@ -2,22 +2,18 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from datasets import Dataset
-from transformers.trainer_utils import IntervalStrategy
-from trl import ModelConfig, ScriptArguments, get_peft_config
+from trl import ModelConfig, ScriptArguments
 
-from ..models.loading import load_adapter_config, load_config
-from ..models.provenance import hub_id
-from ..steps.dataset import count_steps
-from ..steps.prompt_format import PromptFormat, format_of_prompts, format_of_steps
-from ..steps.splits import load_split
-from ..training.accuracy import as_questions
-from ..training.adapters import choose_target_modules, target_modules
-from ..training.checkpoints import find_checkpoint, last_checkpoint
-from ..training.lightreasoner_config import LightReasonerConfig
-from ..training.lightreasoner_trainer import LightReasonerTrainer
 from .arguments import ArgumentParser, quantization_of
+
+
+if TYPE_CHECKING:  # slow to import, and `--help` needs neither
+    from datasets import Dataset
+
+    from ..training.lightreasoner_config import LightReasonerConfig
+    from ..training.lightreasoner_trainer import LightReasonerTrainer
 
 
 # A fifth of the updates
@@ -120,6 +116,8 @@ class LightReasonerModelConfig(ModelConfig):
             raise ValueError(f"`lora_r` must be a whole number, 1 or more, got {self.lora_r}.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}.")
+        from ..training.adapters import target_modules
+
         targets = self.lora_target_modules
         super().__post_init__()
         self.lora_target_modules = target_modules(targets)  # type: ignore[assignment]  # as TRL leaves it
@@ -132,13 +130,26 @@ class LightReasonerModelConfig(ModelConfig):
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
+    from ..training.lightreasoner_config import LightReasonerConfig
+
     types = [TrainArguments, LightReasonerConfig, LightReasonerModelConfig]
     return ArgumentParser(types, prog=prog, description=__doc__)
 
 
 def main(
-    script_args: TrainArguments, training_args: LightReasonerConfig, model_args: LightReasonerModelConfig
-) -> LightReasonerTrainer:
+    script_args: TrainArguments, training_args: "LightReasonerConfig", model_args: LightReasonerModelConfig
+) -> "LightReasonerTrainer":
+    from transformers.trainer_utils import IntervalStrategy
+    from trl import get_peft_config
+
+    from ..models.loading import load_adapter_config, load_config
+    from ..models.provenance import hub_id
+    from ..steps.dataset import count_steps
+    from ..steps.splits import load_split
+    from ..training.adapters import choose_target_modules, target_modules
+    from ..training.checkpoints import find_checkpoint
+    from ..training.lightreasoner_trainer import LightReasonerTrainer
+
     if model_args.model_name_or_path is None:
         raise ValueError("`--model_name_or_path` is required: the expert that the dataset was sampled with.")
     if script_args.dataset_name is None:
@@ -203,7 +214,7 @@ def main(
     return trainer
 
 
-def load_questions(name: str, steps: Dataset) -> Dataset:
+def load_questions(name: str, steps: "Dataset") -> "Dataset":
     """
     Questions for a trainer, in the form of the prompts that its Dataset was sampled with.
 
@@ -211,6 +222,10 @@ def load_questions(name: str, steps: Dataset) -> Dataset:
         name (`str`): File, folder or id on the Hub.
         steps ([`~datasets.Dataset`]): The Dataset. Where it does not say or show the form, text is taken as it is.
     """
+    from ..steps.prompt_format import PromptFormat, format_of_prompts, format_of_steps
+    from ..steps.splits import load_split
+    from ..training.accuracy import as_questions
+
     form = format_of_steps(steps)
     if form is None and "prompt" in steps.column_names and len(steps) > 0:
         form = format_of_prompts(steps)
@@ -223,6 +238,8 @@ def load_questions(name: str, steps: Dataset) -> Dataset:
 
 def check_is_new(output_dir: str) -> None:
     """Refuse a folder in which a training that is finished, or could go on, would be written over."""
+    from ..training.checkpoints import last_checkpoint
+
     folder = Path(output_dir)
     if (folder / "trainer_state.json").is_file() and any((folder / name).is_file() for name in _WEIGHTS):
         raise ValueError(f"{output_dir!r} holds what was trained before. Choose another `output_dir`.")

@@ -18,13 +18,12 @@ import platform
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, Value
 from huggingface_hub import EvalResult
-from peft import PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
@@ -44,6 +43,10 @@ from .answering import Answering, context_length, grade_answers, plan_answers
 from .evaluation_config import EvaluationConfig
 from .sets import BENCHMARKS, load_benchmark, title_of
 from .statistics import Z_95, compare, standard_error
+
+
+if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
+    from peft import PeftModel
 
 
 logger = get_logger(__name__)
@@ -141,9 +144,9 @@ def _interval(difference: dict[str, float]) -> str:
 
 
 def evaluate(
-    model: str | PreTrainedModel | PeftModel,
+    model: "str | PreTrainedModel | PeftModel",
     args: EvaluationConfig,
-    baseline: str | PreTrainedModel | PeftModel | None = None,
+    baseline: "str | PreTrainedModel | PeftModel | None" = None,
     processing_class: PreTrainedTokenizerBase | None = None,
     baseline_processing_class: PreTrainedTokenizerBase | None = None,
     quantization_config: BitsAndBytesConfig | None = None,
@@ -199,7 +202,7 @@ def evaluate(
     return Evaluation(processes.on_main(lambda: grade_candidates(candidates, args)))
 
 
-def _in_the_form_of_training(args: EvaluationConfig, model: str | PreTrainedModel | PeftModel) -> EvaluationConfig:
+def _in_the_form_of_training(args: EvaluationConfig, model: "str | PreTrainedModel | PeftModel") -> EvaluationConfig:
     """The settings with the form of the prompts filled in, and a warning where the model was trained in another."""
     trained = None
     if isinstance(model, str):
@@ -230,7 +233,7 @@ class Candidate:
     def __init__(
         self,
         role: str,
-        model: str | PreTrainedModel | PeftModel,
+        model: "str | PreTrainedModel | PeftModel",
         tokenizer: PreTrainedTokenizerBase | None,
         quantization_config: BitsAndBytesConfig | None,
         args: EvaluationConfig,
@@ -280,7 +283,7 @@ class Candidate:
             prompted = dataset.add_column("prompt", tokenizer.batch_decode(ids))
             self.writers[name] = StepWriter(folder, prompted, args.overwrite_output_dir, _ANSWER_FEATURES, date)
 
-    def answer(self, loaded: PreTrainedModel | PeftModel | None = None) -> None:
+    def answer(self, loaded: "PreTrainedModel | PeftModel | None" = None) -> None:
         """Write down the answers that are not there yet, by a model that may be `loaded` already, and let it go."""
         lengths = [len(self.prompt_ids[name][row]) + room for name, plan in self.plans.items() for row, room in plan]
         vllm = None

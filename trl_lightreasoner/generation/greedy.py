@@ -8,10 +8,9 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -28,6 +27,10 @@ from ..steps.prompts import end_of_turn
 from ..vocabulary import Vocabulary
 
 
+if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
+    from peft import PeftModel
+
+
 class OnlyTokens(LogitsProcessor):
     """Leaves the logits of real tokens as they are and takes the columns that no token owns out of the contest."""
 
@@ -39,7 +42,7 @@ class OnlyTokens(LogitsProcessor):
 
 
 def find_eos_ids(
-    model: str | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, **kwargs: Any
+    model: "str | PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase, **kwargs: Any
 ) -> list[int]:
     """
     Every id that ends an answer, wherever one is made, and in what is saved.

@@ -18,19 +18,20 @@ from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from datasets.info import DatasetInfosDict
 from datasets.splits import SplitInfo
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
-from peft import LoraConfig, PeftModel
-from transformers import Trainer, TrainerState
 
 from .. import __version__
 from ..models.provenance import describe_quantization, hub_id, public_name
-from ..models.weights import describe_model, get_base_model
+from ..models.weights import describe_model, get_base_model, is_peft_model
 from ..steps.dataset import count_steps, read_samplings
 from ..steps.prompt_format import PromptFormat
 from ..steps.training_rows import has_corrections
 from ..text import printable
 
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # slow to import, and a Dataset's card does without
+    from peft import PeftModel
+    from transformers import Trainer, TrainerState
+
     from ..evaluation.evaluation import Evaluation
 
 
@@ -66,7 +67,7 @@ _UNKNOWN = "The rows do not say."
 
 
 def model_card(
-    trainer: Trainer,
+    trainer: "Trainer",
     model_name: str,
     dataset_name: str | None = None,
     tags: Iterable[str] = (),
@@ -85,7 +86,7 @@ def model_card(
         has_figure (`bool`): Whether training_curve.png lies beside the card.
     """
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    is_adapter = isinstance(model, PeftModel)
+    is_adapter = is_peft_model(model)
     base_name = get_base_model(model).config._name_or_path
     base_model = hub_id(base_name)
     data = ModelCardData(
@@ -228,7 +229,7 @@ def _makings(makings: dict[str, str]) -> str:
     return "\n\n".join(f"### {', '.join(names)}\n\n{making}" for making, names in alike.items())
 
 
-def draw_curve(state: TrainerState, path: str) -> bool:
+def draw_curve(state: "TrainerState", path: str) -> bool:
     """
     Draw loss, entropy and accuracy over the updates, and say whether it was done: matplotlib must be installed and
     something have been logged.
@@ -266,7 +267,7 @@ def draw_curve(state: TrainerState, path: str) -> bool:
     return True
 
 
-def _example_prompt(trainer: Trainer) -> str:
+def _example_prompt(trainer: "Trainer") -> str:
     """A prompt in the form of those that were trained on, as a literal of Python."""
     question = "What is 17 * 3?"
     if trainer.prompt_format is not None:
@@ -317,7 +318,7 @@ def _describe(model: dict[str, Any] | None) -> str:
     return ", ".join(parts)
 
 
-def _setting_rows(trainer: Trainer, model: Any) -> list[tuple[str, Any]]:
+def _setting_rows(trainer: "Trainer", model: Any) -> list[tuple[str, Any]]:
     args = trainer.args
     rows: list[tuple[str, Any]] = [("beta", f"{trainer.beta} nats" if trainer.beta else "all kept steps")]
     rows += [(name, getattr(args, name)) for name in _SETTINGS]
@@ -328,11 +329,11 @@ def _setting_rows(trainer: Trainer, model: Any) -> list[tuple[str, Any]]:
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "none"
     rows.append(("mixed precision", precision))
     described = describe_model(model)
-    rows.append(("dtype of the base model" if isinstance(model, PeftModel) else "dtype", described["dtype"]))
+    rows.append(("dtype of the base model" if is_peft_model(model) else "dtype", described["dtype"]))
     rows += [(name, described[name]) for name in ("attention", "device")]
     if described["quantization"]:
         rows.append(("quantization", describe_quantization(described["quantization"])))
-    if isinstance(model, PeftModel) and isinstance(model.active_peft_config, LoraConfig):
+    if is_peft_model(model) and _adapter_type(model) == "LoRA":
         lora = model.active_peft_config
         targets = lora.target_modules
         if not isinstance(targets, str | None):  # "all-linear" becomes the name of every layer
@@ -342,12 +343,14 @@ def _setting_rows(trainer: Trainer, model: Any) -> list[tuple[str, Any]]:
     return [(name, getattr(value, "value", value)) for name, value in rows]
 
 
-def _adapter_type(model: PeftModel) -> str:
+def _adapter_type(model: "PeftModel") -> str:
+    from peft import LoraConfig
+
     config = model.active_peft_config
     return "LoRA" if isinstance(config, LoraConfig) else config.peft_type.value
 
 
-def _merged_logs(state: TrainerState) -> dict[int, dict[str, float]]:
+def _merged_logs(state: "TrainerState") -> dict[int, dict[str, float]]:
     """What was logged at each update, of training and evaluation together."""
     logs: dict[int, dict[str, float]] = {}
     for log in state.log_history:
@@ -357,7 +360,7 @@ def _merged_logs(state: TrainerState) -> dict[int, dict[str, float]]:
     return dict(sorted(logs.items()))
 
 
-def _curve_table(state: TrainerState) -> str:
+def _curve_table(state: "TrainerState") -> str:
     logs = list(_merged_logs(state).items())
     if len(logs) > _MAX_CURVE_ROWS:  # the first, the last, others at equal distances, and those with an accuracy
         last = len(logs) - 1

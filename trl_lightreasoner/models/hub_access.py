@@ -1,5 +1,6 @@
 """What is in the cache is loaded at once where there is no network, not after each file was asked for six times."""
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -7,10 +8,9 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from huggingface_hub import constants, get_session, is_offline_mode
-from transformers import logging
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 

@@ -6,13 +6,11 @@ import re
 import warnings
 from pathlib import Path
 from pickle import UnpicklingError  # raised for files that hold more than tensors; none is read that way
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftConfig, PeftModel, PeftType
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -36,7 +34,11 @@ from transformers.utils import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .hub_access import from_cache_if_unreachable
-from .weights import get_base_model, settle_4bit_layers
+from .weights import get_base_model, is_peft_model, settle_4bit_layers, spare_bitsandbytes
+
+
+if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
+    from peft import PeftConfig, PeftModel
 
 
 logger = logging.get_logger(__name__)
@@ -52,8 +54,8 @@ _VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekke
 
 @from_cache_if_unreachable
 def load_model(
-    model: str | PreTrainedModel | PeftModel, is_trainable: bool = False, **kwargs: Any
-) -> PreTrainedModel | PeftModel:
+    model: "str | PreTrainedModel | PeftModel", is_trainable: bool = False, **kwargs: Any
+) -> "PreTrainedModel | PeftModel":
     """
     The model itself, loaded if it is named by an id or a path (of a model or of a PEFT adapter).
 
@@ -82,7 +84,7 @@ def load_model(
         ) from error
 
 
-def _load_model(model: str, is_trainable: bool, **kwargs: Any) -> PreTrainedModel | PeftModel:
+def _load_model(model: str, is_trainable: bool, **kwargs: Any) -> "PreTrainedModel | PeftModel":
     kwargs.setdefault("dtype", "auto")
     device = PartialState().device
     if "device_map" not in kwargs and device.type != "cpu":
@@ -144,7 +146,7 @@ def left_out(model: PreTrainedModel, source: str, **kwargs: Any) -> list[str]:
     return sorted(name for name in ignored if not any(each.endswith(name) for each in kept))  # or made anew
 
 
-def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = False, **kwargs: Any) -> PeftModel:
+def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = False, **kwargs: Any) -> "PeftModel":
     """
     A model with an adapter of which every tensor has its place.
 
@@ -157,6 +159,8 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
     Raises:
         `ValueError`: If tensors are missing, are unexpected or have another shape; names them.
     """
+    from peft import PeftModel, PeftType
+
     kwargs.pop("trust_remote_code", None)  # an adapter has no code of its own
     repository = {**kwargs}
     rows = count_saved_embeddings(adapter, **repository)
@@ -165,7 +169,7 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
     kwargs |= {"is_trainable": is_trainable, "torch_device": "cpu"}
     misfits: dict[str, set[str]] = {}
     try:
-        with warnings.catch_warnings():
+        with spare_bitsandbytes(), warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, adapter, **kwargs)
         # PEFT passes over weights without a place, and tells of them only here; AdaLoRA would be pruned again
@@ -193,7 +197,7 @@ def count_saved_embeddings(adapter: str, **kwargs: Any) -> int | None:
     """How many embeddings an adapter holds, as one of a model whose vocabulary was resized does; `kwargs` as above."""
     kwargs.pop("trust_remote_code", None)
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    path = cached_file(adapter, SAFETENSORS_WEIGHTS_NAME, **kwargs, **quietly)
+    path = cached_file(adapter, "adapter_model.safetensors", **kwargs, **quietly)
     if path is None:
         return None
     with safe_open(path, framework="pt") as file:
@@ -210,7 +214,7 @@ def _name_tensors(misfits: dict[str, set[str]]) -> str:
 
 
 @from_cache_if_unreachable
-def load_config(model: str | PreTrainedModel | PeftModel, name: str = "model", **kwargs: Any) -> PretrainedConfig:
+def load_config(model: "str | PreTrainedModel | PeftModel", name: str = "model", **kwargs: Any) -> PretrainedConfig:
     """
     The model's configuration, without loading the model.
 
@@ -226,8 +230,8 @@ def load_config(model: str | PreTrainedModel | PeftModel, name: str = "model", *
             adapter of virtual tokens, or a folder whose weights are missing or damaged; or if the weights are to go
             where there is no GPU.
     """
-    if isinstance(model, PreTrainedModel | PeftModel):
-        if isinstance(model, PeftModel):
+    if isinstance(model, PreTrainedModel) or is_peft_model(model):
+        if is_peft_model(model):
             check_adapter(model.active_peft_config, name)
         config = get_base_model(model).config
         is_causal = get_base_model(model).can_generate()
@@ -366,7 +370,7 @@ def _has_tokenizer(source: str, repository: dict[str, Any]) -> bool:
 
 
 @from_cache_if_unreachable
-def load_eos_ids(model: str | PreTrainedModel | PeftModel, **kwargs: Any) -> set[int]:
+def load_eos_ids(model: "str | PreTrainedModel | PeftModel", **kwargs: Any) -> set[int]:
     """
     The ids that a model's generation_config names as EOS, or else its config, without loading the model.
 
@@ -414,11 +418,13 @@ def hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 @from_cache_if_unreachable
-def load_adapter_config(model: str, name: str = "model", **kwargs: Any) -> PeftConfig | None:
+def load_adapter_config(model: str, name: str = "model", **kwargs: Any) -> "PeftConfig | None":
     """The configuration of a PEFT adapter, or `None` if `model` is not one; `kwargs` as of [`hub_kwargs`]."""
     kwargs.pop("trust_remote_code", None)  # an adapter has no code of its own
     if find_adapter_config_file(model, **kwargs) is None:
         return None
+    from peft import PeftConfig
+
     try:
         config = PeftConfig.from_pretrained(model, **kwargs)
     except (ValueError, TypeError, KeyError) as error:
@@ -434,7 +440,7 @@ def load_adapter_config(model: str, name: str = "model", **kwargs: Any) -> PeftC
     return config
 
 
-def check_adapter(config: PeftConfig, name: str) -> None:
+def check_adapter(config: "PeftConfig", name: str) -> None:
     """Refuse an adapter of virtual tokens, one that acts through PEFT's forward, and one that loads differently."""
     # Virtual tokens shift the positions at which logits are read, and the base model that generates does not see them
     if config.is_prompt_learning:

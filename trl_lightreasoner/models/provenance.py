@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from peft import PeftModel
 from transformers import logging
 
 from ..text import printable
-from .weights import describe_model, lies_beside
+from .weights import describe_model, is_peft_model, lies_beside
 
 
 logger = logging.get_logger(__name__)
@@ -36,7 +35,7 @@ def warn_of_another_expert(
     trained = describe_model(model, name)
     # A new adapter changes nothing yet. Nor does one that begins with a share of the weights, as PiSSA and OLoRA do;
     # whether it is still new, its weights do not tell
-    adapts = isinstance(model, PeftModel) and any(p.any() for n, p in model.named_parameters() if "lora_B" in n)
+    adapts = is_peft_model(model) and any(p.any() for n, p in model.named_parameters() if "lora_B" in n)
     is_told = name is not None or all(map(lies_beside, getattr(model, "peft_config", {}).values()))
     experts = [_read_expert(text) for text in dataset.unique("sampling_metadata")]
     pairs = [pair for expert in experts if expert for pair in differences(expert, trained, adapts and is_told)]

@@ -2,10 +2,17 @@
 
 import hashlib
 import json
-from typing import Any
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeGuard
+from unittest.mock import patch
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+
+
+if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
+    from peft import PeftConfig, PeftModel
 
 
 _BLOCK = 2**20  # words that are summed up together
@@ -41,6 +48,21 @@ def settle_4bit_layers(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+@contextmanager
+def spare_bitsandbytes() -> Iterator[None]:
+    """
+    Let PEFT make or load LoRA without importing bitsandbytes, if nobody has yet.
+
+    PEFT asks of every layer whether it is one of bitsandbytes, which imports that, and with it PyTorch's compiler.
+    Before it is imported, none is.
+    """
+    if "bitsandbytes.nn" in sys.modules:
+        yield
+        return
+    with patch.multiple("peft.tuners.lora.model", is_bnb_available=bool, is_bnb_4bit_available=bool, create=True):
+        yield
+
+
 def describe_model(model: torch.nn.Module, name: str | None = None) -> dict[str, Any]:
     """
     What tells one expert from another, in values that JSON can hold.
@@ -61,23 +83,31 @@ def describe_model(model: torch.nn.Module, name: str | None = None) -> dict[str,
         "device": torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else base.device.type,
         "num_parameters": base.num_parameters(),
         "quantization": quantization and {key: str(value) for key, value in quantization.items()},
-        "adapter": (name or list(model.active_adapters)) if isinstance(model, PeftModel) else None,
+        "adapter": (name or list(model.active_adapters)) if is_peft_model(model) else None,
     }
 
 
-def lies_beside(config: PeftConfig) -> bool:
+def lies_beside(config: "PeftConfig") -> bool:
     """Whether an adapter is LoRA that leaves the base model's weights as they are, which PiSSA and its like change."""
+    from peft import LoraConfig
+
     return type(config) is LoraConfig and config.init_lora_weights in (True, False, "gaussian", "eva", "orthogonal")
+
+
+def is_peft_model(model: Any) -> "TypeGuard[PeftModel]":
+    """Whether it is a [`~peft.PeftModel`]. PEFT is not imported to ask: before it is, there are none."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
 
 
 def get_base_model(model: torch.nn.Module) -> torch.nn.Module:
     """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return model.get_base_model() if is_peft_model(model) else model
 
 
 def weight_fingerprint(model: torch.nn.Module) -> str:
     """A checksum over the names, shapes, dtypes and bytes of all weights and the active adapters, on every device."""
-    adapters = [model.active_adapters, model.get_model_status().enabled] if isinstance(model, PeftModel) else []
+    adapters = [model.active_adapters, model.get_model_status().enabled] if is_peft_model(model) else []
     digest = hashlib.sha256(str(adapters).encode())
     factors: dict[torch.device, torch.Tensor] = {}  # by which it counts where a value is
     drawn = torch.randint(-(2**63), 2**63 - 1, (_BLOCK,), generator=torch.Generator().manual_seed(0))

@@ -5,12 +5,11 @@ models are at hand. What they say is shown only if it gives v_C again.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,8 +23,12 @@ from ..vocabulary import Vocabulary, shared_vocabulary
 from .statistics import StepStatistics
 
 
+if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
+    from peft import PeftModel
+
+
 # As users name a model: id, path, or the model
-NamedModel: TypeAlias = str | PreTrainedModel | PeftModel
+NamedModel: TypeAlias = "str | PreTrainedModel | PeftModel"
 
 MAX_TOKENS = 512  # of a completion that are shown
 # Mean over the steps of the total variation between v_C as it was stored and as the models give it now. Rounding in

@@ -2,10 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from peft import PeftModel
 from transformers import PreTrainedModel, logging
 
 from ..models.token_text import TokenTexts, spell_out
@@ -19,6 +18,10 @@ from .training_curves import load_curves
 from .trials import SearchResult
 
 
+if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
+    from peft import PeftModel
+
+
 logger = logging.get_logger(__name__)
 
 
@@ -26,8 +29,8 @@ def write_report(
     dataset: Dataset | dict[str, Dataset],
     output_dir: str,
     training_dir: str | None = None,
-    expert: str | PreTrainedModel | PeftModel | None = None,
-    amateur: str | PreTrainedModel | PeftModel | None = None,
+    expert: "str | PreTrainedModel | PeftModel | None" = None,
+    amateur: "str | PreTrainedModel | PeftModel | None" = None,
     load_models: bool = True,
     num_trajectories: int = 24,
     seed: int = 0,

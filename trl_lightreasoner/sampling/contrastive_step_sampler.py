@@ -11,11 +11,10 @@ import uuid
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, List, Value
-from peft import PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
@@ -34,6 +33,10 @@ from ..vocabulary import check_embedded, model_vocabulary, shared_vocabulary
 from .contrastive_sampling_config import ContrastiveSamplingConfig
 from .pair_check import JUDGED_AT, PairCheck, check_steps
 from .scoring import Trajectory, TrajectoryScores, prepare_scoring, score_trajectories
+
+
+if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
+    from peft import PeftModel
 
 
 logger = get_logger(__name__)
@@ -94,8 +97,8 @@ class ContrastiveStepSampler:
 
     def __init__(
         self,
-        expert: str | PreTrainedModel | PeftModel,
-        amateur: str | PreTrainedModel | PeftModel,
+        expert: "str | PreTrainedModel | PeftModel",
+        amateur: "str | PreTrainedModel | PeftModel",
         args: ContrastiveSamplingConfig,
         processing_class: PreTrainedTokenizerBase | None = None,
         amateur_processing_class: PreTrainedTokenizerBase | None = None,

@@ -13,7 +13,6 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational
-from trl.trainer.utils import remove_none_values
 
 
 # Today's date, as templates print it
@@ -69,7 +68,7 @@ def render_row(
     # Where rows of a dataset have different keys, Arrow fills in nulls
     for key, value in text.items():
         plain = value if key == "chat_template_kwargs" else [_as_plain_message(message, key) for message in value]
-        text[key] = remove_none_values(plain)
+        text[key] = _without_nulls(plain)
     tools = _tools_of(row)
     template = tokenizer.get_chat_template(tools=tools or None)
     template = _TODAY.sub(lambda call: json.dumps((date or datetime.now()).strftime(call[2])), template)
@@ -90,6 +89,13 @@ def render_row(
     return rendered
 
 
+def _without_nulls(value: Any) -> Any:
+    # As `trl.trainer.utils.remove_none_values`, which imports what TRL's trainers need
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
 def _tools_of(row: dict[str, Any]) -> list[Any]:
     tools = row.get("tools") or []
     if not tools:
@@ -101,7 +107,7 @@ def _tools_of(row: dict[str, Any]) -> list[Any]:
             raise ValueError(f"`tools` is not JSON: {error}. Repair it.") from None
     if not isinstance(tools, list):
         raise ValueError(f"`tools` must be a list, got {tools!r}. Convert it.")
-    return tools if isinstance(row["tools"], str) else remove_none_values(tools)
+    return tools if isinstance(row["tools"], str) else _without_nulls(tools)
 
 
 def _as_plain_message(message: Any, column: str) -> dict[str, Any]:

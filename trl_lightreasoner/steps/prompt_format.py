@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, List, Value
-from transformers.utils import cached_file
 
 from ..models.hub_access import from_cache_if_unreachable
 from ..text import read_text
@@ -122,6 +121,8 @@ def load_prompt_format(model: str, **kwargs: Any) -> PromptFormat | None:
     Raises:
         `ValueError`: If the file is damaged.
     """
+    from transformers.utils import cached_file
+
     kwargs.pop("trust_remote_code", None)  # it has no code
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path = cached_file(model, FILE_NAME, **kwargs, **quietly)

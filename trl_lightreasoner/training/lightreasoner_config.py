@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import TrainingArguments, get_scheduler
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..config_checks import check_flags, check_numbers, check_whole_numbers
@@ -308,6 +308,8 @@ def check_optimizer(args: TrainingArguments) -> None:
         ) from error
     if not args.optim_args or args.optim_target_modules:  # which needs the model
         return
+
+    from transformers import Trainer  # as long to import as the rest, and few settings need it
 
     def make(pairs: dict[str, str]) -> tuple[Any, dict[str, Any]]:
         changed = copy.copy(args)
