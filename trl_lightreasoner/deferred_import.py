@@ -10,7 +10,7 @@ class _DeferredModule(ModuleType):
     """Python asks a module for `__getattr__` only where it lacks a name: one that is not executed lacks nearly all."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name != "__path__":  # which tell of no use: tools ask every module for them
+        if name.startswith("__") and name not in ("__path__", "__version__"):  # of every module, tools ask for them
             raise AttributeError(name)
         self.__class__ = ModuleType  # type: ignore[assignment]  # as any other from now on
         spec = self.__spec__
@@ -18,7 +18,8 @@ class _DeferredModule(ModuleType):
         try:
             spec.loader.exec_module(self)  # type: ignore[union-attr]
         except BaseException:
-            del sys.modules[self.__name__]
+            del self.__path__
+            self.__class__ = _DeferredModule  # type: ignore[assignment]  # to fail at the next use as well
             raise
         return getattr(self, name)
 
