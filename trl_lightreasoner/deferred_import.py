@@ -19,7 +19,7 @@ class _DeferredModule(ModuleType):
             spec.loader.exec_module(self)  # type: ignore[union-attr]
         except BaseException:
             del self.__path__
-            self.__class__ = _DeferredModule  # type: ignore[assignment]  # to fail at the next use as well
+            self.__class__ = _DeferredModule  # to fail at the next use as well
             raise
         return getattr(self, name)
 

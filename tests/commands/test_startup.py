@@ -10,7 +10,7 @@ from trl_lightreasoner.demo.bundled_pair import PAIR
 
 
 COMPILER = "torch._inductor.compile_fx"
-MODELS = {"datasets", "torch", "transformers.modeling_utils"}
+MODELS = {"datasets", "torch", "transformers", "transformers.modeling_utils"}
 ADAPTERS = MODELS | {"peft", "transformers.trainer_utils"}
 # What each may import of the modules below. They run one after the other in one process, whose modules add up
 ALLOWED = {

@@ -145,7 +145,7 @@ def load_trajectories(dataset: Dataset, rows: list[int]) -> list[ShownTrajectory
     return shown
 
 
-def find_tokenizer(metadata: dict[str, Any], expert: NamedModel | None) -> PreTrainedTokenizerBase | str:
+def find_tokenizer(metadata: dict[str, Any], expert: "NamedModel | None") -> PreTrainedTokenizerBase | str:
     """
     The tokenizer of the expert, or why there is none.
 
@@ -166,8 +166,8 @@ def find_tokenizer(metadata: dict[str, Any], expert: NamedModel | None) -> PreTr
 def add_probabilities(
     trajectories: list[ShownTrajectory],
     metadata: dict[str, Any],
-    expert: NamedModel | None,
-    amateur: NamedModel | None,
+    expert: "NamedModel | None",
+    amateur: "NamedModel | None",
 ) -> str | None:
     """
     Let expert and amateur read the trajectories, for their probabilities at the kept steps.
@@ -224,7 +224,9 @@ def add_probabilities(
     return None
 
 
-def _source(metadata: dict[str, Any], role: str, name: NamedModel | None) -> tuple[NamedModel | None, dict[str, Any]]:
+def _source(
+    metadata: dict[str, Any], role: str, name: "NamedModel | None"
+) -> "tuple[NamedModel | None, dict[str, Any]]":
     """Id or path of a model, or the model, and the arguments with which it is loaded as it was sampled."""
     made = metadata.get(role) or {}
     kwargs = {"dtype": made.get("dtype") or "auto"}

@@ -17,6 +17,7 @@ import errno
 import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -31,14 +32,13 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetsError
 from filelock import FileLock, Timeout
-from transformers import logging
 
 from .caches import name_the_cache, reason_of
 from .dataset import STEP_FEATURES
 from .run_file import checksums, finished_files, read_run, run_content
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _MAX_FILE_BYTES = 500 * 2**20
 _ROW = "_row"  # place of a row in the input, while rows are written in the order they are made
