@@ -87,9 +87,6 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str):
     if name in _MODULES:
-        from .deferred_import import defer_import
-
-        defer_import("bitsandbytes")  # which PEFT imports, and which imports PyTorch's compiler, if it is used or not
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

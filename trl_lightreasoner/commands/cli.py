@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from ..deferred_import import defer_import
 from ..safe_path import start_processes_safely
 from ..text import printable
 from .terminal import speak
@@ -70,8 +69,7 @@ def run(prog: str, make_parser: Callable, command: Callable, argv: Sequence[str]
 
 def _run(prog: str, make_parser: Callable, command: Callable, argv: Sequence[str]) -> int:
     start_processes_safely()
-    defer_import("bitsandbytes")  # PEFT imports it, used or not, and it imports PyTorch's compiler
-    # It would tell at its start that a kernel for 4 bits on CPUs is not installed
+    # PEFT imports it, used or not, and it would tell at its start that a kernel for 4 bits on CPUs is not installed
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     args: tuple = ()
     try:

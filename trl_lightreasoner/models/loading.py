@@ -34,7 +34,7 @@ from transformers.utils import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .hub_access import from_cache_if_unreachable
-from .weights import get_base_model, is_peft_model, settle_4bit_layers, spare_bitsandbytes
+from .weights import get_base_model, is_peft_model, settle_4bit_layers
 
 
 if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
@@ -169,7 +169,7 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
     kwargs |= {"is_trainable": is_trainable, "torch_device": "cpu"}
     misfits: dict[str, set[str]] = {}
     try:
-        with spare_bitsandbytes(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, adapter, **kwargs)
         # PEFT passes over weights without a place, and tells of them only here; AdaLoRA would be pruned again

@@ -3,10 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard
-from unittest.mock import patch
 
 import torch
 
@@ -46,21 +43,6 @@ def settle_4bit_layers(model: torch.nn.Module) -> torch.nn.Module:
         if module.bias is not None and module.compute_dtype is not None:
             module.bias.data = module.bias.data.to(module.compute_dtype)
     return model
-
-
-@contextmanager
-def spare_bitsandbytes() -> Iterator[None]:
-    """
-    Let PEFT make or load LoRA without importing bitsandbytes, if nobody has yet.
-
-    PEFT asks of every layer whether it is one of bitsandbytes, which imports that, and with it PyTorch's compiler.
-    Before it is imported, none is.
-    """
-    if "bitsandbytes.nn" in sys.modules:
-        yield
-        return
-    with patch.multiple("peft.tuners.lora.model", is_bnb_available=bool, is_bnb_4bit_available=bool, create=True):
-        yield
 
 
 def describe_model(model: torch.nn.Module, name: str | None = None) -> dict[str, Any]:

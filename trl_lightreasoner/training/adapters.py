@@ -8,7 +8,6 @@ from peft import AdaLoraModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..models.weights import spare_bitsandbytes
 from ..steps.training_rows import has_corrections
 
 
@@ -31,8 +30,7 @@ def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, revi
                 "and unload the existing adapter, save the resulting base model, and then pass that base model along "
                 "with the new `peft_config` to the trainer."
             )
-        with spare_bitsandbytes():
-            model = get_peft_model(model, peft_config, revision=revision)
+        model = get_peft_model(model, peft_config, revision=revision)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "The model has no trainable parameter. Load the adapter with `is_trainable=True`, or pass a `peft_config`."
