@@ -27,7 +27,8 @@ TOKENS_A_PIECE = 256
 
 def context_length(config: PretrainedConfig) -> int:
     """How many tokens a model reads at most."""
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+    length = getattr(config, "max_position_embeddings", None) or 0
+    return length if length > 0 else sys.maxsize  # XLNet says -1
 
 
 def plan_answers(prompt_ids: list[list[int]], max_new_tokens: int, context: int) -> list[tuple[int, int]]:

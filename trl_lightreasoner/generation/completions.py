@@ -8,6 +8,7 @@ generate at most, one for a batch.
 
 import math
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,10 +19,12 @@ from accelerate.logging import get_logger
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 
+from ..models.forward import rope_switch
+from ..models.weights import get_base_model
 from ..processes import Processes
 from ..vocabulary import Vocabulary
 from .cuda_graphs import MAX_ROWS, Generated, generate_greedy_by_graph, rows_that_fit, why_no_graph
-from .greedy import generate_greedy
+from .greedy import Alike, generate_by_passes, generate_greedy, length_that_shows, rows_alike
 from .vllm import VLLMGeneration
 
 
@@ -45,15 +48,73 @@ class GreedyDecoder:
         self, model: torch.nn.Module, vocabulary: Vocabulary, eos_ids: list[int], vllm: VLLMGeneration | None = None
     ):
         self.model, self.vocabulary, self.eos_ids, self.vllm = model, vocabulary, eos_ids, vllm
+        self.rope_switch = rope_switch(get_base_model(model).config)
+        self.alike: Alike | None = None
+        self._looked_at = 0  # tokens
         reason = why_no_graph(model)
         self.by_graph = reason is None
         if reason is not None and model.device.type == "cuda" and vllm is None:
             self._go_on_plainly(reason)
 
     def __call__(self, prompt_ids: list[list[int]], max_new_tokens: int) -> Generated:
-        arguments = (self.model, prompt_ids, self.vocabulary, self.eos_ids, max_new_tokens)
         if self.vllm is not None:
-            return Generated(self.vllm(*arguments), None)
+            return Generated(self.vllm(self.model, prompt_ids, self.vocabulary, self.eos_ids, max_new_tokens), None)
+        longest = max(prompt_ids, key=len)
+        length = length_that_shows(self.model, len(longest) + max_new_tokens)
+        if length > self._looked_at:
+            self._looked_at = length
+            self._look_at_rows((longest * length)[:length])
+        completions: list[list[int]] = [[] for _ in prompt_ids]
+        going = set(range(len(prompt_ids)))
+        while going:
+            contexts = {row: prompt_ids[row] + completions[row] for row in going}
+            kinds = {row: (len(completions[row]), *self._kind(row, contexts[row])) for row in going}
+            kind = max(kinds.values())
+            rows = [row for row in sorted(going) if kinds[row] == kind]
+            room = min(self._room([contexts[row] for row in rows]), max_new_tokens - len(completions[rows[0]]))
+            made = self._decode([contexts[row] for row in rows], room)
+            if len(rows) == len(prompt_ids) and room == max_new_tokens:
+                return made
+            for row, ids in zip(rows, made.completions, strict=True):
+                completions[row] += ids
+                if ids[-1] in self.eos_ids or len(completions[row]) == max_new_tokens:
+                    going.remove(row)
+        return Generated(completions, None)
+
+    def _look_at_rows(self, ids: list[int]) -> None:
+        """See by some tokens what goes together; again when contexts become longer than a window of attention."""
+        self.alike = rows_alike(self.model, ids, self.vocabulary)
+        if self.alike == "any":
+            return
+        self.by_graph = False
+        name = f"`{type(get_base_model(self.model)).__name__}`"
+        logger.warning(
+            {
+                "length": f"Padding changes what {name} says, so that prompts of one length only are completed "
+                "together, which is slower.",
+                "row": f"Rows of a batch change what {name} says, so that they are completed one by one, which is "
+                "slower.",
+                None: f"`generate` does not write what {name} says, so that completions are made by a pass over all "
+                "of the context for every token, which is slower.",
+            }[self.alike]
+        )
+
+    def _kind(self, row: int, context: list[int]) -> tuple[bool, int]:
+        """What contexts that are continued together have in common."""
+        beyond = self.rope_switch is not None and len(context) > self.rope_switch
+        return beyond, {"length": len(context), "row": row}.get(self.alike or "", 0)
+
+    def _room(self, contexts: list[list[int]]) -> int:
+        """How many tokens are made before the rope changes for one of the contexts."""
+        longest = max(map(len, contexts))
+        if self.rope_switch is None or longest > self.rope_switch:
+            return sys.maxsize
+        return self.rope_switch - longest + 1
+
+    def _decode(self, prompt_ids: list[list[int]], max_new_tokens: int) -> Generated:
+        arguments = (self.model, prompt_ids, self.vocabulary, self.eos_ids, max_new_tokens)
+        if self.alike is None:
+            return Generated(generate_by_passes(*arguments), None)
         if self.by_graph:
             try:
                 return generate_greedy_by_graph(*arguments)

@@ -8,9 +8,10 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -20,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from ..models.forward import without_routers
+from ..models.forward import logits_of_row, room_to_look, same_logits, without_routers
 from ..models.loading import load_eos_ids
 from ..models.weights import get_base_model
 from ..steps.prompts import end_of_turn
@@ -29,6 +30,11 @@ from ..vocabulary import Vocabulary
 
 if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
     from peft import PeftModel
+
+Alike = Literal["any", "length", "row"]
+
+_PROBED_TOKENS = 3
+_LOOKED_AT = 32
 
 
 class OnlyTokens(LogitsProcessor):
@@ -87,6 +93,76 @@ def generate_greedy(
     Returns:
         `list[list[int]]`: Continuations in the order of the prompts.
     """
+    output = _generate(model, prompt_ids, vocabulary, eos_ids, max_new_tokens)
+    length = max(map(len, prompt_ids))
+    return [cut_after_eos(ids, set(eos_ids)) for ids in output.sequences[:, length:].tolist()]
+
+
+@torch.no_grad()
+def generate_by_passes(
+    model: torch.nn.Module,
+    prompt_ids: list[list[int]],
+    vocabulary: Vocabulary,
+    eos_ids: list[int],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """What [`generate_greedy`] returns, by a pass over every context, for a model that keeps no true memory of it."""
+    completions = []
+    for prompt in prompt_ids:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + max_new_tokens and (len(ids) == len(prompt) or ids[-1] not in eos_ids):
+            logits = vocabulary.select(logits_of_row(model, ids, 1))
+            ids.append(int(vocabulary.ids_of(logits.argmax(-1).cpu())))
+        completions.append(ids[len(prompt) :])
+    return completions
+
+
+def rows_alike(model: torch.nn.Module, ids: list[int], vocabulary: Vocabulary) -> Alike | None:
+    """
+    Which prompts `generate` can complete together, so that each gets what whole passes over its contexts would give,
+    which the model itself shows on some tokens of `ids`: `"any"`; those of one `"length"`, where the model's positions
+    or its recurrent states take padding in; a `"row"` by itself; or `None` at all.
+    """
+    first, turned = ids[: max(1, len(ids) // 4)], [*ids[1:], ids[0]]
+    ways: list[tuple[Alike, list[list[int]]]] = [("any", [first, ids]), ("length", [ids, turned]), ("row", [ids])]
+    return next((way for way, rows in ways if _generates_rightly(model, rows, vocabulary)), None)
+
+
+def length_that_shows(model: torch.nn.Module, longest: int) -> int:
+    """How many tokens show [`rows_alike`], where contexts are of `longest` tokens at most."""
+    config = get_base_model(model).config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_window_size")]
+    passed = [window for window in windows if isinstance(window, int) and 0 < window < longest]
+    return max(
+        1, room_to_look(model, max([_LOOKED_AT, *(window + _PROBED_TOKENS for window in passed)])) - _PROBED_TOKENS
+    )
+
+
+@torch.no_grad()
+def _generates_rightly(model: torch.nn.Module, rows: list[list[int]], vocabulary: Vocabulary) -> bool:
+    try:
+        output = _generate(model, rows, vocabulary, [], _PROBED_TOKENS, output_logits=True)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        if should_reduce_batch_size(error):
+            raise
+        return False
+    for i, ids in enumerate(rows):
+        made = output.sequences[i, -_PROBED_TOKENS:].tolist()
+        expected = vocabulary.select(logits_of_row(model, ids + made[:-1], _PROBED_TOKENS))
+        logits = vocabulary.select(torch.stack([step[i] for step in output.logits]))
+        if not same_logits(model, logits, expected):
+            return False
+    return True
+
+
+def _generate(
+    model: torch.nn.Module,
+    prompt_ids: list[list[int]],
+    vocabulary: Vocabulary,
+    eos_ids: list[int],
+    max_new_tokens: int,
+    **kwargs: Any,
+) -> Any:
     base = get_base_model(model)
     device = base.get_input_embeddings().weight.device
     length = max(map(len, prompt_ids))
@@ -98,16 +174,17 @@ def generate_greedy(
         max_new_tokens=max_new_tokens,
         eos_token_id=eos_ids or None,
         pad_token_id=0,  # written behind an EOS, where it is cut off
+        return_dict_in_generate=True,
+        **kwargs,
     )
     with without_generation_config(base):
-        output = base.generate(
+        return base.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=config,
             **without_routers(base),
             logits_processor=LogitsProcessorList([OnlyTokens(vocabulary, base.config.get_text_config().vocab_size)]),
         )
-    return [cut_after_eos(ids, set(eos_ids)) for ids in output[:, length:].tolist()]
 
 
 def cut_after_eos(ids: list[int], eos_ids: set[int]) -> list[int]:

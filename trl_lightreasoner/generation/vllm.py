@@ -22,7 +22,8 @@ from urllib.request import Request, urlopen
 import torch
 from transformers import logging
 
-from ..models.loading import hub_kwargs, load_adapter_config
+from ..models.forward import rope_switch
+from ..models.loading import hub_kwargs, load_adapter_config, load_config
 from ..safe_path import start_processes_safely
 from ..vocabulary import Vocabulary
 
@@ -113,7 +114,16 @@ def connect_vllm(
         max_length (`int`): Tokens of the longest prompt and its completion together.
         name (`str`): What to call the expert in an error message.
         kwargs: With which the expert is loaded, as for [`load_model`].
+
+    Raises:
+        `ValueError`: If vLLM would read contexts with another rope.
     """
+    switch = rope_switch(load_config(expert, name, **kwargs))
+    if switch is not None and (args.vllm_mode == "server" or max_length > switch):
+        raise ValueError(
+            f"The {name} reads contexts beyond {switch} tokens with another rope (longrope), which vLLM then uses for "
+            "every context. Leave out `use_vllm`."
+        )
     if args.vllm_mode == "server":
         return VLLMServer(expert, args.vllm_server_base_url, args.vllm_server_timeout, name)
     kwargs = {name: kwargs[name] for name in ("revision", "trust_remote_code") if name in kwargs}

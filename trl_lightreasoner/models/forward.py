@@ -6,13 +6,16 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from .weights import get_base_model
 
 
+# Tokens by which a model shows how it reads
+_PROBED_LENGTH = 32
 # What `head_makes_logits` has found out
 _HEAD_MAKES_LOGITS: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
@@ -42,6 +45,17 @@ def has_full_attention(model: torch.nn.Module) -> bool:
     return config._attn_implementation == "sdpa" and layers == {DynamicLayer}
 
 
+def rope_switch(config: PretrainedConfig) -> int | None:
+    """
+    The number of tokens beyond which a model reads a context with another rope (`longrope`), or `None`. transformers
+    chooses it for a whole batch, by its longest row.
+    """
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    of_layers = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
+    limits = [each["original_max_position_embeddings"] for each in of_layers if each.get("rope_type") == "longrope"]
+    return min(limits, default=None)
+
+
 def attention_backends(device: torch.device) -> AbstractContextManager:
     """
     PyTorch's kernels of the scaled dot product without cuDNN's, which can return NaN from the backward pass of a
@@ -67,6 +81,34 @@ def forward_at(model: torch.nn.Module, positions: torch.Tensor, to_keep: bool, *
     Returns:
         The model's output with `logits` of shape `(positions.sum(), W)` or `(n, W)`, in the order of the batch's rows.
     """
+    switch = rope_switch(get_base_model(extract_model_from_parallel(model)).config)
+    if switch is not None and inputs["input_ids"].shape[1] > switch:
+        return _forward_on_both_sides(model, switch, positions, to_keep, **inputs)
+    return _forward_at(model, positions, to_keep, **inputs)
+
+
+def _forward_on_both_sides(
+    model: torch.nn.Module, switch: int, positions: torch.Tensor, to_keep: bool, **inputs: torch.Tensor
+) -> Any:
+    """[`forward_at`] in two passes: up to `switch` tokens, and the rows that have positions beyond."""
+    is_beyond = (torch.arange(positions.shape[1], device=positions.device) >= switch).expand_as(positions)[positions]
+    beyond = positions.clone()
+    beyond[:, :switch] = False
+    rows = beyond.any(-1)
+    passes = []
+    if not is_beyond.all() or not len(is_beyond):
+        near = {name: tensor[:, :switch] for name, tensor in inputs.items()}
+        passes.append(_forward_at(model, positions[:, :switch], to_keep, **near))
+    if is_beyond.any():
+        far = {name: tensor[rows] for name, tensor in inputs.items()}
+        passes.append(_forward_at(model, beyond[rows], to_keep, **far))
+    outputs = passes[0]
+    order = is_beyond.int().argsort(stable=True).argsort()
+    outputs.logits = torch.cat([each.logits for each in passes])[order.to(outputs.logits.device)]
+    return outputs
+
+
+def _forward_at(model: torch.nn.Module, positions: torch.Tensor, to_keep: bool, **inputs: torch.Tensor) -> Any:
     inputs |= without_routers(model)
     if to_keep:
         outputs = model(**inputs, logits_to_keep=positions, use_cache=False)
@@ -78,6 +120,66 @@ def forward_at(model: torch.nn.Module, positions: torch.Tensor, to_keep: bool, *
         logits = outputs.logits if positions.ndim == 2 else outputs.logits[0]
         outputs.logits = logits[positions.to(logits.device)]
     return outputs
+
+
+@torch.no_grad()
+def logits_of_row(model: torch.nn.Module, ids: list[int], count: int) -> torch.Tensor:
+    """Logits at the last `count` tokens of a row by itself, `(count, W)`."""
+    input_ids = torch.tensor([ids], device=get_base_model(model).get_input_embeddings().weight.device)
+    positions = (torch.arange(len(ids), device=input_ids.device) >= len(ids) - count)[None]
+    return forward_at(model, positions, accepts_logits_to_keep(model), input_ids=input_ids).logits
+
+
+def room_to_look(model: torch.nn.Module, length: int) -> int:
+    """`length`, or as many tokens as a model reads at most, by one rope."""
+    config = get_base_model(model).config
+    limits = [getattr(config.get_text_config(), "max_position_embeddings", None), rope_switch(config)]
+    return min([length, *(limit for limit in limits if limit is not None and limit > 0)])
+
+
+def same_logits(model: torch.nn.Module, logits: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether logits `(n, W)` are others, at most of the rows, as far as the rounding of a model can tell."""
+    base = get_base_model(model)
+    kind = base.get_input_embeddings().weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.dtype
+    tolerance = max(2 * torch.finfo(dtype).eps ** 0.5, 1e-3)  # TF32 is no dtype
+    expected = expected.float()
+    errors = (logits.float().to(expected.device) - expected).square().mean(-1).sqrt()
+    # Rounding can lead a token to another expert of a mixture; what is wrong is wrong at every token
+    return bool((errors - tolerance * expected.std(-1)).median() <= 0)  # NaN is no less
+
+
+@torch.no_grad()
+def check_causal(model: torch.nn.Module, name: str, ids: list[int]) -> None:
+    """
+    Refuse a model of which one pass does not give the distribution of each step, as some tokens `ids` show.
+
+    Args:
+        model (`torch.nn.Module`): In eval mode.
+        name (`str`): What to call it in an error message.
+        ids (`list[int]`): One or more.
+
+    Raises:
+        `ValueError`: If logits depend on tokens behind, or on other rows.
+    """
+    count = room_to_look(model, _PROBED_LENGTH)
+    ids = (ids * count)[:count]
+    length = max(1, len(ids) // 2)
+    rows = torch.tensor([ids[:length] + [0] * (len(ids) - length), ids])
+    positions = torch.zeros_like(rows, dtype=torch.bool)
+    positions[:, :length] = True
+    device = get_base_model(model).get_input_embeddings().weight.device
+    to_keep = accepts_logits_to_keep(model)
+    logits = forward_at(model, positions.to(device), to_keep, input_ids=rows.to(device)).logits
+    alone = logits_of_row(model, ids[:length], length)
+    if not logits.isfinite().all() or not alone.isfinite().all():  # which is told where it happens
+        return
+    if not all(same_logits(model, each, alone) for each in (logits[:length], logits[length:])):
+        raise ValueError(
+            f"The logits of the {name} (`{type(get_base_model(model)).__name__}`) at a token change with the tokens "
+            "behind it, so that a pass over a completion does not give the distributions of its steps. Choose a model "
+            "that reads from left to right."
+        )
 
 
 @torch.no_grad()
@@ -110,9 +212,11 @@ def hidden_states_at(model: torch.nn.Module, positions: torch.Tensor, input_ids:
 
     Returns:
         `(n, hidden_size)`, from which `get_output_embeddings()` makes the logits; or `None` where
-        [`head_makes_logits`] is false.
+        [`head_makes_logits`] is false, or one pass is not enough.
     """
-    if not head_makes_logits(model, input_ids):
+    switch = rope_switch(get_base_model(model).config)
+    beyond = switch is not None and input_ids.shape[1] > switch
+    if beyond or not head_makes_logits(model, input_ids):
         return None
     hidden_states = get_base_model(model).get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
     return hidden_states.flatten(0, 1)[positions]

@@ -21,6 +21,7 @@ from .. import __version__
 from ..generation.completions import GreedyDecoder, evaluating, find_batch_size, run_in_batches, share_batches
 from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
+from ..models.forward import check_causal
 from ..models.loading import add_quantization, load_config, load_model, load_tokenizer
 from ..models.weights import describe_loading, describe_model, weight_fingerprint
 from ..processes import Processes
@@ -146,7 +147,7 @@ class ContrastiveStepSampler:
             getattr(config.get_text_config(), "max_position_embeddings", None)
             for config in (expert_config, amateur_config)
         ]
-        self.max_length = min((context for context in contexts if context is not None), default=None)
+        self.max_length = min((context for context in contexts if context is not None and context > 0), default=None)
 
     def sample(self, dataset: Dataset, prompt_format: PromptFormat | None = None) -> Dataset:
         """
@@ -213,6 +214,10 @@ class ContrastiveStepSampler:
         self.amateur = load_model(self.amateur, **self._amateur_kwargs)
         if self._checks_in is not None and weight_fingerprint(self.expert) == weight_fingerprint(self.amateur):
             raise ValueError(_EQUAL_WEIGHTS)
+        longest = encoded[plan[0][0]]
+        with evaluating(self.expert, self.amateur):
+            for model, role in ((self.expert, "expert"), (self.amateur, "amateur")):
+                check_causal(model, role, [*longest["prompt_ids"], *longest.get("completion_ids", [])[:-1]])
         self._decode = None
         if not scoring_only:
             # Behind a token that the amateur cannot read, it has nothing to say

@@ -86,6 +86,33 @@ def check_combinations(
         )
 
 
+def check_rope(args: TrainingArguments, switch: int | None, train_dataset: Any, eval_dataset: Any) -> None:
+    """
+    Refuse rows of which a model reads a part with another rope, and so in a second pass, where processes have to make
+    as many passes each.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): Settings of the training.
+        switch (`int`, *optional*): What [`~trl_lightreasoner.models.forward.rope_switch`] says of the model.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows as `prepare_rows` returns them.
+        eval_dataset (the same, or a `dict` of them, *optional*): Likewise.
+
+    Raises:
+        `ValueError`: If a row may have kept steps beyond.
+    """
+    if switch is None or args.world_size == 1 or (args.max_length is not None and args.max_length <= switch):
+        return
+    sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+    for dataset in [train_dataset, *(each for each in sets if each is not None)]:
+        if isinstance(dataset, IterableDataset) or any(
+            len(row["prompt_ids"]) + row["step_positions"][-1] > switch for row in dataset
+        ):
+            raise ValueError(
+                f"The model reads contexts beyond {switch} tokens with another rope (longrope), which several "
+                f"processes cannot train on. Set `max_length={switch}`, or train in one process."
+            )
+
+
 def check_trained_weights(args: TrainingArguments, model: torch.nn.Module) -> None:
     """
     Refuse weights that cannot be trained in the dtype that they have, which only they themselves tell.

@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, IterableDataset
 from peft import AdaLoraModel, PeftConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
@@ -22,7 +23,8 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from ..contrast import contrastive_loss
 from ..evaluation.answering import context_length
-from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at
+from ..generation.completions import evaluating
+from ..models.forward import accepts_logits_to_keep, attention_backends, check_causal, forward_at, rope_switch
 from ..models.loading import (
     add_quantization,
     check_adapter,
@@ -46,6 +48,7 @@ from .combinations import (
     check_arguments,
     check_combinations,
     check_metric,
+    check_rope,
     check_trained_weights,
 )
 from .cuda_graphs import GraphedLayers, can_capture
@@ -223,6 +226,7 @@ class LightReasonerTrainer(_BaseTrainer):
                 eval_dataset = {name: prepare(dataset, name) for name, dataset in eval_dataset.items()}
             elif eval_dataset is not None:
                 eval_dataset = prepare(eval_dataset, "eval")
+        check_rope(args, rope_switch(config), train_dataset, eval_dataset)
         if isinstance(train_dataset, Dataset):
             self.prompt_format = format_of_steps(train_dataset)
         self._questions: EvalQuestions | None = None
@@ -281,6 +285,18 @@ class LightReasonerTrainer(_BaseTrainer):
                 "are visible to a single process. Launch the script with `accelerate launch` or `torchrun`, or make a "
                 "single GPU visible with `CUDA_VISIBLE_DEVICES`."
             )
+        if not self._is_split:
+            row = next(iter(self.train_dataset))
+            try:
+                with evaluating(model):
+                    check_causal(model, "model", [*row["prompt_ids"], *row["completion_ids"]])
+            except (RuntimeError, AttributeError, TypeError) as error:
+                if not isinstance(model, PeftModel) or should_reduce_batch_size(error):
+                    raise
+                reason = " ".join(str(error).split()).rstrip(".")
+                raise ValueError(
+                    f"The model does not run with its adapter: {reason}. Choose other `target_modules`."
+                ) from error
         is_half = args.bf16 or args.fp16 or get_base_model(model).dtype in (torch.bfloat16, torch.float16)
         self._model_config = get_base_model(model).config
         self._packs = args.device.type == "cuda" and is_half and can_pack(model)
@@ -348,15 +364,17 @@ class LightReasonerTrainer(_BaseTrainer):
         label_ids, label_probs = (
             inputs[key].flatten(0, 1)[inputs["label_index"]] for key in ("label_ids", "label_probs")
         )
-        keys = ("input_ids", "attention_mask", "position_ids")
-        model_inputs: dict[str, torch.Tensor] = {key: inputs[key] for key in keys if key in inputs}
-        positions = inputs["step_mask"]
+        attention_mask = inputs["attention_mask"]
+        model_inputs, positions = {"input_ids": inputs["input_ids"]}, inputs["step_mask"]
         if is_packed(self._model_config):
             model_inputs = pack(inputs["input_ids"], inputs["attention_mask"], inputs["token_index"])
             positions = inputs["step_index"]
-        elif (inputs["attention_mask"].diff(dim=-1) <= 0).all():
-            # Padding behind the tokens, where no causal model looks: without a mask the fastest attention applies
-            del model_inputs["attention_mask"]
+        elif (attention_mask.diff(dim=-1) > 0).any():
+            # Padding goes behind the tokens, where no causal model looks, recurrent ones included: without a mask
+            # the fastest attention applies
+            order = attention_mask.argsort(dim=-1, descending=True, stable=True)
+            model_inputs = {"input_ids": inputs["input_ids"].gather(-1, order)}
+            positions = positions.gather(-1, order)
         outputs = forward_at(model, positions, self._accepts_logits_to_keep, **model_inputs)
         outputs.steps = contrastive_loss(
             self.vocabulary.select(outputs.logits), self.vocabulary.columns_of(label_ids), label_probs

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PretrainedConfig
 
-from ..models.forward import has_full_attention
+from ..models.forward import has_full_attention, rope_switch
 from ..models.weights import get_base_model
 
 
@@ -33,6 +33,7 @@ def can_pack(model: torch.nn.Module) -> bool:
         varlen_attn is not None
         and getattr(base, "_supports_attention_backend", False)
         and has_full_attention(base)
+        and rope_switch(base.config) is None
         and not dropout
     )
 
