@@ -43,6 +43,9 @@ class ContrastiveSamplingConfig:
             by id or path. The `revision` value is also used when loading its tokenizer.
         amateur_model_init_kwargs (`dict[str, Any]`, *optional*):
             The same for the amateur.
+        amateur_chat_template (`str`, *optional*):
+            Chat template of an amateur with another tokenizer than the expert's: Jinja text, a file with it, or
+            `"plain"` for the messages' bare text, an empty line behind each. If `None`, the amateur's own.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to allow loading models and tokenizers that ship custom Python code.
 
@@ -115,6 +118,13 @@ class ContrastiveSamplingConfig:
     amateur_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "The same for the amateur."},
+    )
+    amateur_chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template of an amateur with another tokenizer than the expert's: Jinja text, a file with "
+            "it, or 'plain' for the messages' bare text, an empty line behind each. If `None`, the amateur's own."
+        },
     )
     trust_remote_code: bool = field(
         default=False,
