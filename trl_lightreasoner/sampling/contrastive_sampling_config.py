@@ -198,6 +198,8 @@ class ContrastiveSamplingConfig:
 
     def __post_init__(self):
         check_init_kwargs(self, ("model_init_kwargs", "amateur_model_init_kwargs"))
+        if not isinstance(self.amateur_chat_template, str | None):
+            raise ValueError(f"`amateur_chat_template` must be text, got {self.amateur_chat_template!r}.")
         check_choices(self, ("dtype", "vllm_mode"))
         check_output_dir(self)
         check_flags(self, ("overwrite_output_dir", "trust_remote_code", "include_first_step", "use_vllm"))

@@ -271,8 +271,13 @@ class ContrastiveStepSampler:
             writer.close()
             if self._vllm is not None:
                 self._vllm.close()
+        low, high, tenth = kl_quantiles(sampled, [0.5, 0.99, 0.9])
+        if low is None:
+            raise ValueError(
+                "The amateur could read no step: the expert's answers are not what its own tokenizer makes of their "
+                "text, or the amateur's tokenizer does not give that text back. Choose another amateur."
+            )
         if self._checks_in is None and not any(sampled["step_positions"]):
-            low, high, tenth = kl_quantiles(sampled, [0.5, 0.99, 0.9])
             logger.warning(
                 f"No step reached beta = {self.args.beta}: half of the divergences are at most {low:.3g} and 99 % at "
                 f"most {high:.3g} nats. beta = {tenth:.3g} would keep 10 %; if that is near 0, the amateur is too "
@@ -393,6 +398,7 @@ class ContrastiveStepSampler:
         for index, row in enumerate(encoded):
             completion_ids = row.get("completion_ids") or []
             check_embedded([*row["prompt_ids"], *completion_ids], self.processing_class, self._width, index, "expert")
+            fits_amateur = self.other_amateur is None or self.other_amateur.fits(row["amateur_prompt_ids"], index)
             if self._unreadable_ids:
                 self._check_readable([*row["prompt_ids"], *completion_ids[:-1]], index)
             prompt_length, completion_length = len(row["prompt_ids"]), len(completion_ids)
@@ -404,7 +410,7 @@ class ContrastiveStepSampler:
                 skipped[empty] += 1
             elif args.max_prompt_length is not None and prompt_length > args.max_prompt_length:
                 skipped[too_long] += 1
-            elif room < 1 or (self.max_length is not None and prompt_length + completion_length > self.max_length):
+            elif room < 1 or not fits_amateur or (self.max_length is not None and prompt_length + completion_length > self.max_length):
                 skipped[no_room] += 1
             else:
                 plan.append((prompt_length + completion_length, index, 0 if scoring_only else room))

@@ -260,8 +260,6 @@ class CoveredStep:
         Contexts, as amateur tokens of the completion, at which the amateur must be read; none when the tokens that are
         needed are as exact as can be.
         """
-        if self.num_opened >= _MOST_CONTEXTS:
-            return []
         everything = self._everything()
         highest = [self._sums(token)[2] for token in self.needed]
         wanted = []
@@ -273,8 +271,9 @@ class CoveredStep:
                 for token, high in zip(self.needed, highest, strict=True)
             )
             if matters or state.mass >= _OPEN_OF_ALL * everything:
-                wanted.append(state.context)
-        return wanted
+                wanted.append(state)
+        wanted.sort(key=lambda state: -state.mass)
+        return [state.context for state in wanted[: _MOST_CONTEXTS - self.num_opened] if state.context is not None]
 
     def open(self, context: tuple[int, ...], probs: torch.Tensor) -> None:
         """

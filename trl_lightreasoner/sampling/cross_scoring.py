@@ -211,7 +211,7 @@ class CrossScoring:
         for t, (step, top) in enumerate(zip(covered, experts, strict=True)):
             if step is None:
                 self.dropped["not readable"] += 1
-                scores.kl_divergence.append(0.0)
+                scores.kl_divergence.append(None)
                 continue
             bounds = step.bounds(top.tokens)
             of_expert = torch.tensor(top.log_probs, dtype=torch.float64)

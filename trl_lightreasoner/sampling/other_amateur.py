@@ -13,7 +13,7 @@ from ..models.token_bytes import TokenBytes
 from ..steps.prompt_format import has_messages
 from ..steps.prompts import encode_rows
 from ..text import read_text
-from ..vocabulary import Vocabulary, model_vocabulary
+from ..vocabulary import Vocabulary, check_embedded, model_vocabulary
 from .covering import Covering
 from .cross_scoring import MAX_WIDTH, CrossScoring
 from .scoring import TrajectoryScores
@@ -47,7 +47,7 @@ class OtherAmateur:
         chat_template: str | None,
         max_length: int | None,
     ):
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer, self.max_length, self._width = tokenizer, max_length, widths[1]
         if chat_template is not None:
             self.tokenizer = copy.deepcopy(tokenizer)
             self.tokenizer.chat_template = read_chat_template(chat_template)
@@ -85,6 +85,16 @@ class OtherAmateur:
                 "`amateur_chat_template`: a template, a file with one, or 'plain' for the messages' bare text; or give "
                 "the prompts as text."
             )
+
+    def fits(self, prompt_ids: list[int], row: int) -> bool:
+        """
+        Whether a prompt leaves room for an answer in the amateur's context.
+
+        Raises:
+            `ValueError`: If the amateur has no embedding for one of its tokens; names the row.
+        """
+        check_embedded(prompt_ids, self.tokenizer, self._width, row, "amateur")
+        return self.max_length is None or len(prompt_ids) < self.max_length
 
     def prompts_of(self, dataset: Dataset, count: int) -> list[list[int]]:
         """The first prompts of a dataset, without the empty ones, as the amateur reads them."""

@@ -30,13 +30,14 @@ class TrajectoryScores(NamedTuple):
     What the contrast says of one trajectory of T completion tokens.
 
     Attributes:
-        kl_divergence (`list[float]`): D_KL(pi_E || pi_A) in nats at each of the T steps.
+        kl_divergence (`list[float | None]`): D_KL(pi_E || pi_A) in nats at each of the T steps; None where an amateur
+            with other tokens cannot read.
         step_positions (`list[int]`): t of each kept step, ascending.
         label_ids (`list[list[int]]`): Support of v_C at each kept step, most probable first.
         label_probs (`list[list[float]]`): v_C there.
     """
 
-    kl_divergence: list[float]
+    kl_divergence: list[float | None]
     step_positions: list[int]
     label_ids: list[list[int]]
     label_probs: list[list[float]]
