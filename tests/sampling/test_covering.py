@@ -137,7 +137,7 @@ def test_the_covering_is_what_every_text_of_the_amateur_says(name, pairs):
     pair = pairs(name)
     errors, favourites, nested = [], [], 0
     (completion,) = completions(pair, 1)
-    steps = pair.covering.steps(completion, len(completion))[:12]
+    steps = pair.covering.steps(completion, len(completion))[:11]
     for t, step in enumerate(steps):
         true, left = naive(pair, completion, t)
         tokens = [token for token in sorted(true, key=true.get, reverse=True) if true[token] >= 5e-3][:6]
@@ -187,5 +187,5 @@ def test_the_table_says_what_many_unlikely_tokens_say(pairs, monkeypatch):
     read(pair, exact, [])
     monkeypatch.setattr(covering, "_MOST_TOKENS", 2)
     read(pair, by_table, [])
-    assert by_table._by_table.sum() > 0.2
+    assert by_table._by_table.sum() > 0.2 * by_table._everything()
     torch.testing.assert_close(by_table.distribution(), exact.distribution(), rtol=0, atol=0.01)

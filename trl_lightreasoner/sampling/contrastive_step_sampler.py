@@ -410,7 +410,11 @@ class ContrastiveStepSampler:
                 skipped[empty] += 1
             elif args.max_prompt_length is not None and prompt_length > args.max_prompt_length:
                 skipped[too_long] += 1
-            elif room < 1 or not fits_amateur or (self.max_length is not None and prompt_length + completion_length > self.max_length):
+            elif (
+                room < 1
+                or not fits_amateur
+                or (self.max_length is not None and prompt_length + completion_length > self.max_length)
+            ):
                 skipped[no_room] += 1
             else:
                 plan.append((prompt_length + completion_length, index, 0 if scoring_only else room))

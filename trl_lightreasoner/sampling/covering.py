@@ -295,11 +295,10 @@ class CoveredStep:
 
     def _open_inside(self, state: _State, probs: torch.Tensor) -> None:
         amateur, missing, context = self.covering.amateur, state.missing, state.context or ()
-        for end in range(1, len(missing) + 1):
-            for token_id in amateur.ids.get(missing[:end], ()):
-                mass = state.mass * probs[token_id].item()
-                lost = state.lost
-                self._states.append(_State(mass, (*context, token_id), missing[end:], lost=lost))
+        shorter = [(i, end) for end in range(1, len(missing) + 1) for i in amateur.ids.get(missing[:end], ())]
+        masses = (state.mass * probs[[token_id for token_id, _ in shorter]]).tolist()
+        for (token_id, end), mass in zip(shorter, masses, strict=True):
+            self._states.append(_State(mass, (*context, token_id), missing[end:]))
         longer = [i for i in amateur.starting_with(missing) if len(amateur.bytes[i] or b"") > len(missing)]
         places = torch.tensor(longer, dtype=torch.long, device=probs.device)
         rest = self._look_at(state, places, probs[places], len(missing))
@@ -317,9 +316,7 @@ class CoveredStep:
         of_text = probs[places]
         if beyond:
             rest = self._look_at(state, places, of_text, 0)
-            self._states.append(
-                _State(rest * state.mass, None, beyond=beyond, token=state.token, lost=state.lost)
-            )
+            self._states.append(_State(rest * state.mass, None, beyond=beyond, token=state.token, lost=state.lost))
             return
         order = of_text.argsort(descending=True)
         count = min(_MOST_TOKENS, int((of_text[order].flip(0).cumsum(0).flip(0) > _REST).sum().item()))

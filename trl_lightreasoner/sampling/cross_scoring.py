@@ -188,9 +188,7 @@ class CrossScoring:
         plausible += [] if taken in self.eos_ids else [taken]
         return all(token is None or bool(self.covering.expert.bytes[token]) for token in plausible)
 
-    def _read(
-        self, amateur: torch.nn.Module, trajectories: list[Trajectory], names: list[str]
-    ) -> list[torch.Tensor]:
+    def _read(self, amateur: torch.nn.Module, trajectories: list[Trajectory], names: list[str]) -> list[torch.Tensor]:
         """Logits of the amateur's tokens at the steps of trajectories, `(T, V)` each."""
         found: dict[int, torch.Tensor] = {}
         for group in group_by_length(trajectories):

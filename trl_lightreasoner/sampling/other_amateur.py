@@ -53,7 +53,10 @@ class OtherAmateur:
             self.tokenizer.chat_template = read_chat_template(chat_template)
         self.vocabulary = model_vocabulary(tokenizer, widths[1], "amateur")
         self.end_ids = [token_id for token_id in end_ids if token_id in self.vocabulary]
-        expert, amateur = TokenBytes(expert_tokenizer, widths[0], "expert"), TokenBytes(tokenizer, widths[1], "amateur")
+        expert, amateur = (
+            TokenBytes(expert_tokenizer, widths[0], "expert"),
+            TokenBytes(tokenizer, widths[1], "amateur"),
+        )
         self.covering = Covering(expert, amateur, self.end_ids)
         self.num_shared = self.covering.num_shared()
         self._scoring: CrossScoring | None = None
