@@ -69,8 +69,9 @@ def read(pair, step, needed):
 
 def naive(pair, completion, t, floor=1e-5):
     """
-    The expert's next token behind the first t, by every text that the amateur can write from the beginning on, each tokenized by
-    the expert as soon as two further pieces stand behind it; and the share of what was too unlikely to follow.
+    The expert's next token behind the first t, by every text that the amateur can write from the beginning on, each
+    tokenized by the expert as soon as two further pieces stand behind it; and the share of what was too unlikely to
+    follow.
     """
     q = completion[:t]
     before = pair.tokens.join(q)

@@ -65,7 +65,8 @@ def test_the_same_tokens_under_other_ids_give_the_same_labels(sampled):
     kept = []
     for plain, covered in zip(*sampled, strict=True):
         assert plain["completion_ids"] == covered["completion_ids"]
-        labels = dict(zip(plain["step_positions"], zip(plain["label_ids"], plain["label_probs"]), strict=True))
+        labels = list(zip(plain["label_ids"], plain["label_probs"], strict=True))
+        labels = dict(zip(plain["step_positions"], labels, strict=True))
         for t, ids, probs in zip(covered["step_positions"], covered["label_ids"], covered["label_probs"], strict=True):
             label = dict(zip(*labels[t], strict=True))
             assert dict(zip(ids, probs, strict=True)) == pytest.approx(label, abs=1e-3)

@@ -46,7 +46,9 @@ class TokenBytes:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, width: int, name: str = "model"):
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        kinds = _decoders_of(backend) if isinstance(backend, Tokenizer) else set()
+        if not isinstance(backend, Tokenizer):
+            raise ValueError(_refusal(name))
+        kinds = _decoders_of(backend)
         byte_level = "ByteLevel" in kinds
         if not byte_level and kinds.isdisjoint({"ByteFallback", "Metaspace", "Replace"}):
             raise ValueError(_refusal(name))
@@ -148,7 +150,6 @@ def _decoders_of(backend: Tokenizer) -> set[str]:
 
 def _refusal(name: str) -> str:
     return (
-        f"The bytes of the {name}'s tokens cannot be told, so that a model with other tokens cannot be read beside it. "
-        "Choose two models of one family, or one whose tokenizer is byte-level BPE or SentencePiece (a tokenizer.json "
-        "that gives every text back)."
+        f"The bytes of the {name}'s tokens cannot be told, so that no model with other tokens can be read beside it. "
+        "Choose two models of one family, or two with byte-level BPE or SentencePiece, whose tokens give a text back."
     )

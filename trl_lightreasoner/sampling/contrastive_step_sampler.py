@@ -163,7 +163,7 @@ class ContrastiveStepSampler:
             return
         if args.amateur_chat_template is not None:
             logger.warning(
-                "`amateur_chat_template` has no effect: the two models have the same tokens, so that the amateur reads "
+                "`amateur_chat_template` has no effect: the two models have the same tokens, and the amateur reads "
                 "what the expert reads."
             )
         if len(self.shared_vocabulary) == len(processing_class):  # the usual case
@@ -410,11 +410,9 @@ class ContrastiveStepSampler:
                 skipped[empty] += 1
             elif args.max_prompt_length is not None and prompt_length > args.max_prompt_length:
                 skipped[too_long] += 1
-            elif (
-                room < 1
-                or not fits_amateur
-                or (self.max_length is not None and prompt_length + completion_length > self.max_length)
-            ):
+            elif not fits_amateur or room < 1:
+                skipped[no_room] += 1
+            elif self.max_length is not None and prompt_length + completion_length > self.max_length:
                 skipped[no_room] += 1
             else:
                 plan.append((prompt_length + completion_length, index, 0 if scoring_only else room))

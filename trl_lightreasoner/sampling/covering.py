@@ -1,4 +1,4 @@
-"""An amateur with other tokens, read in the expert's: a covering over byte strings, with an interval for every number.
+"""An amateur with other tokens, read in the expert's: a covering over byte strings, with intervals.
 
 Let q be the expert's tokens so far, b(.) bytes, tau_E the expert's tokenizer, and Y what the amateur writes. What is
 wanted is the probability of the expert's next token a, as the amateur's text is tokenized by the expert:
@@ -6,9 +6,10 @@ wanted is the probability of the expert's next token a, as the amateur's text is
     pi_A^E(a) = P[tau_E(b(Y)) begins with q a] / P[tau_E(b(Y)) begins with q]
 
 The amateur starts from a context u, what its own tokenizer makes of the bytes of q up to a boundary some tokens back.
-Each of its tokens w leads from a state (its tokens, the bytes that they add) to another one. A state is settled when no
-text behind it can change whether tau_E gives q back, and which token follows; its probability is counted there. Any
-other state is opened, or is counted as if the text ended there, and as unsettled: it can be moved within the interval.
+Each of its tokens w leads from a state (its tokens, the bytes that they add) to another one. A state is settled when
+no text behind it changes whether tau_E gives q back, and which token follows; its probability is counted there. Any
+other state is opened, or is counted as if the text ended there, and as unsettled: the interval holds it either way.
+Whether text behind can change something is told by the expert's longer tokens and by a few texts that are tried.
 
 No models here: `CoveredStep.wanted` says at which contexts the amateur must be read, `CoveredStep.open` takes what it
 says there.
@@ -93,10 +94,10 @@ class Covering:
 
     @property
     def first(self) -> torch.Tensor:
-        """f(w): the first expert token of each of `written` by itself, or the width of the expert's logits. Made once."""
+        """f(w): the first expert token of each of `written` by itself; the width of its logits for none. Made once."""
         if self._first is None:
             contents = [self.amateur.bytes[token_id] for token_id in self.written.tolist()]
-            encoded = self.expert.encode_all(contents)  # type: ignore[arg-type]
+            encoded = self.expert.encode_all([content or b"" for content in contents])
             self._first = torch.tensor([ids[0] if ids else len(self.expert.bytes) for ids in encoded])
         return self._first
 
@@ -174,7 +175,8 @@ class Covering:
         behind can change that, and whether it can be such that `tail` is not given back.
         """
         base = self.expert.join(tail) or b""
-        probes, places = [], []
+        probes: list[bytes] = []
+        places = []
         for each in beyond:
             text = split_characters(base + each)
             whole = text is not None and not text[1]

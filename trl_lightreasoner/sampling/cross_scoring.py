@@ -157,18 +157,20 @@ class CrossScoring:
             asked: dict[tuple[int, tuple[int, ...]], list[CoveredStep]] = {}
             for row, steps in enumerate(covered):
                 for t, step in enumerate(steps):
-                    for context in () if step is None else step.wanted():
+                    if step is None:
+                        continue
+                    for context in step.wanted():
                         most = room[row]
                         if most is not None and len(context) > most:  # beyond what the amateur reads
                             steps[t] = None
                             break
-                        asked.setdefault((row, context), []).append(step)  # type: ignore[arg-type]
+                        asked.setdefault((row, context), []).append(step)
             if not asked:
                 return covered
             further = []
-            for (row, context), steps in asked.items():
+            for (row, context), askers in asked.items():
                 if list(context) == trunks[row][: len(context)]:
-                    self._open(steps, context, logits[row][len(context)])
+                    self._open(askers, context, logits[row][len(context)])
                 else:
                     further.append((row, context))
             others = [Trajectory([*prompts[row], *context], [0]) for row, context in further]

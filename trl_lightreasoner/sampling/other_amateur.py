@@ -85,8 +85,8 @@ class OtherAmateur:
         if has_messages(dataset) and self.tokenizer.chat_template is None:
             raise ValueError(
                 "The prompts are conversational, but the amateur's tokenizer has no chat template. Set "
-                "`amateur_chat_template`: a template, a file with one, or 'plain' for the messages' bare text; or give "
-                "the prompts as text."
+                "`amateur_chat_template` to a template, a file with one, or 'plain' for the messages' bare text; or "
+                "give the prompts as text."
             )
 
     def fits(self, prompt_ids: list[int], row: int) -> bool:
