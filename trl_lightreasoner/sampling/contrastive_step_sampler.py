@@ -33,6 +33,7 @@ from ..vocabulary import OtherTokensError, check_embedded, model_vocabulary, sha
 from .contrastive_sampling_config import ContrastiveSamplingConfig
 from .other_amateur import OtherAmateur, encode_for_amateur
 from .pair_check import JUDGED_AT, PairCheck, check_steps
+from .planning import plan_prompts
 from .scoring import Trajectory, TrajectoryScores, prepare_scoring, score_trajectories
 
 
@@ -237,7 +238,12 @@ class ContrastiveStepSampler:
             new_fingerprint=uuid.uuid4().hex,
             desc="Tokenizing prompts",
         ).with_format(None)
-        plan = self._plan(encoded, scoring_only)
+        context = f"the models' context is {self.max_length} tokens"
+        if self.other_amateur is not None:
+            context = (
+                f"the expert's context is {self.max_length} tokens, the amateur's {self.other_amateur.max_length}"
+            )
+        plan = plan_prompts(encoded, scoring_only, self.args, self.max_length, self._fits, context)
         self._vllm = None
         if self.args.use_vllm:
             longest, room = plan[0]
@@ -386,58 +392,13 @@ class ContrastiveStepSampler:
         if self.other_amateur is not None and (said := self.other_amateur.dropped(num_steps)):
             logger.warning(said, main_process_only=False)  # each process says it for itself
 
-    def _plan(self, encoded: Dataset, scoring_only: bool) -> list[tuple[int, int]]:
-        """
-        `(row, room)` of every prompt that can be sampled, longest first, so that a batch that is too large for the
-        memory shows at once. Room is the number of tokens to generate at most; for given completions it is 0.
-        """
-        args = self.args
-        skipped = {"empty": 0, f"longer than max_prompt_length={args.max_prompt_length}": 0, "no room": 0}
-        empty, too_long, no_room = skipped
-        plan = []
-        for index, row in enumerate(encoded):
-            completion_ids = row.get("completion_ids") or []
-            check_embedded([*row["prompt_ids"], *completion_ids], self.processing_class, self._width, index, "expert")
-            fits_amateur = self.other_amateur is None or self.other_amateur.fits(row["amateur_prompt_ids"], index)
-            if self._unreadable_ids:
-                self._check_readable([*row["prompt_ids"], *completion_ids[:-1]], index)
-            prompt_length, completion_length = len(row["prompt_ids"]), len(completion_ids)
-            room = args.max_new_tokens
-            if self.max_length is not None:
-                room = min(room, self.max_length - prompt_length)
-            no_prompt = prompt_length == 0 or row.get("amateur_prompt_ids") == []
-            if no_prompt or (scoring_only and completion_length == 0):
-                skipped[empty] += 1
-            elif args.max_prompt_length is not None and prompt_length > args.max_prompt_length:
-                skipped[too_long] += 1
-            elif not fits_amateur or room < 1:
-                skipped[no_room] += 1
-            elif self.max_length is not None and prompt_length + completion_length > self.max_length:
-                skipped[no_room] += 1
-            else:
-                plan.append((prompt_length + completion_length, index, 0 if scoring_only else room))
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items() if count)
-        if skipped[empty] == len(encoded):
-            columns = "`prompt` or `completion`" if scoring_only else "`prompt`"
-            raise ValueError(
-                f"Every row of the dataset is empty: {columns} holds no text, or none of which the expert's tokenizer "
-                "makes a token. Check the column and `processing_class`."
-            )
-        if not plan:
-            remedies = ["Shorten the prompts" + (" and completions" if scoring_only else "")]
-            remedies += ["raise `max_prompt_length`"] if skipped[too_long] else []
-            remedies += ["choose models with a longer context"] if skipped[no_room] else []
-            raise ValueError(
-                f"Every prompt of the dataset had to be skipped ({reasons}; the models' context is {self.max_length} "
-                f"tokens). {', or '.join(remedies)}."
-            )
-        if reasons:
-            logger.warning(
-                f"Skipped {len(encoded) - len(plan):,} of {len(encoded):,} prompts: {reasons} (the models' context is "
-                f"{self.max_length} tokens)."
-            )
-        plan.sort(key=lambda item: (-item[0], item[1]))
-        return [(index, room) for _, index, room in plan]
+    def _fits(self, row: dict[str, Any], index: int) -> bool:
+        """Whether the amateur has room for a row; refuses one that a model cannot read."""
+        completion_ids = row.get("completion_ids") or []
+        check_embedded([*row["prompt_ids"], *completion_ids], self.processing_class, self._width, index, "expert")
+        if self._unreadable_ids:
+            self._check_readable([*row["prompt_ids"], *completion_ids[:-1]], index)
+        return self.other_amateur is None or self.other_amateur.fits(row["amateur_prompt_ids"], index)
 
     def _check_readable(self, ids: list[int], index: int) -> None:
         for token_id in set(ids) & set(self._unreadable_ids):
