@@ -1,8 +1,8 @@
 """How exact is the covering, by which an amateur with another tokenizer is read?
 
-The bundled expert answers problems. Two amateurs read them: the bundled one, whose tokens are the expert's, so that the
-exact values are known; and a small model with a tokenizer of its own, trained here for a minute or two, for which the
-covering is compared with itself at a pruning a hundred times finer.
+The bundled expert answers problems. Two amateurs read them: the bundled one, whose tokens are the expert's, so that
+the exact values are known; and a small model with a tokenizer of its own, trained here for a minute or two, for which
+the covering is compared with itself at a pruning a hundred times finer.
 
     python benchmarks/covering.py --num_prompts 20
 """

@@ -600,16 +600,6 @@ def test_a_folder_that_is_taken_is_found_first(sample, unloadable, prompts, tmp_
         sample(prompts, output_dir=str(tmp_path / "folder"))
 
 
-def test_another_vocabulary_is_found_first(sample, unloadable, prompts, loaded_tokenizer):
-    tokens = loaded_tokenizer.get_vocab()
-    swapped = json.loads(loaded_tokenizer.backend_tokenizer.to_str())
-    vocabulary = swapped["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = tokens["b"], tokens["a"]
-    swapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(swapped)))
-    with pytest.raises(ValueError, match=f"token 'a' has id {tokens['a']} for the expert and id {tokens['b']} for"):
-        sample(prompts, tokenizers=(None, swapped))
-
-
 def test_a_bad_row_is_found_first(sample, unloadable):
     with pytest.raises(ValueError, match="Row 1: `prompt` must be text or a list of messages, got None"):
         sample(prompts_of("2+2=", None))
