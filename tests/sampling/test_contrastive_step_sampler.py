@@ -1,7 +1,6 @@
 import ast
 import dataclasses
 import hashlib
-import json
 import logging
 import math
 import re
@@ -10,7 +9,6 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler, sampling_metadata

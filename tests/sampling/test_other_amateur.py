@@ -8,9 +8,10 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler, sampling_metadata
+from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler, sampling_metadata, write_report
 from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR, as_prompt
 from trl_lightreasoner.demo.task import make_problems
+from trl_lightreasoner.hub.cards import dataset_card
 from trl_lightreasoner.sampling.other_amateur import PLAIN_TEMPLATE
 
 from ..conftest import QUESTIONS, make_model
@@ -88,9 +89,20 @@ def test_the_divergence_is_a_lower_bound(sampled):
 def test_the_metadata_and_only_it_say_how_the_amateur_was_read(sampled):
     plain, covered = (sampling_metadata(each) for each in sampled)
     assert "amateur_reading" not in plain
-    assert covered["amateur_reading"].startswith("The amateur has another tokenizer")
-    assert "lower bound" in covered["amateur_reading"]
+    said = covered["amateur_reading"]["description"]
+    assert said.startswith("The amateur has another tokenizer") and "lower bound" in said
     assert sampled[0].features == sampled[1].features
+
+
+def test_a_report_says_why_it_shows_the_label_alone(tmp_path, sampled, renumbered):
+    write_report({"steps": sampled[1]}, str(tmp_path), expert=str(PAIR / "expert"), amateur=renumbered)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "only the label is shown: the amateur has another tokenizer than the expert" in page
+
+
+def test_a_card_says_how_the_amateur_was_read(sampled):
+    card = dataset_card({"train": sampled[1]}, "own/steps")
+    assert "| how the amateur was read | The amateur has another tokenizer" in str(card)
 
 
 def test_completions_that_are_given_are_read_alike(tmp_path, sampled, renumbered):
@@ -151,13 +163,13 @@ def test_a_chat_template_that_is_none_is_refused(tmp_path, tokenizer):
 
 
 def test_steps_that_cannot_be_read_are_counted(tmp_path, tokenizer, caplog):
-    """A random expert writes what its tokenizer would not, and a random amateur spreads over everything."""
-    sampler = ContrastiveStepSampler(**other_pair(tokenizer), args=args(tmp_path, max_new_tokens=4, beta=0.1))
-    dataset = sampler.sample(Dataset.from_dict({"prompt": QUESTIONS[:2]}))
-    unread = sum(None in [value] for row in dataset["kl_divergence"] for value in row)
-    assert unread
-    assert f"{unread} could not be read by the amateur" in caplog.text
-    assert all(row["kl_divergence"][t] is not None for row in dataset for t in row["step_positions"])
+    """Behind a token that stands for no text, and there; the other steps a random amateur leaves uncertain."""
+    sampler = ContrastiveStepSampler(**other_pair(tokenizer), args=args(tmp_path, beta=0.1))
+    (row,) = sampler.sample(Dataset.from_dict({"prompt": QUESTIONS[:1], "completion": ["2<|im_start|>4+"]}))
+    assert [value is None for value in row["kl_divergence"]] == [False, True, True, True]
+    assert row["step_positions"] == []
+    said = "Of 4 steps 3 could not be read by the amateur and 1 would be kept, but are uncertain by more than 0.1 nats"
+    assert said in caplog.text
 
 
 def test_a_tokenizer_whose_bytes_cannot_be_told_is_refused_before_weights_are_loaded(tmp_path, tokenizer, expert_path):

@@ -460,7 +460,8 @@ class ContrastiveStepSampler:
     def _shared(self) -> dict[str, Any]:
         if self.other_amateur is None:
             return {"shared_tokens": len(self.shared_vocabulary)}
-        return {"shared_tokens": self.other_amateur.num_shared, "amateur_reading": self.other_amateur.reading}
+        reading = {"by": "covering", "description": self.other_amateur.reading}
+        return {"shared_tokens": self.other_amateur.num_shared, "amateur_reading": reading}
 
     def _metadata(self) -> dict[str, Any]:
         packages = ("trl", "transformers", "peft", "datasets", "torch")

@@ -339,7 +339,7 @@ def _made_with(dataset: Dataset) -> dict[str, Any]:
         "include_first_step": get("settings", "include_first_step", bool) is not False,
         "eos_ids": set(get("", "eos_token_ids", list) or []),
         "has_template": get("", "chat_template_sha256", str) not in (None, hashlib.sha256(b"").hexdigest()),
-        "is_read_across": get("", "amateur_reading", str) is not None,
+        "is_read_across": get("", "amateur_reading", dict) is not None,
         "expert_parameters": get("expert", "num_parameters", int),
         "amateur_parameters": get("amateur", "num_parameters", int),
     }
