@@ -75,6 +75,10 @@ class Vocabulary:
         return torch.isin(ids, self.ids.to(ids.device))
 
 
+class OtherTokensError(ValueError):
+    """Two tokenizers give one id to two tokens or two ids to one token."""
+
+
 def model_vocabulary(tokenizer: PreTrainedTokenizerBase, width: int, name: str = "model") -> Vocabulary:
     """
     Every token of one tokenizer, EOS and added tokens included, that has a column in the logits.
@@ -139,7 +143,8 @@ def shared_vocabulary(
         [`Vocabulary`]
 
     Raises:
-        `ValueError`: If the tokenizers give one id to two tokens or two ids to one token. The message names the first.
+        [`OtherTokensError`]: If the tokenizers give one id to two tokens or two ids to one token. It is a `ValueError`
+            that names the first.
     """
     expert = _tokens_with_logits(expert_tokenizer, expert_width, "expert")
     amateur = _tokens_with_logits(amateur_tokenizer, amateur_width, "amateur")
@@ -154,19 +159,21 @@ def shared_vocabulary(
         if amateur.get(token) == token_id:
             shared.append(token_id)
         elif token in amateur:
-            raise ValueError(
+            raise OtherTokensError(
                 f"The expert's and the amateur's tokenizers differ: token {token!r} has id {token_id} for the expert "
                 f"and id {amateur[token]} for the amateur. Choose two models of one family."
             )
         elif other is not None:
             if token_id not in added & special or other in expert:
-                raise ValueError(
+                raise OtherTokensError(
                     f"The expert's and the amateur's tokenizers differ: id {token_id} is token {token!r} for the "
                     f"expert and {other!r} for the amateur. Choose two models of one family."
                 )
             renamed.append(token_id)
     if not shared:
-        raise ValueError("The expert's and the amateur's tokenizers share no token. Choose two models of one family.")
+        raise OtherTokensError(
+            "The expert's and the amateur's tokenizers share no token. Choose two models of one family."
+        )
     if renamed:
         first = renamed[0]
         names = f"{expert_tokenizer.convert_ids_to_tokens(first)!r} and {amateur_token[first]!r}"

@@ -1,7 +1,6 @@
 import ast
 import dataclasses
 import hashlib
-import json
 import logging
 import math
 import re
@@ -10,7 +9,6 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler, sampling_metadata
@@ -598,16 +596,6 @@ def test_a_folder_that_is_taken_is_found_first(sample, unloadable, prompts, tmp_
     (tmp_path / "folder" / "data").mkdir(parents=True)
     with pytest.raises(ValueError, match="holds files that no run of this version left there"):
         sample(prompts, output_dir=str(tmp_path / "folder"))
-
-
-def test_another_vocabulary_is_found_first(sample, unloadable, prompts, loaded_tokenizer):
-    tokens = loaded_tokenizer.get_vocab()
-    swapped = json.loads(loaded_tokenizer.backend_tokenizer.to_str())
-    vocabulary = swapped["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = tokens["b"], tokens["a"]
-    swapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(swapped)))
-    with pytest.raises(ValueError, match=f"token 'a' has id {tokens['a']} for the expert and id {tokens['b']} for"):
-        sample(prompts, tokenizers=(None, swapped))
 
 
 def test_a_bad_row_is_found_first(sample, unloadable):

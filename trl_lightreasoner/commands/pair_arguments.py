@@ -23,7 +23,7 @@ class PairArguments:
         expert (`str`):
             Id or path of the stronger model, which is to be fine-tuned afterwards.
         amateur (`str`):
-            Id or path of the weaker model of the same vocabulary.
+            Id or path of the weaker model, of any vocabulary.
         dataset_name (`str`):
             Prompts: a dataset on the Hub, a folder, or a file (JSON lines, Parquet, CSV).
         dataset_config (`str`, *optional*):
@@ -60,7 +60,7 @@ class PairArguments:
         metadata={"help": "Id or path of the stronger model, which is to be fine-tuned afterwards."},
     )
     amateur: str = field(
-        metadata={"help": "Id or path of the weaker model of the same vocabulary."},
+        metadata={"help": "Id or path of the weaker model, of any vocabulary."},
     )
     dataset_name: str = field(
         metadata={"help": "Prompts: a dataset on the Hub, a folder, or a file (JSON lines, Parquet, CSV)."},

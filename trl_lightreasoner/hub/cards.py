@@ -292,6 +292,8 @@ def _data_rows(dataset: Any, dataset_name: str | None) -> list[tuple[str, str]]:
 def _sampling_rows(sampling: dict[str, Any]) -> list[tuple[str, str]]:
     settings = sampling.get("settings") or {}
     rows = [(f"{role} (pi_{role[0].upper()})", _describe(sampling.get(role))) for role in ("expert", "amateur")]
+    if reading := sampling.get("amateur_reading"):
+        rows.append(("how the amateur was read", reading["description"]))
     for name, value in settings.items():
         if value is not None or name in ("alpha", "beta"):
             rows.append((name, "not known" if value is None else f"{value} nats" if name == "beta" else value))

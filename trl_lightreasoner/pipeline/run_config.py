@@ -27,7 +27,10 @@ class RunConfig:
         expert (`str`):
             Id or path of the stronger model, which is fine-tuned.
         amateur (`str`):
-            Id or path of the weaker model of the same vocabulary.
+            Id or path of the weaker model, of any vocabulary.
+        amateur_chat_template (`str`, *optional*):
+            Chat template of an amateur with another tokenizer than the expert's: Jinja text, a file with it, or
+            `"plain"` for the messages' bare text, an empty line behind each. If `None`, the amateur's own.
         dtype (`str`, *optional*):
             Data type of the models' weights: `"auto"` (the checkpoint's own), `"bfloat16"`, `"float16"` or
             `"float32"`. If `None`, `"float32"` on a CPU, which is slow in half precision, and elsewhere `"auto"`.
@@ -114,7 +117,7 @@ class RunConfig:
         metadata={"help": "Id or path of the stronger model, which is fine-tuned."},
     )
     amateur: str = field(
-        metadata={"help": "Id or path of the weaker model of the same vocabulary."},
+        metadata={"help": "Id or path of the weaker model, of any vocabulary."},
     )
     dataset_name: str = field(
         metadata={"help": "Questions: a dataset on the Hub, a folder, or a file (JSON lines, Parquet, CSV)."},
@@ -124,6 +127,13 @@ class RunConfig:
         metadata={
             "help": "Whether to delete what a run left in `output_dir`. Otherwise it is kept, and only a run with "
             "the same settings may go on."
+        },
+    )
+    amateur_chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template of an amateur with another tokenizer than the expert's: Jinja text, a file with "
+            "it, or 'plain' for the messages' bare text, an empty line behind each. If `None`, the amateur's own."
         },
     )
     dtype: str | None = field(

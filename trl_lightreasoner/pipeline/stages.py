@@ -76,7 +76,11 @@ def open_pair(args: RunConfig, folder: Folder, command: str) -> ContrastiveStepS
             "`CUDA_VISIBLE_DEVICES=0`, or use `sample`, `train` and `eval`, which several processes share."
         )
     sampling_args = ContrastiveSamplingConfig(
-        str(folder.steps), dtype=choose_dtype(args), alpha=args.alpha, max_new_tokens=args.max_new_tokens
+        str(folder.steps),
+        dtype=choose_dtype(args),
+        amateur_chat_template=args.amateur_chat_template,
+        alpha=args.alpha,
+        max_new_tokens=args.max_new_tokens,
     )
     return ContrastiveStepSampler(args.expert, args.amateur, sampling_args)
 

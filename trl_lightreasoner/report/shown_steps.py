@@ -186,6 +186,8 @@ def add_probabilities(
     """
     if not any(trajectory.steps for trajectory in trajectories):
         return None
+    if "amateur_reading" in metadata:
+        return "the amateur has another tokenizer than the expert"
     roles, named = ("expert", "amateur"), (expert, amateur)
     sources = [_source(metadata, role, name) for role, name in zip(roles, named, strict=True)]
     for role, name, (source, kwargs) in zip(roles, named, sources, strict=True):

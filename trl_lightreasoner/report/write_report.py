@@ -99,7 +99,8 @@ def write_report(
                 "probabilities; they are read from the two models, which can be named with --expert and --amateur."
             )
         notes = [_without_paths(note, metadata) for note in notes]
-        check = check_steps(each, tokenizer) if numbers.num_known == numbers.num_steps else None
+        is_known = numbers.num_known == numbers.num_steps or "amateur_reading" in metadata  # as far as it was read
+        check = check_steps(each, tokenizer) if is_known else None
         reported.append(ReportedDataset(name, metadata, numbers, TokenTexts(tokenizer), trajectories, notes, check))
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,9 @@ class ContrastiveSamplingConfig:
             by id or path. The `revision` value is also used when loading its tokenizer.
         amateur_model_init_kwargs (`dict[str, Any]`, *optional*):
             The same for the amateur.
+        amateur_chat_template (`str`, *optional*):
+            Chat template of an amateur with another tokenizer than the expert's: Jinja text, a file with it, or
+            `"plain"` for the messages' bare text, an empty line behind each. If `None`, the amateur's own.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to allow loading models and tokenizers that ship custom Python code.
 
@@ -116,6 +119,13 @@ class ContrastiveSamplingConfig:
         default=None,
         metadata={"help": "The same for the amateur."},
     )
+    amateur_chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template of an amateur with another tokenizer than the expert's: Jinja text, a file with "
+            "it, or 'plain' for the messages' bare text, an empty line behind each. If `None`, the amateur's own."
+        },
+    )
     trust_remote_code: bool = field(
         default=False,
         metadata={"help": "Whether to allow loading models and tokenizers that ship custom Python code."},
@@ -188,6 +198,8 @@ class ContrastiveSamplingConfig:
 
     def __post_init__(self):
         check_init_kwargs(self, ("model_init_kwargs", "amateur_model_init_kwargs"))
+        if not isinstance(self.amateur_chat_template, str | None):
+            raise ValueError(f"`amateur_chat_template` must be text, got {self.amateur_chat_template!r}.")
         check_choices(self, ("dtype", "vllm_mode"))
         check_output_dir(self)
         check_flags(self, ("overwrite_output_dir", "trust_remote_code", "include_first_step", "use_vllm"))

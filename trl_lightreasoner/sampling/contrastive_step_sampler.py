@@ -30,9 +30,11 @@ from ..steps.prompt_format import PromptFormat, format_of_prompts
 from ..steps.prompts import check_prompts, encode_rows
 from ..steps.run_file import run_date
 from ..steps.writer import StepWriter, describe_rows, hash_ids
-from ..vocabulary import check_embedded, model_vocabulary, shared_vocabulary
+from ..vocabulary import OtherTokensError, check_embedded, model_vocabulary, shared_vocabulary
 from .contrastive_sampling_config import ContrastiveSamplingConfig
+from .other_amateur import OtherAmateur, encode_for_amateur
 from .pair_check import JUDGED_AT, PairCheck, check_steps
+from .planning import plan_prompts
 from .scoring import Trajectory, TrajectoryScores, prepare_scoring, score_trajectories
 
 
@@ -63,7 +65,8 @@ class ContrastiveStepSampler:
             The stronger model, which is to be fine-tuned afterwards: a model id on the Hub, a path, or a model. PEFT
             adapters are loaded on their base model.
         amateur (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The weaker model of the same vocabulary.
+            The weaker model. With another tokenizer than the expert's it is read in the expert's tokens, by a covering
+            over their bytes.
         args ([`ContrastiveSamplingConfig`]):
             Settings.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -77,7 +80,8 @@ class ContrastiveStepSampler:
             The same for the amateur.
 
     Raises:
-        `ValueError`: If the two vocabularies do not fit, or a model has no next-token distribution.
+        `ValueError`: If the bytes of two different tokenizers' tokens cannot be told, or a model has no next-token
+            distribution.
         `ImportError`: If a model is to be loaded in 4 or 8 bits and bitsandbytes is not installed, or completions are
             to come from vLLM and it is not.
 
@@ -134,20 +138,42 @@ class ContrastiveStepSampler:
         expert_width = expert_config.get_text_config().vocab_size
         amateur_width = amateur_config.get_text_config().vocab_size
         self.processing_class, self._width = processing_class, expert_width
-        self.shared_vocabulary = shared_vocabulary(
-            processing_class, amateur_processing_class, expert_width, amateur_width
-        )
+        contexts = [
+            getattr(config.get_text_config(), "max_position_embeddings", None)
+            for config in (expert_config, amateur_config)
+        ]
+        self.max_length = min((context for context in contexts if context is not None and context > 0), default=None)
+        self._unreadable_ids: list[int] = []
+        self.other_amateur: OtherAmateur | None = None
+        try:
+            self.shared_vocabulary = shared_vocabulary(
+                processing_class, amateur_processing_class, expert_width, amateur_width
+            )
+        except OtherTokensError:
+            self.expert_vocabulary = model_vocabulary(processing_class, expert_width, "expert")
+            end_ids = find_eos_ids(amateur, amateur_processing_class, **amateur_kwargs)
+            self.other_amateur = OtherAmateur(
+                processing_class,
+                amateur_processing_class,
+                (expert_width, amateur_width),
+                end_ids,
+                args.amateur_chat_template,
+                contexts[1],
+            )
+            self.shared_vocabulary, self.max_length = self.expert_vocabulary, contexts[0]
+            logger.warning(self.other_amateur.reading)
+            return
+        if args.amateur_chat_template is not None:
+            logger.warning(
+                "`amateur_chat_template` has no effect: the two models have the same tokens, and the amateur reads "
+                "what the expert reads."
+            )
         if len(self.shared_vocabulary) == len(processing_class):  # the usual case
             self.expert_vocabulary = self.shared_vocabulary
         else:
             self.expert_vocabulary = model_vocabulary(processing_class, expert_width, "expert")
         ids = self.expert_vocabulary.ids
         self._unreadable_ids = ids[ids >= amateur_width].tolist()  # the amateur has no embedding for them
-        contexts = [
-            getattr(config.get_text_config(), "max_position_embeddings", None)
-            for config in (expert_config, amateur_config)
-        ]
-        self.max_length = min((context for context in contexts if context is not None and context > 0), default=None)
 
     def sample(self, dataset: Dataset, prompt_format: PromptFormat | None = None) -> Dataset:
         """
@@ -172,6 +198,8 @@ class ContrastiveStepSampler:
             `ValueError`: If the dataset is malformed or every prompt has to be skipped.
         """
         check_prompts(dataset, self.processing_class)
+        if self.other_amateur is not None:
+            self.other_amateur.check_prompts(dataset)
         self._prompt_format = prompt_format or format_of_prompts(dataset)
         folder, overwrite = self.args.output_dir, self.args.overwrite_output_dir
         date = self.processes.on_main(lambda: run_date(folder, overwrite))
@@ -193,18 +221,30 @@ class ContrastiveStepSampler:
                 "it by `dataset.map` first."
             )
         # With a fingerprint of ours `map` need not hash what it is given, which for a tokenizer takes seconds
+        amateur_tokenizer = None if self.other_amateur is None else self.other_amateur.tokenizer
+        columns += [] if amateur_tokenizer is None else ["amateur_prompt_ids"]
         encoded = prompts.map(
             _encode,
             with_indices=True,
             batched=True,
-            fn_kwargs={"tokenizer": self.processing_class, "eos_ids": set(self.eos_ids), "date": date},
+            fn_kwargs={
+                "tokenizer": self.processing_class,
+                "eos_ids": set(self.eos_ids),
+                "date": date,
+                "amateur_tokenizer": amateur_tokenizer,
+            },
             remove_columns=dataset.column_names,
             features=Features({column: List(Value("int32")) for column in columns}),
             keep_in_memory=True,
             new_fingerprint=uuid.uuid4().hex,
             desc="Tokenizing prompts",
         ).with_format(None)
-        plan = self._plan(encoded, scoring_only)
+        context = f"the models' context is {self.max_length} tokens"
+        if self.other_amateur is not None:
+            context = (
+                f"the expert's context is {self.max_length} tokens, the amateur's {self.other_amateur.max_length}"
+            )
+        plan = plan_prompts(encoded, scoring_only, self.args, self.max_length, self._fits, context)
         self._vllm = None
         if self.args.use_vllm:
             longest, room = plan[0]
@@ -214,10 +254,13 @@ class ContrastiveStepSampler:
         self.amateur = load_model(self.amateur, **self._amateur_kwargs)
         if self._checks_in is not None and weight_fingerprint(self.expert) == weight_fingerprint(self.amateur):
             raise ValueError(_EQUAL_WEIGHTS)
+        if self.other_amateur is not None:
+            self.other_amateur.start(self.expert_vocabulary, self.eos_ids)
         longest = encoded[plan[0][0]]
+        ids = [*longest["prompt_ids"], *longest.get("completion_ids", [])[:-1]]
         with evaluating(self.expert, self.amateur):
-            for model, role in ((self.expert, "expert"), (self.amateur, "amateur")):
-                check_causal(model, role, [*longest["prompt_ids"], *longest.get("completion_ids", [])[:-1]])
+            check_causal(self.expert, "expert", ids)
+            check_causal(self.amateur, "amateur", longest.get("amateur_prompt_ids", ids))
         self._decode = None
         if not scoring_only:
             # Behind a token that the amateur cannot read, it has nothing to say
@@ -240,8 +283,13 @@ class ContrastiveStepSampler:
             writer.close()
             if self._vllm is not None:
                 self._vllm.close()
+        low, high, tenth = kl_quantiles(sampled, [0.5, 0.99, 0.9])
+        if low is None:
+            raise ValueError(
+                "The amateur could read no step: the expert's answers are not what its own tokenizer makes of their "
+                "text, or the amateur's tokenizer does not give that text back. Choose another amateur."
+            )
         if self._checks_in is None and not any(sampled["step_positions"]):
-            low, high, tenth = kl_quantiles(sampled, [0.5, 0.99, 0.9])
             logger.warning(
                 f"No step reached beta = {self.args.beta}: half of the divergences are at most {low:.3g} and 99 % at "
                 f"most {high:.3g} nats. beta = {tenth:.3g} would keep 10 %; if that is near 0, the amateur is too "
@@ -293,7 +341,7 @@ class ContrastiveStepSampler:
                 check = check_steps(sampled, self.processing_class, self.args.beta)
                 firsts = sampled[:_NUM_ANSWERS]
                 check.expert_answers = self._as_texts(firsts["completion_ids"])
-                check.amateur_answers = self._as_texts(self._amateur_answers(firsts["prompt_ids"]))
+                check.amateur_answers = self._amateur_answers(dataset, firsts["prompt_ids"])
                 return check
 
             return self.processes.on_main(judge)
@@ -301,14 +349,17 @@ class ContrastiveStepSampler:
             if self.processes.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _amateur_answers(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        eos_ids = find_eos_ids(self.amateur, self.processing_class)
-        decode = GreedyDecoder(self.amateur, self.shared_vocabulary, eos_ids)
+    def _amateur_answers(self, dataset: Dataset, prompt_ids: list[list[int]]) -> list[str]:
+        tokenizer, vocabulary, max_length = self.processing_class, self.shared_vocabulary, self.max_length
+        if (other := self.other_amateur) is not None:
+            tokenizer, vocabulary, max_length = other.tokenizer, other.vocabulary, other.max_length
+            prompt_ids = other.prompts_of(dataset, len(prompt_ids))
+        decode = GreedyDecoder(self.amateur, vocabulary, find_eos_ids(self.amateur, tokenizer))
         room = self.args.max_new_tokens
-        if self.max_length is not None:
-            room = min(room, self.max_length - max(map(len, prompt_ids)))
+        if max_length is not None:
+            room = min(room, max_length - max(map(len, prompt_ids)))
         with evaluating(self.amateur):
-            return decode(prompt_ids, room)[0]
+            return tokenizer.batch_decode(decode(prompt_ids, room)[0], skip_special_tokens=True)
 
     def _as_texts(self, completion_ids: list[list[int]]) -> list[str]:
         return self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
@@ -339,59 +390,21 @@ class ContrastiveStepSampler:
         def length(index: int) -> int:
             return len(encoded[index]["prompt_ids"])
 
-        prepare_scoring(self.expert, self.amateur, self.shared_vocabulary)
+        if self.other_amateur is None:
+            prepare_scoring(self.expert, self.amateur, self.shared_vocabulary)
         desc = f"Sampling, {'given completions' if self._decode is None else self._decode.way}"
         with evaluating(self.expert, self.amateur):
             run_in_batches(order, self.batch_size, run, write, length, self.processes, desc)
+        if self.other_amateur is not None and (said := self.other_amateur.dropped(num_steps)):
+            logger.warning(said, main_process_only=False)  # each process says it for itself
 
-    def _plan(self, encoded: Dataset, scoring_only: bool) -> list[tuple[int, int]]:
-        """
-        `(row, room)` of every prompt that can be sampled, longest first, so that a batch that is too large for the
-        memory shows at once. Room is the number of tokens to generate at most; for given completions it is 0.
-        """
-        args = self.args
-        skipped = {"empty": 0, f"longer than max_prompt_length={args.max_prompt_length}": 0, "no room": 0}
-        empty, too_long, no_room = skipped
-        plan = []
-        for index, row in enumerate(encoded):
-            completion_ids = row.get("completion_ids") or []
-            check_embedded([*row["prompt_ids"], *completion_ids], self.processing_class, self._width, index, "expert")
-            if self._unreadable_ids:
-                self._check_readable([*row["prompt_ids"], *completion_ids[:-1]], index)
-            prompt_length, completion_length = len(row["prompt_ids"]), len(completion_ids)
-            room = args.max_new_tokens
-            if self.max_length is not None:
-                room = min(room, self.max_length - prompt_length)
-            if prompt_length == 0 or (scoring_only and completion_length == 0):
-                skipped[empty] += 1
-            elif args.max_prompt_length is not None and prompt_length > args.max_prompt_length:
-                skipped[too_long] += 1
-            elif room < 1 or (self.max_length is not None and prompt_length + completion_length > self.max_length):
-                skipped[no_room] += 1
-            else:
-                plan.append((prompt_length + completion_length, index, 0 if scoring_only else room))
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items() if count)
-        if skipped[empty] == len(encoded):
-            columns = "`prompt` or `completion`" if scoring_only else "`prompt`"
-            raise ValueError(
-                f"Every row of the dataset is empty: {columns} holds no text, or none of which the expert's tokenizer "
-                "makes a token. Check the column and `processing_class`."
-            )
-        if not plan:
-            remedies = ["Shorten the prompts" + (" and completions" if scoring_only else "")]
-            remedies += ["raise `max_prompt_length`"] if skipped[too_long] else []
-            remedies += ["choose models with a longer context"] if skipped[no_room] else []
-            raise ValueError(
-                f"Every prompt of the dataset had to be skipped ({reasons}; the models' context is {self.max_length} "
-                f"tokens). {', or '.join(remedies)}."
-            )
-        if reasons:
-            logger.warning(
-                f"Skipped {len(encoded) - len(plan):,} of {len(encoded):,} prompts: {reasons} (the models' context is "
-                f"{self.max_length} tokens)."
-            )
-        plan.sort(key=lambda item: (-item[0], item[1]))
-        return [(index, room) for _, index, room in plan]
+    def _fits(self, row: dict[str, Any], index: int) -> bool:
+        """Whether the amateur has room for a row; refuses one that a model cannot read."""
+        completion_ids = row.get("completion_ids") or []
+        check_embedded([*row["prompt_ids"], *completion_ids], self.processing_class, self._width, index, "expert")
+        if self._unreadable_ids:
+            self._check_readable([*row["prompt_ids"], *completion_ids[:-1]], index)
+        return self.other_amateur is None or self.other_amateur.fits(row["amateur_prompt_ids"], index)
 
     def _check_readable(self, ids: list[int], index: int) -> None:
         for token_id in set(ids) & set(self._unreadable_ids):
@@ -410,18 +423,15 @@ class ContrastiveStepSampler:
         else:
             completions, hidden_states = self._decode(rows["prompt_ids"], room)
         trajectories = [Trajectory(*ids) for ids in zip(rows["prompt_ids"], completions, strict=True)]
-        scores = score_trajectories(
-            self.expert,
-            self.amateur,
-            trajectories,
-            self.shared_vocabulary,
-            alpha=self.args.alpha,
-            beta=self.args.beta,
-            include_first_step=self.args.include_first_step,
-            names=[f"row {index}" for index in indices],
-            expert_hidden_states=hidden_states,
-        )
-        return trajectories, scores
+        settings: dict[str, Any] = {
+            **{name: getattr(self.args, name) for name in ("alpha", "beta", "include_first_step")},
+            "names": [f"row {index}" for index in indices],
+            "expert_hidden_states": hidden_states,
+        }
+        models = (self.expert, self.amateur, trajectories)
+        if self.other_amateur is None:
+            return trajectories, score_trajectories(*models, self.shared_vocabulary, **settings)
+        return trajectories, self.other_amateur.score(*models, rows["amateur_prompt_ids"], **settings)
 
     def _columns(
         self, trajectories: list[Trajectory], scores: list[TrajectoryScores], scoring_only: bool
@@ -447,10 +457,17 @@ class ContrastiveStepSampler:
             "expert weights": weight_fingerprint(self.expert),
             "amateur weights": weight_fingerprint(self.amateur),
             "shared vocabulary": hashlib.sha256(self.shared_vocabulary.ids.numpy().tobytes()).hexdigest(),
+            **({} if self.other_amateur is None else self.other_amateur.identity()),
             "EOS tokens": self.eos_ids,
             "number of prompts": len(encoded),
             "prompts (tokens)": hash_ids(ids for row in encoded for ids in row.values()),
         }
+
+    def _shared(self) -> dict[str, Any]:
+        if self.other_amateur is None:
+            return {"shared_tokens": len(self.shared_vocabulary)}
+        reading = {"by": "covering", "description": self.other_amateur.reading}
+        return {"shared_tokens": self.other_amateur.num_shared, "amateur_reading": reading}
 
     def _metadata(self) -> dict[str, Any]:
         packages = ("trl", "transformers", "peft", "datasets", "torch")
@@ -460,7 +477,7 @@ class ContrastiveStepSampler:
             "amateur": describe_model(self.amateur, self._names[1]),
             "settings": {name: getattr(self.args, name) for name in _SETTINGS},
             "per_device_batch_size": self.batch_size,
-            "shared_tokens": len(self.shared_vocabulary),
+            **self._shared(),
             "eos_token_ids": self.eos_ids,
             "prompt_format": self._prompt_format and self._prompt_format.to_dict(),
             "chat_template_sha256": hashlib.sha256(_template_of(self.processing_class).encode()).hexdigest(),
@@ -484,6 +501,10 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase,
     eos_ids: set[int],
     date: datetime,
+    amateur_tokenizer: PreTrainedTokenizerBase | None,
 ) -> dict[str, list[list[int]]]:
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    return encode_rows(rows, tokenizer, eos_ids, first_row=indices[0], date=date)
+    encoded = encode_rows(rows, tokenizer, eos_ids, first_row=indices[0], date=date)
+    if amateur_tokenizer is not None:
+        encoded["amateur_prompt_ids"] = encode_for_amateur(rows, amateur_tokenizer, indices[0], date)
+    return encoded

@@ -261,15 +261,16 @@ def check_steps(
     for batch in dataset.select_columns([*STEP_COLUMNS, "kl_divergence"]).with_format(None).iter(_ROWS):
         for row in (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)):
             kl, completion = row["kl_divergence"], row["completion_ids"]
-            if kl is None or None in kl:
+            if kl is None or (None in kl and not made["is_read_across"]):
                 raise ValueError(
                     "The dataset does not know the divergence of every step, as those of `lightreasoner import` do "
                     "not, and without it a pair cannot be judged. Sample its prompts with `lightreasoner sample`."
                 )
             if (key := hash((tuple(row["prompt_ids"]), tuple(completion)))) not in seen:
                 seen.add(key)
-                divergences.append(np.array(kl, dtype=np.float32))
-                counts["reached"] += sum(value >= JUDGED_AT for value in kl[0 if include_first_step else 1 :])
+                known = [value for value in kl[0 if include_first_step else 1 :] if value is not None]
+                divergences.append(np.array([value for value in kl if value is not None], dtype=np.float32))
+                counts["reached"] += sum(value >= JUDGED_AT for value in known)
                 counts["cut off"] += bool(completion) and completion[-1] not in made["eos_ids"]
             for t, ids in zip(row["step_positions"], row["label_ids"], strict=True):
                 changed = ids[0] != completion[t]
@@ -282,7 +283,7 @@ def check_steps(
                     changes[completion[t], ids[0]] += 1
     every = np.concatenate(divergences) if divergences else np.zeros(0)
     if not len(every):
-        raise ValueError("The dataset has no step: every `kl_divergence` is empty. Sample again.")
+        raise ValueError("The dataset has no step whose `kl_divergence` is known. Sample again.")
     kl_50, kl_90, kl_99 = np.quantile(every, [0.5, 0.9, 0.99]).tolist()
     texts = TokenTexts(tokenizer)
 
@@ -338,6 +339,7 @@ def _made_with(dataset: Dataset) -> dict[str, Any]:
         "include_first_step": get("settings", "include_first_step", bool) is not False,
         "eos_ids": set(get("", "eos_token_ids", list) or []),
         "has_template": get("", "chat_template_sha256", str) not in (None, hashlib.sha256(b"").hexdigest()),
+        "is_read_across": get("", "amateur_reading", dict) is not None,
         "expert_parameters": get("expert", "num_parameters", int),
         "amateur_parameters": get("amateur", "num_parameters", int),
     }

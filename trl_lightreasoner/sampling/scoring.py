@@ -30,13 +30,14 @@ class TrajectoryScores(NamedTuple):
     What the contrast says of one trajectory of T completion tokens.
 
     Attributes:
-        kl_divergence (`list[float]`): D_KL(pi_E || pi_A) in nats at each of the T steps.
+        kl_divergence (`list[float | None]`): D_KL(pi_E || pi_A) in nats at each of the T steps; None where an amateur
+            with other tokens cannot read.
         step_positions (`list[int]`): t of each kept step, ascending.
         label_ids (`list[list[int]]`): Support of v_C at each kept step, most probable first.
         label_probs (`list[list[float]]`): v_C there.
     """
 
-    kl_divergence: list[float]
+    kl_divergence: list[float | None]
     step_positions: list[int]
     label_ids: list[list[int]]
     label_probs: list[list[float]]
@@ -91,10 +92,10 @@ def score_trajectories(
                 scores[i] = row
 
     for group in group_by_length(trajectories):
-        input_ids, positions = _as_batch([trajectories[i] for i in group])
+        input_ids, positions = as_batch([trajectories[i] for i in group])
         known = None if expert_hidden_states is None else torch.cat([expert_hidden_states[i] for i in group])
-        expert_logits = _LogitsAtSteps(expert, input_ids, positions, known)
-        amateur_logits = _LogitsAtSteps(amateur, input_ids, positions)
+        expert_logits = LogitsAtSteps(expert, input_ids, positions, known)
+        amateur_logits = LogitsAtSteps(amateur, input_ids, positions)
         read()  # of the group before, while a GPU is at work on this one
         for rows in _parts(positions.sum(-1).tolist(), max(expert_logits.width, amateur_logits.width)):
             part = group[rows]
@@ -170,7 +171,7 @@ def group_by_length(trajectories: list[Trajectory]) -> list[list[int]]:
     return groups
 
 
-def _as_batch(trajectories: list[Trajectory]) -> tuple[torch.Tensor, torch.Tensor]:
+def as_batch(trajectories: list[Trajectory]) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids, padded on the right, and where the steps are read, both `(B, L)`."""
     lengths = [len(prompt) + len(completion) - 1 for prompt, completion in trajectories]
     input_ids = torch.zeros(len(trajectories), max(lengths), dtype=torch.long)
@@ -192,7 +193,7 @@ def _parts(num_steps: list[int], width: int) -> Iterator[slice]:
     yield slice(first, len(num_steps))
 
 
-class _LogitsAtSteps:
+class LogitsAtSteps:
     """
     Logits of one model at the steps of a batch, `(steps, W)`, for as many rows as are asked for at a time.
 

@@ -1,0 +1,192 @@
+import functools
+import math
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from trl_lightreasoner.demo.task import expert_solution, make_problems
+from trl_lightreasoner.models.token_bytes import TokenBytes
+from trl_lightreasoner.sampling import covering
+from trl_lightreasoner.sampling.covering import Covering, log_width
+from trl_lightreasoner.sampling.cross_scoring import MAX_WIDTH
+
+from .other_tokens import TableModel, byte_level_tokenizer, make_texts, sentencepiece_tokenizer
+
+
+TEXTS = make_texts()
+ACCENTS = [text.replace("OK", "Ol\u00e9").replace("####", "\u2192") for text in TEXTS]
+
+
+def make_pair(expert, amateur, texts, doubt=0.005):
+    tokens, amateur_tokens = TokenBytes(expert, len(expert)), TokenBytes(amateur, len(amateur))
+    covering = Covering(tokens, amateur_tokens, [amateur.eos_token_id])
+    model = TableModel(amateur, texts, doubt)
+    return SimpleNamespace(expert=expert, tokens=tokens, amateur=amateur_tokens, covering=covering, model=model)
+
+
+PAIRS = {
+    # Digits of 1 against 1-3, both ways; blanks that are one token with what stands before
+    "1 digit, 3 digits": lambda: make_pair(
+        byte_level_tokenizer(TEXTS, 1, 330), byte_level_tokenizer(TEXTS, 3, 460), TEXTS
+    ),
+    "3 digits, 1 digit": lambda: make_pair(
+        byte_level_tokenizer(TEXTS, 3, 460), byte_level_tokenizer(TEXTS, 1, 330), TEXTS
+    ),
+    "3 digits, pieces": lambda: make_pair(
+        byte_level_tokenizer(TEXTS, 3, 460), sentencepiece_tokenizer(TEXTS, 200), TEXTS
+    ),
+    # Characters that are several tokens of the expert's
+    "characters": lambda: make_pair(
+        byte_level_tokenizer(TEXTS, 1, 300), sentencepiece_tokenizer(ACCENTS, 150, max_token_length=3), ACCENTS
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    made = {}
+    return lambda name: made.setdefault(name, PAIRS[name]())
+
+
+def completions(pair, count):
+    draw, accents = random.Random(1), b"\xc3\xa9" in pair.amateur.ids
+    for problem in make_problems(count, seed=9, split="train"):
+        text = expert_solution(problem, draw)
+        text = text.replace("OK", "Ol\u00e9").replace("####", "\u2192") if accents else text
+        yield [*pair.expert(text, add_special_tokens=False).input_ids, pair.expert.eos_token_id]
+
+
+def read(pair, step, needed):
+    step.needed = needed
+    while contexts := step.wanted():
+        for context in contexts:
+            step.open(context, pair.model(context))
+    return step.bounds(needed)
+
+
+def naive(pair, completion, t, floor=1e-5):
+    """
+    The expert's next token behind the first t, by every text that the amateur can write from the beginning on, each
+    tokenized by the expert as soon as two further pieces stand behind it; and the share of what was too unlikely to
+    follow.
+    """
+    q = completion[:t]
+    before = pair.tokens.join(q)
+    pieces = pair.expert.backend_tokenizer.pre_tokenizer
+    found, left = Counter(), 0.0
+
+    @functools.cache
+    def begins(context, rest):
+        """Probability of writing some bytes next, whatever follows; the last three tokens are all that counts."""
+        if not rest:
+            return 1.0
+        likely = 0.0
+        for token_id, content in enumerate(pair.amateur.bytes):
+            if content and content[: len(rest)] == rest[: len(content)]:
+                behind = begins((*context, token_id)[-3:], rest[len(content) :])
+                likely += pair.model(context)[token_id].item() * behind
+        return likely
+
+    floor *= begins((), before + (pair.tokens.bytes[completion[t]] or b""))
+
+    def next_token(text):
+        ids = pair.expert(text.decode(), add_special_tokens=False).input_ids
+        return None if ids[: len(q)] != q else ids[len(q)] if len(ids) > len(q) else "end"
+
+    def is_decided(text):
+        try:
+            ends = [end for _, (_, end) in pieces.pre_tokenize_str(text.decode())]
+        except UnicodeDecodeError:
+            return False
+        whole = before.decode(errors="ignore")
+        return len(ends) >= sum(end <= len(whole) for end in ends) + 3
+
+    def write(context, text, mass):
+        nonlocal left
+        if len(text) > len(before) and is_decided(text):
+            found[next_token(text)] += mass
+        else:
+            probs = pair.model(context)
+            if text.startswith(before):
+                try:
+                    found[next_token(text)] += mass * probs[pair.model.end_id].item()
+                except UnicodeDecodeError:
+                    pass
+            # Those of a text that goes on otherwise than q cannot have it
+            fitting = [
+                token_id
+                for token_id, content in enumerate(pair.amateur.bytes)
+                if content and (text + content).startswith(before[: len(text + content)])
+            ]
+            masses = mass * probs[fitting]
+            left += masses[masses < floor].sum().item()
+            for place in (masses >= floor).nonzero()[:, 0].tolist():
+                token_id = fitting[place]
+                write((*context, token_id), text + pair.amateur.bytes[token_id], masses[place].item())
+
+    write((), b"", 1.0)
+    found.pop(None, None)
+    total = sum(found.values())
+    return {token: mass / total for token, mass in found.items()}, left / total
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_covering_is_what_every_text_of_the_amateur_says(name, pairs):
+    pair = pairs(name)
+    errors, favourites, nested = [], [], 0
+    (completion,) = completions(pair, 1)
+    steps = pair.covering.steps(completion, len(completion))[:11]
+    for t, step in enumerate(steps):
+        true, left = naive(pair, completion, t)
+        tokens = [token for token in sorted(true, key=true.get, reverse=True) if true[token] >= 5e-3][:6]
+        bounds = read(pair, step, [None if token == "end" else token for token in tokens])
+        for token, low, high in zip(tokens, bounds.low, bounds.high, strict=True):
+            # The naive value has an interval too, of what it did not follow
+            assert low * (1 - 1e-9) <= (true[token] + left) / (1 + left), (t, token)
+            assert true[token] / (1 + left) <= high * (1 + 1e-9), (t, token)
+        assert step.distribution().sum().item() == pytest.approx(1, abs=1e-12)
+        if max(map(log_width, bounds.low, bounds.high)) > MAX_WIDTH:
+            continue  # which is dropped
+        values = [true[token] for token in tokens]
+        errors.append(max(abs(math.log(a / b)) for a, b in zip(bounds.estimate, values, strict=True)))
+        favourites.append(values.index(min(values)) == bounds.estimate.index(min(bounds.estimate)))
+        texts = [pair.tokens.bytes[token] for token in tokens if token != "end"]
+        nested += any(text != other and text.startswith(other) for text in texts for other in texts)
+    assert len(errors) >= 0.9 * len(steps)
+    assert sorted(errors)[int(0.9 * len(errors))] < 0.02
+    assert all(favourites)
+    assert nested or not name.startswith("3 digits")  # candidates that begin others were among them
+
+
+def test_what_follows_a_step_changes_nothing(pairs):
+    pair = pairs("1 digit, 3 digits")
+    one = next(completions(pair, 1))
+    place = 7  # behind "OK, 3*2=", before a number that the amateur may write as one token
+    other = [*one[:place], *pair.expert("123456 apples", add_special_tokens=False).input_ids]
+    bounds = [
+        read(pair, pair.covering.steps(completion, len(completion))[place], one[place : place + 1])
+        for completion in (one[: place + 1], one, other)
+    ]
+    assert bounds[0] == bounds[1] == bounds[2]
+
+
+def test_a_step_behind_tokens_that_the_expert_would_not_write_is_not_read(pairs):
+    pair = pairs("3 digits, 1 digit")
+    ids = pair.tokens.ids
+    digits = [ids[digit][0] for digit in (b"3", b"0")]
+    assert b"30" in ids
+    assert pair.covering.steps([*digits, ids[b"."][0]], 3)[2] is None
+
+
+def test_the_table_says_what_many_unlikely_tokens_say(pairs, monkeypatch):
+    pair = pairs("1 digit, 3 digits")
+    (completion,) = completions(pair, 1)
+    exact, by_table = (pair.covering.steps(completion, len(completion))[7] for _ in range(2))
+    read(pair, exact, [])
+    monkeypatch.setattr(covering, "_MOST_TOKENS", 2)
+    read(pair, by_table, [])
+    assert by_table._by_table.sum() > 0.2 * by_table._everything()
+    torch.testing.assert_close(by_table.distribution(), exact.distribution(), rtol=0, atol=0.01)

@@ -1,0 +1,188 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler, sampling_metadata, write_report
+from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR, as_prompt
+from trl_lightreasoner.demo.task import make_problems
+from trl_lightreasoner.hub.cards import dataset_card
+from trl_lightreasoner.sampling.other_amateur import PLAIN_TEMPLATE
+
+from ..conftest import QUESTIONS, make_model
+from .other_tokens import byte_level_tokenizer, make_texts
+
+
+PROMPTS = Dataset.from_dict(
+    {"prompt": [as_prompt(each) for each in make_problems(5, seed=9, split="train", kind_shares=KIND_SHARES)]}
+)
+
+
+def args(folder, **kwargs):
+    return ContrastiveSamplingConfig(str(folder), **{"max_new_tokens": 40, "include_first_step": True, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def renumbered(tmp_path_factory):
+    """The bundled amateur with the ids of all its ordinary tokens changed, so that its distributions are known."""
+    folder = tmp_path_factory.mktemp("renumbered")
+    shutil.copytree(PAIR / "amateur", folder, dirs_exist_ok=True)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    special = {token["id"] for token in state["added_tokens"]}
+    ordinary = sorted(set(state["model"]["vocab"].values()) - special)
+    moved = dict(zip(ordinary, reversed(ordinary), strict=True))
+    state["model"]["vocab"] = {token: moved.get(i, i) for token, i in state["model"]["vocab"].items()}
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    model = AutoModelForCausalLM.from_pretrained(PAIR / "amateur", dtype=torch.float32)
+    places = torch.arange(model.config.vocab_size)
+    places[list(moved.values())] = torch.tensor(list(moved))
+    with torch.no_grad():
+        for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
+            layer.weight.copy_(layer.weight[places].clone())
+            if model.config.tie_word_embeddings:
+                break
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory, renumbered):
+    """What the plain way and the covering say of one pair, at one beta."""
+    made = []
+    for amateur in (str(PAIR / "amateur"), renumbered):
+        folder = tmp_path_factory.mktemp("steps")
+        made.append(
+            ContrastiveStepSampler(str(PAIR / "expert"), amateur, args(folder, dtype="float32")).sample(PROMPTS)
+        )
+    return made
+
+
+def test_the_same_tokens_under_other_ids_give_the_same_labels(sampled):
+    kept = []
+    for plain, covered in zip(*sampled, strict=True):
+        assert plain["completion_ids"] == covered["completion_ids"]
+        labels = list(zip(plain["label_ids"], plain["label_probs"], strict=True))
+        labels = dict(zip(plain["step_positions"], labels, strict=True))
+        for t, ids, probs in zip(covered["step_positions"], covered["label_ids"], covered["label_probs"], strict=True):
+            label = dict(zip(*labels[t], strict=True))
+            assert dict(zip(ids, probs, strict=True)) == pytest.approx(label, abs=1e-3)
+        kept.append((len(covered["step_positions"]), len(labels)))
+    few, many = np.sum(kept, 0)
+    assert many > 10
+    assert few >= 0.9 * many
+
+
+def test_the_divergence_is_a_lower_bound(sampled):
+    gaps = [
+        np.array(plain["kl_divergence"]) - np.array(covered["kl_divergence"], dtype=float)
+        for plain, covered in zip(*sampled, strict=True)
+    ]
+    assert np.concatenate(gaps).min() > -1e-3
+    assert np.median(np.concatenate(gaps)) < 1e-3
+
+
+def test_the_metadata_and_only_it_say_how_the_amateur_was_read(sampled):
+    plain, covered = (sampling_metadata(each) for each in sampled)
+    assert "amateur_reading" not in plain
+    said = covered["amateur_reading"]["description"]
+    assert said.startswith("The amateur has another tokenizer") and "lower bound" in said
+    assert sampled[0].features == sampled[1].features
+
+
+def test_a_report_says_why_it_shows_the_label_alone(tmp_path, sampled, renumbered):
+    write_report({"steps": sampled[1]}, str(tmp_path), expert=str(PAIR / "expert"), amateur=renumbered)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "only the label is shown: the amateur has another tokenizer than the expert" in page
+
+
+def test_a_card_says_how_the_amateur_was_read(sampled):
+    card = dataset_card({"train": sampled[1]}, "own/steps")
+    assert "| how the amateur was read | The amateur has another tokenizer" in str(card)
+
+
+def test_completions_that_are_given_are_read_alike(tmp_path, sampled, renumbered):
+    """Also when the run is broken off, and goes on with other batches."""
+    prompts = PROMPTS.add_column(
+        "completion", [[{"role": "assistant", "content": c}] for c in sampled[1]["completion"]]
+    )
+    settings = {"dtype": "float32", "per_device_batch_size": 2}
+    sampler = ContrastiveStepSampler(str(PAIR / "expert"), renumbered, args(tmp_path, **settings))
+    score, calls = ContrastiveStepSampler._run, []
+
+    def stop(self, *arguments):
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append(0)
+        return score(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ContrastiveStepSampler, "_run", stop)
+        sampler.sample(prompts)
+    given = ContrastiveStepSampler(str(PAIR / "expert"), renumbered, args(tmp_path, **settings)).sample(prompts)
+    for one, other in zip(sampled[1], given, strict=True):
+        length = min(len(one["completion_ids"]), len(other["completion_ids"]))
+        assert one["completion_ids"][:length] == other["completion_ids"][:length]
+        assert one["kl_divergence"][:length] == pytest.approx(other["kl_divergence"][:length], abs=1e-4)
+
+
+def other_pair(tokenizer, chat_template=None):
+    other = byte_level_tokenizer(make_texts(200), 3, 300)
+    other.chat_template = chat_template
+    models = {"expert": make_model(tokenizer), "amateur": make_model(other, 1, 16)}
+    return {**models, "processing_class": tokenizer, "amateur_processing_class": other}
+
+
+def test_an_amateur_without_a_chat_template_is_refused_with_advice(tmp_path, tokenizer):
+    sampler = ContrastiveStepSampler(**other_pair(tokenizer), args=args(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"the amateur's tokenizer has no chat template\. Set `amateur_chat_template`"
+    ):
+        sampler.sample(PROMPTS)
+
+
+@pytest.mark.parametrize("template", ["plain", PLAIN_TEMPLATE, "file"])
+def test_a_chat_template_can_be_given_to_the_amateur(template, tmp_path, tokenizer):
+    if template == "file":
+        template = str(tmp_path / "template.jinja")
+        (tmp_path / "template.jinja").write_text(PLAIN_TEMPLATE)
+    sampler = ContrastiveStepSampler(
+        **other_pair(tokenizer), args=args(tmp_path / "steps", amateur_chat_template=template)
+    )
+    (ids,) = sampler.other_amateur.prompts_of(PROMPTS, 1)
+    assert sampler.other_amateur.tokenizer.decode(ids) == PROMPTS[0]["prompt"][0]["content"] + "\n\n"
+
+
+def test_a_chat_template_that_is_none_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="`amateur_chat_template` must be 'plain', a Jinja template, or a file"):
+        ContrastiveStepSampler(**other_pair(tokenizer), args=args(tmp_path, amateur_chat_template="nothing"))
+
+
+def test_steps_that_cannot_be_read_are_counted(tmp_path, tokenizer, caplog):
+    """Behind a token that stands for no text, and there; the other steps a random amateur leaves uncertain."""
+    sampler = ContrastiveStepSampler(**other_pair(tokenizer), args=args(tmp_path, beta=0.1))
+    (row,) = sampler.sample(Dataset.from_dict({"prompt": QUESTIONS[:1], "completion": ["2<|im_start|>4+"]}))
+    assert [value is None for value in row["kl_divergence"]] == [False, True, True, True]
+    assert row["step_positions"] == []
+    said = "Of 4 steps 3 could not be read by the amateur and 1 would be kept, but are uncertain by more than 0.1 nats"
+    assert said in caplog.text
+
+
+def test_a_tokenizer_whose_bytes_cannot_be_told_is_refused_before_weights_are_loaded(tmp_path, tokenizer, expert_path):
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[UNK]")
+    with pytest.raises(ValueError, match="The bytes of the amateur's tokens cannot be told"):
+        ContrastiveStepSampler(expert_path, make_model(tokenizer), args(tmp_path), amateur_processing_class=words)
+
+
+def test_the_check_asks_an_amateur_in_its_own_tokens(tmp_path, renumbered):
+    sampler = ContrastiveStepSampler(str(PAIR / "expert"), renumbered, args(tmp_path, dtype="float32"))
+    plain = ContrastiveStepSampler(str(PAIR / "expert"), str(PAIR / "amateur"), args(tmp_path, dtype="float32"))
+    checks = [each.check(PROMPTS, 2) for each in (sampler, plain)]
+    assert checks[0].amateur_answers == checks[1].amateur_answers
+    assert checks[0].num_steps == checks[1].num_steps

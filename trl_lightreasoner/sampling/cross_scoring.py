@@ -1,0 +1,258 @@
+"""[`~trl_lightreasoner.sampling.scoring.score_trajectories`] for an amateur with other tokens: one pass over its own
+tokens of a completion, and batches of the further contexts that the covering asks for."""
+
+import math
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+
+from ..contrast import NonFiniteLogitsError, contrastive_label, step_divergence
+from ..models.weights import get_base_model
+from ..vocabulary import Vocabulary
+from .covering import CoveredStep, Covering, log_width
+from .scoring import PART_LOGITS, LogitsAtSteps, Trajectory, TrajectoryScores, as_batch, group_by_length
+
+
+# The expert's most probable tokens that the divergence tells apart; the rest is one event
+TOP_TOKENS = 20
+# Nats that log pi_A of a token in the mask can be uncertain by
+MAX_WIDTH = 0.1
+# In place of a probability that is 0 as far as is known, so that no divergence is infinite
+_FLOOR = 1e-12
+
+
+class _ExpertStep(NamedTuple):
+    """The expert's most probable tokens, `None` for the end of the answer, and which of them are plausible."""
+
+    ids: list[int]
+    tokens: list[int | None]
+    log_probs: list[float]
+    plausible: list[bool]
+
+
+class CrossScoring:
+    """
+    Scores trajectories of an expert by an amateur with another tokenizer.
+
+    Args:
+        covering ([`Covering`]): The two tokenizers.
+        vocabulary ([`Vocabulary`]): The expert's tokens.
+        amateur_vocabulary ([`Vocabulary`]): The amateur's.
+        eos_ids (`list[int]`): Tokens that end the expert's answer: one event, which is the amateur's end.
+        max_length (`int`, *optional*): Tokens that the amateur reads at most.
+
+    Attributes:
+        dropped (`Counter[str]`): Steps that could not be kept, by reason.
+    """
+
+    def __init__(
+        self,
+        covering: Covering,
+        vocabulary: Vocabulary,
+        amateur_vocabulary: Vocabulary,
+        eos_ids: list[int],
+        max_length: int | None = None,
+    ):
+        self.covering, self.vocabulary, self.amateur_vocabulary = covering, vocabulary, amateur_vocabulary
+        self.eos_ids, self.max_length = set(eos_ids), max_length
+        self.dropped: Counter[str] = Counter()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        expert: torch.nn.Module,
+        amateur: torch.nn.Module,
+        trajectories: list[Trajectory],
+        amateur_prompts: list[list[int]],
+        alpha: float,
+        beta: float,
+        include_first_step: bool = True,
+        names: list[str] | None = None,
+        expert_hidden_states: list[torch.Tensor] | None = None,
+    ) -> list[TrajectoryScores]:
+        """
+        Args:
+            expert, amateur, trajectories, alpha, beta, include_first_step, names, expert_hidden_states: As of
+                [`score_trajectories`].
+            amateur_prompts (`list[list[int]]`): Each prompt as the amateur reads it.
+        """
+        names = names or [f"trajectory {i}" for i in range(len(trajectories))]
+        width = get_base_model(amateur).config.get_text_config().vocab_size
+        experts = self._read_expert(expert, trajectories, alpha, names, expert_hidden_states)
+        scores: dict[int, TrajectoryScores] = {}
+        for group in _groups([len(each.completion_ids) for each in trajectories], width):
+            completions = [trajectories[i].completion_ids for i in group]
+            prompts = [amateur_prompts[i] for i in group]
+            steps = self._cover(amateur, completions, prompts, [experts[i] for i in group], [names[i] for i in group])
+            for i, covered in zip(group, steps, strict=True):
+                scores[i] = self._score(covered, experts[i], beta, include_first_step)
+        return [scores[i] for i in range(len(trajectories))]
+
+    def _read_expert(
+        self,
+        expert: torch.nn.Module,
+        trajectories: list[Trajectory],
+        alpha: float,
+        names: list[str],
+        hidden_states: list[torch.Tensor] | None,
+    ) -> list[list[_ExpertStep]]:
+        read: dict[int, list[_ExpertStep]] = {}
+        for group in group_by_length(trajectories):
+            known = None if hidden_states is None else torch.cat([hidden_states[i] for i in group])
+            logits_at = LogitsAtSteps(expert, *as_batch([trajectories[i] for i in group]), known)
+            for place, i in enumerate(group):
+                logits = self.vocabulary.select(logits_at(slice(place, place + 1)))
+                _check_finite(logits, "expert", names[i])
+                read[i] = self._top(logits.float(), alpha)
+        return [read[i] for i in range(len(trajectories))]
+
+    def _top(self, logits: torch.Tensor, alpha: float) -> list[_ExpertStep]:
+        edge = logits.amax(-1, keepdim=True) + math.log(alpha)
+        count = max(int((logits >= edge).sum(-1).max().item()), min(TOP_TOKENS, logits.shape[-1]))
+        top = logits.topk(count)
+        log_probs = (top.values - logits.logsumexp(-1, keepdim=True)).tolist()
+        plausible = (top.values >= edge).tolist()
+        steps = []
+        for ids, logps, mask in zip(self.vocabulary.ids_of(top.indices).tolist(), log_probs, plausible, strict=True):
+            # Of several tokens that end an answer the most probable one is the amateur's end
+            end = next((token_id for token_id in ids if token_id in self.eos_ids), None)
+            kept = [
+                place
+                for place, token_id in enumerate(ids)
+                if mask[place] or place < TOP_TOKENS and (token_id == end or self.covering.expert.bytes[token_id])
+            ]
+            tokens = [None if ids[place] == end else ids[place] for place in kept]
+            steps.append(
+                _ExpertStep([ids[k] for k in kept], tokens, [logps[k] for k in kept], [mask[k] for k in kept])
+            )
+        return steps
+
+    def _cover(
+        self,
+        amateur: torch.nn.Module,
+        completions: list[list[int]],
+        prompts: list[list[int]],
+        experts: list[list[_ExpertStep]],
+        names: list[str],
+    ) -> list[list[CoveredStep | None]]:
+        """The steps of some completions, with the amateur read wherever they ask for it."""
+        covered: list[list[CoveredStep | None]] = []
+        # Logits behind the amateur's own tokens of the completion, the first k of them in row k
+        trunks: list[list[int]] = []
+        for completion, tops in zip(completions, experts, strict=True):
+            steps = self.covering.steps(completion, len(completion))
+            for t, (step, top) in enumerate(zip(steps, tops, strict=True)):
+                if step is not None and self._is_readable(top, completion[t]):
+                    step.needed = [token for token, mask in zip(top.tokens, top.plausible, strict=True) if mask]
+                else:
+                    steps[t] = None
+            covered.append(steps)
+            trunks.append(self.covering.own_tokens(completion[:-1]))
+        room = [None if self.max_length is None else self.max_length - len(prompt) for prompt in prompts]
+        trunks = [trunk if most is None else trunk[: max(0, most)] for trunk, most in zip(trunks, room, strict=True)]
+        own = [Trajectory(prompt, [*trunk, 0]) for prompt, trunk in zip(prompts, trunks, strict=True)]
+        logits = self._read(amateur, own, names)
+        while True:
+            asked: dict[tuple[int, tuple[int, ...]], list[CoveredStep]] = {}
+            for row, steps in enumerate(covered):
+                for t, step in enumerate(steps):
+                    if step is None:
+                        continue
+                    for context in step.wanted():
+                        most = room[row]
+                        if most is not None and len(context) > most:  # beyond what the amateur reads
+                            steps[t] = None
+                            break
+                        asked.setdefault((row, context), []).append(step)
+            if not asked:
+                return covered
+            further = []
+            for (row, context), askers in asked.items():
+                if list(context) == trunks[row][: len(context)]:
+                    self._open(askers, context, logits[row][len(context)])
+                else:
+                    further.append((row, context))
+            others = [Trajectory([*prompts[row], *context], [0]) for row, context in further]
+            behind = self._read(amateur, others, [names[row] for row, _ in further])
+            for (row, context), found in zip(further, behind, strict=True):
+                self._open(asked[row, context], context, found[0])
+
+    def _open(self, steps: list[CoveredStep], context: tuple[int, ...], logits: torch.Tensor) -> None:
+        probs = torch.zeros(len(self.covering.amateur.bytes), dtype=torch.float64, device=logits.device)
+        probs[self.amateur_vocabulary.ids.to(logits.device)] = logits.double().softmax(-1)
+        for step in steps:
+            step.open(context, probs)
+
+    def _is_readable(self, top: _ExpertStep, taken: int) -> bool:
+        """Whether every plausible token, and the one that was taken, stands for text or for the end of the answer."""
+        plausible = [token for token, mask in zip(top.tokens, top.plausible, strict=True) if mask]
+        plausible += [] if taken in self.eos_ids else [taken]
+        return all(token is None or bool(self.covering.expert.bytes[token]) for token in plausible)
+
+    def _read(self, amateur: torch.nn.Module, trajectories: list[Trajectory], names: list[str]) -> list[torch.Tensor]:
+        """Logits of the amateur's tokens at the steps of trajectories, `(T, V)` each."""
+        found: dict[int, torch.Tensor] = {}
+        for group in group_by_length(trajectories):
+            logits_at = LogitsAtSteps(amateur, *as_batch([trajectories[i] for i in group]))
+            for place, i in enumerate(group):
+                found[i] = self.amateur_vocabulary.select(logits_at(slice(place, place + 1)))
+                _check_finite(found[i], "amateur", names[i])
+        return [found[i] for i in range(len(trajectories))]
+
+    def _score(
+        self,
+        covered: list[CoveredStep | None],
+        experts: list[_ExpertStep],
+        beta: float,
+        include_first_step: bool,
+    ) -> TrajectoryScores:
+        scores = TrajectoryScores([], [], [], [])
+        for t, (step, top) in enumerate(zip(covered, experts, strict=True)):
+            if step is None:
+                self.dropped["not readable"] += 1
+                scores.kl_divergence.append(None)
+                continue
+            bounds = step.bounds(top.tokens)
+            of_expert = torch.tensor(top.log_probs, dtype=torch.float64)
+            of_amateur = torch.tensor(bounds.estimate, dtype=torch.float64).clamp_min(_FLOOR)
+            # {the most probable tokens, the rest}
+            rests = [(1 - probs.sum()).clamp_min(_FLOOR).log()[None] for probs in (of_expert.exp(), of_amateur)]
+            of_amateur = of_amateur.log()
+            parts = [torch.cat(each) for each in zip((of_expert, of_amateur), rests, strict=True)]
+            divergence = step_divergence(*parts).item()
+            scores.kl_divergence.append(divergence)
+            if divergence < beta or (t == 0 and not include_first_step):
+                continue
+            widths = [log_width(*each) for each in zip(bounds.low, bounds.high, strict=True)]
+            mask = torch.tensor(top.plausible)
+            if max(width for width, plausible in zip(widths, top.plausible, strict=True) if plausible) > MAX_WIDTH:
+                self.dropped["not exact enough"] += 1
+                continue
+            label = contrastive_label(of_expert, of_amateur, mask).float()
+            label, order = label.sort(descending=True, stable=True)
+            support = int((label > 0).sum().item())
+            scores.step_positions.append(t)
+            scores.label_ids.append([top.ids[place] for place in order[:support].tolist()])
+            scores.label_probs.append(label[:support].tolist())
+        return scores
+
+
+def _check_finite(logits: torch.Tensor, model: str, name: str) -> None:
+    finite = logits.isfinite().all(-1)
+    if not finite.all():
+        step = int((~finite).nonzero()[0, 0].item())
+        raise NonFiniteLogitsError(model, step, f"step {step} of {name}")
+
+
+def _groups(lengths: list[int], width: int) -> list[list[int]]:
+    """Trajectories of which the amateur's logits exist together."""
+    groups: list[list[int]] = []
+    size = 0
+    for i, length in enumerate(lengths):
+        if not groups or size + length * width > PART_LOGITS:
+            groups.append([])
+            size = 0
+        groups[-1].append(i)
+        size += length * width
+    return groups

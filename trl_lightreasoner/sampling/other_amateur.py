@@ -1,0 +1,159 @@
+"""An amateur with another tokenizer than the expert's: its own prompts, and what the sampler asks of it."""
+
+import copy
+import hashlib
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..models.token_bytes import TokenBytes
+from ..steps.prompt_format import has_messages
+from ..steps.prompts import encode_rows
+from ..text import read_text
+from ..vocabulary import Vocabulary, check_embedded, model_vocabulary
+from .covering import Covering
+from .cross_scoring import MAX_WIDTH, CrossScoring
+from .scoring import TrajectoryScores
+
+
+# The contents of the messages, each with an empty line behind it
+PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
+
+
+class OtherAmateur:
+    """
+    What a sampler does differently for such an amateur.
+
+    Args:
+        expert_tokenizer, tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Of the two models.
+        widths (`tuple[int, int]`): Numbers of columns of their logits.
+        end_ids (`list[int]`): Tokens that end the amateur's answer.
+        chat_template (`str`, *optional*): What the user wants instead of the amateur's own.
+        max_length (`int`, *optional*): Tokens that the amateur reads at most.
+
+    Raises:
+        `ValueError`: If the bytes of a tokenizer's tokens cannot be told.
+    """
+
+    def __init__(
+        self,
+        expert_tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase,
+        widths: tuple[int, int],
+        end_ids: list[int],
+        chat_template: str | None,
+        max_length: int | None,
+    ):
+        self.tokenizer, self.max_length, self._width = tokenizer, max_length, widths[1]
+        if chat_template is not None:
+            self.tokenizer = copy.deepcopy(tokenizer)
+            self.tokenizer.chat_template = read_chat_template(chat_template)
+        self.vocabulary = model_vocabulary(tokenizer, widths[1], "amateur")
+        self.end_ids = [token_id for token_id in end_ids if token_id in self.vocabulary]
+        expert, amateur = (
+            TokenBytes(expert_tokenizer, widths[0], "expert"),
+            TokenBytes(tokenizer, widths[1], "amateur"),
+        )
+        self.covering = Covering(expert, amateur, self.end_ids)
+        self.num_shared = self.covering.num_shared()
+        self._scoring: CrossScoring | None = None
+
+    @property
+    def reading(self) -> str:
+        """How the amateur is read, in a sentence or two."""
+        return (
+            "The amateur has another tokenizer, and is read in the expert's tokens by a covering over their bytes: "
+            f"{self.num_shared:,} of the expert's {len(self.covering.expert.ids):,} are tokens of the amateur, too. "
+            "kl_divergence is taken over the expert's 20 most probable tokens and the rest as one, a lower bound."
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What the rows depend on beside the prompts."""
+        content = repr((self.covering.amateur.bytes, self.end_ids))
+        return {"amateur tokens": hashlib.sha256(content.encode()).hexdigest()}
+
+    def check_prompts(self, dataset: Dataset) -> None:
+        """
+        Refuse messages that the amateur cannot read.
+
+        Raises:
+            `ValueError`: If it has no chat template.
+        """
+        if has_messages(dataset) and self.tokenizer.chat_template is None:
+            raise ValueError(
+                "The prompts are conversational, but the amateur's tokenizer has no chat template. Set "
+                "`amateur_chat_template` to a template, a file with one, or 'plain' for the messages' bare text; or "
+                "give the prompts as text."
+            )
+
+    def fits(self, prompt_ids: list[int], row: int) -> bool:
+        """
+        Whether a prompt leaves room for an answer in the amateur's context.
+
+        Raises:
+            `ValueError`: If the amateur has no embedding for one of its tokens; names the row.
+        """
+        check_embedded(prompt_ids, self.tokenizer, self._width, row, "amateur")
+        return self.max_length is None or len(prompt_ids) < self.max_length
+
+    def prompts_of(self, dataset: Dataset, count: int) -> list[list[int]]:
+        """The first prompts of a dataset, without the empty ones, as the amateur reads them."""
+        rows = [dataset[index] for index in range(len(dataset))]
+        return [ids for ids in encode_for_amateur(rows, self.tokenizer) if ids][:count]
+
+    def start(self, vocabulary: Vocabulary, eos_ids: list[int]) -> None:
+        """Get ready to score, when the expert's vocabulary and its ends of an answer are known."""
+        self._scoring = CrossScoring(self.covering, vocabulary, self.vocabulary, eos_ids, self.max_length)
+
+    def score(self, *args: Any, **kwargs: Any) -> list[TrajectoryScores]:
+        """[`CrossScoring`]"""
+        assert self._scoring is not None
+        return self._scoring(*args, **kwargs)
+
+    def dropped(self, num_steps: int) -> str:
+        """What was dropped, in a sentence; empty if nothing was."""
+        assert self._scoring is not None
+        unread, wide = (self._scoring.dropped[name] for name in ("not readable", "not exact enough"))
+        parts = [f"{unread:,} could not be read by the amateur"] if unread else []
+        parts += [f"{wide:,} would be kept, but are uncertain by more than {MAX_WIDTH:g} nats"] if wide else []
+        return f"Of {num_steps:,} steps {' and '.join(parts)}: they are dropped." if parts else ""
+
+
+def read_chat_template(template: str) -> str:
+    """
+    A chat template, given as `"plain"`, as Jinja text, or as a file that holds it.
+
+    Raises:
+        `ValueError`: If it is none of these.
+    """
+    if template == "plain":
+        return PLAIN_TEMPLATE
+    if "{%" in template or "{{" in template:
+        return template
+    if not Path(template).is_file():
+        raise ValueError(
+            f"`amateur_chat_template` must be 'plain', a Jinja template, or a file that holds one, got {template!r}."
+        )
+    return read_text(template, "The chat template")
+
+
+def encode_for_amateur(
+    rows: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    first_row: int = 0,
+    date: datetime | None = None,
+) -> list[list[int]]:
+    """
+    The prompts of rows in the amateur's tokens, by its own chat template.
+
+    Raises:
+        `ValueError`: If its template refuses a prompt; names the row.
+    """
+    prompts = [{name: value for name, value in row.items() if name != "completion"} for row in rows]
+    try:
+        return encode_rows(prompts, tokenizer, set(), first_row, date)["prompt_ids"]
+    except ValueError as error:
+        raise ValueError(f"The amateur cannot read the prompts. {error}") from None

@@ -1,0 +1,76 @@
+"""Which prompts are sampled, in which order, and which are skipped."""
+
+from collections.abc import Callable
+from typing import Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset
+
+from .contrastive_sampling_config import ContrastiveSamplingConfig
+
+
+logger = get_logger(__name__)
+
+
+def plan_prompts(
+    encoded: Dataset,
+    scoring_only: bool,
+    args: ContrastiveSamplingConfig,
+    max_length: int | None,
+    fits: Callable[[dict[str, Any], int], bool],
+    context: str,
+) -> list[tuple[int, int]]:
+    """
+    `(row, room)` of every prompt that can be sampled, longest first, so that a batch that is too large for the memory
+    shows at once. Room is the number of tokens to generate at most; for given completions it is 0.
+
+    Args:
+        encoded ([`~datasets.Dataset`]): Token ids of the rows.
+        scoring_only (`bool`): Whether completions are given.
+        args ([`ContrastiveSamplingConfig`]): Settings.
+        max_length (`int`, *optional*): Tokens that are read at most.
+        fits (`Callable`): From a row and its number to whether the amateur has room for it; raises where a model
+            cannot read it at all.
+        context (`str`): What to say of the room that there is.
+
+    Raises:
+        `ValueError`: If no prompt is left.
+    """
+    skipped = {"empty": 0, f"longer than max_prompt_length={args.max_prompt_length}": 0, "no room": 0}
+    empty, too_long, no_room = skipped
+    plan = []
+    for index, row in enumerate(encoded):
+        has_room = fits(row, index)
+        prompt_length, completion_length = len(row["prompt_ids"]), len(row.get("completion_ids") or [])
+        room = args.max_new_tokens
+        if max_length is not None:
+            room = min(room, max_length - prompt_length)
+        no_prompt = prompt_length == 0 or row.get("amateur_prompt_ids") == []
+        if no_prompt or (scoring_only and completion_length == 0):
+            skipped[empty] += 1
+        elif args.max_prompt_length is not None and prompt_length > args.max_prompt_length:
+            skipped[too_long] += 1
+        elif not has_room or room < 1:
+            skipped[no_room] += 1
+        elif max_length is not None and prompt_length + completion_length > max_length:
+            skipped[no_room] += 1
+        else:
+            plan.append((prompt_length + completion_length, index, 0 if scoring_only else room))
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items() if count)
+    if skipped[empty] == len(encoded):
+        columns = "`prompt` or `completion`" if scoring_only else "`prompt`"
+        raise ValueError(
+            f"Every row of the dataset is empty: {columns} holds no text, or none of which the expert's tokenizer "
+            "makes a token. Check the column and `processing_class`."
+        )
+    if not plan:
+        remedies = ["Shorten the prompts" + (" and completions" if scoring_only else "")]
+        remedies += ["raise `max_prompt_length`"] if skipped[too_long] else []
+        remedies += ["choose models with a longer context"] if skipped[no_room] else []
+        raise ValueError(
+            f"Every prompt of the dataset had to be skipped ({reasons}; {context}). {', or '.join(remedies)}."
+        )
+    if reasons:
+        logger.warning(f"Skipped {len(encoded) - len(plan):,} of {len(encoded):,} prompts: {reasons} ({context}).")
+    plan.sort(key=lambda item: (-item[0], item[1]))
+    return [(index, room) for _, index, room in plan]
