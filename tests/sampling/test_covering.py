@@ -190,3 +190,11 @@ def test_the_table_says_what_many_unlikely_tokens_say(pairs, monkeypatch):
     read(pair, by_table, [])
     assert by_table._by_table.sum() > 0.2 * by_table._everything()
     torch.testing.assert_close(by_table.distribution(), exact.distribution(), rtol=0, atol=0.01)
+
+
+def test_without_a_text_that_begins_as_the_expert_s_nothing_is_said(pairs):
+    pair = pairs("1 digit, 3 digits")
+    step = pair.covering.steps(pair.expert("OK", add_special_tokens=False).input_ids, 1)[0]
+    assert not step.is_read and step.bounds([5]).high == [1.0]
+    read(pair, step, [5])
+    assert step.is_read

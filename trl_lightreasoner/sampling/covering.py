@@ -385,6 +385,11 @@ class CoveredStep:
             highest += state.mass if self._comparable(state, token) else 0.0
         return settled, estimate, highest
 
+    @property
+    def is_read(self) -> bool:
+        """Whether a text that begins with q was found at all."""
+        return self._everything() > 0
+
     def bounds(self, tokens: list[int | None]) -> Bounds:
         """pi_A^E of expert tokens, `None` for the end of the answer, each with its interval."""
         everything = self._everything()

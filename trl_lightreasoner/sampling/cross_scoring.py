@@ -209,7 +209,7 @@ class CrossScoring:
     ) -> TrajectoryScores:
         scores = TrajectoryScores([], [], [], [])
         for t, (step, top) in enumerate(zip(covered, experts, strict=True)):
-            if step is None:
+            if step is None or not step.is_read:
                 self.dropped["not readable"] += 1
                 scores.kl_divergence.append(None)
                 continue
