@@ -422,7 +422,8 @@ def as_table(results: dict[str, list[str]]) -> str:
     lines += ["| family | result | why |", "|---|---|---|"]
     for family, (result, reason) in sorted(results.items()):
         if result != "exact":
-            why = re.sub(r"/tmp/\S+", "FOLDER", " ".join(reason.split())).replace("|", "\\|").replace("<", "&lt;")
+            why = re.sub(rf"{re.escape(tempfile.gettempdir())}\S+", "FOLDER", " ".join(reason.split()))
+            why = why.replace("|", "\\|").replace("<", "&lt;")
             lines.append(f"| `{family}` | {result} | {why[:220].rstrip()}{'...' if len(why) > 220 else ''} |")
     return "\n".join(lines) + "\n"
 

@@ -49,7 +49,11 @@ def test_ctrl_c_in_the_first_seconds_is_one_line(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     command = [sys.executable, "-m", "trl_lightreasoner", "sample", "--help"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, **pipes, text=True, env=environment)
+
+    def heed_ctrl_c():  # which what a shell has started in the background does not
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(command, **pipes, text=True, env=environment, preexec_fn=heed_ctrl_c)
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()

@@ -39,7 +39,7 @@ def with_argument(model, **arguments):
     def call(**kwargs):
         return model(**kwargs, **arguments)
 
-    call.training = model.training
+    call.training, call.config = model.training, model.config
     return call
 
 
