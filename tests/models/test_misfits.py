@@ -12,7 +12,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, Qwen3_5Config, Qwe
 
 from trl_lightreasoner.commands.merge import MergeArguments
 from trl_lightreasoner.commands.merge import main as merge
-from trl_lightreasoner.models.loading import load_adapter, load_model
+from trl_lightreasoner.models.adapter_loading import load_adapter
+from trl_lightreasoner.models.loading import load_model
 
 from ..conftest import make_model
 

@@ -179,7 +179,7 @@ def find_adapter(args: MergeArguments) -> "PeftConfig":
     from peft import PeftConfig
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    from ..models.loading import check_adapter
+    from ..models.adapter_loading import check_adapter
 
     path, revision = args.model_name_or_path, args.model_revision
     try:
@@ -305,7 +305,7 @@ def check_weights(args: MergeArguments) -> None:
 
 def load_fitting(model: "PreTrainedModel", args: MergeArguments) -> "PeftModel":
     """The model with the adapter, if all of the adapter has a place there that no other weight shares."""
-    from ..models.loading import load_adapter
+    from ..models.adapter_loading import load_adapter
 
     try:
         adapted = load_adapter(model, args.model_name_or_path, revision=args.model_revision)

@@ -142,7 +142,8 @@ def main(
     from transformers.trainer_utils import IntervalStrategy
     from trl import get_peft_config
 
-    from ..models.loading import load_adapter_config, load_config
+    from ..models.adapter_loading import load_adapter_config
+    from ..models.loading import load_config
     from ..models.provenance import hub_id
     from ..steps.dataset import count_steps
     from ..steps.splits import load_split

@@ -22,8 +22,9 @@ from urllib.request import Request, urlopen
 import torch
 from transformers import logging
 
+from ..models.adapter_loading import load_adapter_config
 from ..models.forward import rope_switch
-from ..models.loading import hub_kwargs, load_adapter_config, load_config
+from ..models.loading import hub_kwargs, load_config
 from ..safe_path import start_processes_safely
 from ..vocabulary import Vocabulary
 

@@ -10,7 +10,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from ..evaluation.evaluation import Candidate, Evaluation, grade_candidates
 from ..grading.verdicts import check_math_verify
-from ..models.loading import load_adapter
+from ..models.adapter_loading import load_adapter
 from ..processes import Processes
 from ..report.write_report import write_report
 from .folder import RunFolder, write_json

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from ..evaluation.evaluation_config import EvaluationConfig
-from ..models.loading import load_adapter_config
+from ..models.adapter_loading import load_adapter_config
 from ..processes import Processes
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from ..sampling.contrastive_step_sampler import ContrastiveStepSampler

@@ -16,7 +16,8 @@ from ..evaluation.evaluation import Candidate, grade_candidates
 from ..evaluation.evaluation_config import EvaluationConfig
 from ..evaluation.sets import HELD_OUT
 from ..grading.verdicts import check_math_verify
-from ..models.loading import load_adapter, load_config
+from ..models.adapter_loading import load_adapter
+from ..models.loading import load_config
 from ..processes import Processes
 from ..report.trials import SearchResult, write_setting
 from ..report.write_report import write_report

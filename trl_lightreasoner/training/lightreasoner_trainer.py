@@ -24,16 +24,9 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from ..contrast import contrastive_loss
 from ..evaluation.answering import context_length
 from ..generation.completions import evaluating
+from ..models.adapter_loading import check_adapter, load_adapter_config
 from ..models.forward import accepts_logits_to_keep, attention_backends, check_causal, forward_at, rope_switch
-from ..models.loading import (
-    add_quantization,
-    check_adapter,
-    hub_kwargs,
-    load_adapter_config,
-    load_config,
-    load_model,
-    load_tokenizer,
-)
+from ..models.loading import add_quantization, hub_kwargs, load_config, load_model, load_tokenizer
 from ..models.provenance import warn_of_another_expert
 from ..models.weights import get_base_model, settle_4bit_layers
 from ..steps.dataset import STEP_COLUMNS

@@ -1,0 +1,147 @@
+"""Loading an adapter onto its base model, or refusing one that would not be what was trained."""
+
+import re
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from .hub_access import from_cache_if_unreachable
+
+
+if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
+    from peft import PeftConfig, PeftModel
+
+
+_FORWARD_TYPES = ("aLoRA", "POLY", "SHADOW", "XLORA")
+_SAVED_EMBEDDINGS = re.compile(
+    r"\.(embed_tokens|embed_in|embed_out|lm_head|word_embeddings|wte)\.(base_layer\.)?weight$"
+)
+_MAX_NAMED = 3  # tensors in one sentence
+
+
+@from_cache_if_unreachable
+def load_adapter_config(model: str, name: str = "model", **kwargs: Any) -> "PeftConfig | None":
+    """The configuration of a PEFT adapter, or `None` if `model` is not one; `kwargs` as of [`hub_kwargs`]."""
+    kwargs.pop("trust_remote_code", None)  # an adapter has no code of its own
+    if find_adapter_config_file(model, **kwargs) is None:
+        return None
+    from peft import PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(model, **kwargs)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"The adapter_config.json of the {name} {model!r} cannot be read: {str(error).rstrip('.')}."
+        ) from error
+    check_adapter(config, name)
+    if not config.base_model_name_or_path:
+        raise ValueError(
+            f"The {name} {model!r} is an adapter that does not name its base model. Set `base_model_name_or_path` in "
+            "its adapter_config.json."
+        )
+    return config
+
+
+def check_adapter(config: "PeftConfig", name: str) -> None:
+    """Refuse an adapter of virtual tokens, one that acts through PEFT's forward, and one that loads differently."""
+    # Virtual tokens shift the positions at which logits are read, and the base model that generates does not see them
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"The {name} is an adapter of virtual tokens (`{config.peft_type.value}`), which is not supported. Use "
+            "one that changes the weights, such as LoRA."
+        )
+    kind = "aLoRA" if getattr(config, "alora_invocation_tokens", None) else config.peft_type.value
+    if kind in _FORWARD_TYPES:
+        raise ValueError(
+            f"The {name} is an adapter that acts through PEFT's own forward ({kind}), which generation and scoring do "
+            "not call. Use one that changes the weights, such as LoRA."
+        )
+    init = getattr(config, "init_lora_weights", None)
+    if isinstance(init, str) and init.startswith("pissa_niter"):
+        raise ValueError(
+            f"The {name} is an adapter with `init_lora_weights={init!r}`, whose random decomposition is drawn anew "
+            "whenever it is loaded, so that it is never the one that was trained. Use `init_lora_weights='pissa'`, or "
+            "convert the adapter with PEFT's `path_initial_model_for_weight_conversion`."
+        )
+
+
+def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = False, **kwargs: Any) -> "PeftModel":
+    """
+    A model with an adapter of which every tensor has its place.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The base model.
+        adapter (`str`): Id or path.
+        is_trainable (`bool`): Whether the adapter is to be trained further.
+        kwargs: As of [`hub_kwargs`].
+
+    Raises:
+        `ValueError`: If tensors are missing, are unexpected or have another shape; names them.
+    """
+    from peft import PeftModel, PeftType
+
+    kwargs.pop("trust_remote_code", None)  # an adapter has no code of its own
+    repository = {**kwargs}
+    rows = count_saved_embeddings(adapter, **repository)
+    if rows not in (None, model.get_input_embeddings().weight.shape[0]):  # as it was trained on
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    kwargs |= {"is_trainable": is_trainable, "torch_device": "cpu"}
+    misfits: dict[str, set[str]] = {}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, adapter, **kwargs)
+        # PEFT passes over weights without a place, and tells of them only here; AdaLoRA would be pruned again
+        if not getattr(adapted.active_peft_config, "rank_pattern", None) or adapted.peft_type != PeftType.ADALORA:
+            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+            result = adapted.load_adapter(adapter, "default", key_mapping=key_mapping, **kwargs)
+            misfits["unexpected"] = set(result.unexpected_keys)
+    except UserWarning as warning:
+        misfits["missing"] = set(re.findall(r"'(\S+)'", str(warning)))
+    except RuntimeError as error:
+        misfits["of another shape"] = set(re.findall(r"size mismatch for (\S+):", str(error)))
+        if not misfits["of another shape"]:
+            raise
+    if any(misfits.values()):
+        raise ValueError(
+            f"The adapter {adapter!r} does not fit its base model {model.config._name_or_path!r}: "
+            f"{name_tensors(misfits)}. It must be the model that the adapter was trained on."
+        )
+    if (generation_config := load_generation_config(adapter, **repository)) is not None:
+        adapted.get_base_model().generation_config = generation_config
+    return adapted
+
+
+def count_saved_embeddings(adapter: str, **kwargs: Any) -> int | None:
+    """How many embeddings an adapter holds, as one of a model whose vocabulary was resized does; `kwargs` as above."""
+    kwargs.pop("trust_remote_code", None)
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(adapter, "adapter_model.safetensors", **kwargs, **quietly)
+    if path is None:
+        return None
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if _SAVED_EMBEDDINGS.search(name)]  # noqa: SIM118
+        return file.get_slice(names[0]).get_shape()[0] if names else None
+
+
+def load_generation_config(model: str, **kwargs: Any) -> GenerationConfig | None:
+    """The generation_config.json that lies beside a model or an adapter; `kwargs` as of [`hub_kwargs`]."""
+    kwargs.pop("trust_remote_code", None)  # it has no code
+    try:
+        return GenerationConfig.from_pretrained(model, **kwargs)
+    except OSError:
+        return None
+
+
+def name_tensors(misfits: dict[str, set[str]]) -> str:
+    """The tensors that do not fit, by how, some of each by name."""
+
+    def listed(names: list[str]) -> str:
+        more = f" and {len(names) - _MAX_NAMED:,} more" if len(names) > _MAX_NAMED else ""
+        return ", ".join(names[:_MAX_NAMED]) + more
+
+    return "; ".join(f"{how}: {listed(sorted(names))}" for how, names in misfits.items() if names)
