@@ -301,7 +301,10 @@ def run_command(words: list[str], reason: str | None, monkeypatch) -> None:
     elif words[0] == "python" and words[1].endswith(".py"):
         run_script(words[1], [word for word in words[2:] if word != "..."], reason, monkeypatch)
     elif words[0] == "make":
-        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+        recipe = re.search(rf"^{words[1]}:.*\n((?:\t.*\n?)*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert recipe is not None, words
+        for line in re.findall(r"^\t\$\(BIN\)/(lightreasoner .*)", recipe[1], re.MULTILINE):
+            run_command(shlex.split(line), reason, monkeypatch)
     elif words[:2] == ["pip", "install"]:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         extras = {extra for word in words for extra in ",".join(re.findall(r"\[(.*)\]", word)).split(",") if extra}
