@@ -198,7 +198,7 @@ def page_folder(tmp_path, monkeypatch, earlier) -> Path:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    for name, number in (("NUM_UNLABELLED", NUM_PROMPTS), ("NUM_TEST", 3), ("NUM_UPDATES", 1)):
+    for name, number in (("NUM_UNLABELLED", NUM_PROMPTS), ("NUM_TEST", 3), ("NUM_UPDATES", 10)):
         monkeypatch.setattr(demo, name, number)
     return tmp_path
 
