@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Full stops that end no sentence
 ABBREVIATIONS = re.compile(r"\b(e\.g|i\.e|vs|etc|cf)\.")
 # What ends one: the mark, what closes behind it, and something that can begin the next
-END = re.compile(r"(?<=[.!?])[\"')*\]]*\s+(?=[\"'(*\[`]*[A-Z0-9$`])")
+END = re.compile(r"(?<=[.!?])[\"')*\]]*\s+(?=[\"'(*\[`]*[\w$`])")
 NOT_PROSE = re.compile(r"\||#|<|:::|    |!\[|---")
 
 
