@@ -1,7 +1,7 @@
 """
 Sentences of README.md and docs/ with more words than a reader takes in at once. `make lint` runs it.
 
-Code, tables, formulas and headings are left out. A word has a letter in it, so that figures and intervals do not count.
+Code, tables, formulas and headings are left out. A word has a letter in it, so figures and intervals do not count.
 """
 
 import re
@@ -74,7 +74,8 @@ def main() -> int:
         for page in PAGES
         for line, count, sentence in find_long_sentences(page.read_text(encoding="utf-8"))
     ]
-    print("\n".join(found))
+    for sentence in found:
+        print(sentence)
     return 1 if found else 0
 
 

@@ -65,7 +65,9 @@ def translate(docstring: str) -> str:
 
 def _admonition(match: re.Match) -> str:
     text = re.sub(rf"^{match[1]}> ?", f"{match[1]}    ", match[3], flags=re.MULTILINE)
-    text = re.sub(r"^((?! *- ).*\n)(?= *- )", r"\1\n", text, count=1, flags=re.MULTILINE)  # before a list, which needs it
+    text = re.sub(
+        r"^((?! *- ).*\n)(?= *- )", r"\1\n", text, count=1, flags=re.MULTILINE
+    )  # before a list, which needs it
     return f"{match[1]}!!! {match[2].lower()}\n\n{text}"
 
 
