@@ -1,6 +1,7 @@
 """
-The built site, page by page: every link within it leads somewhere, and no GitHub note is left as text. `make docs` runs
-it.
+The built site, page by page: every link within it leads somewhere, and no GitHub note is left as text.
+
+`make docs` runs it.
 """
 
 import sys
