@@ -13,14 +13,14 @@ from markdown.inlinepatterns import InlineProcessor
 
 def math_fence(source: str, language: str, css_class: str, options: dict, md, **kwargs) -> str:
     """A ```` ```math ```` block, which GitHub shows as well, as MathML, which browsers draw by themselves."""
-    return f'<div class="math" tabindex="0">{convert(source, display="block")}</div>'
+    return f'<div class="math" tabindex="0">{_mathml(source, "block")}</div>'
 
 
 class MathSpan(InlineProcessor):
     """Mathematics in a line, which GitHub writes as a span of code between two dollar signs."""
 
     def handleMatch(self, m: re.Match, data: str) -> tuple[str, int, int]:
-        return self.md.htmlStash.store(convert(m[1])), m.start(0), m.end(0)
+        return self.md.htmlStash.store(_mathml(m[1], "inline")), m.start(0), m.end(0)
 
 
 class MathSpans(Extension):
@@ -61,6 +61,10 @@ def translate(docstring: str) -> str:
     # The signature tells the type as well
     docstring = re.sub(r"^( *Returns:\n +)`[^`\n]+`: ", r"\1", docstring, flags=re.MULTILINE)
     return re.sub(r"^( +)`(\w+Error)`:", r"\1\2:", docstring, flags=re.MULTILINE)
+
+
+def _mathml(source: str, display: str) -> str:
+    return convert(source, display=display).replace("<mi>log</mi>", '<mi>log</mi><mspace width="0.17em" />')
 
 
 def _admonition(match: re.Match) -> str:
