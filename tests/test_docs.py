@@ -180,6 +180,16 @@ def test_links_of_the_readme_lead_somewhere():
             assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
 
 
+def test_the_readme_of_a_release_needs_no_other_file():
+    functions = tool("absolute_links")
+    text = functions["make_links_absolute"]((ROOT / "README.md").read_text(encoding="utf-8"), "https://a.org/b", "v1")
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert "https://a.org/b/raw/v1/docs/report.png" in links and "https://a.org/b/blob/v1/LICENSE" in links
+    assert all(link.startswith("https://") for link in links)
+    project = functions["add_urls"]((ROOT / "pyproject.toml").read_text(encoding="utf-8"), "https://a.org/b", "v1")
+    assert {"Repository", "Paper"} <= set(tomllib.loads(project)["project"]["urls"])
+
+
 def test_broken_links_and_notes_of_the_site_are_found(tmp_path):
     (tmp_path / "api").mkdir()
     (tmp_path / "index.html").write_text(
