@@ -36,11 +36,14 @@ if TYPE_CHECKING:  # slow to import, and a Dataset's card does without
 
 
 PAPER_ID = "2510.07962"
-CITATION = """@article{wang2025lightreasoner,
-  title   = {LightReasoner: Can Small Language Models Teach Large Language Models Reasoning?},
-  author  = {Wang, Jingyuan and Chen, Yankai and Li, Zhonghang and Huang, Chao},
-  journal = {arXiv preprint arXiv:2510.07962},
-  year    = {2025}
+CITATION = """@inproceedings{wang-etal-2026-lightreasoner,
+  title     = {{L}ight{R}easoner: Can Small Language Models Teach Large Language Models Reasoning?},
+  author    = {Wang, Jingyuan and Chen, Yankai and Li, Zhonghang and Huang, Chao},
+  booktitle = {Proceedings of the 64th Annual Meeting of the Association for Computational Linguistics
+               (Volume 1: Long Papers)},
+  year      = {2026},
+  pages     = {2635--2663},
+  url       = {https://aclanthology.org/2026.acl-long.122/}
 }"""
 TAGS = ["trl", "light-reasoner"]
 
