@@ -1,6 +1,7 @@
 """`LightReasonerTrainer`: fine-tunes an expert on the kept steps of a Dataset, `D_KL(v_C || pi_theta)` at each."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,15 +15,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainerControl,
     TrainingArguments,
     logging,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from ..contrast import contrastive_loss
-from ..evaluation.answering import context_length
 from ..generation.completions import evaluating
 from ..models.adapter_loading import check_adapter, load_adapter_config
 from ..models.forward import accepts_logits_to_keep, attention_backends, check_causal, forward_at, rope_switch
@@ -31,11 +29,11 @@ from ..models.provenance import warn_of_another_expert
 from ..models.weights import get_base_model, settle_4bit_layers
 from ..steps.dataset import STEP_COLUMNS
 from ..steps.prompt_format import format_of_steps
-from ..steps.training_rows import choose_beta, prepare_rows, reaches
+from ..steps.training_rows import choose_beta
 from ..vocabulary import model_vocabulary
 from .accuracy import EvalQuestions
 from .adapters import AllocateRanks, is_plain_lora, is_quantized, prepare_adapter
-from .base_trainer import _BaseTrainer, check_destinations
+from .base_trainer import check_destinations
 from .combinations import (
     check_answers,
     check_arguments,
@@ -46,21 +44,19 @@ from .combinations import (
 )
 from .cuda_graphs import GraphedLayers, can_capture
 from .data_collator import DataCollatorForLightReasoner, find_indices
+from .dataset import prepare_dataset
+from .evaluating import EvaluatingTrainer
 from .lightreasoner_config import LightReasonerConfig, own_config
 from .nonfinite_updates import SkipNonFiniteUpdates
 from .packed_attention import can_pack, is_packed, pack, packed_attention
 from .resuming import RememberTraining
 from .saving import warn_of_left_out
-from .watching import DriftWarnings, adapter_off, divergence_at, starts_as_expert
 
 
 logger = logging.get_logger(__name__)
 
-# Values of `train_sampling_strategy` for which `Trainer` reads the lengths of the rows
-_BY_LENGTH = ("group_by_length", "batch_rebalance")
 
-
-class LightReasonerTrainer(_BaseTrainer):
+class LightReasonerTrainer(EvaluatingTrainer):
     r"""
     Trainer for LightReasoner (arXiv 2510.07962): minimises `D_KL(v_C || pi_theta)` at the kept steps of a Dataset.
 
@@ -125,7 +121,6 @@ class LightReasonerTrainer(_BaseTrainer):
     # `compute_loss` divides by the kept steps of the whole update, so that nothing is left for `Trainer` to scale
     loss_is_scaled_for_ga = True
     _signature_columns: list[str] | None
-    control: TrainerControl
 
     def __init__(
         self,
@@ -190,28 +185,8 @@ class LightReasonerTrainer(_BaseTrainer):
         self.vocabulary = model_vocabulary(processing_class, config.vocab_size)
 
         # Dataset
-        def prepare(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-            if isinstance(dataset, IterableDataset) and 1 < args.world_size <= dataset.num_shards:
-                raise ValueError(
-                    f"The {name} dataset is streamed from {dataset.num_shards} files, of which {args.world_size} "
-                    "processes would take different numbers of rows, and wait for each other without end. Load it "
-                    "without streaming."
-                )
-            rows = prepare_rows(
-                dataset,
-                name,
-                self.vocabulary,
-                config.vocab_size,
-                args.max_length,
-                args.one_step_per_row,
-                self.beta if args.beta is not None or reaches(dataset, self.beta) else None,
-                context_length(config),
-            )
-            if args.train_sampling_strategy in _BY_LENGTH and isinstance(rows, Dataset):
-                rows = rows.map(_add_length, fn_kwargs={"column": args.length_column_name})
-            return rows
-
         self.beta = choose_beta(train_dataset) if args.beta is None else args.beta
+        prepare = partial(prepare_dataset, args=args, vocabulary=self.vocabulary, config=config, beta=self.beta)
         self._prepare_rows = prepare
         with args.main_process_first():
             train_dataset = prepare(train_dataset, "train")
@@ -222,11 +197,9 @@ class LightReasonerTrainer(_BaseTrainer):
         check_rope(args, rope_switch(config), train_dataset, eval_dataset)
         if isinstance(train_dataset, Dataset):
             self.prompt_format = format_of_steps(train_dataset)
-        self._questions: EvalQuestions | None = None
         if eval_questions is not None:
             self._questions = EvalQuestions(eval_questions, processing_class, config, args.eval_max_new_tokens)
             eval_dataset = {} if eval_dataset is None else eval_dataset  # `Trainer` has nothing to compute a loss on
-        self._scores: dict[str, float] = {}  # of the answers at the evaluation that is going on
 
         # Model
         # PEFT initializes the adapter weights randomly, so set_seed must be done before creating the model to ensure
@@ -307,13 +280,7 @@ class LightReasonerTrainer(_BaseTrainer):
         if isinstance(model, PeftModel) and isinstance(model.base_model, AdaLoraModel):
             self.add_callback(AllocateRanks(self))
         self._source = name
-
-        # Sums over the kept steps since the last log: entropy, agreement, steps. Seen: steps, tokens, since the start.
-        self._sums = torch.zeros(3, dtype=_sum_dtype(args.device), device=args.device)
-        self._seen = torch.zeros(2, dtype=_sum_dtype(args.device), device=args.device)
-        self._eval_sums: torch.Tensor | None = None
-        self._starts_as_expert = starts_as_expert(model, self.accelerator)
-        self._drift_warnings = DriftWarnings()
+        self._begin_measuring()
         self._operations_per_token: int | None = None
 
         if hasattr(self.model, "add_model_tags"):
@@ -330,6 +297,29 @@ class LightReasonerTrainer(_BaseTrainer):
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             num_steps = self.accelerator.gather(num_steps).sum()
         return num_steps
+
+    def steps_of(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
+        if "token_index" not in inputs:  # as a collator of the user's own may leave it
+            inputs = {**inputs, **find_indices(inputs)}
+        label_ids, label_probs = (
+            inputs[key].flatten(0, 1)[inputs["label_index"]] for key in ("label_ids", "label_probs")
+        )
+        attention_mask = inputs["attention_mask"]
+        model_inputs, positions = {"input_ids": inputs["input_ids"]}, inputs["step_mask"]
+        if is_packed(self._model_config):
+            model_inputs = pack(inputs["input_ids"], inputs["attention_mask"], inputs["token_index"])
+            positions = inputs["step_index"]
+        elif (attention_mask.diff(dim=-1) > 0).any():
+            # Padding goes behind the tokens, where no causal model looks, recurrent ones included: without a mask
+            # the fastest attention applies
+            order = attention_mask.argsort(dim=-1, descending=True, stable=True)
+            model_inputs = {"input_ids": inputs["input_ids"].gather(-1, order)}
+            positions = positions.gather(-1, order)
+        outputs = forward_at(model, positions, self._accepts_logits_to_keep, **model_inputs)
+        outputs.steps = contrastive_loss(
+            self.vocabulary.select(outputs.logits), self.vocabulary.columns_of(label_ids), label_probs
+        )
+        return outputs
 
     def compute_loss(
         self,
@@ -352,26 +342,7 @@ class LightReasonerTrainer(_BaseTrainer):
             The loss, or the loss and the outputs: `outputs.logits` holds the logits at the N kept steps, `(N, W)`, and
             `outputs.steps` the [`ContrastiveLoss`] of each, in the order of the rows.
         """
-        if "token_index" not in inputs:  # as a collator of the user's own may leave it
-            inputs = {**inputs, **find_indices(inputs)}
-        label_ids, label_probs = (
-            inputs[key].flatten(0, 1)[inputs["label_index"]] for key in ("label_ids", "label_probs")
-        )
-        attention_mask = inputs["attention_mask"]
-        model_inputs, positions = {"input_ids": inputs["input_ids"]}, inputs["step_mask"]
-        if is_packed(self._model_config):
-            model_inputs = pack(inputs["input_ids"], inputs["attention_mask"], inputs["token_index"])
-            positions = inputs["step_index"]
-        elif (attention_mask.diff(dim=-1) > 0).any():
-            # Padding goes behind the tokens, where no causal model looks, recurrent ones included: without a mask
-            # the fastest attention applies
-            order = attention_mask.argsort(dim=-1, descending=True, stable=True)
-            model_inputs = {"input_ids": inputs["input_ids"].gather(-1, order)}
-            positions = positions.gather(-1, order)
-        outputs = forward_at(model, positions, self._accepts_logits_to_keep, **model_inputs)
-        outputs.steps = contrastive_loss(
-            self.vocabulary.select(outputs.logits), self.vocabulary.columns_of(label_ids), label_probs
-        )
+        outputs = self.steps_of(model, inputs)
         divergence = outputs.steps.kl_divergence
         if num_items_in_batch is None:
             loss = divergence.sum() / max(len(divergence), 1)
@@ -380,12 +351,7 @@ class LightReasonerTrainer(_BaseTrainer):
             if self.args.average_tokens_across_devices:  # DDP takes the mean of the processes' gradients
                 loss = loss * self.accelerator.num_processes
         if model.training:
-            entropy, agreement = outputs.steps.entropy.sum(), outputs.steps.agreement.sum()
-            num_steps = inputs["step_mask"].sum()
-            sums = torch.stack([entropy, agreement, num_steps]).to(_sum_dtype(loss.device))
-            self._sums = self._sums + sums
-            seen = torch.stack([num_steps, inputs["attention_mask"].sum()]).to(sums.dtype)
-            self._seen = self._seen + seen
+            self._count_steps(outputs.steps, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -416,103 +382,3 @@ class LightReasonerTrainer(_BaseTrainer):
         if self._operations_per_token is None:
             self._operations_per_token = super().floating_point_ops(inputs) // inputs["input_ids"].numel()
         return self._operations_per_token * inputs["input_ids"].numel()
-
-    def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ):
-        inputs = self._prepare_inputs(inputs)
-        label_probs = inputs["label_probs"]
-        with torch.no_grad(), self._attention(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-            if not hasattr(outputs, "steps"):  # a subclass has a loss all of its own
-                _, outputs = LightReasonerTrainer.compute_loss(self, model, inputs, return_outputs=True)
-            steps = outputs.steps
-            row, step = (label_probs.sum(-1) > 0).nonzero(as_tuple=True)
-            # A subclass may add to the loss; what it adds counts for every step of the batch alike
-            added = loss - steps.kl_divergence.mean()
-            label_entropy = -torch.special.xlogy(label_probs, label_probs).sum(-1)[row, step]
-            ones = torch.ones_like(label_entropy)
-            values = [ones, steps.kl_divergence + added, steps.entropy, steps.agreement, label_entropy]
-            if self._starts_as_expert:
-                with adapter_off(self.accelerator.unwrap_model(model, keep_torch_compile=False)):
-                    _, expert = LightReasonerTrainer.compute_loss(self, model, inputs, return_outputs=True)
-                logits = [self.vocabulary.select(each.logits) for each in (outputs, expert)]
-                values += [divergence_at(*logits), expert.steps.kl_divergence]
-        sums = torch.zeros(len(inputs["input_ids"]), len(values), dtype=_sum_dtype(loss.device), device=loss.device)
-        sums.index_add_(0, row, torch.stack(values, dim=1).to(sums.dtype))
-        # Row by row, since the last batches of several processes hold rows twice, which `gather_for_metrics` takes out
-        self._eval_sums = self._eval_sums + self.accelerator.gather_for_metrics(sums).sum(0)
-        return loss.detach(), None, None
-
-    def evaluate(
-        self,
-        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        # A dataset that comes only now is as the sampler made it; the trainer's own come by name or not at all
-        if isinstance(eval_dataset, Dataset | IterableDataset):
-            with self.args.main_process_first():
-                eval_dataset = self._prepare_rows(eval_dataset, metric_key_prefix)
-        if self._questions is None or eval_dataset is not None:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        scores = self._questions.measure(self.model, self.vocabulary, self.accelerator)
-        scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-        if isinstance(self.eval_dataset, dict):  # each is logged by itself, and there may be none
-            metrics = super().evaluate(None, ignore_keys, metric_key_prefix)
-            self.log(scores)
-            metrics |= scores
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-            return metrics
-        self._scores = scores
-        try:
-            return super().evaluate(None, ignore_keys, metric_key_prefix)
-        finally:
-            self._scores = {}
-
-    def predict(self, test_dataset: Dataset | IterableDataset, *args, **kwargs) -> PredictionOutput:
-        if isinstance(test_dataset, Dataset | IterableDataset):
-            with self.args.main_process_first():
-                test_dataset = self._prepare_rows(test_dataset, "test")
-        return super().predict(test_dataset, *args, **kwargs)
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        device = self.accelerator.device
-        names = ["loss", "entropy", "mean_token_accuracy", "label_entropy"]
-        names += ["kl_to_expert", "expert_loss"] if self._starts_as_expert else []
-        self._eval_sums = torch.zeros(1 + len(names), dtype=_sum_dtype(device), device=device)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        num_steps, *sums = self._eval_sums.tolist()
-        means = {name: value / max(num_steps, 1) for name, value in zip(names, sums, strict=True)}
-        # `Trainer` takes the mean of the batches' means, which is not the mean over the steps
-        for name in ("loss", "entropy", "mean_token_accuracy", "kl_to_expert"):
-            if name in means:
-                output.metrics[f"{metric_key_prefix}_{name}"] = means[name]
-        if self.is_world_process_zero():
-            self._drift_warnings.look_at(means, metric_key_prefix)
-        output.metrics.update(self._scores)
-        return output
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            sums = self.accelerator.reduce(torch.cat([self._sums, self._seen]), "sum")
-            entropy, agreement, num_steps, seen_steps, seen_tokens = sums.tolist()
-            logs["entropy"] = entropy / max(num_steps, 1)
-            logs["mean_token_accuracy"] = agreement / max(num_steps, 1)
-            logs["num_kept_steps"] = seen_steps
-            logs["num_tokens"] = seen_tokens
-            logs["num_nonfinite_updates"] = self.skip_nonfinite_updates.count
-            self._sums = torch.zeros_like(self._sums)
-        super().log(logs, start_time)
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
-
-
-def _add_length(row: dict[str, Any], column: str) -> dict[str, int]:
-    return {column: len(row["prompt_ids"]) + row["step_positions"][-1]}  # behind the last kept step a row is cut
