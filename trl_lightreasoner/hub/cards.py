@@ -53,6 +53,7 @@ _MEANINGS = {
     "step_positions": "t of each kept step: its context is `prompt_ids + completion_ids[:t]`",
     "label_ids": "support of v_C at each kept step, most probable first",
     "label_probs": "v_C there, sums to 1",
+    "step_weights": "what each kept step counts in the mean of the loss",
     "sampling_metadata": "JSON: models, revisions, settings and versions",
 }
 _SETTINGS = ("learning_rate", "lr_scheduler_type", "optim", "max_length", "one_step_per_row", "seed")

@@ -27,6 +27,7 @@ class DataCollatorForLightReasoner(DataCollatorMixin):
     - `step_mask` `(B, L)`, bool: True at the last token of the context of a kept step, where its distribution is;
     - `label_ids` `(B, S, K)` and `label_probs` `(B, S, K)`: v_C of the kept steps in the order of the mask. A step
       that is padding holds no probability;
+    - `step_weights` `(B, S)`, if the rows have weights: those of the kept steps, and 0 at padding;
     - `token_index`, `step_index`, `label_index`: what [`find_indices`] makes of these.
 
     Example:
@@ -90,10 +91,19 @@ class DataCollatorForLightReasoner(DataCollatorMixin):
             "label_ids": all_ids,
             "label_probs": all_probs,
         }
+        if "step_weights" in examples[0]:
+            weights = np.zeros(is_step.shape, dtype=np.float32)
+            weights[is_step] = np.array([weight for example in examples for weight in example["step_weights"]])
+            arrays["step_weights"] = weights
         if self.padding_side == "left":
             arrays["position_ids"] = (is_token.cumsum(-1) - 1).clip(min=0)
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return {**batch, **find_indices(batch)}
+
+
+def with_indices(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch with what [`find_indices`] makes, which a collator of the user's own may leave out."""
+    return batch if "token_index" in batch else {**batch, **find_indices(batch)}
 
 
 def find_indices(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

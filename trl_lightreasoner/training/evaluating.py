@@ -13,7 +13,9 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from ..contrast import ContrastiveLoss
 from ..vocabulary import Vocabulary
 from .accuracy import EvalQuestions
+from .averaging import count_items, mean_loss, weighted
 from .base_trainer import _BaseTrainer
+from .data_collator import with_indices
 from .nonfinite_updates import SkipNonFiniteUpdates
 from .watching import DriftWarnings, adapter_off, divergence_at, starts_as_expert
 
@@ -36,7 +38,8 @@ class EvaluatingTrainer(_BaseTrainer):
     def _begin_measuring(self) -> None:
         """To be called once the model is where it is trained."""
         device = self.args.device
-        # Sums over the kept steps since the last log: entropy, agreement, steps. Seen: steps, tokens, since the start.
+        # Sums over the kept steps since the last log, by their weights: entropy, agreement, 1. Seen since the start:
+        # steps, tokens.
         self._sums = torch.zeros(3, dtype=_sum_dtype(device), device=device)
         self._seen = torch.zeros(2, dtype=_sum_dtype(device), device=device)
         self._eval_sums: torch.Tensor | None = None
@@ -60,7 +63,8 @@ class EvaluatingTrainer(_BaseTrainer):
 
     def _count_steps(self, steps: ContrastiveLoss, inputs: dict[str, torch.Tensor]) -> None:
         num_steps = inputs["step_mask"].sum()
-        sums = torch.stack([steps.entropy.sum(), steps.agreement.sum(), num_steps]).to(self._sums.dtype)
+        values = [weighted(each, inputs).sum() for each in (steps.entropy, steps.agreement)]
+        sums = torch.stack([*values, count_items(inputs)]).to(self._sums.dtype)
         self._sums = self._sums + sums
         seen = torch.stack([num_steps, inputs["attention_mask"].sum()]).to(sums.dtype)
         self._seen = self._seen + seen
@@ -72,7 +76,7 @@ class EvaluatingTrainer(_BaseTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ):
-        inputs = self._prepare_inputs(inputs)
+        inputs = with_indices(self._prepare_inputs(inputs))
         label_probs = inputs["label_probs"]
         with torch.no_grad(), self._attention(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -81,7 +85,7 @@ class EvaluatingTrainer(_BaseTrainer):
             steps = outputs.steps
             row, step = (label_probs.sum(-1) > 0).nonzero(as_tuple=True)
             # A subclass may add to the loss; what it adds counts for every step of the batch alike
-            added = loss - steps.kl_divergence.mean()
+            added = loss - mean_loss(steps.kl_divergence, inputs)
             label_entropy = -torch.special.xlogy(label_probs, label_probs).sum(-1)[row, step]
             ones = torch.ones_like(label_entropy)
             values = [ones, steps.kl_divergence + added, steps.entropy, steps.agreement, label_entropy]
@@ -91,6 +95,7 @@ class EvaluatingTrainer(_BaseTrainer):
                 logits = [self.vocabulary.select(each.logits) for each in (outputs, expert)]
                 values += [divergence_at(*logits), expert.steps.kl_divergence]
         sums = torch.zeros(len(inputs["input_ids"]), len(values), dtype=_sum_dtype(loss.device), device=loss.device)
+        values = [weighted(each, inputs) for each in values]
         sums.index_add_(0, row, torch.stack(values, dim=1).to(sums.dtype))
         # Row by row, since the last batches of several processes hold rows twice, which `gather_for_metrics` takes out
         self._eval_sums = self._eval_sums + self.accelerator.gather_for_metrics(sums).sum(0)
@@ -134,8 +139,8 @@ class EvaluatingTrainer(_BaseTrainer):
         names += ["kl_to_expert", "expert_loss"] if self._starts_as_expert else []
         self._eval_sums = torch.zeros(1 + len(names), dtype=_sum_dtype(device), device=device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        num_steps, *sums = self._eval_sums.tolist()
-        means = {name: value / max(num_steps, 1) for name, value in zip(names, sums, strict=True)}
+        weight, *sums = self._eval_sums.tolist()
+        means = {name: value / (weight or 1) for name, value in zip(names, sums, strict=True)}
         # `Trainer` takes the mean of the batches' means, which is not the mean over the steps
         for name in ("loss", "entropy", "mean_token_accuracy", "kl_to_expert"):
             if name in means:
@@ -148,9 +153,9 @@ class EvaluatingTrainer(_BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             sums = self.accelerator.reduce(torch.cat([self._sums, self._seen]), "sum")
-            entropy, agreement, num_steps, seen_steps, seen_tokens = sums.tolist()
-            logs["entropy"] = entropy / max(num_steps, 1)
-            logs["mean_token_accuracy"] = agreement / max(num_steps, 1)
+            entropy, agreement, weight, seen_steps, seen_tokens = sums.tolist()
+            logs["entropy"] = entropy / (weight or 1)
+            logs["mean_token_accuracy"] = agreement / (weight or 1)
             logs["num_kept_steps"] = seen_steps
             logs["num_tokens"] = seen_tokens
             logs["num_nonfinite_updates"] = self.skip_nonfinite_updates.count

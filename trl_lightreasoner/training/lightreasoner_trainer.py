@@ -33,6 +33,7 @@ from ..steps.training_rows import choose_beta
 from ..vocabulary import model_vocabulary
 from .accuracy import EvalQuestions
 from .adapters import AllocateRanks, is_plain_lora, is_quantized, prepare_adapter
+from .averaging import count_items, mean_loss
 from .base_trainer import check_destinations
 from .combinations import (
     check_answers,
@@ -43,7 +44,7 @@ from .combinations import (
     check_trained_weights,
 )
 from .cuda_graphs import GraphedLayers, can_capture
-from .data_collator import DataCollatorForLightReasoner, find_indices
+from .data_collator import DataCollatorForLightReasoner, with_indices
 from .dataset import prepare_dataset
 from .evaluating import EvaluatingTrainer
 from .lightreasoner_config import LightReasonerConfig, own_config
@@ -194,6 +195,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
                 eval_dataset = {name: prepare(dataset, name) for name, dataset in eval_dataset.items()}
             elif eval_dataset is not None:
                 eval_dataset = prepare(eval_dataset, "eval")
+        self._is_weighted = "step_weights" in (train_dataset.column_names or ())
         check_rope(args, rope_switch(config), train_dataset, eval_dataset)
         if isinstance(train_dataset, Dataset):
             self.prompt_format = format_of_steps(train_dataset)
@@ -289,18 +291,22 @@ class LightReasonerTrainer(EvaluatingTrainer):
     def _set_signature_columns_if_needed(self):
         # What `Trainer` keeps of a dataset under `remove_unused_columns=True`
         if self._signature_columns is None:
-            self._signature_columns = [*STEP_COLUMNS, self.args.length_column_name]
+            self._signature_columns = [*STEP_COLUMNS, "step_weights", self.args.length_column_name]
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device):
         # The items of an update are its kept steps, of every batch and process
-        num_steps = torch.as_tensor(sum(batch["step_mask"].sum() for batch in batch_samples), device=device)
+        if self._is_weighted and not all("step_weights" in batch for batch in batch_samples):
+            raise ValueError(
+                "The `data_collator` leaves `step_weights` out of its batches. Let it pass them on, as "
+                "`DataCollatorForLightReasoner` does, or remove the column from the dataset."
+            )
+        num_items = torch.as_tensor(sum(count_items(batch) for batch in batch_samples), device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            num_steps = self.accelerator.gather(num_steps).sum()
-        return num_steps
+            num_items = self.accelerator.gather(num_items).sum()
+        return num_items
 
     def steps_of(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
-        if "token_index" not in inputs:  # as a collator of the user's own may leave it
-            inputs = {**inputs, **find_indices(inputs)}
+        inputs = with_indices(inputs)
         label_ids, label_probs = (
             inputs[key].flatten(0, 1)[inputs["label_index"]] for key in ("label_ids", "label_probs")
         )
@@ -329,27 +335,24 @@ class LightReasonerTrainer(EvaluatingTrainer):
         num_items_in_batch: torch.Tensor | None = None,
     ):
         """
-        Mean of `D_KL(v_C || pi_theta)` over kept steps, in nats.
+        Mean of `D_KL(v_C || pi_theta)` over kept steps, in nats, by their weights if they have any.
 
         Args:
             model (`torch.nn.Module`): The model as `Trainer` wraps it.
             inputs (`dict`): A batch of [`DataCollatorForLightReasoner`].
             return_outputs (`bool`, *optional*, defaults to `False`): Whether to return the model's outputs as well.
-            num_items_in_batch (`torch.Tensor`, *optional*): Kept steps of the whole update. If `None`, the mean is
-                over the batch.
+            num_items_in_batch (`torch.Tensor`, *optional*): Kept steps of the whole update, or the sum of their
+                weights. If `None`, the mean is over the batch.
 
         Returns:
             The loss, or the loss and the outputs: `outputs.logits` holds the logits at the N kept steps, `(N, W)`, and
             `outputs.steps` the [`ContrastiveLoss`] of each, in the order of the rows.
         """
+        inputs = with_indices(inputs)
         outputs = self.steps_of(model, inputs)
-        divergence = outputs.steps.kl_divergence
-        if num_items_in_batch is None:
-            loss = divergence.sum() / max(len(divergence), 1)
-        else:
-            loss = divergence.sum() / num_items_in_batch.clamp_min(1)
-            if self.args.average_tokens_across_devices:  # DDP takes the mean of the processes' gradients
-                loss = loss * self.accelerator.num_processes
+        loss = mean_loss(outputs.steps.kl_divergence, inputs, num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP takes the mean of the processes' gradients
         if model.training:
             self._count_steps(outputs.steps, inputs)
         return (loss, outputs) if return_outputs else loss

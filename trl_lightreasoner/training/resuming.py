@@ -25,7 +25,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
 from ..models.weights import describe_model
-from ..steps.dataset import STEP_COLUMNS
+from ..steps.dataset import PER_STEP_COLUMNS, STEP_COLUMNS
 from .checkpoints import find_checkpoint, one_training, saving, saving_model
 
 
@@ -215,8 +215,9 @@ def describe_training(
 
 def _checksum(rows: Dataset) -> str:
     digest = hashlib.sha256()
-    for batch in rows.with_format(None).select_columns(list(STEP_COLUMNS)).iter(1000):
-        digest.update(repr([batch[column] for column in STEP_COLUMNS]).encode())
+    columns = [*dict.fromkeys((*STEP_COLUMNS, *(name for name in PER_STEP_COLUMNS if name in rows.column_names)))]
+    for batch in rows.with_format(None).select_columns(columns).iter(1000):
+        digest.update(repr([batch[column] for column in columns]).encode())
     return digest.hexdigest()
 
 
