@@ -325,6 +325,8 @@ def _setting_rows(trainer: "Trainer", model: Any) -> list[tuple[str, Any]]:
     args = trainer.args
     rows: list[tuple[str, Any]] = [("beta", f"{trainer.beta} nats" if trainer.beta else "all kept steps")]
     rows += [(name, getattr(args, name)) for name in _SETTINGS]
+    if getattr(args, "sft_weight", None) is not None:
+        rows.append(("sft_weight", args.sft_weight))
     rows_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows.append(("rows an update", rows_per_update))
     rows.append(("updates", f"{trainer.state.global_step:,}"))

@@ -35,6 +35,8 @@ STEP_FEATURES = {
 }
 # What training needs of a row
 STEP_COLUMNS = ("prompt_ids", "completion_ids", "step_positions", "label_ids", "label_probs")
+# The same of the row of an SFT dataset that stands beside a row
+SFT_COLUMNS = tuple(f"sft_{column}" for column in STEP_COLUMNS)
 # What has an entry for each kept step, the last only if somebody has added it
 PER_STEP_COLUMNS = ("step_positions", "label_ids", "label_probs", "step_weights")
 

@@ -1,7 +1,7 @@
-"""What the loss of an update is the mean over: its kept steps, each by its weight.
+"""What the loss of an update is the mean over: its kept steps, each by its weight, and the tokens of its SFT rows.
 
-The weights are added up over every batch and process of an update before the first of its batches is read, so that the
-mean is the same however its rows are cut.
+Both are counted over every batch and process of an update before the first of its batches is read, so that the means
+are the same however its rows are cut.
 """
 
 import torch
@@ -35,7 +35,21 @@ def count_items(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
     ```
     """
-    return batch["step_weights" if "step_weights" in batch else "step_mask"].sum()
+    if "step_weights" in batch:
+        return batch["step_weights"].sum()
+    return count_steps(batch)
+
+
+def count_steps(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Number of kept steps of a batch, those of SFT rows aside."""
+    if "sft_mask" in batch:
+        return (batch["step_mask"] & ~batch["sft_mask"][:, None]).sum()
+    return batch["step_mask"].sum()
+
+
+def count_sft_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Number of tokens of the completions of the SFT rows of a batch."""
+    return (batch["step_mask"] & batch["sft_mask"][:, None]).sum()
 
 
 def mean_loss(

@@ -1,15 +1,19 @@
-"""What a trainer reads: rows of kept steps, checked and cut by its settings."""
+"""What a trainer reads: rows of kept steps, checked by its settings, and beside them rows of an SFT dataset."""
 
 from typing import Any
 
-from datasets import Dataset, IterableDataset
-from transformers import PretrainedConfig
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, logging
 
 from ..evaluation.answering import context_length
+from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS
+from ..steps.sft_rows import encode_sft_rows
 from ..steps.training_rows import prepare_rows, reaches
 from ..vocabulary import Vocabulary
 from .lightreasoner_config import LightReasonerConfig
 
+
+logger = logging.get_logger(__name__)
 
 # Values of `train_sampling_strategy` for which `Trainer` reads the lengths of the rows
 _BY_LENGTH = ("group_by_length", "batch_rebalance")
@@ -57,6 +61,50 @@ def prepare_dataset(
     if args.train_sampling_strategy in _BY_LENGTH and isinstance(rows, Dataset):
         rows = rows.map(_add_length, fn_kwargs={"column": args.length_column_name})
     return rows
+
+
+def prepare_sft_dataset(
+    dataset: Dataset,
+    args: LightReasonerConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary,
+    config: PretrainedConfig,
+) -> Dataset:
+    """
+    Rows of kept steps of a dataset of demonstrations, as [`encode_sft_rows`] makes them, within `args.max_length`.
+
+    Raises:
+        `ValueError`: If it cannot be trained on; says what to do.
+    """
+    rows = encode_sft_rows(dataset, tokenizer)
+    limits = (args.max_length, False, None, context_length(config))
+    return prepare_rows(rows, "SFT", vocabulary, config.vocab_size, *limits)
+
+
+def put_beside(dataset: Dataset | IterableDataset, sft_rows: Dataset) -> Dataset:
+    """
+    Rows with one of an SFT dataset beside each, in order, from the first again where they end.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): What [`prepare_dataset`] returns.
+        sft_rows ([`~datasets.Dataset`]): What [`prepare_sft_dataset`] returns.
+
+    Returns:
+        [`~datasets.Dataset`] with the columns `SFT_COLUMNS` besides.
+
+    Raises:
+        `ValueError`: If the rows are streamed.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError("`sft_dataset` does not go with a streamed `train_dataset`. Load it without streaming.")
+    if len(sft_rows) > len(dataset):
+        logger.warning(
+            f"Of the {len(sft_rows):,} rows of `sft_dataset` the first {len(dataset):,} are read, one beside each row "
+            "of the train dataset."
+        )
+    beside = sft_rows.select([i % len(sft_rows) for i in range(len(dataset))]).select_columns(list(STEP_COLUMNS))
+    beside = beside.rename_columns(dict(zip(STEP_COLUMNS, SFT_COLUMNS, strict=True)))
+    return concatenate_datasets([dataset, beside], axis=1)
 
 
 def _add_length(row: dict[str, Any], column: str) -> dict[str, int]:

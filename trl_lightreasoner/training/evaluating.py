@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from ..contrast import ContrastiveLoss
 from ..vocabulary import Vocabulary
 from .accuracy import EvalQuestions
-from .averaging import count_items, mean_loss, weighted
+from .averaging import count_items, count_sft_tokens, count_steps, mean_loss, weighted
 from .base_trainer import _BaseTrainer
 from .data_collator import with_indices
 from .nonfinite_updates import SkipNonFiniteUpdates
@@ -42,6 +42,8 @@ class EvaluatingTrainer(_BaseTrainer):
         # steps, tokens.
         self._sums = torch.zeros(3, dtype=_sum_dtype(device), device=device)
         self._seen = torch.zeros(2, dtype=_sum_dtype(device), device=device)
+        # Likewise over the tokens of SFT rows: cross-entropy, tokens
+        self._sft_sums = torch.zeros(2, dtype=_sum_dtype(device), device=device)
         self._eval_sums: torch.Tensor | None = None
         self._scores: dict[str, float] = {}  # of the answers at the evaluation that is going on
         self._starts_as_expert = starts_as_expert(self.model, self.accelerator)
@@ -58,16 +60,21 @@ class EvaluatingTrainer(_BaseTrainer):
 
         Returns:
             The model's outputs: `outputs.logits` holds the logits at the kept steps, `(N, W)`, and `outputs.steps` the
-            [`ContrastiveLoss`] of each, in the order of the rows.
+            [`ContrastiveLoss`] of each, in the order of the rows; where there are SFT rows, `outputs.sft_steps` holds
+            that of their tokens, whose divergence is the cross-entropy.
         """
 
-    def _count_steps(self, steps: ContrastiveLoss, inputs: dict[str, torch.Tensor]) -> None:
-        num_steps = inputs["step_mask"].sum()
+    def _count(self, outputs: Any, inputs: dict[str, torch.Tensor]) -> None:
+        steps: ContrastiveLoss = outputs.steps
+        num_steps = count_steps(inputs)
         values = [weighted(each, inputs).sum() for each in (steps.entropy, steps.agreement)]
         sums = torch.stack([*values, count_items(inputs)]).to(self._sums.dtype)
         self._sums = self._sums + sums
         seen = torch.stack([num_steps, inputs["attention_mask"].sum()]).to(sums.dtype)
         self._seen = self._seen + seen
+        if "sft_mask" in inputs:
+            loss = outputs.sft_steps.kl_divergence.detach().sum()
+            self._sft_sums = self._sft_sums + torch.stack([loss, count_sft_tokens(inputs)]).to(sums.dtype)
 
     def prediction_step(
         self,
@@ -152,14 +159,16 @@ class EvaluatingTrainer(_BaseTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            sums = self.accelerator.reduce(torch.cat([self._sums, self._seen]), "sum")
-            entropy, agreement, weight, seen_steps, seen_tokens = sums.tolist()
+            sums = self.accelerator.reduce(torch.cat([self._sums, self._seen, self._sft_sums]), "sum")
+            entropy, agreement, weight, seen_steps, seen_tokens, sft_loss, sft_tokens = sums.tolist()
             logs["entropy"] = entropy / (weight or 1)
             logs["mean_token_accuracy"] = agreement / (weight or 1)
             logs["num_kept_steps"] = seen_steps
             logs["num_tokens"] = seen_tokens
             logs["num_nonfinite_updates"] = self.skip_nonfinite_updates.count
-            self._sums = torch.zeros_like(self._sums)
+            if sft_tokens:
+                logs["sft_loss"] = sft_loss / sft_tokens
+            self._sums, self._sft_sums = torch.zeros_like(self._sums), torch.zeros_like(self._sft_sums)
         super().log(logs, start_time)
 
 

@@ -1,5 +1,6 @@
 """`LightReasonerTrainer`: fine-tunes an expert on the kept steps of a Dataset, `D_KL(v_C || pi_theta)` at each."""
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -20,20 +21,20 @@ from transformers import (
     set_seed,
 )
 
-from ..contrast import contrastive_loss
+from ..contrast import ContrastiveLoss, contrastive_loss
 from ..generation.completions import evaluating
 from ..models.adapter_loading import check_adapter, load_adapter_config
 from ..models.forward import accepts_logits_to_keep, attention_backends, check_causal, forward_at, rope_switch
 from ..models.loading import add_quantization, hub_kwargs, load_config, load_model, load_tokenizer
 from ..models.provenance import warn_of_another_expert
 from ..models.weights import get_base_model, settle_4bit_layers
-from ..steps.dataset import STEP_COLUMNS
+from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS
 from ..steps.prompt_format import format_of_steps
 from ..steps.training_rows import choose_beta
 from ..vocabulary import model_vocabulary
 from .accuracy import EvalQuestions
 from .adapters import AllocateRanks, is_plain_lora, is_quantized, prepare_adapter
-from .averaging import count_items, mean_loss
+from .averaging import count_items, count_sft_tokens, mean_loss
 from .base_trainer import check_destinations
 from .combinations import (
     check_answers,
@@ -45,7 +46,7 @@ from .combinations import (
 )
 from .cuda_graphs import GraphedLayers, can_capture
 from .data_collator import DataCollatorForLightReasoner, with_indices
-from .dataset import prepare_dataset
+from .dataset import prepare_dataset, prepare_sft_dataset, put_beside
 from .evaluating import EvaluatingTrainer
 from .lightreasoner_config import LightReasonerConfig, own_config
 from .nonfinite_updates import SkipNonFiniteUpdates
@@ -93,6 +94,10 @@ class LightReasonerTrainer(EvaluatingTrainer):
             [`ContrastiveStepSampler`] takes it, and `answer`, the reference as text or a list of texts, all of which
             must be given. Of GSM8K's solutions what follows `####` counts, of others the last `\boxed{}`. The first
             evaluation comes before the first update. No `eval_dataset` is needed beside them.
+        sft_dataset ([`~datasets.Dataset`], *optional*):
+            Demonstrations of your own: `prompt` and `completion`, or `messages` that end with the assistant's, as TRL
+            takes them. One row is read beside each row of `train_dataset`, from the first again where they end, and
+            `args.sft_weight` times the mean cross-entropy of the completions' tokens is added to the loss.
 
     Example:
 
@@ -136,10 +141,15 @@ class LightReasonerTrainer(EvaluatingTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
         eval_questions: Dataset | None = None,
+        sft_dataset: Dataset | None = None,
     ):
         # Args
         args = own_config(args, model)
         check_arguments(train_dataset, peft_config)
+        if sft_dataset is not None:
+            args.sft_weight = 1.0 if args.sft_weight is None else args.sft_weight
+        elif args.sft_weight is not None:
+            raise ValueError("`sft_weight` needs an `sft_dataset`, whose cross-entropy it weighs. Leave it out.")
         if peft_config is not None:
             check_adapter(peft_config, "`peft_config`")
         # Batches of streamed rows are made where they are used: dispatching would cut every tensor of a batch to the
@@ -195,7 +205,13 @@ class LightReasonerTrainer(EvaluatingTrainer):
                 eval_dataset = {name: prepare(dataset, name) for name, dataset in eval_dataset.items()}
             elif eval_dataset is not None:
                 eval_dataset = prepare(eval_dataset, "eval")
-        self._is_weighted = "step_weights" in (train_dataset.column_names or ())
+            if sft_dataset is not None:
+                sft_rows = prepare_sft_dataset(sft_dataset, args, processing_class, self.vocabulary, config)
+                check_rope(args, rope_switch(config), sft_rows, None)
+                train_dataset = put_beside(train_dataset, sft_rows)
+        # What every batch must hold
+        self._needed = ["step_weights"] if "step_weights" in (train_dataset.column_names or ()) else []
+        self._needed += [] if sft_dataset is None else ["sft_mask"]
         check_rope(args, rope_switch(config), train_dataset, eval_dataset)
         if isinstance(train_dataset, Dataset):
             self.prompt_format = format_of_steps(train_dataset)
@@ -291,25 +307,36 @@ class LightReasonerTrainer(EvaluatingTrainer):
     def _set_signature_columns_if_needed(self):
         # What `Trainer` keeps of a dataset under `remove_unused_columns=True`
         if self._signature_columns is None:
-            self._signature_columns = [*STEP_COLUMNS, "step_weights", self.args.length_column_name]
+            self._signature_columns = [*STEP_COLUMNS, "step_weights", *SFT_COLUMNS, self.args.length_column_name]
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device):
         # The items of an update are its kept steps, of every batch and process
-        if self._is_weighted and not all("step_weights" in batch for batch in batch_samples):
-            raise ValueError(
-                "The `data_collator` leaves `step_weights` out of its batches. Let it pass them on, as "
-                "`DataCollatorForLightReasoner` does, or remove the column from the dataset."
-            )
-        num_items = torch.as_tensor(sum(count_items(batch) for batch in batch_samples), device=device)
+        return self._sum_over_update([count_items(batch) for batch in batch_samples], device)
+
+    def _sum_over_update(self, values: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+        total = torch.as_tensor(sum(values), device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            num_items = self.accelerator.gather(num_items).sum()
-        return num_items
+            total = self.accelerator.gather(total).sum()
+        return total
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        batch_samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for name in self._needed:
+            if not all(name in batch for batch in batch_samples):
+                raise ValueError(
+                    f"The `data_collator` leaves `{name}` out of its batches. Let it pass on what "
+                    "`DataCollatorForLightReasoner` makes, or leave it out."
+                )
+        if "sft_mask" in self._needed:
+            num_sft_tokens = self._sum_over_update([count_sft_tokens(batch) for batch in batch_samples], device)
+            batch_samples = [{**batch, "num_sft_tokens": num_sft_tokens} for batch in batch_samples]
+        return batch_samples, num_items
 
     def steps_of(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
         inputs = with_indices(inputs)
-        label_ids, label_probs = (
-            inputs[key].flatten(0, 1)[inputs["label_index"]] for key in ("label_ids", "label_probs")
-        )
+        # Of rows of which those of SFT come last
+        index = torch.cat([inputs[key] for key in ("label_index", "sft_index") if key in inputs])
+        label_ids, label_probs = (inputs[key].flatten(0, 1)[index] for key in ("label_ids", "label_probs"))
         attention_mask = inputs["attention_mask"]
         model_inputs, positions = {"input_ids": inputs["input_ids"]}, inputs["step_mask"]
         if is_packed(self._model_config):
@@ -325,6 +352,11 @@ class LightReasonerTrainer(EvaluatingTrainer):
         outputs.steps = contrastive_loss(
             self.vocabulary.select(outputs.logits), self.vocabulary.columns_of(label_ids), label_probs
         )
+        if "sft_index" in inputs:
+            num_steps = len(inputs["label_index"])
+            outputs.logits = outputs.logits[:num_steps]
+            outputs.sft_steps = ContrastiveLoss(*(each[num_steps:] for each in outputs.steps))
+            outputs.steps = ContrastiveLoss(*(each[:num_steps] for each in outputs.steps))
         return outputs
 
     def compute_loss(
@@ -335,7 +367,8 @@ class LightReasonerTrainer(EvaluatingTrainer):
         num_items_in_batch: torch.Tensor | None = None,
     ):
         """
-        Mean of `D_KL(v_C || pi_theta)` over kept steps, in nats, by their weights if they have any.
+        Mean of `D_KL(v_C || pi_theta)` over kept steps, in nats, by their weights if they have any. Where there are
+        SFT rows, plus `sft_weight` times the mean cross-entropy over the tokens of their completions.
 
         Args:
             model (`torch.nn.Module`): The model as `Trainer` wraps it.
@@ -351,10 +384,14 @@ class LightReasonerTrainer(EvaluatingTrainer):
         inputs = with_indices(inputs)
         outputs = self.steps_of(model, inputs)
         loss = mean_loss(outputs.steps.kl_divergence, inputs, num_items_in_batch)
+        if "sft_mask" in inputs:
+            num_tokens = inputs.get("num_sft_tokens", count_sft_tokens(inputs))
+            cross_entropy = outputs.sft_steps.kl_divergence.sum() / num_tokens.clamp_min(1)
+            loss = loss + self.args.sft_weight * cross_entropy
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean of the processes' gradients
         if model.training:
-            self._count_steps(outputs.steps, inputs)
+            self._count(outputs, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
