@@ -149,7 +149,10 @@ class LightReasonerTrainer(EvaluatingTrainer):
         if sft_dataset is not None:
             args.sft_weight = 1.0 if args.sft_weight is None else args.sft_weight
         elif args.sft_weight is not None:
-            raise ValueError("`sft_weight` needs an `sft_dataset`, whose cross-entropy it weighs. Leave it out.")
+            raise ValueError(
+                "`sft_weight` needs an `sft_dataset` (`--sft_dataset_name` on the command line), whose loss it "
+                "weighs. Leave it out."
+            )
         if peft_config is not None:
             check_adapter(peft_config, "`peft_config`")
         # Batches of streamed rows are made where they are used: dispatching would cut every tensor of a batch to the
