@@ -324,7 +324,11 @@ def _describe(model: dict[str, Any] | None) -> str:
 def _setting_rows(trainer: "Trainer", model: Any) -> list[tuple[str, Any]]:
     args = trainer.args
     rows: list[tuple[str, Any]] = [("beta", f"{trainer.beta} nats" if trainer.beta else "all kept steps")]
-    rows += [(name, getattr(args, name)) for name in _SETTINGS]
+    settings = {name: getattr(args, name) for name in _SETTINGS}
+    if trainer.optimizer_cls_and_kwargs is not None:
+        optimizer, kwargs = trainer.optimizer_cls_and_kwargs
+        settings |= {"optim": optimizer.__name__, "learning_rate": kwargs.get("lr", "the optimizer's own")}
+    rows += settings.items()
     if getattr(args, "sft_weight", None) is not None:
         rows.append(("sft_weight", args.sft_weight))
     rows_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

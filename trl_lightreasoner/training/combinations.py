@@ -32,6 +32,26 @@ def check_arguments(train_dataset: Any, peft_config: Any) -> None:
         )
 
 
+def check_functions(
+    compute_loss_func: Any,
+    compute_metrics: Any,
+    preprocess_logits_for_metrics: Any,
+    train_dataset: Dataset | IterableDataset,
+    sft_dataset: Any,
+) -> None:
+    """Refuse functions, arguments of a trainer, that would leave something out or never be called."""
+    if preprocess_logits_for_metrics is not None and compute_metrics is None:
+        raise ValueError("`preprocess_logits_for_metrics` needs `compute_metrics`, for which it prepares the logits.")
+    if compute_loss_func is None:
+        return
+    is_weighted = "step_weights" in (train_dataset.column_names or ())
+    if sft_dataset is not None or is_weighted:
+        raise ValueError(
+            f"`compute_loss_func` is not given {'the `step_weights`' if is_weighted else 'what `sft_dataset` adds'}, "
+            "so that the loss would be without. Subclass the trainer and override `compute_loss` instead."
+        )
+
+
 def check_combinations(
     args: TrainingArguments, quantization: Any, dtype: str | torch.dtype | None, adapter: bool
 ) -> None:

@@ -106,7 +106,21 @@ class EvaluatingTrainer(_BaseTrainer):
         sums.index_add_(0, row, torch.stack(values, dim=1).to(sums.dtype))
         # Row by row, since the last batches of several processes hold rows twice, which `gather_for_metrics` takes out
         self._eval_sums = self._eval_sums + self.accelerator.gather_for_metrics(sums).sum(0)
-        return loss.detach(), None, None
+        if prediction_loss_only or self.compute_metrics is None:
+            return loss.detach(), None, None
+        logits, labels = self._at_steps(outputs.logits, row, step, inputs["label_ids"])
+        return loss.detach(), logits, labels
+
+    def _at_steps(
+        self, logits: torch.Tensor, row: torch.Tensor, step: torch.Tensor, label_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits `(B, S, W)` and favourites of v_C `(B, S)` at the kept steps of B rows, -100 where there is none."""
+        is_token = self.vocabulary.contains(torch.arange(logits.shape[-1], device=logits.device))
+        padded = logits.new_full((*label_ids.shape[:2], logits.shape[-1]), -100)
+        padded[row, step] = logits.masked_fill(~is_token, -torch.inf)
+        labels = torch.full_like(label_ids[..., 0], -100)
+        labels[row, step] = label_ids[row, step, 0]
+        return padded, labels
 
     def evaluate(
         self,
@@ -149,12 +163,20 @@ class EvaluatingTrainer(_BaseTrainer):
         weight, *sums = self._eval_sums.tolist()
         means = {name: value / (weight or 1) for name, value in zip(names, sums, strict=True)}
         # `Trainer` takes the mean of the batches' means, which is not the mean over the steps
-        for name in ("loss", "entropy", "mean_token_accuracy", "kl_to_expert"):
-            if name in means:
-                output.metrics[f"{metric_key_prefix}_{name}"] = means[name]
+        own = {
+            f"{metric_key_prefix}_{name}": means[name]
+            for name in ("loss", "entropy", "mean_token_accuracy", "kl_to_expert")
+            if name in means
+        }
+        own |= self._scores
+        if taken := own.keys() & output.metrics.keys() - {f"{metric_key_prefix}_loss"}:
+            name = min(taken).removeprefix(f"{metric_key_prefix}_")
+            raise ValueError(
+                f"`compute_metrics` returns {name!r}, by which something else is logged. Choose another name."
+            )
+        output.metrics.update(own)
         if self.is_world_process_zero():
             self._drift_warnings.look_at(means, metric_key_prefix)
-        output.metrics.update(self._scores)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,6 +1,6 @@
 """`LightReasonerTrainer`: fine-tunes an expert on the kept steps of a Dataset, `D_KL(v_C || pi_theta)` at each."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from peft.helpers import disable_input_dtype_casting
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -40,6 +41,7 @@ from .combinations import (
     check_answers,
     check_arguments,
     check_combinations,
+    check_functions,
     check_metric,
     check_rope,
     check_trained_weights,
@@ -81,10 +83,27 @@ class LightReasonerTrainer(EvaluatingTrainer):
             Rows of the same kind, for `eval_loss`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The model's tokenizer, which is saved with it. If `None`, it is loaded from beside the model.
+        compute_loss_func (`Callable`, *optional*):
+            A function that replaces the mean over kept steps. It is called with the outputs, the labels and
+            `num_items_in_batch`: `outputs.logits` holds the logits at the N kept steps of a batch, `(N, W)`,
+            `outputs.steps` the [`ContrastiveLoss`] of each, and the labels are the pair of `label_ids` and
+            `label_probs`, `(N, K)`, v_C there. `num_items_in_batch` is the number of kept steps of the whole update,
+            by which a sum must be divided, or `None` at evaluation.
+        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*):
+            The function that will be used to compute metrics at evaluation. Must take a
+            [`~transformers.EvalPrediction`] and return a dictionary string to metric values. Its predictions are the
+            logits at the kept steps, `(rows, S, W)`, minus infinity where a column is no token; its labels the ids of
+            v_C's favourites there, `(rows, S)`. Where a row has fewer steps than S, both hold -100.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             List of callbacks to customize the training loop.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             A tuple containing the optimizer and the scheduler to use.
+        optimizer_cls_and_kwargs (`tuple[Type[torch.optim.Optimizer], Dict[str, Any]]`, *optional*):
+            A tuple containing the optimizer class and keyword arguments to use, the learning rate `lr` among them.
+            Overrides `optim`, `optim_args` and `learning_rate` in `args`. Incompatible with the `optimizers` argument.
+        preprocess_logits_for_metrics (`Callable[[torch.Tensor, torch.Tensor], torch.Tensor]`, *optional*):
+            A function that preprocess the logits right before caching them at each evaluation step. Must take the
+            logits and the labels of a batch, as `compute_metrics` does, and return the logits once processed.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             Quantization configuration used when loading the model from a string.
         peft_config ([`~peft.PeftConfig`], *optional*):
@@ -136,8 +155,12 @@ class LightReasonerTrainer(EvaluatingTrainer):
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
         eval_questions: Dataset | None = None,
@@ -170,6 +193,8 @@ class LightReasonerTrainer(EvaluatingTrainer):
         if args.eval_on_start is None:
             args.eval_on_start = eval_questions is not None and args.eval_strategy != "no"
 
+        check_functions(compute_loss_func, compute_metrics, preprocess_logits_for_metrics, train_dataset, sft_dataset)
+
         # Processing class and vocabulary
         model_init_kwargs = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # no text by now
         model_init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
@@ -187,8 +212,8 @@ class LightReasonerTrainer(EvaluatingTrainer):
         quantization = quantization or getattr(config, "quantization_config", None)
         dtype = model_init_kwargs.get("dtype")
         check_combinations(args, quantization, config.dtype if dtype == "auto" else dtype, trains_adapter)
-        # A subclass may evaluate more
-        if type(self).evaluation_loop is LightReasonerTrainer.evaluation_loop:
+        # A subclass may evaluate more, and so may a function
+        if compute_metrics is None and type(self).evaluation_loop is LightReasonerTrainer.evaluation_loop:
             sets = eval_dataset if isinstance(eval_dataset, dict) else () if eval_dataset is None else ("",)
             check_metric(args, sets, eval_questions is not None, trains_adapter)
         config = config.get_text_config()
@@ -263,8 +288,12 @@ class LightReasonerTrainer(EvaluatingTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         if args.n_gpu > 1:
             raise ValueError(
@@ -386,7 +415,11 @@ class LightReasonerTrainer(EvaluatingTrainer):
         """
         inputs = with_indices(inputs)
         outputs = self.steps_of(model, inputs)
-        loss = mean_loss(outputs.steps.kl_divergence, inputs, num_items_in_batch)
+        if self.compute_loss_func is None:
+            loss = mean_loss(outputs.steps.kl_divergence, inputs, num_items_in_batch)
+        else:
+            labels = tuple(inputs[key].flatten(0, 1)[inputs["label_index"]] for key in ("label_ids", "label_probs"))
+            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
         if "sft_mask" in inputs:
             num_tokens = inputs.get("num_sft_tokens", count_sft_tokens(inputs))
             cross_entropy = outputs.sft_steps.kl_divergence.sum() / num_tokens.clamp_min(1)

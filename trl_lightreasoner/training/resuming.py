@@ -81,6 +81,9 @@ class ResumableTrainer(Trainer):
         (memory,) = (each for each in self.callback_handler.callbacks if isinstance(each, RememberTraining))
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         memory.training = describe_training(self.args, model, self._source, self.train_dataset)
+        if self.optimizer_cls_and_kwargs is not None:
+            optimizer, settings = self.optimizer_cls_and_kwargs
+            memory.training |= {"optim": optimizer.__name__, "optim_args": str(settings)}
         self._resumed = None
         if checkpoint is not None:
             self._resumed = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
