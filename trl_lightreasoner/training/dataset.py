@@ -1,11 +1,16 @@
 """What a trainer reads: rows of kept steps, checked by its settings, and beside them rows of an SFT dataset."""
 
+import os
 from typing import Any
 
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from transformers import PretrainedConfig, PreTrainedTokenizerBase, logging
+from peft import PeftModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, logging
 
 from ..evaluation.answering import context_length
+from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
+from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
 from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS
 from ..steps.sft_rows import encode_sft_rows
 from ..steps.training_rows import prepare_rows, reaches
@@ -15,6 +20,8 @@ from .lightreasoner_config import LightReasonerConfig
 
 logger = logging.get_logger(__name__)
 
+# `Trainer` uploads what lies beside the model, unless its name begins so
+_STEPS_FOLDER = "_steps"
 # Values of `train_sampling_strategy` for which `Trainer` reads the lengths of the rows
 _BY_LENGTH = ("group_by_length", "batch_rebalance")
 
@@ -61,6 +68,49 @@ def prepare_dataset(
     if args.train_sampling_strategy in _BY_LENGTH and isinstance(rows, Dataset):
         rows = rows.map(_add_length, fn_kwargs={"column": args.length_column_name})
     return rows
+
+
+def sample_dataset(
+    prompts: Dataset,
+    model: str | PreTrainedModel | PeftModel,
+    amateur_model: str | PreTrainedModel | PeftModel,
+    args: LightReasonerConfig,
+    sampling_args: ContrastiveSamplingConfig | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
+) -> Dataset:
+    """
+    The kept steps of prompts, of which none is sampled twice: they stay in the folder of `sampling_args`, by default
+    `_steps` in `args.output_dir`.
+
+    Args:
+        prompts ([`~datasets.Dataset`]): As [`~ContrastiveStepSampler.sample`] takes them.
+        model, amateur_model, sampling_args, processing_class, quantization_config: As [`ContrastiveStepSampler`] takes
+            expert, amateur, args, processing_class and quantization_config.
+        args ([`LightReasonerConfig`]): Settings of the training, which say how the model is loaded unless
+            `sampling_args` do.
+
+    Raises:
+        `ValueError`: If the steps are sampled already, or cannot be.
+    """
+    if "step_positions" in (prompts.column_names or ()):
+        raise ValueError(
+            "`amateur_model` is for a `train_dataset` of prompts, and this one holds kept steps. Leave it out to "
+            "train on them."
+        )
+    if sampling_args is None:
+        sampling_args = ContrastiveSamplingConfig(
+            os.path.join(args.output_dir, _STEPS_FOLDER),
+            model_init_kwargs=args.model_init_kwargs,
+            trust_remote_code=args.trust_remote_code,
+        )
+    sampler = ContrastiveStepSampler(
+        model, amateur_model, sampling_args, processing_class, quantization_config=quantization_config
+    )
+    steps = sampler.sample(prompts)
+    del sampler  # with the models that it has loaded
+    clear_device_cache(garbage_collection=True)
+    return steps
 
 
 def prepare_sft_dataset(

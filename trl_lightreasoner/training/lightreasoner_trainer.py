@@ -29,6 +29,7 @@ from ..models.forward import accepts_logits_to_keep, attention_backends, check_c
 from ..models.loading import add_quantization, hub_kwargs, load_config, load_model, load_tokenizer
 from ..models.provenance import warn_of_another_expert
 from ..models.weights import get_base_model, settle_4bit_layers
+from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS
 from ..steps.prompt_format import format_of_steps
 from ..steps.training_rows import choose_beta
@@ -48,7 +49,7 @@ from .combinations import (
 )
 from .cuda_graphs import GraphedLayers, can_capture
 from .data_collator import DataCollatorForLightReasoner, with_indices
-from .dataset import prepare_dataset, prepare_sft_dataset, put_beside
+from .dataset import prepare_dataset, prepare_sft_dataset, put_beside, sample_dataset
 from .evaluating import EvaluatingTrainer
 from .lightreasoner_config import LightReasonerConfig, own_config
 from .nonfinite_updates import SkipNonFiniteUpdates
@@ -117,6 +118,12 @@ class LightReasonerTrainer(EvaluatingTrainer):
             Demonstrations of your own: `prompt` and `completion`, or `messages` that end with the assistant's, as TRL
             takes them. One row is read beside each row of `train_dataset`, from the first again where they end, and
             `args.sft_weight` times the mean cross-entropy of the completions' tokens is added to the loss.
+        amateur_model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            Amateur to sample against before training. `train_dataset` then holds prompts, as
+            [`ContrastiveStepSampler`] takes them, and the model is the expert.
+        sampling_args ([`ContrastiveSamplingConfig`], *optional*):
+            Configuration of that sampling. If `None`, a default configuration is used, and the steps are kept in
+            `_steps` in `args.output_dir`.
 
     Example:
 
@@ -165,10 +172,14 @@ class LightReasonerTrainer(EvaluatingTrainer):
         peft_config: PeftConfig | None = None,
         eval_questions: Dataset | None = None,
         sft_dataset: Dataset | None = None,
+        amateur_model: str | PreTrainedModel | PeftModel | None = None,
+        sampling_args: ContrastiveSamplingConfig | None = None,
     ):
         # Args
         args = own_config(args, model)
         check_arguments(train_dataset, peft_config)
+        if sampling_args is not None and amateur_model is None:
+            raise ValueError("`sampling_args` needs an `amateur_model` to sample against. Leave it out.")
         if sft_dataset is not None:
             args.sft_weight = 1.0 if args.sft_weight is None else args.sft_weight
         elif args.sft_weight is not None:
@@ -224,6 +235,11 @@ class LightReasonerTrainer(EvaluatingTrainer):
         self.vocabulary = model_vocabulary(processing_class, config.vocab_size)
 
         # Dataset
+        if amateur_model is not None:
+            sampled_in = quantization_config if isinstance(model, str) else None
+            train_dataset = sample_dataset(
+                train_dataset, model, amateur_model, args, sampling_args, processing_class, sampled_in
+            )
         self.beta = choose_beta(train_dataset) if args.beta is None else args.beta
         prepare = partial(prepare_dataset, args=args, vocabulary=self.vocabulary, config=config, beta=self.beta)
         self._prepare_rows = prepare
