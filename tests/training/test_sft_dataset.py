@@ -94,8 +94,8 @@ def test_demonstrations_leave_the_evaluation_alone(rows, expert, tmp_path):
     losses = []
     for kwargs in ({}, {"sft_dataset": DEMONSTRATIONS}):
         trainer = LightReasonerTrainer(expert, config(tmp_path), train_dataset=rows, eval_dataset=rows, **kwargs)
-        losses.append(trainer.evaluate()["eval_loss"])
-    assert losses[0] == losses[1]
+        losses += [trainer.evaluate()["eval_loss"], trainer.evaluate(trainer.train_dataset)["eval_loss"]]
+    assert losses == losses[:1] * 4
 
 
 def test_packed_batches_with_demonstrations_have_the_gradient_of_padded_ones(

@@ -17,7 +17,7 @@ _SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
 _METRICS = ("loss", "entropy", "mean_token_accuracy", *_SPEEDS)
 
 
-def check_arguments(train_dataset: Any, peft_config: Any) -> None:
+def check_arguments(train_dataset: Any, peft_config: Any, amateur_model: Any, sampling_args: Any) -> None:
     """Refuse arguments of a trainer that are not what they must be."""
     if train_dataset is None:
         raise ValueError("`train_dataset` is required")
@@ -30,6 +30,8 @@ def check_arguments(train_dataset: Any, peft_config: Any) -> None:
         raise TypeError(
             f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(train_dataset).__name__}`."
         )
+    if sampling_args is not None and amateur_model is None:
+        raise ValueError("`sampling_args` needs an `amateur_model` to sample against. Leave it out.")
 
 
 def check_functions(

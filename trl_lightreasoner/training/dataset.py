@@ -55,6 +55,8 @@ def prepare_dataset(
             f"The {name} dataset is streamed from {dataset.num_shards} files, of which {args.world_size} processes "
             "would take different numbers of rows, and wait for each other without end. Load it without streaming."
         )
+    if SFT_COLUMNS[0] in (dataset.column_names or ()):  # it comes from another trainer
+        dataset = dataset.remove_columns(list(SFT_COLUMNS))
     rows = prepare_rows(
         dataset,
         name,

@@ -177,9 +177,8 @@ class LightReasonerTrainer(EvaluatingTrainer):
     ):
         # Args
         args = own_config(args, model)
-        check_arguments(train_dataset, peft_config)
-        if sampling_args is not None and amateur_model is None:
-            raise ValueError("`sampling_args` needs an `amateur_model` to sample against. Leave it out.")
+        check_arguments(train_dataset, peft_config, amateur_model, sampling_args)
+        check_functions(compute_loss_func, compute_metrics, preprocess_logits_for_metrics, train_dataset, sft_dataset)
         if sft_dataset is not None:
             args.sft_weight = 1.0 if args.sft_weight is None else args.sft_weight
         elif args.sft_weight is not None:
@@ -203,8 +202,6 @@ class LightReasonerTrainer(EvaluatingTrainer):
             check_answers(args, has_rows=eval_dataset is not None)
         if args.eval_on_start is None:
             args.eval_on_start = eval_questions is not None and args.eval_strategy != "no"
-
-        check_functions(compute_loss_func, compute_metrics, preprocess_logits_for_metrics, train_dataset, sft_dataset)
 
         # Processing class and vocabulary
         model_init_kwargs = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # no text by now
