@@ -630,7 +630,9 @@ def test_train_adds_demonstrations(train, tmp_path):
     run_train(*train, "--sft_dataset_name", path, "--sft_weight", "0.5", "--logging_steps", "1")
     log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert log[0]["sft_loss"] > 0
-    assert "| sft_weight | 0.5 |" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| sft_weight | 0.5 |" in card and "was added to the loss 0.5 times" in card
+    assert "No reference answers" not in card
 
 
 def test_a_weight_of_demonstrations_needs_some(train, refused):

@@ -112,6 +112,7 @@ def model_card(
         hub_model_id=trainer.hub_model_id or model_name,
         prompt=_example_prompt(trainer),
         paper_id=trainer._paper["id"],
+        sft_weight=trainer.args.sft_weight,
         data=_table(["", ""], rows),
         settings=_table(["", ""], _setting_rows(trainer, model)),
         curve=_curve_table(trainer.state),
@@ -329,8 +330,10 @@ def _setting_rows(trainer: "Trainer", model: Any) -> list[tuple[str, Any]]:
         optimizer, kwargs = trainer.optimizer_cls_and_kwargs
         settings |= {"optim": optimizer.__name__, "learning_rate": kwargs.get("lr", "the optimizer's own")}
     rows += settings.items()
-    if getattr(args, "sft_weight", None) is not None:
+    if args.sft_weight is not None:
         rows.append(("sft_weight", args.sft_weight))
+    if "step_weights" in (trainer.train_dataset.column_names or ()):
+        rows.append(("weights of the kept steps", "a column of the dataset"))
     rows_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows.append(("rows an update", rows_per_update))
     rows.append(("updates", f"{trainer.state.global_step:,}"))

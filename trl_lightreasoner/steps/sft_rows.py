@@ -45,14 +45,15 @@ def encode_sft_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dat
     if not isinstance(dataset, Dataset):
         raise TypeError(f"`sft_dataset` must be a `datasets.Dataset`, got `{type(dataset).__name__}`.")
     columns = set(dataset.column_names)
-    if not {"prompt", "completion"} <= columns and "messages" not in columns:
+    has_completions = {"prompt", "completion"} <= columns
+    if not has_completions and "messages" not in columns:
         raise ValueError(
             "`sft_dataset` must have the columns `prompt` and `completion`, or `messages`; it has "
             f"{', '.join(map(repr, dataset.column_names)) or 'none'}."
         )
     if len(dataset) == 0:
         raise ValueError("`sft_dataset` holds no row.")
-    is_text = "completion" in columns and not has_messages(dataset)
+    is_text = has_completions and not has_messages(dataset)
     if not is_text and tokenizer.chat_template is None:
         raise ValueError(
             "The rows of `sft_dataset` are messages, but the model's tokenizer has no chat template. Give them as "

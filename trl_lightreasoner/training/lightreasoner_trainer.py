@@ -369,8 +369,8 @@ class LightReasonerTrainer(EvaluatingTrainer):
         for name in self._needed:
             if not all(name in batch for batch in batch_samples):
                 raise ValueError(
-                    f"The `data_collator` leaves `{name}` out of its batches. Let it pass on what "
-                    "`DataCollatorForLightReasoner` makes, or leave it out."
+                    f"The `data_collator` leaves `{name}` out of its batches. Let it pass on all that "
+                    "`DataCollatorForLightReasoner` makes."
                 )
         if "sft_mask" in self._needed:
             num_sft_tokens = self._sum_over_update([count_sft_tokens(batch) for batch in batch_samples], device)
@@ -434,7 +434,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
             labels = tuple(inputs[key].flatten(0, 1)[inputs["label_index"]] for key in ("label_ids", "label_probs"))
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
         if "sft_mask" in inputs:
-            num_tokens = inputs.get("num_sft_tokens", count_sft_tokens(inputs))
+            num_tokens = inputs["num_sft_tokens"] if "num_sft_tokens" in inputs else count_sft_tokens(inputs)
             cross_entropy = outputs.sft_steps.kl_divergence.sum() / num_tokens.clamp_min(1)
             loss = loss + self.args.sft_weight * cross_entropy
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
