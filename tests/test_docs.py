@@ -259,6 +259,7 @@ def page_folder(tmp_path, monkeypatch, earlier) -> Path:
     (gsm8k / "README.md").write_text(f"---\nconfigs:\n- config_name: main\n  data_files:{splits}\n---\n")
     prompts = [{"prompt": [{"role": "user", "content": problem["question"]}]} for problem in problems()]
     write(tmp_path / "PROMPTS" / "train.jsonl", prompts)
+    write(tmp_path / "demonstrations.jsonl", [{"prompt": "2+2=", "completion": "4"}])
     for name, rows in FILES.items():
         write(tmp_path / "benchmark_files" / f"{name}.jsonl", rows)
     shutil.copy(earlier / "cd_samples.jsonl", tmp_path)

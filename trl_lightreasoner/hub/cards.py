@@ -56,6 +56,7 @@ _MEANINGS = {
     "step_positions": "t of each kept step: its context is `prompt_ids + completion_ids[:t]`",
     "label_ids": "support of v_C at each kept step, most probable first",
     "label_probs": "v_C there, sums to 1",
+    "step_weights": "what each kept step counts in the mean of the loss",
     "sampling_metadata": "JSON: models, revisions, settings and versions",
 }
 _SETTINGS = ("learning_rate", "lr_scheduler_type", "optim", "max_length", "one_step_per_row", "seed")
@@ -114,6 +115,7 @@ def model_card(
         hub_model_id=trainer.hub_model_id or model_name,
         prompt=_example_prompt(trainer),
         paper_id=trainer._paper["id"],
+        sft_weight=trainer.args.sft_weight,
         data=_table(["", ""], rows),
         settings=_table(["", ""], _setting_rows(trainer, model)),
         curve=_curve_table(trainer.state),
@@ -326,7 +328,15 @@ def _describe(model: dict[str, Any] | None) -> str:
 def _setting_rows(trainer: "Trainer", model: Any) -> list[tuple[str, Any]]:
     args = trainer.args
     rows: list[tuple[str, Any]] = [("beta", f"{trainer.beta} nats" if trainer.beta else "all kept steps")]
-    rows += [(name, getattr(args, name)) for name in _SETTINGS]
+    settings = {name: getattr(args, name) for name in _SETTINGS}
+    if trainer.optimizer_cls_and_kwargs is not None:
+        optimizer, kwargs = trainer.optimizer_cls_and_kwargs
+        settings |= {"optim": optimizer.__name__, "learning_rate": kwargs.get("lr", "the optimizer's own")}
+    rows += settings.items()
+    if args.sft_weight is not None:
+        rows.append(("sft_weight", args.sft_weight))
+    if "step_weights" in (trainer.train_dataset.column_names or ()):
+        rows.append(("weights of the kept steps", "a column of the dataset"))
     rows_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows.append(("rows an update", rows_per_update))
     rows.append(("updates", f"{trainer.state.global_step:,}"))
