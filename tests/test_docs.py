@@ -32,6 +32,7 @@ from trl_lightreasoner.commands import cli, demo
 from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR
 from trl_lightreasoner.demo.task import make_problems
 from trl_lightreasoner.models.loading import load_tokenizer
+from trl_lightreasoner.training import lightreasoner_config
 
 from .evaluation.test_sets import FILES, write
 
@@ -200,6 +201,7 @@ def page_folder(tmp_path, monkeypatch, earlier) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for name, number in (("NUM_UNLABELLED", NUM_PROMPTS), ("NUM_TEST", 3), ("NUM_UPDATES", 1)):
         monkeypatch.setattr(demo, name, number)
+    monkeypatch.setattr(lightreasoner_config, "_DEFAULT_UPDATES", 2)
     return tmp_path
 
 
