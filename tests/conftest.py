@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402
 
+import gc
 import logging
 import os
 import signal
@@ -25,6 +26,7 @@ from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
 # Two processes of pytest-xdist share two cores
 torch.set_num_threads(1)
 disable_progress_bars()
+gc.freeze()  # what is imported stays, and every collection would look through it
 
 QUESTIONS = [
     "Ann has 3 apples and buys 4 more. How many has she?",

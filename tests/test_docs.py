@@ -216,6 +216,8 @@ def test_the_blocks_of_a_page_run(page, page_folder, earlier, monkeypatch):
         pytest.importorskip("math_verify")
     if "lightreasoner tune" in text:
         pytest.importorskip("optuna")
+    if "report" not in page:  # they take most of the time of a short run
+        monkeypatch.setattr("trl_lightreasoner.report.write_report.save_pictures", lambda *args: [])
     rows = [{"prompt": [{"role": "user", "content": problem["question"]}]} for problem in problems()]
     namespace = {"__name__": "page", "prompts": datasets.Dataset.from_list(rows)}
     if "dataset" in text:

@@ -324,18 +324,3 @@ def test_each_model_is_loaded_once(args, monkeypatch):
     )
     run_pipeline(args)
     assert sorted(loaded) == [str(PAIR / "amateur"), str(PAIR / "expert")]
-
-
-def test_help_imports_no_torch():
-    code = """
-import sys
-from trl_lightreasoner.commands.cli import main
-try:
-    main(["run", "--help"])
-except SystemExit:
-    pass
-assert "torch" not in sys.modules, "imported too much"
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "--num_held_out" in result.stdout
