@@ -57,7 +57,7 @@ def test_the_launcher_trains_on_what_was_sampled(tmp_path, monkeypatch):
 
 
 def test_a_bonus_for_entropy_keeps_entropy_up(tmp_path):
-    flags = ["--num_problems", "16", "--max_steps", "5", "--entropy_bonus", "2"]
+    flags = ["--num_problems", "16", "--max_steps", "5", "--entropy_bonus", "10"]
     without, with_bonus = run("custom_loss.py", "--output_dir", str(tmp_path), *flags).values()
     assert with_bonus > without
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
