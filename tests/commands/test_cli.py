@@ -630,20 +630,16 @@ def test_train_resumes(train, tmp_path):
     assert (tmp_path / "out" / "checkpoint-1").is_dir()
 
 
-def test_train_resumes_a_finished_run_with_one_sentence(train, expert_path, tmp_path):
-    def run(*argv) -> subprocess.CompletedProcess:
-        argv = [str(arg) for arg in (*train, "--save_steps", "1", "--max_steps", "2", *argv)]
-        environment = {**os.environ, "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, "-m", "trl_lightreasoner", *argv]
-        return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-    assert run().returncode == 0
+def test_train_resumes_a_finished_run_with_one_sentence(train, tmp_path, propagated_logs, caplog):
+    argv = [*train, "--save_steps", "1", "--max_steps", "2"]
+    run_train(*argv)
     trained = load_file(tmp_path / "out" / "adapter_model.safetensors")
     (tmp_path / "out" / "adapter_model.safetensors").unlink()
-    resumed = run("--resume_from_checkpoint", "true")
-    assert resumed.returncode == 0
-    assert "Training is complete: the checkpoint has 2 of 2 updates; raise `max_steps`" in resumed.stderr
-    assert "Traceback" not in resumed.stderr
+    caplog.clear()
+    run_train(*argv, "--resume_from_checkpoint", "true")
+    sentence = "Training is complete: the checkpoint has 2 of 2 updates; raise `max_steps`"
+    assert [sentence in message for message in caplog.messages].count(True) == 1
+    assert "Traceback" not in caplog.text
     again = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert trained.keys() == again.keys() and all(torch.equal(trained[name], again[name]) for name in trained)
 
