@@ -432,7 +432,7 @@ def test_without_matplotlib_there_is_the_page_and_one_sentence(steps, tmp_path, 
     sentences = []
     monkeypatch.setattr("trl_lightreasoner.report.write_report.logger.warning", sentences.append)
     write_report(steps, str(tmp_path), load_models=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".html", ".csv"}
     assert sentences == [
         "The PNG figures need matplotlib: `pip install 'trl-lightreasoner[report]'`. The page has them without it."
     ]

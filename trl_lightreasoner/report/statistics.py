@@ -256,7 +256,7 @@ class Bins:
             decades = np.log10(divergences.astype(np.float32).astype(float)) - np.log10(self._origin)
         return np.clip(np.floor(decades * BINS_PER_DECADE) + self._place, 0, _NUM_BINS - 1).astype(int)
 
-    def edges(self, numbers: np.ndarray) -> np.ndarray:
+    def edges(self, numbers: np.ndarray | int) -> np.ndarray:
         """Where bins begin, in nats."""
         return self._origin * 10.0 ** ((numbers - self._place) / BINS_PER_DECADE)
 

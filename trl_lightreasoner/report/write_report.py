@@ -1,4 +1,4 @@
-"""`write_report`: one Dataset of kept steps or two, and a training, as one HTML page and PNG figures."""
+"""`write_report`: one Dataset of kept steps or two, and a training, as one HTML page, PNG figures and CSV files."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, logging
 from ..models.token_text import TokenTexts, spell_out
 from ..sampling.pair_check import check_steps
 from ..steps.writer import check_folder
+from .figure_data import save_figure_data
 from .page import make_page, short_name
 from .pictures import save_pictures
 from .shown_steps import ReportedDataset, add_probabilities, choose_rows, find_tokenizer, load_trajectories
@@ -108,6 +109,7 @@ def write_report(
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(make_page(reported, curves, paired, search), encoding="utf-8")
     os.replace(temporary, path)
+    save_figure_data(reported, curves, folder, search)
     try:
         save_pictures(reported, curves, folder, search)
     except ImportError as error:
