@@ -288,6 +288,8 @@ def _detail(step: ShownStep, trajectory: ShownTrajectory, dataset: ReportedDatas
         columns = {"e": step.expert_probs, "a": step.amateur_probs, **columns}
     else:  # of log pi_E - log pi_A the label holds all but a constant
         columns["r"] = [value / best for value in step.label_probs]
+    if step.trained_probs is not None:
+        columns["m"] = step.trained_probs
     return {
         "name": dataset.name,
         "row": trajectory.row,

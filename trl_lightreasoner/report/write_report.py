@@ -11,9 +11,10 @@ from ..models.token_text import TokenTexts, spell_out
 from ..sampling.pair_check import check_steps
 from ..steps.writer import check_folder
 from .figure_data import save_figure_data
+from .model_reading import add_probabilities, add_trained, find_tokenizer
 from .page import make_page, short_name
 from .pictures import save_pictures
-from .shown_steps import ReportedDataset, add_probabilities, choose_rows, find_tokenizer, load_trajectories
+from .shown_steps import ReportedDataset, choose_rows, load_trajectories
 from .statistics import StepStatistics, made_with
 from .training_curves import load_curves
 from .trials import SearchResult
@@ -32,6 +33,7 @@ def write_report(
     training_dir: str | None = None,
     expert: "str | PreTrainedModel | PeftModel | None" = None,
     amateur: "str | PreTrainedModel | PeftModel | None" = None,
+    model: "str | PreTrainedModel | PeftModel | None" = None,
     load_models: bool = True,
     num_trajectories: int = 24,
     seed: int = 0,
@@ -50,7 +52,10 @@ def write_report(
         training_dir (`str`, *optional*): `output_dir` of a training, whose curves are shown.
         expert, amateur (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*): Ids or paths of
             the models, or the models. By default they are those that each Dataset names, if they are on this machine.
-        load_models (`bool`, *optional*, defaults to `True`): Whether to load expert and amateur.
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*): The trained model, or its
+            adapter, whose probabilities at the kept steps stand beside those of expert and amateur. By default it is
+            the one in `training_dir`, if there is one.
+        load_models (`bool`, *optional*, defaults to `True`): Whether to load expert, amateur and trained model.
         num_trajectories (`int`, *optional*, defaults to `24`): How many trajectories of each Dataset are shown.
         seed (`int`, *optional*, defaults to `0`): Of the draw of those trajectories.
         search ([`SearchResult`], *optional*): The trials of a search, which are shown as well.
@@ -99,6 +104,16 @@ def write_report(
                 f"Of expert and amateur only the label is shown: {reason}. A dataset does not hold their "
                 "probabilities; they are read from the two models, which can be named with --expert and --amateur."
             )
+        trained = model or (_find_trained(training_dir) if load_models else None)
+        if trained is not None:
+            try:
+                if tokenizer is None:
+                    raise ValueError("The trained model cannot be read: the expert's tokenizer is not at hand.")
+                add_trained(trajectories, metadata, trained, expert, tokenizer, local_files_only=model is None)
+            except ValueError as error:
+                if model is not None:
+                    raise
+                notes.append(f"{error} Name it with --model.")
         notes = [_without_paths(note, metadata) for note in notes]
         is_known = numbers.num_known == numbers.num_steps or "amateur_reading" in metadata  # as far as it was read
         check = check_steps(each, tokenizer) if is_known else None
@@ -115,6 +130,12 @@ def write_report(
     except ImportError as error:
         logger.warning(f"{error} The page has them without it.")
     return path
+
+
+def _find_trained(training_dir: str | None) -> str | None:
+    """The output folder of a training, if it holds a model or an adapter."""
+    files = ("adapter_config.json", "config.json")
+    return training_dir if training_dir and any(Path(training_dir, file).is_file() for file in files) else None
 
 
 def _without_paths(note: str, metadata: dict[str, Any]) -> str:

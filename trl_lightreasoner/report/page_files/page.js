@@ -43,8 +43,9 @@ function table(step) {
     a: () => ["Amateur ", symbol("π", "A")],
     v: () => ["Label ", symbol("v", "C")],
     r: () => [symbol("π", "E"), "/", symbol("π", "A"), ", the favourite’s = 1"],
+    m: () => ["Trained ", symbol("π", "θ")],
   };
-  const kinds = ["e", "a", "v", "r"].filter((kind) => kind in step);
+  const kinds = ["e", "a", "r", "v", "m"].filter((kind) => kind in step);
   const head = make("tr", "");
   for (const title of [["Token"], ...kinds.map((kind) => titles[kind]())]) {
     const header = make("th", "", ...title);
@@ -57,11 +58,12 @@ function table(step) {
     if (i === step.taken) header.append(make("span", "taken", "taken"));
     return make("tr", "", header, ...kinds.map((kind) => cell(kind, step[kind][i])));
   });
-  if ("e" in step) {
+  if ("e" in step || "m" in step) {
     const header = make("th", "", "All others");
     header.scope = "row";
     const rest = (values) => Math.max(0, 1 - values.reduce((sum, value) => sum + value, 0));
-    rows.push(make("tr", "others", header, ...kinds.map((kind) => cell(kind, kind === "v" ? 0 : rest(step[kind])))));
+    const others = { v: () => 0, r: () => 0 };
+    rows.push(make("tr", "others", header, ...kinds.map((kind) => cell(kind, (others[kind] ?? (() => rest(step[kind])))()))));
   }
   return make("table", "beside", make("thead", "", head), make("tbody", "", ...rows));
 }
