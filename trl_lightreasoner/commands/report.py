@@ -37,6 +37,8 @@ class ReportArguments:
             How many trajectories of each dataset are shown. All numbers are over every row.
         seed (`int`, *optional*, defaults to `0`):
             Seed with which the trajectories are drawn.
+        answer_column (`str`, *optional*):
+            Column with the answers, by which rows are told right or wrong. If not set, `answer`, if there is one.
     """
 
     dataset_name: list[str] = field(
@@ -90,6 +92,13 @@ class ReportArguments:
         default=0,
         metadata={"help": "Seed with which the trajectories are drawn."},
     )
+    answer_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with the answers, by which rows are told right or wrong. If not set, `answer`, if there "
+            "is one."
+        },
+    )
 
     def __post_init__(self):
         if not 1 <= len(self.dataset_name) <= 2:
@@ -136,6 +145,7 @@ def main(args: ReportArguments) -> None:
         load_models=args.load_models,
         num_trajectories=args.num_trajectories,
         seed=args.seed,
+        answer_column=args.answer_column,
     )
     print(f"The report is in {path}. Open it in a browser.")
 

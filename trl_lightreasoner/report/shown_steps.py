@@ -8,6 +8,8 @@ from datasets import Dataset
 
 from ..models.token_text import TokenTexts
 from ..sampling.pair_check import PairCheck
+from .row_index import RowIndex
+from .row_texts import completion_text
 from .statistics import StepStatistics
 
 
@@ -44,6 +46,7 @@ class ShownTrajectory:
     completion_ids: list[int]
     kl_divergence: list[float | None]
     num_tokens: int
+    completion: str | None  # the column as text, if there is one
     steps: list[ShownStep] = field(default_factory=list)
 
 
@@ -60,6 +63,7 @@ class ReportedDataset:
         trajectories (`list[ShownTrajectory]`): Those that are shown.
         notes (`list[str]`): Sentences on what could not be shown, and why.
         check ([`PairCheck`], *optional*): Judgement of the pair; None where a divergence is not known.
+        index ([`RowIndex`], *optional*): Of every row.
     """
 
     name: str
@@ -69,6 +73,7 @@ class ReportedDataset:
     trajectories: list[ShownTrajectory]
     notes: list[str]
     check: PairCheck | None = None
+    index: RowIndex | None = None
 
 
 def choose_rows(statistics: list[StepStatistics], count: int, seed: int) -> tuple[list[list[int]], bool]:
@@ -115,6 +120,7 @@ def load_trajectories(dataset: Dataset, rows: list[int]) -> list[ShownTrajectory
             row["completion_ids"][:MAX_TOKENS],
             row["kl_divergence"][:MAX_TOKENS],
             len(row["completion_ids"]),
+            completion_text(row, None),
         )
         for t, ids, probs in zip(row["step_positions"], row["label_ids"], row["label_probs"], strict=True):
             if t < MAX_TOKENS:
