@@ -44,9 +44,10 @@ def search_form(datasets: list[ReportedDataset]) -> str:
 def _say_counts(dataset: ReportedDataset, is_named: bool) -> str:
     assert dataset.index is not None
     counts = kept_per_prompt(dataset.index, dataset.statistics.prompt_keys)
-    none = int((counts == 0).sum())
+    none = (counts == 0).sum()
     where = f' in <b class="name">{escape(dataset.name)}</b>' if is_named else ""
+    half = int(counts[len(counts) // 2])
     return (
-        f"{len(counts):,} prompts{where}: half of them have {counts[len(counts) // 2]:,} kept steps or more, the most "
-        f"{counts[-1]:,}, and {none:,} none."
+        f"Kept steps a prompt{where}, of {len(counts):,} prompts: {half:,} or more with half of them, "
+        f"{counts[-1]:,} at the most, none with {none:,}."
     )

@@ -25,7 +25,11 @@ function percent(value) {
 
 function nats(value) {
   if (Number.isNaN(value)) return "not known";
-  if (value !== 0 && value < 0.001) return value.toExponential(1);
+  if (value !== 0 && value < 0.001) {
+    const [mantissa, exponent] = value.toExponential(2).split("e");
+    const power = `10⁻${[...exponent.slice(1)].map((digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]).join("")}`;
+    return Number(mantissa) === 1 ? power : `${Number(mantissa)}·${power}`;
+  }
   return value >= 100 ? value.toFixed(0) : String(Number(value.toPrecision(3)));
 }
 
@@ -122,11 +126,10 @@ function show(step, element) {
     tools.append(tool);
   }
   const place = { dataset: step.d, row: step.row, step: step.t };
-  tools.append(...toolsOf(place));
   const title = `Row ${step.row.toLocaleString("en")}, step ${step.t}`;
   const heading = make("h3", "", title, make("span", "note", step.kl));
   const name = names.size > 1 ? [make("p", "note name", step.name)] : [];
-  body.replaceChildren(heading, close, ...name, ...parts, tools);
+  body.replaceChildren(heading, close, ...name, ...parts, tools, ...toolsOf(place));
   panel.classList.remove("empty");
   document.body.classList.add("open");
   status.textContent = `${names.size > 1 ? step.name + ", " : ""}${title}: ${words}.`;

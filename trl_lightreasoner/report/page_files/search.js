@@ -62,7 +62,7 @@ function toolsOf(place) {
   const link = make("a", "", "Link");
   link.href = `#${writePlace(place)}`;
   link.title = "The address of this step, to copy or to send";
-  return [make("label", "", "Step ", input), link];
+  return [make("div", "tools", make("label", "", "Step ", input), link)];
 }
 
 async function openStep(place, element) {
