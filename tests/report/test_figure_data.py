@@ -10,6 +10,7 @@ import pytest
 from trl_lightreasoner import write_report
 from trl_lightreasoner.models.token_text import TokenTexts
 from trl_lightreasoner.report.figure_data import save_figure_data
+from trl_lightreasoner.report.row_index import index_rows
 from trl_lightreasoner.report.shown_steps import ReportedDataset
 from trl_lightreasoner.report.statistics import StepStatistics
 
@@ -29,7 +30,8 @@ def rows() -> list[dict]:
 @pytest.fixture(scope="module")
 def folder(rows, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    reported = ReportedDataset("=a", {}, StepStatistics(as_dataset(rows)), TokenTexts(None), [], [])
+    dataset = as_dataset(rows)
+    reported = ReportedDataset("=a", {}, StepStatistics(dataset), TokenTexts(None), [], [], index_rows(dataset))
     curves = {"loss": {"train": [(1, 0.5), (2, 0.25)], "eval": [(2, 0.3)]}}
     assert len(save_figure_data([reported], curves, folder)) == 8
     return folder

@@ -41,9 +41,9 @@ def make_page(
     datasets: list[ReportedDataset],
     curves: dict[str, dict[str, Curve]] | None,
     paired: bool,
-    search: SearchResult | None = None,
-    index: dict[str, Any] | None = None,
-    rows: list[str] | None = None,
+    search: SearchResult | None,
+    index: dict[str, Any],
+    rows: list[str] | None,
 ) -> str:
     """
     The page.
@@ -53,7 +53,7 @@ def make_page(
         curves (`dict`, *optional*): Of a training, as [`load_curves`] returns them.
         paired (`bool`): Whether the datasets' trajectories are of the same prompts, one by one.
         search ([`SearchResult`], *optional*): Of the search that the training is the best of.
-        index (`dict`, *optional*): What [`page_index`] says. Without it the page cannot be searched.
+        index (`dict`): What [`page_index`] says.
         rows (`list[str]`, *optional*): What [`place_rows`] leaves for the page; `None` if they are in files beside it.
 
     Returns:
@@ -64,7 +64,7 @@ def make_page(
     details: dict[str, dict] = {}
     sections = {
         "overview": ("Overview", _overview(datasets)),
-        "trajectories": ("Trajectories", _trajectories(datasets, paired, details, index is not None)),
+        "trajectories": ("Trajectories", _trajectories(datasets, paired, details)),
     }
     if all(each.statistics.num_known for each in datasets):
         sections["divergence"] = ("Divergence", divergence_figures(datasets))
@@ -74,8 +74,8 @@ def make_page(
     if curves is not None:
         sections["training"] = ("Training", training_figures(curves))
     names = " and ".join(f"<span class='name'>{escape(each.name)}</span>" for each in datasets)
-    # Without a trusted script to ask for it, no file is run
-    loads = " 'strict-dynamic'" if index is not None and rows is None else ""
+    # Files beside the page run if the page's own script asks for them
+    loads = " 'strict-dynamic'" if rows is None else ""
     return Template(_file("page.html")).substitute(
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'{loads}; img-src data:; "
         "base-uri 'none'; form-action 'none'",
@@ -166,7 +166,7 @@ def short_name(name: str) -> str:
 # Trajectories
 
 
-def _trajectories(datasets: list[ReportedDataset], paired: bool, details: dict[str, dict], is_searchable: bool) -> str:
+def _trajectories(datasets: list[ReportedDataset], paired: bool, details: dict[str, dict]) -> str:
     shown = [len(each.trajectories) for each in datasets]
     with_kept = [int((each.statistics.kept_per_row > 0).sum()) for each in datasets]
     which = (
@@ -185,8 +185,7 @@ def _trajectories(datasets: list[ReportedDataset], paired: bool, details: dict[s
         for i in range(len(HEAT_EDGES) + 1)
     )
     intro = (
-        f"<p>Shown are {which}; every number elsewhere on this page is over all rows"
-        f"{', which the search below opens' if is_searchable else ''}. "
+        f"<p>Shown are {which}; every number elsewhere on this page is over all rows, and the search opens each. "
         "<span class='how'>Choose a framed token to see what the models say there; the arrow keys go from one to the "
         "next. Other tokens open too.</span></p>"
         f'<p class="legend" aria-hidden="true"><b>Divergence in nats</b> {legend}<span class="kept">kept</span></p>'
@@ -223,8 +222,8 @@ def _trajectories(datasets: list[ReportedDataset], paired: bool, details: dict[s
         "<p>What expert and amateur say at a kept step, and the label that the contrast makes of it, appear here.</p>"
         '</div></aside><p id="status" class="visually-hidden" role="status"></p>'
     )
-    form = search_form(datasets) if is_searchable else ""
-    return f'{intro}<div class="reader"><div class="texts">{form}{first}{rest}</div>{panel}</div>'
+    texts = f"{search_form(datasets)}{first}{rest}"
+    return f'{intro}<div class="reader"><div class="texts">{texts}</div>{panel}</div>'
 
 
 def _interleave(cards: list[str], counts: list[int]) -> list[list[str]]:

@@ -80,7 +80,7 @@ def index_rows(dataset: Dataset, answers: np.ndarray | None = None) -> RowIndex:
         known = nats[~np.isnan(nats)]
         of_rows.append((len(row["step_positions"]), len(nats), known.max() if len(known) else np.nan))
         of_steps += [
-            (number, t, row["completion_ids"][t], ids[int(np.argmax(probs))], nats[t])
+            (number, t, row["completion_ids"][t], ids[probs.index(max(probs))], nats[t])
             for t, ids, probs in zip(row["step_positions"], row["label_ids"], row["label_probs"], strict=True)
         ]
     num_kept, num_tokens, highest = np.array(of_rows, dtype=float).T

@@ -20,7 +20,6 @@ def page_index(datasets: list[ReportedDataset]) -> dict[str, Any]:
     """What the page searches, with a key by which it knows the files that lie beside it."""
     first, data = 0, []
     for each in datasets:
-        assert each.index is not None
         data.append(index_data(each.index, each.name, each.statistics.beta, each.texts, first))
         first += -(-each.statistics.num_rows // ROWS_A_FILE)
     key = hashlib.sha256(as_json(data).encode()).hexdigest()[:16]
@@ -30,7 +29,6 @@ def page_index(datasets: list[ReportedDataset]) -> dict[str, Any]:
 def save_index(datasets: list[ReportedDataset], folder: Path) -> None:
     """Write every kept step and every row as CSV."""
     for i, each in enumerate(datasets):
-        assert each.index is not None
         for table in index_tables(each.index, each.texts, f"_{i + 1}" if len(datasets) > 1 else ""):
             save_table(table, folder)
 
@@ -42,7 +40,6 @@ def search_form(datasets: list[ReportedDataset]) -> str:
 
 
 def _say_counts(dataset: ReportedDataset, is_named: bool) -> str:
-    assert dataset.index is not None
     counts = kept_per_prompt(dataset.index, dataset.statistics.prompt_keys)
     none = (counts == 0).sum()
     where = f' in <b class="name">{escape(dataset.name)}</b>' if is_named else ""

@@ -62,8 +62,8 @@ class ReportedDataset:
         texts ([`TokenTexts`]): Of its tokens.
         trajectories (`list[ShownTrajectory]`): Those that are shown.
         notes (`list[str]`): Sentences on what could not be shown, and why.
+        index ([`RowIndex`]): Of every row.
         check ([`PairCheck`], *optional*): Judgement of the pair; None where a divergence is not known.
-        index ([`RowIndex`], *optional*): Of every row.
     """
 
     name: str
@@ -72,8 +72,8 @@ class ReportedDataset:
     texts: TokenTexts
     trajectories: list[ShownTrajectory]
     notes: list[str]
+    index: RowIndex
     check: PairCheck | None = None
-    index: RowIndex | None = None
 
 
 def choose_rows(statistics: list[StepStatistics], count: int, seed: int) -> tuple[list[list[int]], bool]:

@@ -132,7 +132,7 @@ def write_report(
         is_known = numbers.num_known == numbers.num_steps or "amateur_reading" in metadata  # as far as it was read
         check = check_steps(each, tokenizer) if is_known else None
         texts, index = TokenTexts(tokenizer), index_rows(each, answers)
-        reported.append(ReportedDataset(name, metadata, numbers, texts, trajectories, notes, check, index))
+        reported.append(ReportedDataset(name, metadata, numbers, texts, trajectories, notes, index, check))
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     index_of_page = page_index(reported)

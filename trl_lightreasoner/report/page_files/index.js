@@ -86,13 +86,13 @@ const ROW_KEYS = {
 
 // What was found in another order; equals stay in theirs, and what is not known comes last
 function sortFound(index, found, key, isDescending) {
-  const values = new Map(found.map((i) => [i, key(index, i)]));
   const sign = isDescending ? -1 : 1;
-  return [...found].sort((a, b) => {
-    const [x, y] = [values.get(a), values.get(b)];
-    if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y) || a - b;
-    return sign * (x - y) || a - b;
+  const values = Float64Array.from(found, (i) => {
+    const value = key(index, i);
+    return Number.isNaN(value) ? Infinity : sign * value;
   });
+  const places = Uint32Array.from(found.keys());
+  return [...places.sort((a, b) => (values[a] < values[b] ? -1 : values[a] > values[b] ? 1 : a - b))].map((place) => found[place]);
 }
 
 // "#row-12-step-7", "#dataset-2-row-12"

@@ -104,10 +104,18 @@ function sayNotKept(step) {
   return { parts: [lead, note], words: `${step.token} was taken, the step was not kept` };
 }
 
-function show(step, element) {
-  if (opened) opened.setAttribute("aria-expanded", "false");
+function choose(element) {
+  const mark = (token, isOpen) => {
+    if (token?.matches("button")) token.setAttribute("aria-expanded", isOpen);
+    else token?.classList.toggle("chosen", isOpen);
+  };
+  mark(opened, false);
+  mark(element, true);
   opened = element;
-  if (element) element.setAttribute("aria-expanded", "true");
+}
+
+function show(step, element) {
+  choose(element);
   const { parts, words } = "v" in step ? sayLabel(step) : sayNotKept(step);
   const close = make("button", "close", "\u00d7");
   close.type = "button";
@@ -142,11 +150,9 @@ function hide(focuses) {
   body.replaceChildren(make("p", "", "Choose a framed token."));
   status.textContent = "";
   remember("");
-  if (!opened) return;
   const element = opened;
-  element.setAttribute("aria-expanded", "false");
-  opened = null;
-  if (focuses) element.focus();
+  choose(null);
+  if (focuses) element?.focus();
 }
 
 // The address of the page names what is open, so that it can be sent to somebody
@@ -223,5 +229,5 @@ function enliven(text) {
 
 document.querySelectorAll(".text").forEach(enliven);
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") hide(true);
+  if (event.key === "Escape") hide(!event.target.closest("#search"));
 });

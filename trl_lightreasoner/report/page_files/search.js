@@ -2,7 +2,7 @@
 
 const raw = JSON.parse(document.getElementById("index").textContent);
 const inside = JSON.parse(document.getElementById("rows").textContent);
-const indexes = raw ? raw.datasets.map(readIndex) : [];
+const indexes = raw.datasets.map(readIndex);
 const HEAT_EDGES = [0.001, 0.01, 0.05, 0.1, 0.4, 1, 2];
 const AT_A_TIME = 100;
 const ANSWERS = ["wrong", "right", ""];
@@ -51,7 +51,6 @@ function stepOf({ dataset, row, step }, data) {
 
 // What the panel offers beside the kept steps before and after
 function toolsOf(place) {
-  if (!raw) return [];
   const input = make("input", "");
   Object.assign(input, { type: "number", min: 0, max: indexes[place.dataset].rows.length[place.row] - 1, value: place.step });
   input.addEventListener("change", async () => {
@@ -74,7 +73,7 @@ async function openStep(place, element) {
 }
 
 function fail(message) {
-  opened = null;
+  choose(null);
   body.replaceChildren(make("p", "", message));
   status.textContent = message;
   panel.classList.remove("empty");
@@ -234,7 +233,7 @@ function showMore() {
   more.hidden = shown + AT_A_TIME >= found.length;
 }
 
-function startSearch() {
+{
   const { data } = filters.elements;
   indexes.forEach((index, i) => data.append(new Option(index.name, i)));
   const parts = { two: indexes.length > 1, answers: indexes.some((index) => index.rows.answer) };
@@ -253,5 +252,3 @@ function startSearch() {
   addEventListener("hashchange", () => openAddress(false));
   openAddress(true);
 }
-
-if (raw) startSearch();
