@@ -69,7 +69,7 @@ def index_rows(dataset: Dataset, answers: np.ndarray | None = None) -> RowIndex:
     ```python
     >>> index = index_rows(dataset.add_column("completion_ids", [[2, 1, 3, 4, 3]]))
     >>> index.positions.tolist(), index.taken.tolist(), index.preferred.tolist()
-    ([1, 2, 4], [1, 3, 3], [1, 3, 4])
+    ([1, 2, 4], [1, 3, 3], [1, 2, 3])
 
     ```
     """
