@@ -142,6 +142,14 @@ def test_the_index_of_ten_thousand_rows_is_small():
     assert len(as_json(index_data(index, "a", 0.4, TokenTexts(None), 0))) < 2_000_000
 
 
+def test_the_page_says_how_many_kept_steps_prompts_have(steps, tmp_path, monkeypatch):
+    without_pictures(monkeypatch)
+    page = write_report(steps, str(tmp_path), load_models=False).read_text(encoding="utf-8")
+    counts = sorted(map(len, steps["step_positions"]))
+    median = f"{(counts[2] + counts[3]) / 2:g}"
+    assert f"{median} in the median, {counts[-1]} at most; {counts.count(0)} of 6 prompts have none" in page
+
+
 @pytest.mark.parametrize("limit", [0, 2_000_000])
 def test_the_page_may_load_files_only_where_there_are_any(limit, steps, tmp_path, monkeypatch):
     without_pictures(monkeypatch)

@@ -8,6 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from .charts import table, write_number
 from .csv_tables import save_table
 from .row_index import ROWS_A_FILE, as_json, index_data, index_tables, kept_per_prompt
 from .shown_steps import ReportedDataset
@@ -29,22 +32,23 @@ def page_index(datasets: list[ReportedDataset]) -> dict[str, Any]:
 def save_index(datasets: list[ReportedDataset], folder: Path) -> None:
     """Write every kept step and every row as CSV."""
     for i, each in enumerate(datasets):
-        for table in index_tables(each.index, each.texts, f"_{i + 1}" if len(datasets) > 1 else ""):
-            save_table(table, folder)
+        for each_table in index_tables(each.index, each.texts, f"_{i + 1}" if len(datasets) > 1 else ""):
+            save_table(each_table, folder)
 
 
 def search_form(datasets: list[ReportedDataset]) -> str:
-    """The form, and how many kept steps a prompt has."""
-    sentences = " ".join(_say_counts(each, len(datasets) > 1) for each in datasets)
-    return _FORM.read_text(encoding="utf-8").replace("$counts", sentences)
+    """The form, and how many kept steps the prompts have."""
+    counts = "".join(_counts(each, len(datasets) > 1) for each in datasets)
+    return _FORM.read_text(encoding="utf-8").replace("$counts", counts)
 
 
-def _say_counts(dataset: ReportedDataset, is_named: bool) -> str:
+def _counts(dataset: ReportedDataset, is_named: bool) -> str:
     counts = kept_per_prompt(dataset.index, dataset.statistics.prompt_keys)
-    none = (counts == 0).sum()
     where = f' in <b class="name">{escape(dataset.name)}</b>' if is_named else ""
-    half = int(counts[len(counts) // 2])
+    rows = [(f"{kept:,}", f"{count:,}") for kept, count in enumerate(np.bincount(counts).tolist()) if count]
+    median = write_number(float(np.median(counts)))
     return (
-        f"Kept steps a prompt{where}, of {len(counts):,} prompts: {half:,} or more with half of them, "
-        f"{counts[-1]:,} at the most, none with {none:,}."
+        f'<details class="numbers counts"><summary>Kept steps a prompt{where}: {median} in the median, '
+        f"{counts[-1]:,} at most; {(counts == 0).sum():,} of {len(counts):,} prompts have none</summary>"
+        f"{table(('Kept steps', 'Prompts'), rows)}</details>"
     )
