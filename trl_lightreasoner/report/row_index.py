@@ -128,6 +128,8 @@ def index_tables(index: RowIndex, texts: TokenTexts, ending: str = "") -> Iterat
     def say(row: int) -> str:
         return "" if index.answers is None else {RIGHT: "right", WRONG: "wrong"}.get(int(index.answers[row]), "")
 
+    token_ids = np.unique(np.concatenate([index.taken, index.preferred])).tolist()
+    cells = {token_id: token_cells(texts, token_id) for token_id in token_ids}
     steps = zip(
         index.rows.tolist(),
         index.positions.tolist(),
@@ -140,7 +142,7 @@ def index_tables(index: RowIndex, texts: TokenTexts, ending: str = "") -> Iterat
         f"kept_steps{ending}",
         ("row", "step", "taken_id", "taken", "preferred_id", "preferred", "nats", "answer"),
         (
-            (row, t, *token_cells(texts, taken), *token_cells(texts, preferred), _number(nats), say(row))
+            (row, t, *cells[taken], *cells[preferred], _number(nats), say(row))
             for row, t, taken, preferred, nats in steps
         ),
     )

@@ -5,6 +5,7 @@ const panel = document.getElementById("panel");
 const body = document.getElementById("panel-body");
 const status = document.getElementById("status");
 const names = new Set(Object.values(details).map((step) => step.name));
+const haveRead = Object.values(details).some((step) => "e" in step || "m" in step);
 let opened = null; // the token whose step is shown
 
 function make(tag, className, ...children) {
@@ -95,7 +96,11 @@ function sayLabel(step) {
   if (same) lead.append("prefers it too.");
   else lead.append("prefers ", make("code", "", step.tokens[favourite]), ".");
   const words = same ? "the label prefers it too" : `the label prefers ${step.tokens[favourite]}`;
-  return { parts: [lead, table(step)], words: `${step.tokens[step.taken]} was taken, ${words}, ${percent(step.v[favourite])}` };
+  const parts = [lead, table(step)];
+  if (haveRead && !("e" in step || "m" in step)) {
+    parts.push(make("p", "note", "The models have read the rows below alone; num_trajectories says how many."));
+  }
+  return { parts, words: `${step.tokens[step.taken]} was taken, ${words}, ${percent(step.v[favourite])}` };
 }
 
 function sayNotKept(step) {
