@@ -31,8 +31,8 @@ class ReportArguments:
         model (`str`, *optional*):
             Id or path of the trained model, or of its adapter. If not set, it is the one in `training_dir`.
         load_models (`bool`, *optional*, defaults to `True`):
-            Whether to load expert, amateur and trained model, if they are on this machine, for their probabilities at
-            the kept steps that are shown.
+            Whether to load expert, amateur and the model in `training_dir`, if they are on this machine, for their
+            probabilities at the kept steps that are shown.
         num_trajectories (`int`, *optional*, defaults to `24`):
             How many trajectories of each dataset are shown. All numbers are over every row.
         seed (`int`, *optional*, defaults to `0`):
@@ -80,8 +80,8 @@ class ReportArguments:
     load_models: bool = field(
         default=True,
         metadata={
-            "help": "Whether to load expert, amateur and trained model, if they are on this machine, for their "
-            "probabilities at the kept steps that are shown."
+            "help": "Whether to load expert, amateur and the model in `training_dir`, if they are on this machine, for "
+            "their probabilities at the kept steps that are shown."
         },
     )
     num_trajectories: int = field(

@@ -62,7 +62,8 @@ def write_report(
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*): The trained model, or its
             adapter, whose probabilities at the kept steps stand beside those of expert and amateur. By default it is
             the one in `training_dir`, if there is one.
-        load_models (`bool`, *optional*, defaults to `True`): Whether to load expert, amateur and trained model.
+        load_models (`bool`, *optional*, defaults to `True`): Whether to load expert, amateur and the model in
+            `training_dir`.
         num_trajectories (`int`, *optional*, defaults to `24`): How many trajectories of each Dataset are shown.
         seed (`int`, *optional*, defaults to `0`): Of the draw of those trajectories.
         answer_column (`str`, *optional*): Column with the answers, by which rows are told right or wrong. By default

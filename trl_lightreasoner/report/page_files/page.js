@@ -98,7 +98,7 @@ function sayLabel(step) {
   const words = same ? "the label prefers it too" : `the label prefers ${step.tokens[favourite]}`;
   const parts = [lead, table(step)];
   if (haveRead && !("e" in step || "m" in step)) {
-    parts.push(make("p", "note", "The models have read the rows below alone; num_trajectories says how many."));
+    parts.push(make("p", "note", "The models have read the rows below alone; --num_trajectories says how many."));
   }
   return { parts, words: `${step.tokens[step.taken]} was taken, ${words}, ${percent(step.v[favourite])}` };
 }
