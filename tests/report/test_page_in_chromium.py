@@ -199,13 +199,18 @@ def test_ten_thousand_trajectories_open_in_two_seconds(tmp_path):
 # The search
 
 
-def opens(browser: Chromium, title: str) -> bool:
-    """Whether the panel comes to show a step, which may lie in a file."""
+def comes_true(browser: Chromium, expression: str) -> bool:
+    """Whether a JavaScript expression is true within five seconds."""
     return browser.run(
-        f"new Promise(done => {{ const end = Date.now() + 5000; (function look() {{"
-        f"if (document.getElementById('panel').innerText.includes({json.dumps(title)})) done(true);"
+        "new Promise(done => { const end = Date.now() + 5000; (function look() {"
+        f"if ({expression}) done(true);"
         "else if (Date.now() > end) done(false); else setTimeout(look, 20) })() })"
     )
+
+
+def opens(browser: Chromium, title: str) -> bool:
+    """Whether the panel comes to show a step, which may lie in a file."""
+    return comes_true(browser, f"document.getElementById('panel').innerText.includes({json.dumps(title)})")
 
 
 def ask(browser: Chromium, **query: str) -> None:
@@ -276,7 +281,7 @@ def test_the_field_of_the_panel_opens_a_neighbour(fresh):
     fresh.run("document.querySelector('#panel [type=number]').focus()")
     fresh.press("ArrowUp")
     assert opens(fresh, "Row 0, step 4")
-    assert fresh.run("document.activeElement === document.querySelector('#panel [type=number]')")
+    assert comes_true(fresh, "document.activeElement === document.querySelector('#panel [type=number]')")
 
 
 def test_rows_beside_the_page_are_loaded_when_they_are_asked_for(steps, tmp_path, monkeypatch):
@@ -306,7 +311,7 @@ def test_a_link_opens_its_step_when_the_page_is_opened(steps, tmp_path):
     try:
         browser.call("Page.navigate", url=f"{path.absolute().as_uri()}#row-3-step-2")
         assert opens(browser, "Row 3, step 2")
-        assert browser.run("document.activeElement.id") == "viewer"
+        assert comes_true(browser, "document.activeElement.id === 'viewer'")
     finally:
         browser.close()
 

@@ -80,8 +80,8 @@ class ReportArguments:
     load_models: bool = field(
         default=True,
         metadata={
-            "help": "Whether to load expert, amateur and the model in `training_dir`, if they are on this machine, for "
-            "their probabilities at the kept steps that are shown."
+            "help": "Whether to load expert, amateur and the model in `training_dir`, if they are on this machine, "
+            "for their probabilities at the kept steps that are shown."
         },
     )
     num_trajectories: int = field(
