@@ -309,7 +309,7 @@ def test_a_link_opens_its_step_when_the_page_is_opened(steps, tmp_path):
     path = write_report(steps, str(tmp_path / "out"), load_models=False)
     browser = Chromium(tmp_path / "profile")
     try:
-        browser.call("Page.navigate", url=f"{path.absolute().as_uri()}#row-3-step-2")
+        browser.open(path, "#row-3-step-2")
         assert opens(browser, "Row 3, step 2")
         assert comes_true(browser, "document.activeElement.id === 'viewer'")
     finally:
