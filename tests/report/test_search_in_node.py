@@ -35,8 +35,9 @@ def run(expression: str, data: object = None):
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
     rows = make_rows(40, longest=30)
-    rows[3].update(step_positions=[0], label_ids=[[1, 2]], label_probs=[[0.75, 0.25]])
-    rows[3]["kl_divergence"][0] = None
+    for row, nats in ((rows[3], None), (rows[4], float(np.float32(0.7)))):  # in single precision below 0.7
+        row.update(step_positions=[0], label_ids=[[1, 2]], label_probs=[[0.75, 0.25]])
+        row["kl_divergence"][0] = nats
     return rows
 
 
