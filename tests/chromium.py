@@ -55,10 +55,10 @@ class Chromium:
         features = [{"name": name, "value": value} for name, value in media.items()]
         self.call("Emulation.setEmulatedMedia", features=features)
 
-    def open(self, path: Path) -> float:
-        """Show a file; returns the seconds until it had loaded."""
+    def open(self, path: Path, fragment: str = "") -> float:
+        """Show a file, at a place in it; returns the seconds until it had loaded."""
         start, self._loaded = time.perf_counter(), False
-        self.call("Page.navigate", url=path.absolute().as_uri())
+        self.call("Page.navigate", url=f"{path.absolute().as_uri()}{fragment}")
         while not self._loaded:
             self._receive()
         return time.perf_counter() - start

@@ -72,7 +72,7 @@ def test_an_unknown_id_is_shown_as_such(token_id, tokenizer):
 
 
 def test_without_a_tokenizer_tokens_are_numbers():
-    assert TokenTexts(None)(12) == "#12 "
+    assert TokenTexts(None)(12) == "#12"
     assert not TokenTexts(None).is_special(12)
 
 

@@ -194,3 +194,137 @@ def test_ten_thousand_trajectories_open_in_two_seconds(tmp_path):
         assert "600,000" in browser.text("#overview")
     finally:
         browser.close()
+
+
+# The search
+
+
+def comes_true(browser: Chromium, expression: str) -> bool:
+    """Whether a JavaScript expression is true within five seconds."""
+    return browser.run(
+        "new Promise(done => { const end = Date.now() + 5000; (function look() {"
+        f"if ({expression}) done(true);"
+        "else if (Date.now() > end) done(false); else setTimeout(look, 20) })() })"
+    )
+
+
+def opens(browser: Chromium, title: str) -> bool:
+    """Whether the panel comes to show a step, which may lie in a file."""
+    return comes_true(browser, f"document.getElementById('panel').innerText.includes({json.dumps(title)})")
+
+
+def ask(browser: Chromium, **query: str) -> None:
+    """Fill in the form of the search, and leave the rest of it empty."""
+    browser.run(
+        f"(() => {{ const form = document.getElementById('filters'), query = {json.dumps(query)};"
+        "for (const field of form.querySelectorAll('[name]')) if (field.name !== 'data')"
+        " field.value = query[field.name] ?? (field.name === 'list' ? 'steps' : '');"
+        "form.dispatchEvent(new Event('input')) })()"
+    )
+
+
+def test_the_search_counts_and_lists_what_it_found(fresh, steps):
+    kept = [(i, t) for i, row in enumerate(steps) for t in row["step_positions"]]
+    ask(fresh)
+    assert fresh.text("#count").startswith(f"{len(kept)} kept steps of {len(kept)}, in ")
+    late = [place for place in kept if place[1] >= 5]
+    ask(fresh, **{"from": "5"})
+    cells = fresh.run(
+        "[...document.querySelectorAll('#results tbody tr')]"
+        ".map(row => [+row.cells[0].innerText, +row.cells[1].innerText])"
+    )
+    assert list(map(tuple, cells)) == late
+    ask(fresh, list="rows")
+    assert fresh.text("#count") == f"{len(steps)} rows of {len(steps)}"
+    fresh.click("#filters [type=reset]")
+    assert fresh.run("document.querySelector('[name=list]').value") == "steps"
+
+
+def test_a_column_title_sorts_by_its_column(fresh, steps):
+    ask(fresh)
+    nats = sorted(row["kl_divergence"][t] for row in steps for t in row["step_positions"])
+    for order in (nats, nats[::-1]):
+        fresh.run("document.querySelector('[data-column=nats] button').click()")
+        shown = fresh.run("[...document.querySelectorAll('#results tbody tr')].map(row => +row.cells[4].innerText)")
+        assert shown == pytest.approx(order, rel=5e-3)
+    assert fresh.run("document.activeElement.parentElement.getAttribute('aria-sort')") == "descending"
+    fresh.run("document.querySelector('[data-column=row] button').click()")
+
+
+def test_any_step_opens_by_its_number_and_the_address_names_it(fresh, steps):
+    row = next(i for i, row in enumerate(steps) if 0 < len(row["step_positions"]) < len(row["completion_ids"]))
+    step = next(t for t in range(len(steps[row]["completion_ids"])) if t not in steps[row]["step_positions"])
+    fresh.run(f"document.querySelector('#goto [name=row]').value = {row}")
+    fresh.run(f"document.querySelector('#goto [name=step]').value = {step}")
+    fresh.click("#goto button")
+    assert opens(fresh, f"Row {row}, step {step}")
+    assert "was not kept" in fresh.text("#panel") and "was taken" in fresh.text("#panel")
+    assert fresh.run("location.hash") == f"#row-{row}-step-{step}"
+    kept = steps[row]["step_positions"][0]
+    fresh.run(f"location.hash = 'row-{row}-step-{kept}'")
+    assert opens(fresh, f"Row {row}, step {kept}")
+    assert "Expert π" in fresh.text("#panel")
+    fresh.press("Escape")
+    assert fresh.run("location.hash") == ""
+
+
+def test_a_row_that_is_not_there_is_said_to_be(fresh, steps):
+    fresh.run(f"location.hash = 'row-{len(steps)}-step-0'")
+    assert opens(fresh, f"There is no row {len(steps)}.")
+    fresh.run("location.hash = 'row-0-step-999'")
+    assert opens(fresh, "Row 0 has 12 steps, 0 to 11.")
+
+
+def test_the_field_of_the_panel_opens_a_neighbour(fresh):
+    fresh.run("location.hash = 'row-0-step-3'")
+    assert opens(fresh, "Row 0, step 3")
+    fresh.run("document.querySelector('#panel [type=number]').focus()")
+    fresh.press("ArrowUp")
+    assert opens(fresh, "Row 0, step 4")
+    assert comes_true(fresh, "document.activeElement === document.querySelector('#panel [type=number]')")
+
+
+def test_rows_beside_the_page_are_loaded_when_they_are_asked_for(steps, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_lightreasoner.report.row_index.MAX_CHARACTERS", 0)
+    path = write_report({"a": steps, "b": steps}, str(tmp_path / "out"), load_models=False)
+    browser = Chromium(tmp_path / "profile")
+    try:
+        browser.open(path)
+        assert len(browser.requests) == 1
+        browser.run("location.hash = 'dataset-2-row-2-step-1'")
+        assert opens(browser, "Row 2, step 1")
+        assert [address.rpartition("/")[2] for address in browser.requests[1:]] == ["rows-001.js"]
+        assert browser.errors == []
+        (path.parent / "rows-000.js").write_text((path.parent / "rows-000.js").read_text().replace('"', '"x', 1))
+        browser.run("location.hash = 'row-2-step-1'")
+        assert opens(browser, "rows-000.js belongs to another report.")
+        (path.parent / "rows-000.js").unlink()
+        browser.run("location.hash = 'row-2-step-2'")
+        assert opens(browser, "This row is in rows-000.js, which must lie beside this page.")
+    finally:
+        browser.close()
+
+
+def test_a_link_opens_its_step_when_the_page_is_opened(steps, tmp_path):
+    path = write_report(steps, str(tmp_path / "out"), load_models=False)
+    browser = Chromium(tmp_path / "profile")
+    try:
+        browser.open(path, "#row-3-step-2")
+        assert opens(browser, "Row 3, step 2")
+        assert comes_true(browser, "document.activeElement.id === 'viewer'")
+    finally:
+        browser.close()
+
+
+def test_hostile_text_of_a_row_is_text(steps, tokenizer, tmp_path):
+    hostile = "<img src=x onerror=\"document.title='run'\"></script>"
+    dataset = steps.remove_columns("prompt").add_column("prompt", [hostile] * len(steps))
+    browser = Chromium(tmp_path / "profile")
+    try:
+        browser.open(write_report(dataset, str(tmp_path / "out"), load_models=False))
+        browser.run("location.hash = 'row-1-step-0'")
+        assert opens(browser, "Row 1, step 0")
+        assert hostile in browser.text("#viewer")
+        assert browser.run("document.images.length") == 0 and browser.run("document.title") != "run"
+    finally:
+        browser.close()

@@ -93,6 +93,25 @@ def test_the_histogram_holds_every_step(statistics, divergences):
     assert counts[0] > 0 and counts[-1] > 0
 
 
+@pytest.mark.parametrize("beta", [0.4, 0.7, 1.3, 0.05])
+def test_no_bin_of_the_histogram_straddles_beta(beta, rows, divergences):
+    metadata = json.dumps({"settings": {"beta": beta}})
+    found = StepStatistics(as_dataset([{**row, "sampling_metadata": metadata} for row in rows]))
+    edges, counts = found.histogram()
+    place = int(np.abs(np.log(edges / beta)).argmin())
+    assert edges[place] == pytest.approx(beta, rel=1e-6)
+    assert counts[place:].sum() == (divergences >= np.float32(beta)).sum()
+    assert edges[1:] / edges[:-1] == pytest.approx(10**0.1)
+
+
+def test_a_step_exactly_at_beta_is_counted_as_kept():
+    beta = float(np.float32(0.7))  # below 0.7
+    row = {**make_rows(1)[0], "completion_ids": [1, 2], "kl_divergence": [beta, np.nextafter(np.float32(0.7), 0)]}
+    row.update(step_positions=[], label_ids=[], label_probs=[])
+    row["sampling_metadata"] = json.dumps({"settings": {"beta": 0.7}})
+    assert StepStatistics(as_dataset([row])).share_kept(0.7) == 0.5
+
+
 def test_steps_are_grouped_by_position(statistics, rows):
     edges = statistics.position_edges
     assert edges[0] == 0 and edges[-1] >= max(len(row["completion_ids"]) for row in rows)

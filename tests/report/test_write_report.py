@@ -4,6 +4,7 @@ test_page_in_chromium.py."""
 import json
 import math
 import re
+import shutil
 import sys
 from html import unescape
 from html.parser import HTMLParser
@@ -12,20 +13,23 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Qwen2ForCausalLM
 
 from trl_lightreasoner import check_steps, write_report
 from trl_lightreasoner.commands.cli import main
 from trl_lightreasoner.commands.report import make_parser, name_datasets
 from trl_lightreasoner.report.charts import Axis, Chart, write_number
 from trl_lightreasoner.report.figures import curve_title, order_curves, training_figures
+from trl_lightreasoner.report.model_reading import add_probabilities, add_trained
 from trl_lightreasoner.report.page import as_json, short_name
-from trl_lightreasoner.report.shown_steps import MAX_TOKENS, add_probabilities, choose_rows, load_trajectories
+from trl_lightreasoner.report.shown_steps import MAX_TOKENS, choose_rows, load_trajectories
 from trl_lightreasoner.report.statistics import StepStatistics
 from trl_lightreasoner.report.training_curves import load_curves
 from trl_lightreasoner.sampling.pair_check import CAVEAT, RESTS_ON
 from trl_lightreasoner.steps.dataset import sampling_metadata
 
-from ..conftest import QUESTIONS
+from ..conftest import QUESTIONS, make_model, make_tokenizer
 
 
 LOG = [
@@ -39,7 +43,7 @@ LOG = [
 class Outline(HTMLParser):
     """The elements of a page, which must be closed in order; their attributes; and the text of scripts."""
 
-    VOID = {"meta", "link", "br", "path", "rect"}
+    VOID = {"meta", "link", "br", "path", "rect", "input"}
 
     def __init__(self, text: str):
         super().__init__(convert_charrefs=True)
@@ -100,16 +104,18 @@ def test_the_page_holds_all_that_it_needs_and_forbids_the_rest(report):
     text, outline, _ = report
     policy = next(attrs["content"] for tag, attrs in outline.elements if attrs.get("http-equiv"))
     assert policy.startswith("default-src 'none'; ") and "script-src 'sha256-" in policy
-    assert not {"img", "iframe", "object", "embed", "form", "base"} & {tag for tag, _ in outline.elements}
+    assert not {"img", "iframe", "object", "embed", "base"} & {tag for tag, _ in outline.elements}
+    assert "form-action 'none'" in policy  # the forms of the search go nowhere
     for tag, attrs in outline.elements:
-        assert "src" not in attrs and not [name for name in attrs if name.startswith("on")]
+        assert not {"src", "action", "formaction"} & set(attrs)
+        assert not [name for name in attrs if name.startswith("on")]
         assert attrs.get("href", "#").startswith("#") or (tag, attrs["href"]) == ("link", "data:,")
     assert not re.search(r"url\(|@import|https?://", text)
 
 
 def test_every_kept_step_that_is_shown_can_be_opened(report, steps):
     _, outline, details = report
-    buttons = [attrs for tag, attrs in outline.elements if tag == "button"]
+    buttons = [attrs for tag, attrs in outline.elements if tag == "button" and "data-step" in attrs]
     assert [attrs["data-step"] for attrs in buttons] == list(details)
     assert len(buttons) == sum(map(len, steps["step_positions"]))
 
@@ -176,7 +182,7 @@ def test_text_of_models_and_datasets_is_no_markup(hostile, steps, tokenizer, tmp
     write_report({hostile: dataset}, str(tmp_path / "out"), expert=str(tmp_path / "expert"), load_models=False)
     text, outline, details = page_of(tmp_path / "out")
     assert {tag for tag, _ in outline.elements} & {"img"} == set() and "onerror" not in str(outline.elements[0])
-    assert sum(tag == "script" for tag, _ in outline.elements) == 2
+    assert sum(tag == "script" for tag, _ in outline.elements) == 4
     assert not any("onerror" in attrs for _, attrs in outline.elements)
     assert "\u202e" not in text and "\x00" not in text
     assert any(hostile[:4] in token or "U+202E" in token for step in details.values() for token in step["tokens"])
@@ -282,7 +288,8 @@ def test_models_that_are_not_here_are_no_mistake(steps, tmp_path):
     text, _, details = page_of(tmp_path)
     assert "/nowhere" not in text
     assert "Tokens are shown by number" in text and "only the label is shown" in text
-    assert all(re.fullmatch(r"#\d+␣", token) for step in details.values() for token in step["tokens"])
+    assert QUESTIONS[1] in text and 'class="plain"' in text and 'title="' not in text.partition("</article>")[0]
+    assert all(re.fullmatch(r"#\d+", token) for step in details.values() for token in step["tokens"])
 
 
 def test_models_without_embeddings_for_the_tokens_are_not_shown(steps, amateur_path, expert_path):
@@ -316,6 +323,60 @@ def test_models_can_be_named(steps, expert_path, amateur_path):
     assert add_probabilities(trajectories, {}, expert_path, amateur_path) is None
     probs = [step.expert_probs for trajectory in trajectories for step in trajectory.steps]
     assert probs and all(0 < sum(each) <= 1 + 1e-6 for each in probs)
+
+
+# The trained model
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, expert_path) -> str:
+    """An adapter of the expert that changes what it says."""
+    folder = tmp_path_factory.mktemp("adapter")
+    model = Qwen2ForCausalLM.from_pretrained(expert_path)
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(folder)
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": LOG}))
+    return str(folder)
+
+
+def test_the_model_of_a_training_stands_beside_the_label(steps, adapter, expert, tmp_path):
+    write_report(steps, str(tmp_path), training_dir=adapter)
+    trained = PeftModel.from_pretrained(expert, adapter).eval()
+    for detail in page_of(tmp_path)[2].values():
+        row = steps[detail["row"]]
+        k = row["step_positions"].index(detail["t"])
+        context = torch.tensor([row["prompt_ids"] + row["completion_ids"][: detail["t"]]])
+        with torch.no_grad():
+            probs = trained(context).logits[0, -1, :300].softmax(-1)
+        assert detail["m"] == pytest.approx(probs[row["label_ids"][k]].tolist(), abs=2e-5)
+        assert detail["m"] != pytest.approx(detail["e"], abs=1e-3)
+
+
+def test_an_adapter_reads_on_a_loaded_expert_and_leaves_it_as_it_was(steps, adapter, expert, tokenizer):
+    before = {name: tensor.clone() for name, tensor in expert.state_dict().items()}
+    found = [load_trajectories(steps, [0, 1]) for _ in range(2)]
+    for trajectories, loaded in zip(found, (expert, None), strict=True):
+        add_trained(trajectories, sampling_metadata(steps), adapter, loaded, tokenizer)
+    probs = [[step.trained_probs for trajectory in each for step in trajectory.steps] for each in found]
+    assert [pytest.approx(values) for values in probs[1]] == probs[0]
+    assert expert.state_dict().keys() == before.keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in expert.state_dict().items())
+
+
+def test_a_trained_model_that_is_named_must_be_readable(steps, tmp_path):
+    make_tokenizer(290).save_pretrained(tmp_path / "other")
+    make_model(make_tokenizer(290)).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="The trained model cannot be read: it has other tokens than the expert."):
+        write_report(steps, str(tmp_path / "out"), model=str(tmp_path / "other"), load_models=False)
+
+
+def test_a_trained_model_that_is_found_and_cannot_be_read_is_a_note(steps, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    write_report(steps, str(tmp_path / "out"), training_dir=str(tmp_path / "adapter"))
+    text, _, details = page_of(tmp_path / "out")
+    assert "The trained model cannot be read: " in text
+    assert details and all("m" not in detail for detail in details.values())
 
 
 # Training
@@ -432,7 +493,7 @@ def test_without_matplotlib_there_is_the_page_and_one_sentence(steps, tmp_path, 
     sentences = []
     monkeypatch.setattr("trl_lightreasoner.report.write_report.logger.warning", sentences.append)
     write_report(steps, str(tmp_path), load_models=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".html", ".csv"}
     assert sentences == [
         "The PNG figures need matplotlib: `pip install 'trl-lightreasoner[report]'`. The page has them without it."
     ]

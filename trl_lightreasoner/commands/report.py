@@ -17,7 +17,7 @@ class ReportArguments:
             One dataset of kept steps or two: on the Hub, a folder, or a file (JSON lines, Parquet). The flag can be
             left out.
         output_dir (`str`, *optional*, defaults to `"report"`):
-            Folder for report.html and the PNG figures.
+            Folder for report.html, the PNG figures and the CSV files.
         training_dir (`str`, *optional*):
             Output folder of a training, whose loss, entropy, agreement and divergences are shown.
         dataset_config (`str`, *optional*):
@@ -28,13 +28,17 @@ class ReportArguments:
             Id or path of the expert. If not set, it is the one that the dataset names.
         amateur (`str`, *optional*):
             Id or path of the amateur. If not set, it is the one that the dataset names.
+        model (`str`, *optional*):
+            Id or path of the trained model, or of its adapter. If not set, it is the one in `training_dir`.
         load_models (`bool`, *optional*, defaults to `True`):
-            Whether to load expert and amateur, if they are on this machine, for their probabilities at the kept steps
-            that are shown.
+            Whether to load expert, amateur and the model in `training_dir`, if they are on this machine, for their
+            probabilities at the kept steps that are shown.
         num_trajectories (`int`, *optional*, defaults to `24`):
             How many trajectories of each dataset are shown. All numbers are over every row.
         seed (`int`, *optional*, defaults to `0`):
             Seed with which the trajectories are drawn.
+        answer_column (`str`, *optional*):
+            Column with the answers, by which rows are told right or wrong. If not set, `answer`, if there is one.
     """
 
     dataset_name: list[str] = field(
@@ -45,7 +49,7 @@ class ReportArguments:
     )
     output_dir: str = field(
         default="report",
-        metadata={"help": "Folder for report.html and the PNG figures."},
+        metadata={"help": "Folder for report.html, the PNG figures and the CSV files."},
     )
     training_dir: str | None = field(
         default=None,
@@ -67,11 +71,17 @@ class ReportArguments:
         default=None,
         metadata={"help": "Id or path of the amateur. If not set, it is the one that the dataset names."},
     )
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Id or path of the trained model, or of its adapter. If not set, it is the one in `training_dir`."
+        },
+    )
     load_models: bool = field(
         default=True,
         metadata={
-            "help": "Whether to load expert and amateur, if they are on this machine, for their probabilities at the "
-            "kept steps that are shown."
+            "help": "Whether to load expert, amateur and the model in `training_dir`, if they are on this machine, "
+            "for their probabilities at the kept steps that are shown."
         },
     )
     num_trajectories: int = field(
@@ -81,6 +91,13 @@ class ReportArguments:
     seed: int = field(
         default=0,
         metadata={"help": "Seed with which the trajectories are drawn."},
+    )
+    answer_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with the answers, by which rows are told right or wrong. If not set, `answer`, if there "
+            "is one."
+        },
     )
 
     def __post_init__(self):
@@ -124,9 +141,11 @@ def main(args: ReportArguments) -> None:
         training_dir=args.training_dir,
         expert=args.expert,
         amateur=args.amateur,
+        model=args.model,
         load_models=args.load_models,
         num_trajectories=args.num_trajectories,
         seed=args.seed,
+        answer_column=args.answer_column,
     )
     print(f"The report is in {path}. Open it in a browser.")
 

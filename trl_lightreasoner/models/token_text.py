@@ -61,7 +61,7 @@ class TokenTexts:
     >>> "".join(texts(i) for i in tokenizer("2 + 2 = 4").input_ids)
     '2 + 2 = 4'
     >>> TokenTexts(None)(7)
-    '#7 '
+    '#7'
 
     ```
     """
@@ -78,7 +78,7 @@ class TokenTexts:
 
     def __call__(self, token_id: int) -> str:
         if self.tokenizer is None:
-            return f"#{token_id} "
+            return f"#{token_id}"
         if token_id not in self._texts:
             self._texts[token_id] = self._text(token_id)
         return self._texts[token_id]

@@ -162,7 +162,14 @@ def run_pipeline(args: RunConfig) -> RunResult:
         with stages("report", "Writing the report"):
             if not (folder.report / "report.html").is_file():
                 name = f"{folder.path.name}/steps"
-                write_report({name: steps}, str(folder.report), str(folder.adapter), expert, amateur)
+                write_report(
+                    {name: steps},
+                    str(folder.report),
+                    str(folder.adapter),
+                    expert,
+                    amateur,
+                    answer_column=args.answer_column,
+                )
         del amateur
         results = None
         if baseline is not None:

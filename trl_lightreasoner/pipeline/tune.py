@@ -214,7 +214,15 @@ def tune(args: TuneConfig) -> TuneResult:
         with stages("report", "Writing the report"):
             name = f"{folder.path.name}/steps"
             path = str(folder.trial(best.number))
-            write_report({name: steps}, str(folder.report), path, expert, amateur, search=result)
+            write_report(
+                {name: steps},
+                str(folder.report),
+                path,
+                expert,
+                amateur,
+                answer_column=args.answer_column,
+                search=result,
+            )
         count = len(problems[HELD_OUT])
         best_scores, default_scores, _ = scores
         words = write_setting(best.setting, result.names)

@@ -109,7 +109,7 @@ def _kl_distribution(datasets: list[ReportedDataset]) -> str:
             chart.bars(edges, values, style, outline=True)
             continue
         beta = each.statistics.beta or np.inf
-        kept = edges[:-1] >= beta * (1 - 1e-9)
+        kept = edges[:-1] >= beta * (1 - 1e-6)  # which is an edge, in single precision
         chart.bars(edges, np.where(kept, 0, values), "quiet")
         chart.bars(edges, np.where(kept, values, 0), style)
     _mark_betas(chart, datasets)

@@ -1,16 +1,17 @@
-"""From the numbers of one Dataset or two to one HTML page that needs nothing else: no request ever leaves it.
+"""From the numbers of one Dataset or two to one HTML page: no request ever leaves it.
 
-Style and script are in `report_page_files`, next to this module, and are put into the page. A Content-Security-Policy
-lets that script alone run and forbids the browser every request. All text of models and datasets is escaped.
+Style and script are in `page_files`, next to this module, and are put into the page. A Content-Security-Policy lets
+that script alone run, and what it loads itself where rows lie in files beside the page, and forbids the browser every
+other request. All text of models and datasets is escaped.
 """
 
 import base64
 import hashlib
-import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from ..models.token_text import TokenTexts, label_of, spell_out
 from ..sampling.pair_check import CAVEAT, RESTS_ON, PairCheck
 from .charts import Axis, write_number, write_share
 from .figures import V_C, divergence_figures, label_figures, training_figures
+from .row_index import as_json
+from .row_texts import prompt_text, spell_lines
+from .search import search_form
 from .shown_steps import MAX_TOKENS, ReportedDataset, ShownStep, ShownTrajectory
 from .training_curves import Curve
 from .trials import SearchResult, trial_figures
@@ -28,7 +32,7 @@ _FILES = Path(__file__).parent / "page_files"
 # Where the colours of the text change, in nats
 HEAT_EDGES = (0.001, 0.01, 0.05, 0.1, 0.4, 1.0, 2.0)
 _NUM_OPEN = 4  # trajectories that are seen before more are asked for
-_MAX_PROMPT = 1000  # characters
+_SCRIPTS = ("index.js", "page.js", "search.js")
 PI_E = "π<sub>E</sub>"
 PI_A = "π<sub>A</sub>"
 
@@ -37,7 +41,9 @@ def make_page(
     datasets: list[ReportedDataset],
     curves: dict[str, dict[str, Curve]] | None,
     paired: bool,
-    search: SearchResult | None = None,
+    search: SearchResult | None,
+    index: dict[str, Any],
+    rows: list[str] | None,
 ) -> str:
     """
     The page.
@@ -47,11 +53,13 @@ def make_page(
         curves (`dict`, *optional*): Of a training, as [`load_curves`] returns them.
         paired (`bool`): Whether the datasets' trajectories are of the same prompts, one by one.
         search ([`SearchResult`], *optional*): Of the search that the training is the best of.
+        index (`dict`): What [`page_index`] says.
+        rows (`list[str]`, *optional*): What [`place_rows`] leaves for the page; `None` if they are in files beside it.
 
     Returns:
         `str`: HTML.
     """
-    script, style = ((_FILES / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
+    script = "\n".join(map(_file, _SCRIPTS))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     details: dict[str, dict] = {}
     sections = {
@@ -66,12 +74,14 @@ def make_page(
     if curves is not None:
         sections["training"] = ("Training", training_figures(curves))
     names = " and ".join(f"<span class='name'>{escape(each.name)}</span>" for each in datasets)
-    return Template((_FILES / "page.html").read_text(encoding="utf-8")).substitute(
-        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; "
+    # Files beside the page run if the page's own script asks for them
+    loads = " 'strict-dynamic'" if rows is None else ""
+    return Template(_file("page.html")).substitute(
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'{loads}; img-src data:; "
         "base-uri 'none'; form-action 'none'",
         title=escape(" and ".join(each.name for each in datasets)),
         names=names,
-        style=style,
+        style=_file("page.css"),
         script=script,
         links="".join(f'<a href="#{key}">{title}</a>' for key, (title, _) in sections.items()),
         sections="".join(
@@ -79,14 +89,15 @@ def make_page(
             for key, (title, body) in sections.items()
         ),
         details=as_json(details),
+        index=as_json(index),
+        rows="null" if rows is None else f"[{','.join(rows)}]",
+        beside=" Beside it lie rows that it opens on demand." if loads else "",
         version=__version__,
     )
 
 
-def as_json(value: object) -> str:
-    """JSON that can stand in a script element: nothing in it ends the element or opens another."""
-    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+def _file(name: str) -> str:
+    return (_FILES / name).read_text(encoding="utf-8")
 
 
 # Overview
@@ -174,13 +185,13 @@ def _trajectories(datasets: list[ReportedDataset], paired: bool, details: dict[s
         for i in range(len(HEAT_EDGES) + 1)
     )
     intro = (
-        f"<p>Shown are {which}; every number elsewhere on this page is over all rows. "
+        f"<p>Shown are {which}; every number elsewhere on this page is over all rows, and the search opens each. "
         "<span class='how'>Choose a framed token to see what the models say there; the arrow keys go from one to the "
-        "next.</span></p>"
+        "next. Other tokens open too.</span></p>"
         f'<p class="legend" aria-hidden="true"><b>Divergence in nats</b> {legend}<span class="kept">kept</span></p>'
     )
     articles = [
-        [_article(trajectory, dataset, f"{i}.{j}", details) for j, trajectory in enumerate(dataset.trajectories)]
+        [_article(trajectory, dataset, f"{i}.{trajectory.row}", details) for trajectory in dataset.trajectories]
         for i, dataset in enumerate(datasets)
     ]
     titles = [
@@ -211,7 +222,8 @@ def _trajectories(datasets: list[ReportedDataset], paired: bool, details: dict[s
         "<p>What expert and amateur say at a kept step, and the label that the contrast makes of it, appear here.</p>"
         '</div></aside><p id="status" class="visually-hidden" role="status"></p>'
     )
-    return f'{intro}<div class="reader"><div class="texts">{first}{rest}</div>{panel}</div>'
+    texts = f"{search_form(datasets)}{first}{rest}"
+    return f'{intro}<div class="reader"><div class="texts">{texts}</div>{panel}</div>'
 
 
 def _interleave(cards: list[str], counts: list[int]) -> list[list[str]]:
@@ -223,20 +235,15 @@ def _interleave(cards: list[str], counts: list[int]) -> list[list[str]]:
 
 
 def _prompt(trajectory: ShownTrajectory, texts: TokenTexts) -> str:
-    prompt = trajectory.prompt
-    if isinstance(prompt, list):
-        prompt = "\n".join(str(message.get("content")) for message in prompt if message.get("role") != "system")
-    if isinstance(prompt, str):
-        prompt = spell_out(prompt).replace("↵\n", "\n")
-    else:
-        prompt = "".join(map(texts, trajectory.prompt_ids))
-    cut = prompt if len(prompt) <= _MAX_PROMPT else f"{prompt[:_MAX_PROMPT]} …"
-    return f'<p class="prompt"><b>Row {trajectory.row:,}</b> <bdi>{escape(cut)}</bdi></p>'
+    prompt = prompt_text(trajectory.prompt, trajectory.prompt_ids, texts)
+    return f'<p class="prompt"><b>Row {trajectory.row:,}</b> <bdi>{escape(prompt)}</bdi></p>'
 
 
 def _article(trajectory: ShownTrajectory, dataset: ReportedDataset, key: str, details: dict[str, dict]) -> str:
     steps = {step.position: step for step in trajectory.steps}
     texts, parts = dataset.texts, []
+    # Numbers are no text to read: without a tokenizer the kept steps alone stand as such
+    is_readable = texts.tokenizer is not None or trajectory.completion is None
     for t, (token_id, divergence) in enumerate(zip(trajectory.completion_ids, trajectory.kl_divergence, strict=True)):
         text = texts(token_id)
         style = f"h{int(np.searchsorted(HEAT_EDGES, divergence or 0, side='right'))}"
@@ -249,14 +256,18 @@ def _article(trajectory: ShownTrajectory, dataset: ReportedDataset, key: str, de
                 f'aria-controls="panel" aria-expanded="false" title="{nats}">{escape(label_of(text))}</button>'
             )
             parts.append("<br>" if text.endswith("\n") else "")
-            details[f"{key}.{t}"] = _detail(steps[t], trajectory, dataset)
-        else:
+            details[f"{key}.{t}"] = _detail(steps[t], trajectory, dataset, int(key.split(".")[0]))
+        elif is_readable:
+            text += " " if texts.tokenizer is None else ""
             parts.append(f'<span class="{style}" title="{nats}">{escape(text)}</span>')
     left = trajectory.num_tokens - len(trajectory.completion_ids)
     more = f'<p class="note">The first {MAX_TOKENS:,} of {trajectory.num_tokens:,} tokens.</p>' if left else ""
     label = f"Completion, {len(steps)} kept {'step' if len(steps) == 1 else 'steps'}"
+    plain = (
+        "" if is_readable else f'<p class="plain"><bdi>{escape(spell_lines(trajectory.completion or ""))}</bdi></p>'
+    )
     return (
-        f'<div class="text" role="group" aria-label="{label}">{"".join(parts)}</div>{more}'
+        f'{plain}<div class="text" role="group" aria-label="{label}" data-row="{key}">{"".join(parts)}</div>{more}'
         f"{_strip(trajectory, dataset.statistics.beta)}"
     )
 
@@ -280,7 +291,7 @@ def _strip(trajectory: ShownTrajectory, beta: float | None) -> str:
     return f'<svg class="strip" {box} aria-hidden="true">{bars}{line}</svg>'
 
 
-def _detail(step: ShownStep, trajectory: ShownTrajectory, dataset: ReportedDataset) -> dict:
+def _detail(step: ShownStep, trajectory: ShownTrajectory, dataset: ReportedDataset, number: int) -> dict:
     taken = trajectory.completion_ids[step.position]
     best = max(step.label_probs)
     columns: dict[str, Sequence[float]] = {"v": step.label_probs}
@@ -288,8 +299,11 @@ def _detail(step: ShownStep, trajectory: ShownTrajectory, dataset: ReportedDatas
         columns = {"e": step.expert_probs, "a": step.amateur_probs, **columns}
     else:  # of log pi_E - log pi_A the label holds all but a constant
         columns["r"] = [value / best for value in step.label_probs]
+    if step.trained_probs is not None:
+        columns["m"] = step.trained_probs
     return {
         "name": dataset.name,
+        "d": number,
         "row": trajectory.row,
         "t": step.position,
         "kl": _nats(trajectory.kl_divergence[step.position]),

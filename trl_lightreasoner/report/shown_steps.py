@@ -1,39 +1,19 @@
-"""The trajectories of a Dataset that a report shows, and what expert and amateur say at their kept steps.
-
-A Dataset holds v_C, but not pi_E and pi_A, which are read again, in one forward pass a trajectory and model, where the
-models are at hand. What they say is shown only if it gives v_C again.
-"""
+"""The trajectories of a Dataset that a report shows."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation.answering import context_length
-from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at
-from ..models.loading import load_config, load_model, load_tokenizer
 from ..models.token_text import TokenTexts
-from ..models.weights import get_base_model
 from ..sampling.pair_check import PairCheck
-from ..vocabulary import Vocabulary, shared_vocabulary
+from .row_index import RowIndex
+from .row_texts import completion_text
 from .statistics import StepStatistics
 
 
-if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
-    from peft import PeftModel
-
-
-# As users name a model: id, path, or the model
-NamedModel: TypeAlias = "str | PreTrainedModel | PeftModel"
-
 MAX_TOKENS = 512  # of a completion that are shown
-# Mean over the steps of the total variation between v_C as it was stored and as the models give it now. Rounding in
-# half precision leaves less, another model or revision more
-_MAX_VARIATION = 0.1
 
 
 class ShownStep(NamedTuple):
@@ -45,6 +25,7 @@ class ShownStep(NamedTuple):
         token_ids (`list[int]`): Support of v_C, most probable first, and the token that was taken, if it is outside.
         label_probs (`list[float]`): v_C there.
         expert_probs, amateur_probs (`list[float]`, *optional*): pi_E and pi_A there.
+        trained_probs (`list[float]`, *optional*): What the trained model says there.
     """
 
     position: int
@@ -52,6 +33,7 @@ class ShownStep(NamedTuple):
     label_probs: list[float]
     expert_probs: list[float] | None = None
     amateur_probs: list[float] | None = None
+    trained_probs: list[float] | None = None
 
 
 @dataclass
@@ -64,6 +46,7 @@ class ShownTrajectory:
     completion_ids: list[int]
     kl_divergence: list[float | None]
     num_tokens: int
+    completion: str | None  # the column as text, if there is one
     steps: list[ShownStep] = field(default_factory=list)
 
 
@@ -79,6 +62,7 @@ class ReportedDataset:
         texts ([`TokenTexts`]): Of its tokens.
         trajectories (`list[ShownTrajectory]`): Those that are shown.
         notes (`list[str]`): Sentences on what could not be shown, and why.
+        index ([`RowIndex`]): Of every row.
         check ([`PairCheck`], *optional*): Judgement of the pair; None where a divergence is not known.
     """
 
@@ -88,6 +72,7 @@ class ReportedDataset:
     texts: TokenTexts
     trajectories: list[ShownTrajectory]
     notes: list[str]
+    index: RowIndex
     check: PairCheck | None = None
 
 
@@ -135,6 +120,7 @@ def load_trajectories(dataset: Dataset, rows: list[int]) -> list[ShownTrajectory
             row["completion_ids"][:MAX_TOKENS],
             row["kl_divergence"][:MAX_TOKENS],
             len(row["completion_ids"]),
+            completion_text(row, None),
         )
         for t, ids, probs in zip(row["step_positions"], row["label_ids"], row["label_probs"], strict=True):
             if t < MAX_TOKENS:
@@ -143,148 +129,3 @@ def load_trajectories(dataset: Dataset, rows: list[int]) -> list[ShownTrajectory
                 trajectory.steps.append(ShownStep(t, ids + outside, probs + [0.0] * len(outside)))
         shown.append(trajectory)
     return shown
-
-
-def find_tokenizer(metadata: dict[str, Any], expert: "NamedModel | None") -> PreTrainedTokenizerBase | str:
-    """
-    The tokenizer of the expert, or why there is none.
-
-    Raises:
-        `ValueError`: If the user named the expert, and there is none beside it.
-    """
-    name, kwargs = _source(metadata, "expert", expert)
-    if name is None:
-        return "the dataset does not name its expert"
-    try:
-        return load_tokenizer(name, "expert", **kwargs)
-    except (ValueError, OSError) as error:
-        if expert is not None:
-            raise
-        return _reason(error)
-
-
-def add_probabilities(
-    trajectories: list[ShownTrajectory],
-    metadata: dict[str, Any],
-    expert: "NamedModel | None",
-    amateur: "NamedModel | None",
-) -> str | None:
-    """
-    Let expert and amateur read the trajectories, for their probabilities at the kept steps.
-
-    Args:
-        trajectories (`list[ShownTrajectory]`): Whose steps are replaced.
-        metadata (`dict`): What [`made_with`] says.
-        expert, amateur (`str` or model, *optional*): Ids or paths, or the models. By default they are those that
-            `metadata` names, if they are on this machine.
-
-    Returns:
-        `str`: Why nothing was added, or `None`.
-
-    Raises:
-        `ValueError`: If a model that the user named cannot be used.
-    """
-    if not any(trajectory.steps for trajectory in trajectories):
-        return None
-    if "amateur_reading" in metadata:
-        return "the amateur has another tokenizer than the expert"
-    roles, named = ("expert", "amateur"), (expert, amateur)
-    sources = [_source(metadata, role, name) for role, name in zip(roles, named, strict=True)]
-    for role, name, (source, kwargs) in zip(roles, named, sources, strict=True):
-        if source is None:
-            return f"the dataset does not name its {role}"
-        if name is None:
-            kwargs["local_files_only"] = True
-    try:
-        tokenizers = [
-            load_tokenizer(name, role, **kwargs) for role, (name, kwargs) in zip(roles, sources, strict=True)
-        ]
-        configs = [load_config(name, role, **kwargs) for role, (name, kwargs) in zip(roles, sources, strict=True)]
-        vocabulary = shared_vocabulary(*tokenizers, *(config.get_text_config().vocab_size for config in configs))
-        probabilities = [
-            _read(load_model(name, **kwargs).eval(), role, trajectories, vocabulary)
-            for role, (name, kwargs) in zip(roles, sources, strict=True)
-        ]
-    except (ValueError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: out of memory
-        if expert is not None or amateur is not None:
-            raise ValueError(f"The models cannot be read: {_reason(error)}.") from error
-        return _reason(error)
-    variation = _variation(trajectories, *probabilities)
-    if not variation <= _MAX_VARIATION:
-        reason = (
-            f"expert and amateur, as they are here, give another v_C than the dataset holds (total variation "
-            f"{variation:.2f})"
-        )
-        if expert is not None or amateur is not None:
-            raise ValueError(f"The models cannot be the ones that were sampled: {reason}. Name those.")
-        return reason
-    for trajectory, experts, amateurs in zip(trajectories, *probabilities, strict=True):
-        trajectory.steps = [
-            step._replace(expert_probs=expert_probs, amateur_probs=amateur_probs)
-            for step, expert_probs, amateur_probs in zip(trajectory.steps, experts, amateurs, strict=True)
-        ]
-    return None
-
-
-def _source(
-    metadata: dict[str, Any], role: str, name: "NamedModel | None"
-) -> "tuple[NamedModel | None, dict[str, Any]]":
-    """Id or path of a model, or the model, and the arguments with which it is loaded as it was sampled."""
-    made = metadata.get(role) or {}
-    kwargs = {"dtype": made.get("dtype") or "auto"}
-    if name is not None:
-        return name, kwargs
-    if made.get("adapter"):  # by name, or as an object of which only its adapters' names are known
-        return (made["adapter"] if isinstance(made["adapter"], str) else None), kwargs
-    return made.get("model"), kwargs | ({"revision": made["revision"]} if made.get("revision") else {})
-
-
-@torch.no_grad()
-def _read(
-    model: torch.nn.Module, role: str, trajectories: list[ShownTrajectory], vocabulary: Vocabulary
-) -> list[list[list[float]]]:
-    """Probabilities of the tokens of each step of each trajectory."""
-    device = get_base_model(model).get_input_embeddings().weight.device
-    to_keep = accepts_logits_to_keep(model)
-    width = get_base_model(model).config.get_text_config().vocab_size
-    if any(token_id >= width for each in trajectories for token_id in each.prompt_ids + each.completion_ids[:-1]):
-        raise ValueError(f"the dataset holds tokens beyond the {width} that the {role} has embeddings for")
-    context = context_length(get_base_model(model).config.get_text_config())
-    if any(len(each.prompt_ids) + each.steps[-1].position > context for each in trajectories if each.steps):
-        raise ValueError(f"the dataset holds steps beyond the {context} tokens that the {role} reads at most")
-    probabilities: list[list[list[float]]] = []
-    for trajectory in tqdm(trajectories, f"Reading the {role}", leave=False, disable=None):
-        if not trajectory.steps:
-            probabilities.append([])
-            continue
-        positions = [len(trajectory.prompt_ids) + step.position - 1 for step in trajectory.steps]
-        ids = torch.tensor([(trajectory.prompt_ids + trajectory.completion_ids)[: positions[-1] + 1]], device=device)
-        mask = torch.zeros_like(ids, dtype=torch.bool)
-        mask[0, positions] = True
-        with attention_backends(device):
-            logits = forward_at(model, mask, to_keep, input_ids=ids).logits
-        logps = vocabulary.select(logits).float().log_softmax(-1).cpu()
-        of_steps = []
-        for step, step_logps in zip(trajectory.steps, logps, strict=True):
-            step_ids = torch.tensor(step.token_ids)
-            if not vocabulary.contains(step_ids).all():
-                raise ValueError("a label of the dataset holds a token that the two models do not share")
-            of_steps.append(step_logps[vocabulary.columns_of(step_ids)].exp().tolist())
-        probabilities.append(of_steps)
-    return probabilities
-
-
-def _variation(trajectories: list[ShownTrajectory], experts: list, amateurs: list) -> float:
-    """Mean total variation between v_C as it is stored and as the two models' probabilities give it."""
-    variations = []
-    for trajectory, *probabilities in zip(trajectories, experts, amateurs, strict=True):
-        for step, expert, amateur in zip(trajectory.steps, *probabilities, strict=True):
-            label = np.array(step.label_probs)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                ratios = np.where(label > 0, np.array(expert) / np.array(amateur), 0)
-                variations.append(np.abs(ratios / ratios.sum() - label).sum() / 2)
-    return float(np.mean(variations))
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")

@@ -1,7 +1,8 @@
 """From a Dataset of kept steps to the numbers of a report: over every row, in memory that holds some rows at a time.
 
 Divergences are counted in bins of a thousandth of a decade, so that a quantile is right to 0.3 % however many steps
-there are. A trajectory that several rows hold, a step each, counts once; every label counts.
+there are; beta lies between two bins, so that what reaches it is counted exactly. A trajectory that several rows hold,
+a step each, counts once; every label counts.
 """
 
 import math
@@ -99,13 +100,14 @@ class StepStatistics:
         width = -(-longest // _NUM_POSITIONS)
         num_groups = -(-longest // width)
         self.position_edges = np.arange(num_groups + 1) * width
+        self._bins = Bins(self.beta)
         self._histogram = np.zeros((num_groups, _NUM_BINS), dtype=np.int64)
         self.kept_by_position = np.zeros(num_groups, dtype=np.int64)
         self.support_counts = np.zeros(_NUM_SUPPORTS, dtype=np.int64)
         self.mass_counts = np.zeros(_NUM_MASSES, dtype=np.int64)
         self.lowest, self.highest = math.inf, 0.0
         self.num_rows = self.num_trajectories = self.num_steps = self.num_kept = 0
-        self.num_changed = self._num_reached = 0
+        self.num_changed = 0
         self.changes: Counter[tuple[int, int]] = Counter()
         self._gains: dict[int, tuple[float, int]] = {}
         self._seen: set[int] = set()
@@ -153,11 +155,9 @@ class StepStatistics:
             known = ~np.isnan(divergences)
             groups = np.concatenate([np.arange(len(row["kl_divergence"])) for row in new])[known] // width
             divergences = divergences[known]
-            np.add.at(self._histogram, (groups, bin_of(divergences)), 1)
+            np.add.at(self._histogram, (groups, self._bins.of(divergences)), 1)
             self.lowest = min(self.lowest, divergences.min(initial=math.inf))
             self.highest = max(self.highest, divergences.max(initial=0))
-            if self.beta is not None:  # of single precision, as the divergences were when they were compared
-                self._num_reached += int((divergences >= np.float32(self.beta)).sum())
         kept = [
             (row["completion_ids"][t], t, ids, probs)
             for row in rows
@@ -186,29 +186,38 @@ class StepStatistics:
 
     def share_kept(self, beta: float) -> float:
         """Share of the steps whose divergence is at least `beta`, exact at the Dataset's own `beta`."""
-        if beta == self.beta:
-            return self._num_reached / self.num_known
-        return float(self._histogram.sum(0)[bin_of(np.array([beta]))[0] :].sum()) / self.num_known
+        return float(self.shares(np.array([beta]))[0])
 
     def beta_for(self, share: float) -> float:
         """The lowest beta that keeps no more than `share` of the steps."""
-        return float(_value_at(self._histogram.sum(0), 1 - share))
+        return self._value_at(self._histogram.sum(0), 1 - share)
 
     def quantiles_by_position(self, quantile: float) -> np.ndarray:
         """A quantile of the divergence in each group of positions, `(G,)`."""
-        return np.array([_value_at(counts, quantile) for counts in self._histogram])
+        return np.array([self._value_at(counts, quantile) for counts in self._histogram])
 
     def histogram(self, bins_per_decade: int = 10) -> tuple[np.ndarray, np.ndarray]:
-        """Edges `(N + 1,)` in nats, and how many steps lie between them, `(N,)`, without empty bins at the ends."""
-        counts = self._histogram.sum(0).reshape(-1, BINS_PER_DECADE // bins_per_decade).sum(1)
-        edges = 10.0 ** (_LOWEST + np.arange(len(counts) + 1) / bins_per_decade)
+        """
+        Edges `(N + 1,)` in nats, and how many steps lie between them, `(N,)`, without empty bins at the ends. Beta is
+        one of the edges.
+        """
+        width = BINS_PER_DECADE // bins_per_decade
+        counts = self._histogram.sum(0).reshape(-1, width).sum(1)
+        edges = self._bins.edges(np.arange(len(counts) + 1) * width)
         first, last = counts.nonzero()[0][[0, -1]]
         return edges[first : last + 2], counts[first : last + 1]
 
     def shares(self, betas: np.ndarray) -> np.ndarray:
         """[`~StepStatistics.share_kept`] at many values, `(N,)`."""
         reversed_sums = self._histogram.sum(0)[::-1].cumsum()[::-1]
-        return reversed_sums[bin_of(betas)] / self.num_known
+        return reversed_sums[self._bins.of(betas)] / self.num_known
+
+    def _value_at(self, counts: np.ndarray, quantile: float) -> float:
+        """The lower edge of the first bin with no more than 1 - `quantile` of the counts in it and above."""
+        above = counts[::-1].cumsum()[::-1]
+        bins = (above <= (1 - quantile) * above[0] + 1e-9).nonzero()[0]
+        first = bins[0] if len(bins) else _NUM_BINS
+        return float(self._bins.edges(first)) if first else 0.0
 
     def gains(self) -> list[TokenGain]:
         """Every token of a support, the one that gains most first."""
@@ -216,19 +225,40 @@ class StepStatistics:
         return sorted(gains, key=lambda token: (-token.gain, token.token_id))
 
 
-def bin_of(divergences: np.ndarray) -> np.ndarray:
-    """Numbers of the fine bins of divergences in nats."""
-    with np.errstate(divide="ignore"):
-        places = np.floor((np.log10(divergences) - _LOWEST) * BINS_PER_DECADE)
-    return np.clip(places, 0, _NUM_BINS - 1).astype(int)
+class Bins:
+    """
+    Bins of a thousandth of a decade, of which one begins at `beta`: no bin holds both what is kept and what is not.
 
+    Args:
+        beta (`float`, *optional*): Threshold in nats. It counts in single precision, as the divergences did when they
+            were compared with it.
 
-def _value_at(counts: np.ndarray, quantile: float) -> float:
-    """The lower edge of the first bin with no more than 1 - `quantile` of the counts in it and above."""
-    above = counts[::-1].cumsum()[::-1]
-    bins = (above <= (1 - quantile) * above[0] + 1e-9).nonzero()[0]
-    first = bins[0] if len(bins) else _NUM_BINS
-    return 10.0 ** (_LOWEST + first / BINS_PER_DECADE) if first else 0.0
+    Example:
+
+    ```python
+    >>> bins = Bins(0.4)
+    >>> bins.edges(bins.of(np.array([0.4, 0.4005, 0.3999]))).round(4)
+    array([0.4   , 0.4   , 0.3991])
+
+    ```
+    """
+
+    def __init__(self, beta: float | None):
+        lies_inside = beta is not None and 10.0**_LOWEST < beta < 10.0**_HIGHEST
+        self._origin = float(np.float32(beta if lies_inside else 1.0))
+        # A tenth of a decade, such as the histogram's bins have, begins there too
+        self._place = 100 * round(10 * (np.log10(self._origin) - _LOWEST))
+
+    def of(self, divergences: np.ndarray) -> np.ndarray:
+        """Numbers of the bins of divergences in nats."""
+        with np.errstate(divide="ignore"):
+            # At the origin itself the difference is 0 to the last bit
+            decades = np.log10(divergences.astype(np.float32).astype(float)) - np.log10(self._origin)
+        return np.clip(np.floor(decades * BINS_PER_DECADE) + self._place, 0, _NUM_BINS - 1).astype(int)
+
+    def edges(self, numbers: np.ndarray | int) -> np.ndarray:
+        """Where bins begin, in nats."""
+        return self._origin * 10.0 ** ((numbers - self._place) / BINS_PER_DECADE)
 
 
 def made_with(dataset: Dataset) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""`write_report`: one Dataset of kept steps or two, and a training, as one HTML page and PNG figures."""
+"""`write_report`: one Dataset of kept steps or two, and a training, as one HTML page, PNG figures and CSV files."""
 
 import os
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,14 @@ from transformers import PreTrainedModel, logging
 from ..models.token_text import TokenTexts, spell_out
 from ..sampling.pair_check import check_steps
 from ..steps.writer import check_folder
+from .figure_data import save_figure_data
+from .model_reading import add_probabilities, add_trained, find_tokenizer
 from .page import make_page, short_name
 from .pictures import save_pictures
-from .shown_steps import ReportedDataset, add_probabilities, choose_rows, find_tokenizer, load_trajectories
+from .row_answers import grade_rows
+from .row_index import index_rows, place_rows, rows_data
+from .search import page_index, save_index
+from .shown_steps import ReportedDataset, choose_rows, load_trajectories
 from .statistics import StepStatistics, made_with
 from .training_curves import load_curves
 from .trials import SearchResult
@@ -31,16 +37,20 @@ def write_report(
     training_dir: str | None = None,
     expert: "str | PreTrainedModel | PeftModel | None" = None,
     amateur: "str | PreTrainedModel | PeftModel | None" = None,
+    model: "str | PreTrainedModel | PeftModel | None" = None,
     load_models: bool = True,
     num_trajectories: int = 24,
     seed: int = 0,
+    answer_column: str | None = None,
     search: SearchResult | None = None,
 ) -> Path:
     """
-    Write report.html, which needs no other file, and the same figures as PNG, if matplotlib is installed.
+    Write report.html, the numbers behind it as CSV, and its figures as PNG, if matplotlib is installed.
 
-    Numbers are over all rows. The tokenizer is that of the expert. A Dataset holds v_C, but not pi_E and pi_A: at the
-    kept steps that are shown they are read from the models, where these are at hand and give v_C again.
+    Numbers are over all rows, and every row can be opened; where the rows take more than 2 MB, they are in
+    `rows-000.js` and so on beside the page. The tokenizer is that of the expert. A Dataset holds v_C, but not pi_E and
+    pi_A: at the kept steps of the trajectories that are drawn they are read from the models, where these are at hand
+    and give v_C again.
 
     Args:
         dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`): Rows as [`ContrastiveStepSampler`] makes them; or two
@@ -49,9 +59,15 @@ def write_report(
         training_dir (`str`, *optional*): `output_dir` of a training, whose curves are shown.
         expert, amateur (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*): Ids or paths of
             the models, or the models. By default they are those that each Dataset names, if they are on this machine.
-        load_models (`bool`, *optional*, defaults to `True`): Whether to load expert and amateur.
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*): The trained model, or its
+            adapter, whose probabilities at the kept steps stand beside those of expert and amateur. By default it is
+            the one in `training_dir`, if there is one.
+        load_models (`bool`, *optional*, defaults to `True`): Whether to load expert, amateur and the model in
+            `training_dir`.
         num_trajectories (`int`, *optional*, defaults to `24`): How many trajectories of each Dataset are shown.
         seed (`int`, *optional*, defaults to `0`): Of the draw of those trajectories.
+        answer_column (`str`, *optional*): Column with the answers, by which rows are told right or wrong. By default
+            `answer`, if there is such a column.
         search ([`SearchResult`], *optional*): The trials of a search, which are shown as well.
 
     Returns:
@@ -98,21 +114,49 @@ def write_report(
                 f"Of expert and amateur only the label is shown: {reason}. A dataset does not hold their "
                 "probabilities; they are read from the two models, which can be named with --expert and --amateur."
             )
+        trained = model or (_find_trained(training_dir) if load_models else None)
+        if trained is not None:
+            try:
+                if tokenizer is None:
+                    raise ValueError("The trained model cannot be read: the expert's tokenizer is not at hand.")
+                add_trained(trajectories, metadata, trained, expert, tokenizer, local_files_only=model is None)
+            except ValueError as error:
+                if model is not None:
+                    raise
+                notes.append(f"{error} Name it with --model.")
+        try:
+            answers = grade_rows(each, tokenizer, answer_column)
+        except ImportError as error:
+            answers = None
+            notes.append(f"Whether rows end in the right answer is not shown. {error}")
         notes = [_without_paths(note, metadata) for note in notes]
         is_known = numbers.num_known == numbers.num_steps or "amateur_reading" in metadata  # as far as it was read
         check = check_steps(each, tokenizer) if is_known else None
-        reported.append(ReportedDataset(name, metadata, numbers, TokenTexts(tokenizer), trajectories, notes, check))
+        texts, index = TokenTexts(tokenizer), index_rows(each, answers)
+        reported.append(ReportedDataset(name, metadata, numbers, texts, trajectories, notes, index, check))
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    index_of_page = page_index(reported)
+    files = (rows_data(each, of.texts) for each, of in zip(datasets.values(), reported, strict=True))
+    rows_inside = place_rows(chain.from_iterable(files), folder, index_of_page["key"])
     path = folder / "report.html"
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(make_page(reported, curves, paired, search), encoding="utf-8")
+    page = make_page(reported, curves, paired, search, index_of_page, rows_inside)
+    temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, path)
+    save_figure_data(reported, curves, folder, search)
+    save_index(reported, folder)
     try:
         save_pictures(reported, curves, folder, search)
     except ImportError as error:
         logger.warning(f"{error} The page has them without it.")
     return path
+
+
+def _find_trained(training_dir: str | None) -> str | None:
+    """The output folder of a training, if it holds a model or an adapter."""
+    files = ("adapter_config.json", "config.json")
+    return training_dir if training_dir and any(Path(training_dir, file).is_file() for file in files) else None
 
 
 def _without_paths(note: str, metadata: dict[str, Any]) -> str:

@@ -287,9 +287,6 @@ def check_steps(
     kl_50, kl_90, kl_99 = np.quantile(every, [0.5, 0.9, 0.99]).tolist()
     texts = TokenTexts(tokenizer)
 
-    def show(token_id: int) -> str:
-        return f"#{token_id}" if tokenizer is None else label_of(texts(token_id))
-
     check = PairCheck(
         num_prompts=len(divergences),
         num_steps=len(every),
@@ -305,7 +302,7 @@ def check_steps(
         judged_kept_share=counts["reached"] / len(every),
         judged_changed_share=_share(counts["judged, changed"], counts["judged"]),
         corrections=[
-            Correction(show(taken), show(preferred), count)
+            Correction(label_of(texts(taken)), label_of(texts(preferred)), count)
             for (taken, preferred), count in changes.most_common(_NUM_CORRECTIONS)
         ],
         expert_parameters=made["expert_parameters"],

@@ -1,13 +1,12 @@
-"use strict";
-// What models said reaches the page as text alone: nothing here makes HTML of a string.
+// A step, opened: what models said reaches the page as text alone, and nothing here makes HTML of a string.
 
 const details = JSON.parse(document.getElementById("details").textContent);
 const panel = document.getElementById("panel");
 const body = document.getElementById("panel-body");
 const status = document.getElementById("status");
-const buttons = [...document.querySelectorAll("button[data-step]")];
-const hasTwo = new Set(Object.values(details).map((step) => step.name)).size > 1;
-let opened = null;
+const names = new Set(Object.values(details).map((step) => step.name));
+const haveRead = Object.values(details).some((step) => "e" in step || "m" in step);
+let opened = null; // the token whose step is shown
 
 function make(tag, className, ...children) {
   const element = document.createElement(tag);
@@ -23,6 +22,27 @@ function symbol(letter, index) {
 function percent(value) {
   const digits = value >= 0.9995 || value === 0 ? 0 : value < 0.001 ? 3 : 1;
   return (100 * value).toFixed(digits) + "\u00a0%";
+}
+
+function nats(value) {
+  if (Number.isNaN(value)) return "not known";
+  if (value !== 0 && value < 0.001) {
+    const [mantissa, exponent] = value.toExponential(2).split("e");
+    const power = `10⁻${[...exponent.slice(1)].map((digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]).join("")}`;
+    return Number(mantissa) === 1 ? power : `${Number(mantissa)}·${power}`;
+  }
+  return value >= 100 ? value.toFixed(0) : String(Number(value.toPrecision(3)));
+}
+
+function sayNats(value) {
+  return Number.isNaN(value) ? "divergence not known" : `${nats(value)} nats`;
+}
+
+// A token where it stands alone: blanks at its ends show
+function labelOf(text) {
+  const flat = text.replaceAll("↵\n", "↵");
+  if (!flat.trim()) return "␣".repeat(flat.length) || "⟨empty⟩";
+  return flat.replace(/^ +| +$/g, (blanks) => "␣".repeat(blanks.length));
 }
 
 function cell(kind, value) {
@@ -43,8 +63,9 @@ function table(step) {
     a: () => ["Amateur ", symbol("π", "A")],
     v: () => ["Label ", symbol("v", "C")],
     r: () => [symbol("π", "E"), "/", symbol("π", "A"), ", the favourite’s = 1"],
+    m: () => ["Trained ", symbol("π", "θ")],
   };
-  const kinds = ["e", "a", "v", "r"].filter((kind) => kind in step);
+  const kinds = ["e", "a", "v", "r", "m"].filter((kind) => kind in step);
   const head = make("tr", "");
   for (const title of [["Token"], ...kinds.map((kind) => titles[kind]())]) {
     const header = make("th", "", ...title);
@@ -57,64 +78,103 @@ function table(step) {
     if (i === step.taken) header.append(make("span", "taken", "taken"));
     return make("tr", "", header, ...kinds.map((kind) => cell(kind, step[kind][i])));
   });
-  if ("e" in step) {
+  if ("e" in step || "m" in step) {
     const header = make("th", "", "All others");
     header.scope = "row";
     const rest = (values) => Math.max(0, 1 - values.reduce((sum, value) => sum + value, 0));
-    rows.push(make("tr", "others", header, ...kinds.map((kind) => cell(kind, kind === "v" ? 0 : rest(step[kind])))));
+    const others = (kind) => (kind === "v" || kind === "r" ? 0 : rest(step[kind]));
+    rows.push(make("tr", "others", header, ...kinds.map((kind) => cell(kind, others(kind)))));
   }
   return make("table", "beside", make("thead", "", head), make("tbody", "", ...rows));
 }
 
-function show(button) {
-  if (opened) opened.setAttribute("aria-expanded", "false");
-  opened = button;
-  button.setAttribute("aria-expanded", "true");
-  const step = details[button.dataset.step];
+// What is said of a kept step, and of another, of which a Dataset holds no label
+function sayLabel(step) {
   const favourite = step.v.indexOf(Math.max(...step.v));
-  const taken = step.tokens[step.taken];
   const same = favourite === step.taken;
-  const lead = make("p", "lead", make("code", "", taken), " was taken; the label ");
+  const lead = make("p", "lead", make("code", "", step.tokens[step.taken]), " was taken; the label ");
   if (same) lead.append("prefers it too.");
   else lead.append("prefers ", make("code", "", step.tokens[favourite]), ".");
+  const words = same ? "the label prefers it too" : `the label prefers ${step.tokens[favourite]}`;
+  const parts = [lead, table(step)];
+  if (haveRead && !("e" in step || "m" in step)) {
+    parts.push(make("p", "note", "The models have read the rows below alone; --num_trajectories says how many."));
+  }
+  return { parts, words: `${step.tokens[step.taken]} was taken, ${words}, ${percent(step.v[favourite])}` };
+}
+
+function sayNotKept(step) {
+  const lead = make("p", "lead", make("code", "", step.token), " was taken.");
+  const note = make("p", "note", "The step was not kept, so that there is no label of it.");
+  return { parts: [lead, note], words: `${step.token} was taken, the step was not kept` };
+}
+
+function choose(element) {
+  const mark = (token, isOpen) => {
+    if (token?.matches("button")) token.setAttribute("aria-expanded", isOpen);
+    else token?.classList.toggle("chosen", isOpen);
+  };
+  mark(opened, false);
+  mark(element, true);
+  opened = element;
+}
+
+function show(step, element) {
+  choose(element);
+  const { parts, words } = "v" in step ? sayLabel(step) : sayNotKept(step);
   const close = make("button", "close", "\u00d7");
   close.type = "button";
   close.setAttribute("aria-label", "Close");
   close.addEventListener("click", () => hide(true));
-  const place = buttons.indexOf(button);
   const tools = make("div", "tools");
   for (const [text, offset] of [["← Previous", -1], ["Next →", 1]]) {
     const tool = make("button", "", text);
     tool.type = "button";
-    tool.disabled = !buttons[place + offset];
+    tool.disabled = !neighbour(element, offset);
     tool.addEventListener("click", () => {
-      go(place + offset);
+      go(neighbour(element, offset));
       const after = panel.querySelectorAll(".tools button")[offset > 0 ? 1 : 0];
       if (!after.disabled) after.focus();
     });
     tools.append(tool);
   }
+  const place = { dataset: step.d, row: step.row, step: step.t };
   const title = `Row ${step.row.toLocaleString("en")}, step ${step.t}`;
   const heading = make("h3", "", title, make("span", "note", step.kl));
-  const name = hasTwo ? [make("p", "note name", step.name)] : [];
-  body.replaceChildren(heading, close, ...name, lead, table(step), tools);
+  const name = names.size > 1 ? [make("p", "note name", step.name)] : [];
+  body.replaceChildren(heading, close, ...name, ...parts, tools, ...toolsOf(place));
   panel.classList.remove("empty");
   document.body.classList.add("open");
-  const words = same ? "the label prefers it too" : `the label prefers ${step.tokens[favourite]}`;
-  status.textContent = `${hasTwo ? step.name + ", " : ""}${title}: ${taken} was taken, ${words}, ${percent(step.v[favourite])}.`;
-  button.scrollIntoView({ block: "nearest" });
+  status.textContent = `${names.size > 1 ? step.name + ", " : ""}${title}: ${words}.`;
+  remember(`#${writePlace(place)}`);
 }
 
 function hide(focuses) {
-  if (!opened) return;
-  const button = opened;
-  button.setAttribute("aria-expanded", "false");
-  opened = null;
-  body.replaceChildren(make("p", "", "Choose a framed token."));
-  panel.classList.add("empty");
   document.body.classList.remove("open");
+  panel.classList.add("empty");
+  body.replaceChildren(make("p", "", "Choose a framed token."));
   status.textContent = "";
-  if (focuses) button.focus();
+  remember("");
+  const element = opened;
+  choose(null);
+  if (focuses) element?.focus();
+}
+
+// The address of the page names what is open, so that it can be sent to somebody
+function remember(fragment) {
+  if (location.hash !== fragment) history.replaceState(null, "", location.href.split("#")[0] + fragment);
+}
+
+function buttons() {
+  return [...document.querySelectorAll("button[data-step]")];
+}
+
+// The kept step before or after a token in the text of the page
+function neighbour(element, offset) {
+  if (!element) return null;
+  const side = offset > 0 ? Node.DOCUMENT_POSITION_FOLLOWING : Node.DOCUMENT_POSITION_PRECEDING;
+  const others = buttons().filter((button) => element.compareDocumentPosition(button) & side);
+  return (offset > 0 ? others[0] : others.at(-1)) ?? null;
 }
 
 // One stop of the Tab key a trajectory; the arrow keys go on from there
@@ -122,33 +182,57 @@ function settle(button) {
   for (const other of button.parentElement.querySelectorAll("button")) other.tabIndex = other === button ? 0 : -1;
 }
 
-function go(place) {
-  const button = buttons[place];
+function go(button) {
   if (!button) return;
   const more = button.closest("details");
   if (more) more.open = true;
   settle(button);
   button.focus();
-  if (opened) show(button);
+  if (opened) openToken(button);
 }
 
-for (const group of document.querySelectorAll(".text")) {
-  const first = group.querySelector("button");
-  if (first) settle(first);
+// Dataset, row and step of a token of a text
+function placeOf(token) {
+  const [dataset, row] = token.parentElement.dataset.row.split(".").map(Number);
+  const tokens = [...token.parentElement.children].filter((child) => child.tagName !== "BR");
+  return { dataset, row, step: "step" in token.dataset ? Number(token.dataset.step.split(".")[2]) : tokens.indexOf(token) };
 }
-for (const [place, button] of buttons.entries()) {
-  button.addEventListener("click", () => (opened === button ? hide(false) : show(button)));
-  button.addEventListener("focus", () => settle(button));
-  button.addEventListener("keydown", (event) => {
-    const steps = { ArrowRight: place + 1, ArrowDown: place + 1, ArrowLeft: place - 1, ArrowUp: place - 1 };
-    steps.Home = 0;
-    steps.End = buttons.length - 1;
-    if (event.key in steps && !event.ctrlKey && !event.metaKey && !event.altKey) {
+
+function openToken(token) {
+  const kept = details[token.dataset.step];
+  if (kept) show(kept, token);
+  else openStep(placeOf(token), token);
+  token.scrollIntoView({ block: "nearest" });
+}
+
+// A text whose tokens can be chosen
+function enliven(text) {
+  const first = text.querySelector("button");
+  if (first) settle(first);
+  text.addEventListener("click", (event) => {
+    const token = event.target.closest(".text > *");
+    if (!token || token.tagName === "BR") return;
+    if (token === opened) hide(false);
+    else openToken(token);
+  });
+  text.addEventListener("focusin", (event) => {
+    if (event.target.matches("button")) settle(event.target);
+  });
+  text.addEventListener("keydown", (event) => {
+    if (!event.target.matches("button") || event.ctrlKey || event.metaKey || event.altKey) return;
+    const all = buttons();
+    const place = all.indexOf(event.target);
+    const places = { ArrowRight: place + 1, ArrowDown: place + 1, ArrowLeft: place - 1, ArrowUp: place - 1 };
+    places.Home = 0;
+    places.End = all.length - 1;
+    if (event.key in places) {
       event.preventDefault();
-      go(steps[event.key]);
+      go(all[places[event.key]]);
     }
   });
 }
+
+document.querySelectorAll(".text").forEach(enliven);
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") hide(true);
+  if (event.key === "Escape") hide(!event.target.closest("#search"));
 });

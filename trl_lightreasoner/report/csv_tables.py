@@ -1,0 +1,51 @@
+"""Tables as CSV files, for spreadsheets and for pandas.
+
+Text of models and datasets is in quotation marks inside its cell, as JSON writes it: blanks at its ends show, and no
+spreadsheet takes it for a formula.
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..models.token_text import TokenTexts
+
+
+class Table(NamedTuple):
+    """Name of the file without its ending, titles of the columns, and rows."""
+
+    name: str
+    head: Sequence[str]
+    rows: Iterable[Sequence[Any]]
+
+
+def save_table(table: Table, folder: Path) -> Path:
+    """Write one table."""
+    path = folder / f"{table.name}.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(table.head)
+        writer.writerows(table.rows)
+    return path
+
+
+def quoted(text: str) -> str:
+    """
+    Text of a model or a dataset as a cell that is text.
+
+    Example:
+
+    ```python
+    >>> quoted(" =1+1")
+    '" =1+1"'
+
+    ```
+    """
+    return json.dumps(text, ensure_ascii=False)
+
+
+def token_cells(texts: TokenTexts, token_id: int) -> tuple[int, str]:
+    """A token by number and by text."""
+    return token_id, quoted(texts(token_id))

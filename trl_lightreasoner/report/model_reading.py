@@ -1,0 +1,232 @@
+"""What expert, amateur and trained model say at the kept steps that a report shows.
+
+A Dataset holds v_C, but not pi_E and pi_A, which are read again, in one forward pass a trajectory and model, where the
+models are at hand. What these two say is shown only if it gives v_C again.
+"""
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..evaluation.answering import context_length
+from ..models.adapter_loading import load_adapter, load_adapter_config
+from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at
+from ..models.loading import load_config, load_model, load_tokenizer
+from ..models.weights import get_base_model
+from ..vocabulary import Vocabulary, model_vocabulary, shared_vocabulary
+from .shown_steps import ShownTrajectory
+
+
+if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
+    from peft import PeftModel
+
+
+# As users name a model: id, path, or the model
+NamedModel: TypeAlias = "str | PreTrainedModel | PeftModel"
+
+# Mean over the steps of the total variation between v_C as it was stored and as the models give it now. Rounding in
+# half precision leaves less, another model or revision more
+_MAX_VARIATION = 0.1
+
+
+def find_tokenizer(metadata: dict[str, Any], expert: "NamedModel | None") -> PreTrainedTokenizerBase | str:
+    """
+    The tokenizer of the expert, or why there is none.
+
+    Raises:
+        `ValueError`: If the user named the expert, and there is none beside it.
+    """
+    name, kwargs = _source(metadata, "expert", expert)
+    if name is None:
+        return "the dataset does not name its expert"
+    try:
+        return load_tokenizer(name, "expert", **kwargs)
+    except (ValueError, OSError) as error:
+        if expert is not None:
+            raise
+        return _reason(error)
+
+
+def add_probabilities(
+    trajectories: list[ShownTrajectory],
+    metadata: dict[str, Any],
+    expert: "NamedModel | None",
+    amateur: "NamedModel | None",
+) -> str | None:
+    """
+    Let expert and amateur read the trajectories, for their probabilities at the kept steps.
+
+    Args:
+        trajectories (`list[ShownTrajectory]`): Whose steps are replaced.
+        metadata (`dict`): What [`made_with`] says.
+        expert, amateur (`str` or model, *optional*): Ids or paths, or the models. By default they are those that
+            `metadata` names, if they are on this machine.
+
+    Returns:
+        `str`: Why nothing was added, or `None`.
+
+    Raises:
+        `ValueError`: If a model that the user named cannot be used.
+    """
+    if not any(trajectory.steps for trajectory in trajectories):
+        return None
+    if "amateur_reading" in metadata:
+        return "the amateur has another tokenizer than the expert"
+    roles, named = ("expert", "amateur"), (expert, amateur)
+    sources = [_source(metadata, role, name) for role, name in zip(roles, named, strict=True)]
+    for role, name, (source, kwargs) in zip(roles, named, sources, strict=True):
+        if source is None:
+            return f"the dataset does not name its {role}"
+        if name is None:
+            kwargs["local_files_only"] = True
+    try:
+        tokenizers = [
+            load_tokenizer(name, role, **kwargs) for role, (name, kwargs) in zip(roles, sources, strict=True)
+        ]
+        configs = [load_config(name, role, **kwargs) for role, (name, kwargs) in zip(roles, sources, strict=True)]
+        vocabulary = shared_vocabulary(*tokenizers, *(config.get_text_config().vocab_size for config in configs))
+        probabilities = [
+            _read(load_model(name, **kwargs).eval(), role, trajectories, vocabulary)
+            for role, (name, kwargs) in zip(roles, sources, strict=True)
+        ]
+    except (ValueError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: out of memory
+        if expert is not None or amateur is not None:
+            raise ValueError(f"The models cannot be read: {_reason(error)}.") from error
+        return _reason(error)
+    variation = _variation(trajectories, *probabilities)
+    if not variation <= _MAX_VARIATION:
+        reason = (
+            f"expert and amateur, as they are here, give another v_C than the dataset holds (total variation "
+            f"{variation:.2f})"
+        )
+        if expert is not None or amateur is not None:
+            raise ValueError(f"The models cannot be the ones that were sampled: {reason}. Name those.")
+        return reason
+    for trajectory, experts, amateurs in zip(trajectories, *probabilities, strict=True):
+        trajectory.steps = [
+            step._replace(expert_probs=expert_probs, amateur_probs=amateur_probs)
+            for step, expert_probs, amateur_probs in zip(trajectory.steps, experts, amateurs, strict=True)
+        ]
+    return None
+
+
+def add_trained(
+    trajectories: list[ShownTrajectory],
+    metadata: dict[str, Any],
+    trained: "NamedModel",
+    expert: "NamedModel | None",
+    tokenizer: PreTrainedTokenizerBase,
+    local_files_only: bool = False,
+) -> None:
+    """
+    Let the trained model read the trajectories, for its probabilities at the kept steps.
+
+    Args:
+        trajectories (`list[ShownTrajectory]`): Whose steps are replaced.
+        metadata (`dict`): What [`made_with`] says.
+        trained (`str` or model): Id or path of a model or an adapter, or the model.
+        expert (`str` or model, *optional*): As the user named it. An adapter of a loaded expert is put on it for as
+            long as it reads.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's, in whose tokens the steps are.
+        local_files_only (`bool`): Whether to do without what is not on this machine.
+
+    Raises:
+        `ValueError`: If the model cannot be read, or has other tokens than the expert.
+    """
+    if not any(trajectory.steps for trajectory in trajectories):
+        return
+    kwargs: dict[str, Any] = {"dtype": (metadata.get("expert") or {}).get("dtype") or "auto"}
+    kwargs |= {"local_files_only": True} if local_files_only else {}
+    try:
+        if load_tokenizer(trained, "trained model", **kwargs).get_vocab() != tokenizer.get_vocab():
+            raise ValueError("it has other tokens than the expert")
+        if isinstance(trained, str) and isinstance(expert, PreTrainedModel) and load_adapter_config(trained):
+            generation_config = expert.generation_config
+            adapted = load_adapter(expert, trained).eval()
+            try:
+                probabilities = _read_with(adapted, trajectories, tokenizer)
+            finally:
+                adapted.unload()
+                expert.generation_config = generation_config
+        else:
+            probabilities = _read_with(load_model(trained, **kwargs).eval(), trajectories, tokenizer)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: out of memory
+        raise ValueError(f"The trained model cannot be read: {_reason(error)}.") from error
+    for trajectory, of_steps in zip(trajectories, probabilities, strict=True):
+        trajectory.steps = [
+            step._replace(trained_probs=probs) for step, probs in zip(trajectory.steps, of_steps, strict=True)
+        ]
+
+
+def _read_with(
+    model: torch.nn.Module, trajectories: list[ShownTrajectory], tokenizer: PreTrainedTokenizerBase
+) -> list[list[list[float]]]:
+    width = get_base_model(model).config.get_text_config().vocab_size
+    return _read(model, "trained model", trajectories, model_vocabulary(tokenizer, width, "trained model"))
+
+
+def _source(
+    metadata: dict[str, Any], role: str, name: "NamedModel | None"
+) -> "tuple[NamedModel | None, dict[str, Any]]":
+    """Id or path of a model, or the model, and the arguments with which it is loaded as it was sampled."""
+    made = metadata.get(role) or {}
+    kwargs = {"dtype": made.get("dtype") or "auto"}
+    if name is not None:
+        return name, kwargs
+    if made.get("adapter"):  # by name, or as an object of which only its adapters' names are known
+        return (made["adapter"] if isinstance(made["adapter"], str) else None), kwargs
+    return made.get("model"), kwargs | ({"revision": made["revision"]} if made.get("revision") else {})
+
+
+@torch.no_grad()
+def _read(
+    model: torch.nn.Module, role: str, trajectories: list[ShownTrajectory], vocabulary: Vocabulary
+) -> list[list[list[float]]]:
+    """Probabilities of the tokens of each step of each trajectory."""
+    device = get_base_model(model).get_input_embeddings().weight.device
+    to_keep = accepts_logits_to_keep(model)
+    width = get_base_model(model).config.get_text_config().vocab_size
+    if any(token_id >= width for each in trajectories for token_id in each.prompt_ids + each.completion_ids[:-1]):
+        raise ValueError(f"the dataset holds tokens beyond the {width} that the {role} has embeddings for")
+    context = context_length(get_base_model(model).config.get_text_config())
+    if any(len(each.prompt_ids) + each.steps[-1].position > context for each in trajectories if each.steps):
+        raise ValueError(f"the dataset holds steps beyond the {context} tokens that the {role} reads at most")
+    probabilities: list[list[list[float]]] = []
+    for trajectory in tqdm(trajectories, f"Reading the {role}", leave=False, disable=None):
+        if not trajectory.steps:
+            probabilities.append([])
+            continue
+        positions = [len(trajectory.prompt_ids) + step.position - 1 for step in trajectory.steps]
+        ids = torch.tensor([(trajectory.prompt_ids + trajectory.completion_ids)[: positions[-1] + 1]], device=device)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        mask[0, positions] = True
+        with attention_backends(device):
+            logits = forward_at(model, mask, to_keep, input_ids=ids).logits
+        logps = vocabulary.select(logits).float().log_softmax(-1).cpu()
+        of_steps = []
+        for step, step_logps in zip(trajectory.steps, logps, strict=True):
+            step_ids = torch.tensor(step.token_ids)
+            if not vocabulary.contains(step_ids).all():
+                raise ValueError(f"a label of the dataset holds a token that the {role} has not")
+            of_steps.append(step_logps[vocabulary.columns_of(step_ids)].exp().tolist())
+        probabilities.append(of_steps)
+    return probabilities
+
+
+def _variation(trajectories: list[ShownTrajectory], experts: list, amateurs: list) -> float:
+    """Mean total variation between v_C as it is stored and as the two models' probabilities give it."""
+    variations = []
+    for trajectory, *probabilities in zip(trajectories, experts, amateurs, strict=True):
+        for step, expert, amateur in zip(trajectory.steps, *probabilities, strict=True):
+            label = np.array(step.label_probs)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                ratios = np.where(label > 0, np.array(expert) / np.array(amateur), 0)
+                variations.append(np.abs(ratios / ratios.sum() - label).sum() / 2)
+    return float(np.mean(variations))
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
