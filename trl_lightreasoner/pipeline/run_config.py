@@ -77,6 +77,12 @@ class RunConfig:
         alpha (`float`, *optional*, defaults to `0.2`):
             Plausibility threshold in (0, 1]: a token can be in a label if the expert holds it at least `alpha` times
             as probable as its favourite.
+        contrast_strength (`float`, *optional*, defaults to `1.0`):
+            gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100; the paper's is 1. At 0 the amateur
+            chooses the steps alone, and the label is pi_E^lambda over the plausible tokens.
+        expert_anchor (`float`, *optional*, defaults to `0.0`):
+            lambda of the label, from 0 to 100; the paper's is 0. At 1 the label goes on from the expert, as
+            contrastive decoding does with a `contrast_strength` of 0.5.
         max_new_tokens (`int`, *optional*, defaults to `128`):
             Longest completion that is sampled.
 
@@ -217,6 +223,20 @@ class RunConfig:
         metadata={
             "help": "Plausibility threshold in (0, 1]: a token can be in a label if the expert holds it at least "
             "`alpha` times as probable as its favourite."
+        },
+    )
+    contrast_strength: float = field(
+        default=1.0,
+        metadata={
+            "help": "gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100; the paper's is 1. At 0 the "
+            "amateur chooses the steps alone, and the label is pi_E^lambda over the plausible tokens."
+        },
+    )
+    expert_anchor: float = field(
+        default=0.0,
+        metadata={
+            "help": "lambda of the label, from 0 to 100; the paper's is 0. At 1 the label goes on from the expert, as "
+            "contrastive decoding does with a `contrast_strength` of 0.5."
         },
     )
     max_new_tokens: int = field(

@@ -80,6 +80,8 @@ def open_pair(args: RunConfig, folder: Folder, command: str) -> ContrastiveStepS
         dtype=choose_dtype(args),
         amateur_chat_template=args.amateur_chat_template,
         alpha=args.alpha,
+        contrast_strength=args.contrast_strength,
+        expert_anchor=args.expert_anchor,
         max_new_tokens=args.max_new_tokens,
     )
     return ContrastiveStepSampler(args.expert, args.amateur, sampling_args)

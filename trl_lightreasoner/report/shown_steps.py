@@ -209,7 +209,7 @@ def add_probabilities(
         if expert is not None or amateur is not None:
             raise ValueError(f"The models cannot be read: {_reason(error)}.") from error
         return _reason(error)
-    variation = _variation(trajectories, *probabilities)
+    variation = _variation(trajectories, *probabilities, settings=metadata.get("settings") or {})
     if not variation <= _MAX_VARIATION:
         reason = (
             f"expert and amateur, as they are here, give another v_C than the dataset holds (total variation "
@@ -274,14 +274,16 @@ def _read(
     return probabilities
 
 
-def _variation(trajectories: list[ShownTrajectory], experts: list, amateurs: list) -> float:
+def _variation(trajectories: list[ShownTrajectory], experts: list, amateurs: list, settings: dict[str, Any]) -> float:
     """Mean total variation between v_C as it is stored and as the two models' probabilities give it."""
+    strength, anchor = settings.get("contrast_strength", 1.0), settings.get("expert_anchor", 0.0)
     variations = []
     for trajectory, *probabilities in zip(trajectories, experts, amateurs, strict=True):
         for step, expert, amateur in zip(trajectory.steps, *probabilities, strict=True):
             label = np.array(step.label_probs)
             with np.errstate(divide="ignore", invalid="ignore"):
-                ratios = np.where(label > 0, np.array(expert) / np.array(amateur), 0)
+                logs = (strength + anchor) * np.log(expert) - strength * np.log(amateur)
+                ratios = np.where(label > 0, np.exp(logs - np.where(label > 0, logs, -np.inf).max()), 0)
                 variations.append(np.abs(ratios / ratios.sum() - label).sum() / 2)
     return float(np.mean(variations))
 

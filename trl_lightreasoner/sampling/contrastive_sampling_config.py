@@ -7,6 +7,7 @@ from ..config_checks import (
     check_choices,
     check_flags,
     check_init_kwargs,
+    check_label_settings,
     check_numbers,
     check_output_dir,
     check_vllm_settings,
@@ -57,6 +58,12 @@ class ContrastiveSamplingConfig:
         beta (`float`, *optional*, defaults to `0.4`):
             Informativeness threshold in nats: a step is kept if the expert's distribution diverges from the amateur's
             by at least this much.
+        contrast_strength (`float`, *optional*, defaults to `1.0`):
+            gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100; the paper's is 1. At 0 the amateur
+            chooses the steps alone, and the label is pi_E^lambda over the plausible tokens.
+        expert_anchor (`float`, *optional*, defaults to `0.0`):
+            lambda of the label, from 0 to 100; the paper's is 0. At 1 the label goes on from the expert, as
+            contrastive decoding does with a `contrast_strength` of 0.5.
         include_first_step (`bool`, *optional*, defaults to `False`):
             Whether the first token of a completion can be a kept step. The published scripts skip it, and with a plain
             prompt its label costs accuracy.
@@ -144,6 +151,20 @@ class ContrastiveSamplingConfig:
             "amateur's by at least this much."
         },
     )
+    contrast_strength: float = field(
+        default=1.0,
+        metadata={
+            "help": "gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100; the paper's is 1. At 0 the "
+            "amateur chooses the steps alone, and the label is pi_E^lambda over the plausible tokens."
+        },
+    )
+    expert_anchor: float = field(
+        default=0.0,
+        metadata={
+            "help": "lambda of the label, from 0 to 100; the paper's is 0. At 1 the label goes on from the expert, as "
+            "contrastive decoding does with a `contrast_strength` of 0.5."
+        },
+    )
     include_first_step: bool = field(
         default=False,
         metadata={
@@ -210,5 +231,6 @@ class ContrastiveSamplingConfig:
             raise ValueError(
                 f"`beta` must be a finite number of nats, 0 or more, got {self.beta}. The paper uses 0.4."
             )
+        check_label_settings(self)
         check_vllm_settings(self)
         check_whole_numbers(self, ("max_new_tokens",), optional=("max_prompt_length", "per_device_batch_size"))

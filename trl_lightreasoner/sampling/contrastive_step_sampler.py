@@ -49,7 +49,8 @@ _EQUAL_WEIGHTS = (
     "Expert and amateur have equal weights, so that they diverge nowhere and there is nothing to learn. Name a weaker "
     "model as the amateur."
 )
-_SETTINGS = ("alpha", "beta", "max_new_tokens", "max_prompt_length", "include_first_step", "use_vllm")
+_LABEL_SETTINGS = ("alpha", "beta", "contrast_strength", "expert_anchor", "include_first_step")
+_SETTINGS = (*_LABEL_SETTINGS, "max_new_tokens", "max_prompt_length", "use_vllm")
 
 
 class ContrastiveStepSampler:
@@ -424,7 +425,7 @@ class ContrastiveStepSampler:
             completions, hidden_states = self._decode(rows["prompt_ids"], room)
         trajectories = [Trajectory(*ids) for ids in zip(rows["prompt_ids"], completions, strict=True)]
         settings: dict[str, Any] = {
-            **{name: getattr(self.args, name) for name in ("alpha", "beta", "include_first_step")},
+            **{name: getattr(self.args, name) for name in _LABEL_SETTINGS},
             "names": [f"row {index}" for index in indices],
             "expert_hidden_states": hidden_states,
         }

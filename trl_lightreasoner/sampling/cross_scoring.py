@@ -16,7 +16,7 @@ from .scoring import PART_LOGITS, LogitsAtSteps, Trajectory, TrajectoryScores, a
 
 # The expert's most probable tokens that the divergence tells apart; the rest is one event
 TOP_TOKENS = 20
-# Nats that log pi_A of a token in the mask can be uncertain by
+# Nats that log pi_A of a token in the mask can be uncertain by, gamma times, as it counts in the label
 MAX_WIDTH = 0.1
 # In place of a probability that is 0 as far as is known, so that no divergence is infinite
 _FLOOR = 1e-12
@@ -70,11 +70,13 @@ class CrossScoring:
         include_first_step: bool = True,
         names: list[str] | None = None,
         expert_hidden_states: list[torch.Tensor] | None = None,
+        contrast_strength: float = 1.0,
+        expert_anchor: float = 0.0,
     ) -> list[TrajectoryScores]:
         """
         Args:
-            expert, amateur, trajectories, alpha, beta, include_first_step, names, expert_hidden_states: As of
-                [`score_trajectories`].
+            expert, amateur, trajectories, alpha, beta, include_first_step, names, expert_hidden_states,
+            contrast_strength, expert_anchor: As of [`score_trajectories`].
             amateur_prompts (`list[list[int]]`): Each prompt as the amateur reads it.
         """
         names = names or [f"trajectory {i}" for i in range(len(trajectories))]
@@ -86,7 +88,9 @@ class CrossScoring:
             prompts = [amateur_prompts[i] for i in group]
             steps = self._cover(amateur, completions, prompts, [experts[i] for i in group], [names[i] for i in group])
             for i, covered in zip(group, steps, strict=True):
-                scores[i] = self._score(covered, experts[i], beta, include_first_step)
+                scores[i] = self._score(
+                    covered, experts[i], beta, include_first_step, contrast_strength, expert_anchor
+                )
         return [scores[i] for i in range(len(trajectories))]
 
     def _read_expert(
@@ -206,6 +210,8 @@ class CrossScoring:
         experts: list[_ExpertStep],
         beta: float,
         include_first_step: bool,
+        contrast_strength: float,
+        expert_anchor: float,
     ) -> TrajectoryScores:
         scores = TrajectoryScores([], [], [], [])
         for t, (step, top) in enumerate(zip(covered, experts, strict=True)):
@@ -226,10 +232,11 @@ class CrossScoring:
                 continue
             widths = [log_width(*each) for each in zip(bounds.low, bounds.high, strict=True)]
             mask = torch.tensor(top.plausible)
-            if max(width for width, plausible in zip(widths, top.plausible, strict=True) if plausible) > MAX_WIDTH:
+            widest = max(width for width, plausible in zip(widths, top.plausible, strict=True) if plausible)
+            if contrast_strength * widest > MAX_WIDTH:  # log pi_A counts gamma times in the label
                 self.dropped["not exact enough"] += 1
                 continue
-            label = contrastive_label(of_expert, of_amateur, mask).float()
+            label = contrastive_label(of_expert, of_amateur, mask, contrast_strength, expert_anchor).float()
             label, order = label.sort(descending=True, stable=True)
             support = int((label > 0).sum().item())
             scores.step_positions.append(t)

@@ -54,6 +54,8 @@ def score_trajectories(
     include_first_step: bool = True,
     names: list[str] | None = None,
     expert_hidden_states: list[torch.Tensor] | None = None,
+    contrast_strength: float = 1.0,
+    expert_anchor: float = 0.0,
 ) -> list[TrajectoryScores]:
     """
     Divergence and labels of every step of a batch of trajectories.
@@ -74,6 +76,7 @@ def score_trajectories(
         expert_hidden_states (`list[torch.Tensor]`, *optional*): Of a trajectory of T completion tokens,
             `(T, hidden_size)`: from what the expert's output head makes the logits of each step, where the expert
             itself has just generated the trajectories. If `None`, they are computed.
+        contrast_strength, expert_anchor (`float`): gamma and lambda of the labels.
 
     Returns:
         `list[TrajectoryScores]`, in the order of the trajectories.
@@ -101,7 +104,7 @@ def score_trajectories(
             part = group[rows]
             of_expert, of_amateur = (vocabulary.select(each(rows)) for each in (expert_logits, amateur_logits))
             try:
-                steps = contrast_steps(of_expert, of_amateur, alpha=alpha, beta=beta)
+                steps = contrast_steps(of_expert, of_amateur, alpha, beta, contrast_strength, expert_anchor)
             except NonFiniteLogitsError as error:
                 i, t = [(i, t) for i in part for t in range(len(trajectories[i].completion_ids))][error.row]
                 place = f"step {t} of {names[i] if names else f'trajectory {i}'}"
