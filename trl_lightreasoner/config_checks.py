@@ -45,6 +45,21 @@ def check_whole_numbers(config: Any, names: Iterable[str], optional: Iterable[st
             raise ValueError(f"`{name}` must be a whole number, 1 or more, got {value!r}.")
 
 
+def check_amateur_settings(config: Any) -> None:
+    for name in ("amateur_chat_template", "amateur_system_prompt", "amateur_prompt_template"):
+        if not isinstance(getattr(config, name), str | None):
+            raise ValueError(f"`{name}` must be text, got {getattr(config, name)!r}.")
+    layers = config.amateur_skipped_layers
+    if layers is None:
+        return
+    is_list = isinstance(layers, list | tuple) and len(layers) > 0
+    if not is_list or any(isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in layers):
+        raise ValueError(
+            f"`amateur_skipped_layers` must be a list of numbers of layers, from 0, such as [8, 9], got {layers!r}."
+        )
+    config.amateur_skipped_layers = sorted(set(layers))
+
+
 def check_label_settings(config: Any) -> None:
     check_numbers(config, ("contrast_strength", "expert_anchor"))
     for name in ("contrast_strength", "expert_anchor"):

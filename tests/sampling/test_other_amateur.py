@@ -167,7 +167,7 @@ def test_a_chat_template_can_be_given_to_the_amateur(template, tmp_path, tokeniz
     sampler = ContrastiveStepSampler(
         **other_pair(tokenizer), args=args(tmp_path / "steps", amateur_chat_template=template)
     )
-    (ids,) = sampler.other_amateur.prompts_of(PROMPTS, 1)
+    ids = sampler._amateur_prompts().encode([PROMPTS[0]])[0]
     assert sampler.other_amateur.tokenizer.decode(ids) == PROMPTS[0]["prompt"][0]["content"] + "\n\n"
 
 

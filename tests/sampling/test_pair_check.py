@@ -394,7 +394,7 @@ def test_a_model_with_equal_weights_is_refused(make_sampler, prompts, expert, ex
 
 
 def test_one_path_twice_is_refused_before_it_is_loaded(make_sampler, prompts, expert_path, monkeypatch):
-    monkeypatch.setattr("trl_lightreasoner.sampling.contrastive_step_sampler.load_model", None)
+    monkeypatch.setattr("trl_lightreasoner.sampling.model_pair.load_model", None)
     with pytest.raises(ValueError, match="Expert and amateur have equal weights"):
         make_sampler(amateur=expert_path).check(prompts)
 

@@ -26,11 +26,19 @@ class RunConfig:
 
         expert (`str`):
             Id or path of the stronger model, which is fine-tuned.
-        amateur (`str`):
-            Id or path of the weaker model, of any vocabulary.
+        amateur (`str`, *optional*):
+            Id or path of the weaker model, of any vocabulary. If `None`, it is the expert itself, with
+            `amateur_skipped_layers`, or behind an `amateur_system_prompt` or `amateur_prompt_template`.
         amateur_chat_template (`str`, *optional*):
             Chat template of an amateur with another tokenizer than the expert's: Jinja text, a file with it, or
             `"plain"` for the messages' bare text, an empty line behind each. If `None`, the amateur's own.
+        amateur_skipped_layers (`list[int]`, *optional*):
+            Numbers, from 0, of the amateur's decoder layers that its passes leave out.
+        amateur_system_prompt (`str`, *optional*):
+            System message behind which the amateur reads the completion, empty for none. If `None`, the expert's.
+        amateur_prompt_template (`str`, *optional*):
+            Text with {question} in it, or a file with such text, in which the amateur reads the question. If `None`,
+            the expert's.
         dtype (`str`, *optional*):
             Data type of the models' weights: `"auto"` (the checkpoint's own), `"bfloat16"`, `"float16"` or
             `"float32"`. If `None`, `"float32"` on a CPU, which is slow in half precision, and elsewhere `"auto"`.
@@ -122,11 +130,15 @@ class RunConfig:
     expert: str = field(
         metadata={"help": "Id or path of the stronger model, which is fine-tuned."},
     )
-    amateur: str = field(
-        metadata={"help": "Id or path of the weaker model, of any vocabulary."},
-    )
     dataset_name: str = field(
         metadata={"help": "Questions: a dataset on the Hub, a folder, or a file (JSON lines, Parquet, CSV)."},
+    )
+    amateur: str | None = field(
+        default=None,
+        metadata={
+            "help": "Id or path of the weaker model, of any vocabulary. If `None`, it is the expert itself, with "
+            "`amateur_skipped_layers`, or behind an `amateur_system_prompt` or `amateur_prompt_template`."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False,
@@ -140,6 +152,24 @@ class RunConfig:
         metadata={
             "help": "Chat template of an amateur with another tokenizer than the expert's: Jinja text, a file with "
             "it, or 'plain' for the messages' bare text, an empty line behind each. If `None`, the amateur's own."
+        },
+    )
+    amateur_skipped_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "Numbers, from 0, of the amateur's decoder layers that its passes leave out."},
+    )
+    amateur_system_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "System message behind which the amateur reads the completion, empty for none. If `None`, the "
+            "expert's."
+        },
+    )
+    amateur_prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text with {question} in it, or a file with such text, in which the amateur reads the question. "
+            "If `None`, the expert's."
         },
     )
     dtype: str | None = field(
@@ -297,6 +327,8 @@ class RunConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"`{name}` must be a whole number, 0 or more, got {value!r}.")
+        if self.amateur_prompt_template is not None:
+            self.amateur_prompt_template = read_template(self.amateur_prompt_template, "amateur_prompt_template")
         if self.prompt_style is not None:
             check_choices(self, ("prompt_style",))
         if self.prompt_style == "raw" and self.system_prompt:

@@ -79,6 +79,9 @@ def open_pair(args: RunConfig, folder: Folder, command: str) -> ContrastiveStepS
         str(folder.steps),
         dtype=choose_dtype(args),
         amateur_chat_template=args.amateur_chat_template,
+        amateur_skipped_layers=args.amateur_skipped_layers,
+        amateur_system_prompt=args.amateur_system_prompt,
+        amateur_prompt_template=args.amateur_prompt_template,
         alpha=args.alpha,
         contrast_strength=args.contrast_strength,
         expert_anchor=args.expert_anchor,
@@ -92,10 +95,12 @@ def choose_dtype(args: RunConfig) -> str:
     return args.dtype or ("auto" if torch.accelerator.is_available() else "float32")
 
 
-def check_pair(sampler: ContrastiveStepSampler, prompts: Dataset, path: Path) -> dict[str, Any]:
+def check_pair(
+    sampler: ContrastiveStepSampler, prompts: Dataset, prompt_format: PromptFormat, path: Path
+) -> dict[str, Any]:
     """What the check says of the pair, kept in a file, and a warning where it is not promising."""
     if not path.is_file():
-        check = sampler.check(prompts)
+        check = sampler.check(prompts, prompt_format=prompt_format)
         write_json(path, {"headline": check.headline, **check.to_dict()})
     check = json.loads(path.read_text(encoding="utf-8"))
     if not check["promising"]:

@@ -178,7 +178,7 @@ def tune(args: TuneConfig) -> TuneResult:
 
     with folder:
         with stages("check", f"Checking the pair on {min(50, len(prompts))} questions"):
-            check = check_pair(sampler, prompts, folder.check)
+            check = check_pair(sampler, prompts, prompt_format, folder.check)
         with stages("sample", f"Expert and amateur read {len(prompts):,} questions"):
             steps, num_steps, num_kept = sample_steps(sampler, prompts, prompt_format)
         expert, amateur = sampler.expert, sampler.amateur

@@ -34,6 +34,8 @@ MAX_TOKENS = 512  # of a completion that are shown
 # Mean over the steps of the total variation between v_C as it was stored and as the models give it now. Rounding in
 # half precision leaves less, another model or revision more
 _MAX_VARIATION = 0.1
+# With one of which the amateur reads otherwise than its model alone
+_AMATEUR_SETTINGS = ("amateur_skipped_layers", "amateur_system_prompt", "amateur_prompt_template")
 
 
 class ShownStep(NamedTuple):
@@ -188,6 +190,9 @@ def add_probabilities(
         return None
     if "amateur_reading" in metadata:
         return "the amateur has another tokenizer than the expert"
+    settings = metadata.get("settings") or {}
+    if any(settings.get(name) is not None for name in _AMATEUR_SETTINGS):
+        return "the amateur was read without some of its layers, or behind another prompt"
     roles, named = ("expert", "amateur"), (expert, amateur)
     sources = [_source(metadata, role, name) for role, name in zip(roles, named, strict=True)]
     for role, name, (source, kwargs) in zip(roles, named, sources, strict=True):
@@ -209,7 +214,8 @@ def add_probabilities(
         if expert is not None or amateur is not None:
             raise ValueError(f"The models cannot be read: {_reason(error)}.") from error
         return _reason(error)
-    variation = _variation(trajectories, *probabilities, settings=metadata.get("settings") or {})
+    experts, amateurs = probabilities
+    variation = _variation(trajectories, experts, amateurs, settings)
     if not variation <= _MAX_VARIATION:
         reason = (
             f"expert and amateur, as they are here, give another v_C than the dataset holds (total variation "

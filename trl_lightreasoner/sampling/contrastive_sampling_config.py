@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config_checks import (
+    check_amateur_settings,
     check_choices,
     check_flags,
     check_init_kwargs,
@@ -13,6 +14,7 @@ from ..config_checks import (
     check_vllm_settings,
     check_whole_numbers,
 )
+from ..steps.prompt_format import read_template
 
 
 @dataclass
@@ -47,6 +49,13 @@ class ContrastiveSamplingConfig:
         amateur_chat_template (`str`, *optional*):
             Chat template of an amateur with another tokenizer than the expert's: Jinja text, a file with it, or
             `"plain"` for the messages' bare text, an empty line behind each. If `None`, the amateur's own.
+        amateur_skipped_layers (`list[int]`, *optional*):
+            Numbers, from 0, of the amateur's decoder layers that its passes leave out.
+        amateur_system_prompt (`str`, *optional*):
+            System message behind which the amateur reads the completion, empty for none. If `None`, the expert's.
+        amateur_prompt_template (`str`, *optional*):
+            Text with {question} in it, or a file with such text, in which the amateur reads the question. If `None`,
+            the expert's.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to allow loading models and tokenizers that ship custom Python code.
 
@@ -131,6 +140,24 @@ class ContrastiveSamplingConfig:
         metadata={
             "help": "Chat template of an amateur with another tokenizer than the expert's: Jinja text, a file with "
             "it, or 'plain' for the messages' bare text, an empty line behind each. If `None`, the amateur's own."
+        },
+    )
+    amateur_skipped_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "Numbers, from 0, of the amateur's decoder layers that its passes leave out."},
+    )
+    amateur_system_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "System message behind which the amateur reads the completion, empty for none. If `None`, the "
+            "expert's."
+        },
+    )
+    amateur_prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text with {question} in it, or a file with such text, in which the amateur reads the question. "
+            "If `None`, the expert's."
         },
     )
     trust_remote_code: bool = field(
@@ -219,12 +246,13 @@ class ContrastiveSamplingConfig:
 
     def __post_init__(self):
         check_init_kwargs(self, ("model_init_kwargs", "amateur_model_init_kwargs"))
-        if not isinstance(self.amateur_chat_template, str | None):
-            raise ValueError(f"`amateur_chat_template` must be text, got {self.amateur_chat_template!r}.")
+        check_amateur_settings(self)
         check_choices(self, ("dtype", "vllm_mode"))
         check_output_dir(self)
         check_flags(self, ("overwrite_output_dir", "trust_remote_code", "include_first_step", "use_vllm"))
         check_numbers(self, ("alpha", "beta", "vllm_server_timeout", "vllm_gpu_memory_utilization"))
+        if self.amateur_prompt_template is not None:
+            self.amateur_prompt_template = read_template(self.amateur_prompt_template, "amateur_prompt_template")
         if not 0 < self.alpha <= 1:
             raise ValueError(f"`alpha` must be in (0, 1], got {self.alpha}. The paper uses 0.2.")
         if not 0 <= self.beta < float("inf"):

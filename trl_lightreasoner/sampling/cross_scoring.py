@@ -3,6 +3,8 @@ tokens of a completion, and batches of the further contexts that the covering as
 
 import math
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -72,13 +74,15 @@ class CrossScoring:
         expert_hidden_states: list[torch.Tensor] | None = None,
         contrast_strength: float = 1.0,
         expert_anchor: float = 0.0,
+        as_amateur: Callable[[], AbstractContextManager] = nullcontext,
     ) -> list[TrajectoryScores]:
         """
         Args:
             expert, amateur, trajectories, alpha, beta, include_first_step, names, expert_hidden_states,
-            contrast_strength, expert_anchor: As of [`score_trajectories`].
+            contrast_strength, expert_anchor, as_amateur: As of [`score_trajectories`].
             amateur_prompts (`list[list[int]]`): Each prompt as the amateur reads it.
         """
+        self._as_amateur = as_amateur
         names = names or [f"trajectory {i}" for i in range(len(trajectories))]
         width = get_base_model(amateur).config.get_text_config().vocab_size
         experts = self._read_expert(expert, trajectories, alpha, names, expert_hidden_states)
@@ -198,7 +202,8 @@ class CrossScoring:
         """Logits of the amateur's tokens at the steps of trajectories, `(T, V)` each."""
         found: dict[int, torch.Tensor] = {}
         for group in group_by_length(trajectories):
-            logits_at = LogitsAtSteps(amateur, *as_batch([trajectories[i] for i in group]))
+            batch = as_batch([trajectories[i] for i in group])
+            logits_at = LogitsAtSteps(amateur, *batch, within=self._as_amateur)
             for place, i in enumerate(group):
                 found[i] = self.amateur_vocabulary.select(logits_at(slice(place, place + 1)))
                 _check_finite(found[i], "amateur", names[i])
