@@ -136,13 +136,13 @@ class ContrastiveStepSampler:
             )
         self._expert_kwargs, self._amateur_kwargs = expert_kwargs, amateur_kwargs
         self._names: list[Any] = [model if isinstance(model, str) else None for model in (expert, named_amateur)]
-        self._pair = ModelPair(expert, amateur, expert_kwargs, amateur_kwargs, args.amateur_skipped_layers or ())
         self._checks_in: Path | None = None  # the folder that `check` lends
         self._prompt_format: PromptFormat | None = None
 
         # Weights are loaded by `sample`, when nothing is left that could be refused before
         expert_config = load_config(expert, "expert", **expert_kwargs)
         amateur_config = load_config(named_amateur, "amateur", **amateur_kwargs)
+        self._pair = ModelPair(expert, amateur, expert_kwargs, amateur_kwargs, args.amateur_skipped_layers or ())
         self._pair.check_layers(amateur_config)
         if args.use_vllm:
             check_vllm(args, expert, self.processes.count, **expert_kwargs)

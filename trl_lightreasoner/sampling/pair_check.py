@@ -376,10 +376,10 @@ def _judge(check: PairCheck, plain: bool, labels_from: float) -> tuple[str, list
     if verdict == "promising" and amateur > SAME_SIZE * expert:
         if check.is_of_expert:
             return "doubtful", [
-                "The amateur is made of the expert. How much such a pair gains, these numbers do not say: amateurs that "
-                "were made of a real expert, by rounding its weights or by an adapter, looked good in them and brought "
-                "nothing or cost 9 points. Hold questions back and answer them before and after, as `lightreasoner run` "
-                "does."
+                "The amateur is made of the expert, and these numbers do not say what such a pair gains: amateurs "
+                "that were made of a real expert, by rounding its weights or by an adapter, looked good in them, and "
+                "brought nothing or cost 9 points. Answer questions that are held back, before and after, as "
+                "`lightreasoner run` does."
             ]
         return "doubtful", [
             f"The amateur has as many parameters as the expert ({amateur:,}). Choose a smaller model: amateurs that "
