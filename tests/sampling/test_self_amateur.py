@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GPT2Config,
@@ -24,6 +26,7 @@ from trl_lightreasoner.pipeline.folder import RunFolder
 from trl_lightreasoner.pipeline.stages import open_pair
 from trl_lightreasoner.report.shown_steps import add_probabilities, load_trajectories
 from trl_lightreasoner.sampling import model_pair
+from trl_lightreasoner.sampling.scoring import Trajectory, score_trajectories
 from trl_lightreasoner.steps.prompt_format import PromptFormat
 
 from ..conftest import QUESTIONS, make_model
@@ -408,3 +411,51 @@ def test_a_run_hands_the_settings_on(expert_path, tmp_path):
     sampler = open_pair(args, RunFolder(args), "run")
     assert sampler._pair.is_one_model
     assert {name: getattr(sampler.args, name) for name in settings} == settings
+
+
+# Labels of the expert without its adapter
+
+
+def naive_scores(rows, expert, amateur, vocabulary):
+    trajectories = [Trajectory(row["prompt_ids"], row["completion_ids"]) for row in rows]
+    return score_trajectories(expert, amateur, trajectories, vocabulary, alpha=0.2, beta=0.0)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_labels_of_the_base_are_made_on_answers_of_the_adapter(
+    in_memory, make_sampler, expert_path, amateur_path, adapter_path, prompts, expert, amateur, tokenizer
+):
+    adapted = PeftModel.from_pretrained(Qwen2ForCausalLM.from_pretrained(expert_path), adapter_path).eval()
+    tokenizers = (AutoTokenizer.from_pretrained(expert_path),) if in_memory else ()
+    sampler = make_sampler(adapted if in_memory else adapter_path, amateur_path, tokenizers, label_expert="base")
+    made = sampler.sample(prompts)
+    live = make_sampler(adapter_path, amateur_path).sample(prompts)
+    assert made["completion_ids"] == live["completion_ids"]
+    assert made["kl_divergence"] != live["kl_divergence"]
+    base, weaker = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (expert_path, amateur_path))
+    for row, score in zip(made, naive_scores(made, base, weaker, sampler.shared_vocabulary), strict=True):
+        assert row["kl_divergence"] == pytest.approx(score.kl_divergence, rel=1e-4, abs=1e-6)
+        assert row["label_ids"] == score.label_ids
+    assert sampling_metadata(made)["settings"]["label_expert"] == "base"
+    if in_memory:  # and it is as it was
+        layers = [layer for layer in adapted.modules() if isinstance(layer, BaseTunerLayer)]
+        assert layers and not any(layer.disable_adapters for layer in layers)
+
+
+def test_an_amateur_of_the_expert_itself_is_read_without_the_adapter_too(
+    make_sampler, adapter_path, expert_path, prompts
+):
+    layers = {"amateur_skipped_layers": [1]}
+    sampler = make_sampler(adapter_path, label_expert="base", **layers)
+    made = sampler.sample(prompts)
+    base = Qwen2ForCausalLM.from_pretrained(expert_path).eval()
+    scores = naive_scores(made, base, without_layers(base, [1]), sampler.shared_vocabulary)
+    for row, score in zip(made, scores, strict=True):
+        assert row["kl_divergence"] == pytest.approx(score.kl_divergence, rel=1e-4, abs=1e-6)
+
+
+def test_labels_of_the_base_need_an_adapter_and_another_amateur(make_sampler, adapter_path, expert_path, amateur_path):
+    with pytest.raises(ValueError, match="the expert has none. Leave it out, or name the adapter"):
+        make_sampler(expert_path, amateur_path, label_expert="base")
+    with pytest.raises(ValueError, match="they would diverge nowhere. Choose another amateur"):
+        make_sampler(adapter_path, expert_path, label_expert="base")

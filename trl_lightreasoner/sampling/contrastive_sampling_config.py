@@ -73,6 +73,9 @@ class ContrastiveSamplingConfig:
         expert_anchor (`float`, *optional*, defaults to `0.0`):
             lambda of the label, from 0 to 100; the paper's is 0. At 1 the label goes on from the expert, as
             contrastive decoding does with a `contrast_strength` of 0.5.
+        label_expert (`str`, *optional*, defaults to `"live"`):
+            Of an expert with an adapter, what is contrasted with the amateur: `"live"`: the expert as it answers.
+            `"base"`: the expert without its adapter, as for a later round, whose labels then stay those of the first.
         include_first_step (`bool`, *optional*, defaults to `False`):
             Whether the first token of a completion can be a kept step. The published scripts skip it, and with a plain
             prompt its label costs accuracy.
@@ -192,6 +195,15 @@ class ContrastiveSamplingConfig:
             "contrastive decoding does with a `contrast_strength` of 0.5."
         },
     )
+    label_expert: str = field(
+        default="live",
+        metadata={
+            "help": "Of an expert with an adapter, what is contrasted with the amateur: 'live': the expert as it "
+            "answers. 'base': the expert without its adapter, as for a later round, whose labels then stay those of "
+            "the first.",
+            "choices": ["live", "base"],
+        },
+    )
     include_first_step: bool = field(
         default=False,
         metadata={
@@ -247,7 +259,7 @@ class ContrastiveSamplingConfig:
     def __post_init__(self):
         check_init_kwargs(self, ("model_init_kwargs", "amateur_model_init_kwargs"))
         check_amateur_settings(self)
-        check_choices(self, ("dtype", "vllm_mode"))
+        check_choices(self, ("dtype", "label_expert", "vllm_mode"))
         check_output_dir(self)
         check_flags(self, ("overwrite_output_dir", "trust_remote_code", "include_first_step", "use_vllm"))
         check_numbers(self, ("alpha", "beta", "vllm_server_timeout", "vllm_gpu_memory_utilization"))

@@ -57,7 +57,7 @@ _SAME_READING = (
 )
 _LABEL_SETTINGS = ("alpha", "beta", "contrast_strength", "expert_anchor", "include_first_step")
 _AMATEUR_SETTINGS = ("amateur_skipped_layers", "amateur_system_prompt", "amateur_prompt_template")
-_SETTINGS = (*_LABEL_SETTINGS, *_AMATEUR_SETTINGS, "max_new_tokens", "max_prompt_length", "use_vllm")
+_SETTINGS = (*_LABEL_SETTINGS, *_AMATEUR_SETTINGS, "label_expert", "max_new_tokens", "max_prompt_length", "use_vllm")
 
 
 class ContrastiveStepSampler:
@@ -142,7 +142,7 @@ class ContrastiveStepSampler:
         # Weights are loaded by `sample`, when nothing is left that could be refused before
         expert_config = load_config(expert, "expert", **expert_kwargs)
         amateur_config = load_config(named_amateur, "amateur", **amateur_kwargs)
-        self._pair = ModelPair(expert, amateur, expert_kwargs, amateur_kwargs, args.amateur_skipped_layers or ())
+        self._pair = ModelPair(expert, amateur, expert_kwargs, amateur_kwargs, args.amateur_skipped_layers or (), args.label_expert)
         self._pair.check_layers(amateur_config)
         if args.use_vllm:
             check_vllm(args, expert, self.processes.count, **expert_kwargs)
@@ -466,7 +466,9 @@ class ContrastiveStepSampler:
         settings: dict[str, Any] = {
             **{name: getattr(self.args, name) for name in _LABEL_SETTINGS},
             "names": [f"row {index}" for index in indices],
-            "expert_hidden_states": hidden_states,
+            # What it answered from is known, and is not what another labels
+            "expert_hidden_states": None if self.args.label_expert == "base" else hidden_states,
+            "as_expert": self._pair.as_labeller,
             "as_amateur": self._pair.as_amateur,
         }
         models = (self.expert, self.amateur, trajectories)

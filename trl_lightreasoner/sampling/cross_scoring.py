@@ -75,14 +75,15 @@ class CrossScoring:
         contrast_strength: float = 1.0,
         expert_anchor: float = 0.0,
         as_amateur: Callable[[], AbstractContextManager] = nullcontext,
+        as_expert: Callable[[], AbstractContextManager] = nullcontext,
     ) -> list[TrajectoryScores]:
         """
         Args:
             expert, amateur, trajectories, alpha, beta, include_first_step, names, expert_hidden_states,
-            contrast_strength, expert_anchor, as_amateur: As of [`score_trajectories`].
+            contrast_strength, expert_anchor, as_amateur, as_expert: As of [`score_trajectories`].
             amateur_prompts (`list[list[int]]`): Each prompt as the amateur reads it.
         """
-        self._as_amateur = as_amateur
+        self._as_amateur, self._as_expert = as_amateur, as_expert
         names = names or [f"trajectory {i}" for i in range(len(trajectories))]
         width = get_base_model(amateur).config.get_text_config().vocab_size
         experts = self._read_expert(expert, trajectories, alpha, names, expert_hidden_states)
@@ -108,7 +109,7 @@ class CrossScoring:
         read: dict[int, list[_ExpertStep]] = {}
         for group in group_by_length(trajectories):
             known = None if hidden_states is None else torch.cat([hidden_states[i] for i in group])
-            logits_at = LogitsAtSteps(expert, *as_batch([trajectories[i] for i in group]), known)
+            logits_at = LogitsAtSteps(expert, *as_batch([trajectories[i] for i in group]), known, self._as_expert)
             for place, i in enumerate(group):
                 logits = self.vocabulary.select(logits_at(slice(place, place + 1)))
                 _check_finite(logits, "expert", names[i])

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ..generation.completions import evaluating
-from ..models.adapter_loading import load_adapter
+from ..models.adapter_loading import load_adapter, load_adapter_config
 from ..models.guises import decoder_layers, skip_layers, switch_adapter, which_is_adapter
 from ..models.loading import hub_kwargs, load_model
 from ..models.weights import get_base_model, is_peft_model
@@ -24,6 +24,7 @@ class ModelPair:
         expert, amateur (`str` or model): Ids, paths or models. An amateur of `None` is the expert itself.
         expert_kwargs, amateur_kwargs (`dict[str, Any]`): As for [`load_model`].
         skipped_layers (`Sequence[int]`): Numbers of the amateur's layers that are left out.
+        label_expert (`str`): `"live"`, or `"base"` for labels of the expert without its adapter.
 
     Attributes:
         expert, amateur: What was given; within [`~ModelPair.loaded`] the models. An expert, and an amateur of its own,
@@ -37,13 +38,37 @@ class ModelPair:
         expert_kwargs: dict[str, Any],
         amateur_kwargs: dict[str, Any],
         skipped_layers: Sequence[int] = (),
+        label_expert: str = "live",
     ):
         self.expert, self.amateur, self.skipped_layers = expert, amateur, skipped_layers
+        self.labels_are_of_base = label_expert == "base"
         self._kwargs = (expert_kwargs, amateur_kwargs)
         self.is_one_model = amateur is None
         self._adapter = None if self.is_one_model else which_is_adapter(expert, amateur, *self._kwargs)
         # An adapter on the expert's own modules, that one of the two has on
         self._switched: Any = None
+        if self.labels_are_of_base:
+            self._check_base()
+
+    def _check_base(self) -> None:
+        """Refuse labels of the expert without its adapter where there is none, or where that is the amateur."""
+        if isinstance(self.expert, str):
+            is_adapter = load_adapter_config(self.expert, "expert", **hub_kwargs(self._kwargs[0])) is not None
+        else:
+            is_adapter = is_peft_model(self.expert)
+        if not is_adapter:
+            raise ValueError(
+                "`label_expert='base'` reads the expert without its adapter, and the expert has none. Leave it out, "
+                "or name the adapter of an earlier round as the expert."
+            )
+        is_amateur = self._adapter == "expert" or (
+            not isinstance(self.expert, str) and self.amateur is get_base_model(self.expert)
+        )
+        if is_amateur and not self.skipped_layers:
+            raise ValueError(
+                "`label_expert='base'` reads the expert without its adapter, and so is the amateur read: they would "
+                "diverge nowhere. Choose another amateur, or `label_expert='live'`."
+            )
 
     def check_layers(self, config: PretrainedConfig) -> None:
         """
@@ -96,11 +121,17 @@ class ModelPair:
                 return switch_adapter(self._switched, on=False)
         return nullcontext()
 
+    def as_labeller(self) -> AbstractContextManager:
+        """For a pass that labels are made of: the expert, without its adapter if its base model's are asked for."""
+        return switch_adapter(self.expert, on=False) if self.labels_are_of_base else nullcontext()
+
     @contextmanager
     def as_amateur(self) -> Iterator[None]:
         """For a pass of the amateur: without the layers that it lacks, with the adapter as it has it."""
         switched: AbstractContextManager = nullcontext()
         if self._switched is not None:
             switched = switch_adapter(self._switched, on=is_peft_model(self.amateur))
+        elif self.is_one_model:
+            switched = self.as_labeller()
         with switched, skip_layers(self.amateur, self.skipped_layers):
             yield

@@ -59,6 +59,7 @@ def score_trajectories(
     expert_anchor: float = 0.0,
     amateur_prompts: list[list[int]] | None = None,
     as_amateur: Callable[[], AbstractContextManager] = nullcontext,
+    as_expert: Callable[[], AbstractContextManager] = nullcontext,
 ) -> list[TrajectoryScores]:
     """
     Divergence and labels of every step of a batch of trajectories.
@@ -81,8 +82,8 @@ def score_trajectories(
             itself has just generated the trajectories. If `None`, they are computed.
         contrast_strength, expert_anchor (`float`): gamma and lambda of the labels.
         amateur_prompts (`list[list[int]]`, *optional*): Each prompt as the amateur reads it, if not as the expert.
-        as_amateur (`Callable`, *optional*): Makes a context in which each pass of the amateur runs, as where it is
-            the expert itself without its adapter.
+        as_amateur, as_expert (`Callable`, *optional*): Make a context in which each pass of the amateur or the expert
+            runs, as where the amateur is the expert itself without its adapter.
 
     Returns:
         `list[TrajectoryScores]`, in the order of the trajectories.
@@ -112,7 +113,7 @@ def score_trajectories(
         if amateur_prompts is not None:
             batch = as_batch([read_by_amateur[i] for i in group])
         known = None if expert_hidden_states is None else torch.cat([expert_hidden_states[i] for i in group])
-        expert_logits = LogitsAtSteps(expert, input_ids, positions, known)
+        expert_logits = LogitsAtSteps(expert, input_ids, positions, known, within=as_expert)
         amateur_logits = LogitsAtSteps(amateur, *batch, within=as_amateur)
         read()  # of the group before, while a GPU is at work on this one
         for rows in _parts(positions.sum(-1).tolist(), max(expert_logits.width, amateur_logits.width)):
