@@ -408,7 +408,7 @@ def test_the_commands_take_the_expert_alone(expert_path, prompts, tmp_path, caps
 def test_a_run_hands_the_settings_on(expert_path, tmp_path):
     settings = {"amateur_skipped_layers": [1], "amateur_system_prompt": "", "amateur_prompt_template": "{question}!"}
     args = RunConfig(str(tmp_path / "run"), expert_path, "prompts", **settings)
-    sampler = open_pair(args, RunFolder(args), "run")
+    sampler = open_pair(args, RunFolder(args).steps, "run")
     assert sampler._pair.is_one_model
     assert {name: getattr(sampler.args, name) for name in settings} == settings
 

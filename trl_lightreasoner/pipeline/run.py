@@ -133,11 +133,11 @@ def run_pipeline(args: RunConfig) -> RunResult:
     stages = Stages()
     folder = RunFolder(args)
     # What can be refused before weights are loaded
-    sampler = open_pair(args, folder, "run")
+    sampler = open_pair(args, folder.round(1).steps, "run")
     training_args = training_config(args, folder.adapter)
     tokenizer = sampler.processing_class
     prompts, problems, _, prompt_format = prepare_questions(args, tokenizer)
-    eval_args = evaluation_config(args, folder, prompt_format)
+    eval_args = evaluation_config(args, folder.evaluation, prompt_format)
     baseline = None
     if problems:
         check_math_verify()

@@ -115,6 +115,19 @@ class RunConfig:
         seed (`int`, *optional*, defaults to `42`):
             Seed of the training.
 
+        > Parameters that control the rounds
+
+        num_rounds (`int`, *optional*, defaults to `1`):
+            How often questions are sampled and trained on. Each later round samples fresh ones with the adapter of the
+            round before, and trains it further. It ends before where a round does harm, and the best round is kept.
+        prompts_per_round (`int`, *optional*):
+            How many fresh questions a later round samples. If `None`, `num_prompts`.
+        label_expert (`str`, *optional*, defaults to `"base"`):
+            What labels the answers of a later round: `"base"`: the expert as it was at first, so that no round
+            amplifies what the one before has taught. `"live"`: the expert with its adapter.
+        keep_earlier_steps (`bool`, *optional*, defaults to `True`):
+            Whether a later round is trained on the steps of the rounds before, too.
+
         > Parameters that control the answers
 
         eval_max_new_tokens (`int`, *optional*, defaults to `512`):
@@ -309,6 +322,30 @@ class RunConfig:
         default=42,
         metadata={"help": "Seed of the training."},
     )
+    num_rounds: int = field(
+        default=1,
+        metadata={
+            "help": "How often questions are sampled and trained on. Each later round samples fresh ones with the "
+            "adapter of the round before, and trains it further. It ends before where a round does harm, and the best "
+            "round is kept."
+        },
+    )
+    prompts_per_round: int | None = field(
+        default=None,
+        metadata={"help": "How many fresh questions a later round samples. If `None`, `num_prompts`."},
+    )
+    label_expert: str = field(
+        default="base",
+        metadata={
+            "help": "What labels the answers of a later round: 'base': the expert as it was at first, so that no round "
+            "amplifies what the one before has taught. 'live': the expert with its adapter.",
+            "choices": ["base", "live"],
+        },
+    )
+    keep_earlier_steps: bool = field(
+        default=True,
+        metadata={"help": "Whether a later round is trained on the steps of the rounds before, too."},
+    )
     eval_max_new_tokens: int = field(
         default=512,
         metadata={
@@ -320,9 +357,10 @@ class RunConfig:
         check_output_dir(self)
         if self.dtype is not None:
             check_choices(self, ("dtype",))
-        check_flags(self, ("overwrite_output_dir",))
-        counts = ("num_prompts", "max_new_tokens", "max_steps", "lora_r", "lora_alpha", "eval_max_new_tokens")
-        check_whole_numbers(self, counts)
+        check_choices(self, ("label_expert",))
+        check_flags(self, ("overwrite_output_dir", "keep_earlier_steps"))
+        counts = ("num_prompts", "num_rounds", "max_new_tokens", "max_steps", "lora_r", "lora_alpha")
+        check_whole_numbers(self, (*counts, "eval_max_new_tokens"), optional=("prompts_per_round",))
         for name in ("num_held_out", "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -344,3 +382,8 @@ class RunConfig:
         for name in names:
             if name not in BENCHMARKS:
                 raise ValueError(f"There is no benchmark {name!r}. There are {', '.join(BENCHMARKS)}.")
+
+    @property
+    def num_prompts_later(self) -> int:
+        """How many questions each round behind the first samples."""
+        return self.num_prompts if self.prompts_per_round is None else self.prompts_per_round

@@ -313,7 +313,7 @@ class LightReasonerTrainer(_BaseTrainer):
         self._seen = torch.zeros(2, dtype=_sum_dtype(args.device), device=args.device)
         self._eval_sums: torch.Tensor | None = None
         self._starts_as_expert = starts_as_expert(model, self.accelerator)
-        self._drift_warnings = DriftWarnings()
+        self.drift_warnings = DriftWarnings()
         self._operations_per_token: int | None = None
 
         if hasattr(self.model, "add_model_tags"):
@@ -493,7 +493,7 @@ class LightReasonerTrainer(_BaseTrainer):
             if name in means:
                 output.metrics[f"{metric_key_prefix}_{name}"] = means[name]
         if self.is_world_process_zero():
-            self._drift_warnings.look_at(means, metric_key_prefix)
+            self.drift_warnings.look_at(means, metric_key_prefix)
         output.metrics.update(self._scores)
         return output
 
