@@ -40,13 +40,15 @@ $(VENV)/docs-ready: $(VENV)/ready
 	$(BIN)/pip install --quiet --editable '.[docs]'
 	touch $@
 
-# Into site/; a broken link is an error
+# Into site/, which opens from the disk; a broken link is an error
 docs: $(VENV)/docs-ready
 	$(BIN)/python -m zensical build --clean --strict
+	$(BIN)/python tools/check_site.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tools/sentence_lengths.py
 
 types: $(VENV)/ready
 	$(BIN)/mypy

@@ -1,10 +1,10 @@
 """
 How often `lightreasoner check` is right: its verdict on every amateur of the study, beside what the amateur brought.
 
-The gains are those of docs/evidence.md ("Other amateurs" and the method itself, 1,000 test problems, three pairs). The
-verdict is right if it is "promising" for an amateur that brought points, and another one for all the others. Prints a
-Markdown table, and writes it with all numbers to the output folder. Below it stand pairs in the wrong order, whose
-gain nobody has measured.
+The gains are those of docs/evidence_tiny_pairs.md ("Other amateurs" and the method itself, 1,000 test problems, three
+pairs). The verdict is right if it is "promising" for an amateur that brought points, and another one for all the
+others. Prints a Markdown table, and writes it with all numbers to the output folder. Below it stand pairs in the
+wrong order, whose gain nobody has measured.
 
 ```bash
 for seed in 1 2; do

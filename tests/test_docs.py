@@ -121,7 +121,7 @@ def test_a_block_that_is_not_run_says_why():
 def test_docstrings_are_translated_for_the_site():
     griffe = pytest.importorskip("griffe")
     pytest.importorskip("latex2mathml")
-    site_extensions = runpy.run_path(str(ROOT / "tools" / "site_extensions.py"))
+    site_extensions = tool("site_extensions")
     grouped = (
         "Parameters:\n    > Parameters that control the output\n\n    a (`str` or [`~b.C`], *optional*):\n        D."
     )
@@ -133,6 +133,75 @@ def test_docstrings_are_translated_for_the_site():
         "    a (T of shape (N, V)): B (see c): d."
     )
     assert site_extensions["math_fence"]("v_C", "math", "math", {}, None).count("<msub>") == 1
+
+
+def tool(name: str) -> dict:
+    """The functions of a script in tools/."""
+    return runpy.run_path(str(ROOT / "tools" / f"{name}.py"))
+
+
+def test_mathematics_in_a_line_becomes_mathml():
+    markdown = pytest.importorskip("markdown")
+    pytest.importorskip("latex2mathml")
+    pytest.importorskip("griffe")
+    extension = tool("site_extensions")["makeExtension"]()
+    html = markdown.markdown("The expert $`\\pi_E`$ costs `5` $, not $6.", extensions=[extension])
+    assert html.count("<math") == 1 and html.count("<msub>") == 1
+    assert html.endswith("</math> costs <code>5</code> $, not $6.</p>")
+
+
+def test_a_note_of_a_docstring_becomes_an_admonition():
+    pytest.importorskip("griffe")
+    pytest.importorskip("latex2mathml")
+    note = "Text.\n\n> [!NOTE]\n> These differ:\n> - `a`: 1\n>   or 2\n"
+    translated = tool("site_extensions")["translate"](note)
+    assert translated == "Text.\n\n!!! note\n\n    These differ:\n\n    - `a`: 1\n      or 2\n"
+
+
+def test_no_sentence_of_the_pages_is_too_long():
+    find_long_sentences = tool("sentence_lengths")["find_long_sentences"]
+    found = {page: find_long_sentences((ROOT / page).read_text(encoding="utf-8")) for page in PAGES}
+    assert {page: sentences for page, sentences in found.items() if sentences} == {}
+
+
+def test_a_long_sentence_is_found_in_paragraphs_and_lists_alone():
+    find_long_sentences = tool("sentence_lengths")["find_long_sentences"]
+    long, short = "word " * 5 + "and 1, 2, 3, 4 go.", "word " * 4 + "end."
+    text = f"# {long}\n\n{short} {short}\n\n{long}\n\n- {short}\n- {long}\n\n| {long} |\n\n```text\n{long}\n```\n"
+    assert [(line, count) for line, count, _ in find_long_sentences(text, limit=6)] == [(5, 7), (8, 7)]
+
+
+def test_links_of_the_readme_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target, _, anchor in (link.partition("#") for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text)):
+        assert (ROOT / target).is_file(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", (ROOT / target).read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+
+
+def test_the_readme_of_a_release_needs_no_other_file():
+    functions = tool("absolute_links")
+    text = functions["make_links_absolute"]((ROOT / "README.md").read_text(encoding="utf-8"), "https://a.org/b", "v1")
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert "https://a.org/b/raw/v1/docs/report.png" in links and "https://a.org/b/blob/v1/LICENSE" in links
+    assert all(link.startswith("https://") for link in links)
+    project = functions["add_urls"]((ROOT / "pyproject.toml").read_text(encoding="utf-8"), "https://a.org/b", "v1")
+    assert {"Repository", "Paper"} <= set(tomllib.loads(project)["project"]["urls"])
+
+
+def test_broken_links_and_notes_of_the_site_are_found(tmp_path):
+    (tmp_path / "api").mkdir()
+    (tmp_path / "index.html").write_text(
+        '<h1 id="top">A</h1><a href="api/b.html#there">1</a><a href="#top">2</a><a href="https://c.org/d">3</a>'
+        '<a href="api/b.html#gone">4</a><a href="e.html">5</a><code>[!x]</code>'
+    )
+    (tmp_path / "api" / "b.html").write_text('<p id="there">> [!NOTE]</p><a href="../index.html">6</a>')
+    assert tool("check_site")["check_site"](tmp_path) == [
+        "api/b.html: a note is left as text: '[!'",
+        "index.html: api/b.html#gone leads to no place in its page",
+        "index.html: e.html leads to no file",
+    ]
 
 
 # Stand-ins
@@ -190,6 +259,7 @@ def page_folder(tmp_path, monkeypatch, earlier) -> Path:
     (gsm8k / "README.md").write_text(f"---\nconfigs:\n- config_name: main\n  data_files:{splits}\n---\n")
     prompts = [{"prompt": [{"role": "user", "content": problem["question"]}]} for problem in problems()]
     write(tmp_path / "PROMPTS" / "train.jsonl", prompts)
+    write(tmp_path / "demonstrations.jsonl", [{"prompt": "2+2=", "completion": "4"}])
     for name, rows in FILES.items():
         write(tmp_path / "benchmark_files" / f"{name}.jsonl", rows)
     shutil.copy(earlier / "cd_samples.jsonl", tmp_path)
@@ -198,7 +268,7 @@ def page_folder(tmp_path, monkeypatch, earlier) -> Path:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    for name, number in (("NUM_UNLABELLED", NUM_PROMPTS), ("NUM_TEST", 3), ("NUM_UPDATES", 1)):
+    for name, number in (("NUM_UNLABELLED", NUM_PROMPTS), ("NUM_TEST", 3), ("NUM_UPDATES", 10)):
         monkeypatch.setattr(demo, name, number)
     return tmp_path
 
@@ -301,7 +371,10 @@ def run_command(words: list[str], reason: str | None, monkeypatch) -> None:
     elif words[0] == "python" and words[1].endswith(".py"):
         run_script(words[1], [word for word in words[2:] if word != "..."], reason, monkeypatch)
     elif words[0] == "make":
-        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+        recipe = re.search(rf"^{words[1]}:.*\n((?:\t.*\n?)*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert recipe is not None, words
+        for line in re.findall(r"^\t\$\(BIN\)/(lightreasoner .*)", recipe[1], re.MULTILINE):
+            run_command(shlex.split(line), reason, monkeypatch)
     elif words[:2] == ["pip", "install"]:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         extras = {extra for word in words for extra in ",".join(re.findall(r"\[(.*)\]", word)).split(",") if extra}

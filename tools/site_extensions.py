@@ -7,11 +7,29 @@ import re
 
 import griffe
 from latex2mathml.converter import convert
+from markdown import Extension, Markdown
+from markdown.inlinepatterns import InlineProcessor
 
 
 def math_fence(source: str, language: str, css_class: str, options: dict, md, **kwargs) -> str:
     """A ```` ```math ```` block, which GitHub shows as well, as MathML, which browsers draw by themselves."""
-    return f'<div class="math" tabindex="0">{convert(source, display="block")}</div>'
+    return f'<div class="math" tabindex="0">{_mathml(source, "block")}</div>'
+
+
+class MathSpan(InlineProcessor):
+    """Mathematics in a line, which GitHub writes as a span of code between two dollar signs."""
+
+    def handleMatch(self, m: re.Match, data: str) -> tuple[str, int, int]:
+        return self.md.htmlStash.store(_mathml(m[1], "inline")), m.start(0), m.end(0)
+
+
+class MathSpans(Extension):
+    def extendMarkdown(self, md: Markdown) -> None:
+        md.inlinePatterns.register(MathSpan(r"\$`([^`]+)`\$", md), "math_span", 195)  # before plain code, at 190
+
+
+def makeExtension(**kwargs) -> Extension:
+    return MathSpans(**kwargs)
 
 
 class TransformersDocstrings(griffe.Extension):
@@ -35,12 +53,26 @@ def translate(docstring: str) -> str:
     docstring = re.sub(r"^Parameters:\n(?= *>)", "", docstring, flags=re.MULTILINE)
     # without the empty line behind it, with which it would be none
     docstring = re.sub(r"^ +> (Parameters.*)\n+", r"Parameters: \1\n", docstring, flags=re.MULTILINE)
+    # A note, as GitHub writes it, is an admonition
+    docstring = re.sub(r"^( *)> \[!(\w+)\]\n((?:\1>.*\n?)+)", _admonition, docstring, flags=re.MULTILINE)
     # One line a parameter; the signature already tells defaults
     head = re.compile(r"^( *\w+) \((.+?)\):(?=$| )", re.MULTILINE)
     docstring = head.sub(lambda match: f"{match[1]} ({_plain(match[2])}):", docstring)
     # The signature tells the type as well
     docstring = re.sub(r"^( *Returns:\n +)`[^`\n]+`: ", r"\1", docstring, flags=re.MULTILINE)
     return re.sub(r"^( +)`(\w+Error)`:", r"\1\2:", docstring, flags=re.MULTILINE)
+
+
+def _mathml(source: str, display: str) -> str:
+    return convert(source, display=display).replace("<mi>log</mi>", '<mi>log</mi><mspace width="0.17em" />')
+
+
+def _admonition(match: re.Match) -> str:
+    text = re.sub(rf"^{match[1]}> ?", f"{match[1]}    ", match[3], flags=re.MULTILINE)
+    text = re.sub(
+        r"^((?! *- ).*\n)(?= *- )", r"\1\n", text, count=1, flags=re.MULTILINE
+    )  # before a list, which needs it
+    return f"{match[1]}!!! {match[2].lower()}\n\n{text}"
 
 
 def _plain(annotation: str) -> str:

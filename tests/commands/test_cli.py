@@ -624,6 +624,22 @@ def test_questions_that_cannot_be_read_are_refused(content, sentence, refused, t
     assert f"`--eval_questions {path}` cannot be used: {sentence}" in refused(*train, "--eval_questions", path)
 
 
+def test_train_adds_demonstrations(train, tmp_path):
+    path = tmp_path / "demonstrations.jsonl"
+    path.write_text('{"prompt": "2+2=", "completion": "4"}\n')
+    run_train(*train, "--sft_dataset_name", path, "--sft_weight", "0.5", "--logging_steps", "1")
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert log[0]["sft_loss"] > 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| sft_weight | 0.5 |" in card and "was added to the loss 0.5 times" in card
+    assert "No reference answers" not in card
+
+
+def test_a_weight_of_demonstrations_needs_some(train, refused):
+    sentence = "`sft_weight` needs an `sft_dataset` (`--sft_dataset_name` on the command line)"
+    assert refused(*train, "--sft_weight", "0.5").startswith(sentence)
+
+
 def test_train_resumes(train, tmp_path):
     run_train(*train, "--save_steps", "1")
     run_train(*train, "--save_steps", "1", "--max_steps", "2", "--resume_from_checkpoint", "true")

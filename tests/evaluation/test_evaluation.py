@@ -184,6 +184,24 @@ def test_a_piece_has_as_many_rows_as_the_memory_holds(config, says, expert, monk
     assert all(size <= (7 if fits else 3) for fits, size in sizes)
 
 
+def test_long_answers_of_several_batches_share_one(config, says, expert, monkeypatch):
+    monkeypatch.setattr(answering, "TOKENS_A_PIECE", 30)
+    monkeypatch.setattr(answering, "find_batch_size", lambda model, longest, num_rows, count: 3)
+    says(lambda prompt: f"{'x' * 60 * (solve(prompt) % 3 == 0)}\\boxed{{{solve(prompt)}}}")
+    sizes, call = [], evaluation.GreedyDecoder.__call__
+
+    def counted(self, prompt_ids, max_new_tokens):
+        sizes.append(len(prompt_ids))
+        return call(self, prompt_ids, max_new_tokens)
+
+    monkeypatch.setattr(evaluation.GreedyDecoder, "__call__", counted)
+    made = evaluate(expert, config(max_new_tokens=100, per_device_batch_size=None))
+    assert made.results["benchmarks"]["gsm8k"]["model"]["accuracy"] == 1.0
+    assert sizes[:4] == [3, 3, 3, 1]  # a first piece of all ten
+    num_long = sum((i + i * i) % 3 == 0 for i in range(NUM_PROBLEMS))
+    assert sum(sizes[4:]) % num_long == 0 and max(sizes[4:]) == 3
+
+
 def test_an_answer_that_is_cut_is_counted_and_graded(config, says, expert):
     says(lambda prompt: f"#### {solve(prompt)}\n" + "x" * 90, after="")
     made = evaluate(expert, config(max_new_tokens=30))

@@ -205,7 +205,7 @@ def test_a_dataset_card_tells_columns_models_settings_and_counts(shared):
     num_steps, num_kept = sum(map(len, mine["completion_ids"])), sum(map(len, mine["step_positions"]))
     counts = ["train", "6", f"{num_steps:,}", f"{num_kept:,} ({num_kept / num_steps:.1%})"]
     assert table_rows(card.text, "Size") == [counts]
-    assert "inherit their licences" in card.text and "@article{wang2025lightreasoner" in card.text
+    assert "inherit their licences" in card.text and "@inproceedings{wang-etal-2026-lightreasoner" in card.text
     assert "https://huggingface.co/papers/2510.07962" in card.text
 
 
@@ -303,7 +303,10 @@ def test_a_model_card_tells_data_settings_and_curve(shared):
     curve = table_rows(card.text, "Training curve")
     assert [row[0] for row in curve] == ["1", "2", "3", "4"]
     assert "| eval_kl_to_expert |" in card.text and float(curve[3][-1]) > 0 and curve[0][-1] == ""
-    assert "https://huggingface.co/papers/2510.07962" in card.text and "@article{wang2025lightreasoner" in card.text
+    assert (
+        "https://huggingface.co/papers/2510.07962" in card.text
+        and "@inproceedings{wang-etal-2026-lightreasoner" in card.text
+    )
 
 
 def test_the_curve_is_a_picture_where_matplotlib_is_installed(shared):

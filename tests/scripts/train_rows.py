@@ -30,6 +30,8 @@ class Graphs(TrainerCallback):
 
 def train(settings: dict) -> None:
     steps = Dataset.from_parquet(settings["rows"])
+    if not settings["weighted"]:
+        steps = steps.remove_columns("step_weights")
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     trainer = LightReasonerTrainer(
         AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32),
@@ -56,6 +58,7 @@ def train(settings: dict) -> None:
         eval_dataset=steps.select(range(settings["num_eval_rows"])),
         peft_config=lora if settings["lora"] else None,
         eval_questions=Dataset.from_list(settings["questions"]) if settings["questions"] else None,
+        sft_dataset=Dataset.from_list(settings["sft_rows"]) if settings["sft_rows"] else None,
     )
     graphs, attention = Graphs(trainer), packed_attention.varlen_attn
     if settings["graphs"]:  # as on a GPU, where packed layers are replayed
@@ -76,6 +79,7 @@ def train(settings: dict) -> None:
             "world_size": trainer.args.world_size,
             "num_graphs": graphs.count,
             "losses": [log["loss"] for log in logs],
+            "sft_losses": [log.get("sft_loss") for log in logs],
             "num_kept_steps": [log["num_kept_steps"] for log in logs],
             "eval_loss": metrics["eval_loss"],
             "eval_kl_to_expert": metrics.get("eval_kl_to_expert"),

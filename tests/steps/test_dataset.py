@@ -386,6 +386,13 @@ def test_raising_beta_is_told_by_the_metadata(made):
     assert sampling_metadata(raise_beta(made, 0.6))["settings"]["beta"] == 0.6
 
 
+def test_a_higher_threshold_keeps_the_weights_of_its_steps(made):
+    weights = [[float(t) for t in positions] for positions in made["step_positions"]]
+    raised = raise_beta(made.add_column("step_weights", weights), 0.6)
+    assert raised["step_weights"][:] == [[float(t) for t in positions] for positions in raised["step_positions"]]
+    assert count_steps(raised) < count_steps(made)
+
+
 def test_beta_is_lowered_for_no_row_of_several_samplings(made):
     higher = raise_beta(made, 0.6)
     for both in ([made, higher], [higher, made]):

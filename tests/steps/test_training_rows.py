@@ -96,6 +96,44 @@ def test_a_malformed_row_is_refused_by_number_and_reason(changes, reason):
         prepare(dataset_of(ROW, {**ROW, **changes}, ROW))
 
 
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        ([1.0, 2.0], "there are 3 step positions and 2 step weights"),
+        ([1.0, math.nan, 2.0], "the weight of step 2 must be a finite number, 0 or more, and is nan"),
+        ([1.0, 2.0, math.inf], "the weight of step 3 must be a finite number, 0 or more, and is inf"),
+        ([-0.5, 1.0, 2.0], "the weight of step 0 must be a finite number, 0 or more, and is -0.5"),
+        ([1.0, None, 2.0], "step_weights has a gap"),
+        (None, "step_weights is missing"),
+    ],
+)
+def test_weights_that_cannot_be_meant_are_refused_by_row(weights, reason):
+    rows = [{**ROW, "step_weights": [1.0, 0.0, 2.5]}, {**ROW, "step_weights": weights}]
+    features = Features({**FEATURES, "step_weights": List(Value("float32"))})
+    with pytest.raises(ValueError, match=f"^Row 1 of the train dataset cannot be trained on: {reason}"):
+        prepare(Dataset.from_list(rows, features=features))
+
+
+@pytest.mark.parametrize("weights", [["1", "2", "3"], [True, False, True], 1.0])
+def test_weights_that_are_no_numbers_are_refused(weights):
+    rows = dataset_of(ROW).add_column("step_weights", [weights])
+    with pytest.raises(ValueError, match="'step_weights' of the train dataset must hold lists of numbers, .* remove"):
+        prepare(rows)
+
+
+def test_weights_that_are_all_0_are_refused():
+    with pytest.raises(ValueError, match="has no step to train on: all of its `step_weights` are 0"):
+        prepare(dataset_of(ROW).add_column("step_weights", [[0.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("one_step_per_row", [False, True])
+def test_weights_stay_with_their_steps(one_step_per_row):
+    # The contexts of the three steps have 3, 5 and 6 tokens
+    rows = dataset_of(ROW).add_column("step_weights", [[0.5, 1.0, 2.0]])
+    prepared = prepare(rows, max_length=5, one_step_per_row=one_step_per_row)
+    assert prepared["step_weights"][:] == ([[0.5], [1.0]] if one_step_per_row else [[0.5, 1.0]])
+
+
 def test_a_malformed_row_of_an_iterable_dataset_is_refused_when_it_is_read():
     rows = prepare(dataset_of(*[ROW] * 1000, {**ROW, "step_positions": [0, 2, 4]}).to_iterable_dataset())
     with pytest.raises(ValueError, match="^Row 1000 of the train dataset cannot be trained on: step position 4"):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from filelock import FileLock
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
@@ -18,8 +19,14 @@ from safetensors.torch import load_file
 
 from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
 from trl_lightreasoner.commands.cli import main
+from trl_lightreasoner.steps.dataset import SFT_COLUMNS
+from trl_lightreasoner.steps.sft_rows import encode_sft_rows
 from trl_lightreasoner.training import checkpoints
 from trl_lightreasoner.training.checkpoints import find_checkpoint, last_checkpoint, saving
+from trl_lightreasoner.training.dataset import put_beside
+from trl_lightreasoner.training.resuming import _checksum
+
+from ..conftest import make_tokenizer
 
 
 pytestmark = pytest.mark.usefixtures("propagated_logs")
@@ -169,6 +176,18 @@ def test_another_dataset_is_said(halfway, steps, resume, caplog):
         caplog.clear()
         resume(str(halfway), rows=rows)
         assert caplog.text.count(message) == 1
+
+
+def test_weights_and_demonstrations_are_part_of_the_rows(steps):
+    weights = [[float(t) for t in positions] for positions in steps["step_positions"]]
+    weighted = steps.add_column("step_weights", weights)
+    demonstrations = [
+        encode_sft_rows(Dataset.from_dict({"prompt": ["2+2="], "completion": [answer]}), make_tokenizer())
+        for answer in ("4", "5")
+    ]
+    mixed = [put_beside(steps, rows) for rows in demonstrations]
+    assert len({_checksum(rows) for rows in (steps, weighted, *mixed)}) == 4
+    assert _checksum(mixed[0].remove_columns(SFT_COLUMNS)) == _checksum(steps)
 
 
 def test_the_same_rows_in_other_types_are_the_same(halfway, steps, resume, caplog):

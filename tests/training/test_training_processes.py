@@ -32,11 +32,15 @@ def settings(
     lora: bool = True,
     graphs: bool = False,
     num_questions: int = 0,
+    mixed: bool = False,
 ) -> dict:
     args = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     # What the random expert writes into some of its answers
     questions = [{"prompt": question, "answer": "and"} for question in QUESTIONS[:num_questions]]
-    return {"args": args, "num_eval_rows": num_eval_rows, "lora": lora, "graphs": graphs, "questions": questions}
+    run = {"args": args, "num_eval_rows": num_eval_rows, "lora": lora, "graphs": graphs, "questions": questions}
+    answers = [question[: 5 * i + 1] for i, question in enumerate(QUESTIONS)]
+    demonstrations = [{"prompt": q, "completion": a} for q, a in zip(QUESTIONS, answers, strict=True)]
+    return {**run, "weighted": mixed, "sft_rows": demonstrations if mixed else []}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,8 @@ def trained(tmp_path_factory, steps, expert_path) -> tuple[dict[str, Any], dict[
     for i, row in enumerate(rows):
         for name in ("step_positions", "label_ids", "label_probs"):
             row[name] = row[name][: max(1, len(row[name]) - i % 5)]
-    type(steps).from_list(rows, features=steps.features).to_parquet(folder / "rows.parquet")
+        row["step_weights"] = [((i + k) % 4) / 2 for k in range(len(row["step_positions"]))]
+    type(steps).from_list(rows).to_parquet(folder / "rows.parquet")
 
     def launch(num_processes: int, runs: dict[str, dict]) -> dict[str, Any]:
         for name, run in runs.items():
@@ -76,6 +81,7 @@ def trained(tmp_path_factory, steps, expert_path) -> tuple[dict[str, Any], dict[
     for n in EVAL_ROWS:
         one[f"evaluated on {n}"] = settings(4, 1, num_eval_rows=n, num_questions=NUM_QUESTIONS[n])
         two[f"evaluated on {n}"] = settings(2, 1, num_eval_rows=n, num_questions=NUM_QUESTIONS[n])
+    one["mixed"], two["mixed"] = settings(8, 1, mixed=True), settings(2, 2, mixed=True)
     two["lora reentrant"] = settings(4, 1)
     two["lora reentrant"]["args"] |= {
         "activation_checkpointing": True,
@@ -97,6 +103,16 @@ def test_two_processes_train_as_one(kind, trained):
             torch.testing.assert_close(other["weights"][parameter], weight, rtol=1e-5, atol=1e-6, msg=name)
         assert other["losses"] == pytest.approx(expected["losses"], rel=1e-5), name
         assert other["num_kept_steps"] == expected["num_kept_steps"], name
+
+
+def test_two_processes_take_the_means_of_weighted_steps_and_demonstrations_as_one(trained):
+    one, two = (results["mixed"] for results in trained)
+    for parameter, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][parameter], weight, rtol=1e-5, atol=1e-6)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["sft_losses"] == pytest.approx(one["sft_losses"], rel=1e-5) and None not in one["sft_losses"]
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
+    assert one["losses"] != trained[0]["lora 8 x 1"]["losses"]
 
 
 @pytest.mark.skipif(varlen_attn is None, reason="needs PyTorch 2.10")

@@ -25,7 +25,7 @@ _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors
 @dataclass
 class TrainArguments(ScriptArguments):
     """
-    [`~trl.ScriptArguments`] with questions that are answered while training.
+    [`~trl.ScriptArguments`] with questions that are answered while training, and an SFT dataset.
 
     Parameters:
         dataset_test_split (`str`, *optional*):
@@ -36,6 +36,10 @@ class TrainArguments(ScriptArguments):
             the Hub, of whose split `"train"` the columns `question` or `prompt`, and `answer`, are read. Text is put
             into the form of the prompts that the dataset was sampled with. If `eval_strategy` is not set, they are
             answered before training and at five places of it.
+        sft_dataset_name (`str`, *optional*):
+            Demonstrations whose cross-entropy is added to the loss, with the weight `sft_weight`: a file, a folder or
+            a dataset on the Hub, of whose split `"train"` the columns `prompt` and `completion`, or `messages`, are
+            read. They are taken as they are.
     """
 
     dataset_test_split: str | None = field(
@@ -52,6 +56,14 @@ class TrainArguments(ScriptArguments):
             "dataset on the Hub, of whose split 'train' the columns `question` or `prompt`, and `answer`, are read. "
             "Text is put into the form of the prompts that the dataset was sampled with. If `eval_strategy` is not "
             "set, they are answered before training and at five places of it."
+        },
+    )
+    sft_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Demonstrations whose cross-entropy is added to the loss, with the weight `sft_weight`: a file, a "
+            "folder or a dataset on the Hub, of whose split 'train' the columns `prompt` and `completion`, or "
+            "`messages`, are read. They are taken as they are."
         },
     )
 
@@ -192,6 +204,9 @@ def main(
     test_split = script_args.dataset_test_split or ("test" if eval_questions is None else None)
     if test_split is not None and training_args.eval_strategy != "no":
         eval_dataset = load_split(script_args.dataset_name, script_args.dataset_config, test_split)
+    sft_dataset = None
+    if script_args.sft_dataset_name is not None:
+        sft_dataset = load_split(script_args.sft_dataset_name, None, "train")
     trainer = LightReasonerTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
@@ -200,6 +215,7 @@ def main(
         quantization_config=quantization_of(model_args),
         peft_config=None if is_adapter else get_peft_config(model_args),
         eval_questions=eval_questions,
+        sft_dataset=sft_dataset,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if training_args.push_to_hub:  # which saves it first

@@ -13,6 +13,7 @@ can be refused has been: settings, files, columns, tokenizers, configs.
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ _SETTINGS = ("prompt_style", "prompt_template", "system_prompt", "max_new_tokens
 # What is said of the others
 _SAID = ("per_device_batch_size", "data_dir", "max_samples")
 _GRADED_BY = ("kind", "tolerance", "unit")
+# The last long answers of a batch keep a GPU busy that has room for hundreds: those of several batches share it
+_BATCHES_TOGETHER = 4
 
 
 @dataclass
@@ -360,7 +363,11 @@ class Candidate:
         if not order:
             return 1
         row, room = order[0]  # the longest
-        return self.answering.rows_together(len(self.prompt_ids[name][row]), room, len(order), self.processes.count)
+        count = self.processes.count
+        size = self.answering.rows_together(len(self.prompt_ids[name][row]), room, len(order), count)
+        if self.args.per_device_batch_size is not None or self.args.use_vllm:
+            return size
+        return min(_BATCHES_TOGETHER * size, math.ceil(len(order) / count))
 
     def describe_form(self) -> dict[str, Any]:
         """Which tokens end an answer, and the template by which questions are asked, if they are."""

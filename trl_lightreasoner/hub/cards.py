@@ -36,11 +36,14 @@ if TYPE_CHECKING:  # slow to import, and a Dataset's card does without
 
 
 PAPER_ID = "2510.07962"
-CITATION = """@article{wang2025lightreasoner,
-  title   = {LightReasoner: Can Small Language Models Teach Large Language Models Reasoning?},
-  author  = {Wang, Jingyuan and Chen, Yankai and Li, Zhonghang and Huang, Chao},
-  journal = {arXiv preprint arXiv:2510.07962},
-  year    = {2025}
+CITATION = """@inproceedings{wang-etal-2026-lightreasoner,
+  title     = {{L}ight{R}easoner: Can Small Language Models Teach Large Language Models Reasoning?},
+  author    = {Wang, Jingyuan and Chen, Yankai and Li, Zhonghang and Huang, Chao},
+  booktitle = {Proceedings of the 64th Annual Meeting of the Association for Computational Linguistics
+               (Volume 1: Long Papers)},
+  year      = {2026},
+  pages     = {2635--2663},
+  url       = {https://aclanthology.org/2026.acl-long.122/}
 }"""
 TAGS = ["trl", "light-reasoner"]
 
@@ -53,6 +56,7 @@ _MEANINGS = {
     "step_positions": "t of each kept step: its context is `prompt_ids + completion_ids[:t]`",
     "label_ids": "support of v_C at each kept step, most probable first",
     "label_probs": "v_C there, sums to 1",
+    "step_weights": "what each kept step counts in the mean of the loss",
     "sampling_metadata": "JSON: models, revisions, settings and versions",
 }
 # Of the label; they are told where they are others than the paper's
@@ -113,6 +117,7 @@ def model_card(
         hub_model_id=trainer.hub_model_id or model_name,
         prompt=_example_prompt(trainer),
         paper_id=trainer._paper["id"],
+        sft_weight=trainer.args.sft_weight,
         data=_table(["", ""], rows),
         settings=_table(["", ""], _setting_rows(trainer, model)),
         curve=_curve_table(trainer.state),
@@ -327,7 +332,15 @@ def _describe(model: dict[str, Any] | None) -> str:
 def _setting_rows(trainer: "Trainer", model: Any) -> list[tuple[str, Any]]:
     args = trainer.args
     rows: list[tuple[str, Any]] = [("beta", f"{trainer.beta} nats" if trainer.beta else "all kept steps")]
-    rows += [(name, getattr(args, name)) for name in _SETTINGS]
+    settings = {name: getattr(args, name) for name in _SETTINGS}
+    if trainer.optimizer_cls_and_kwargs is not None:
+        optimizer, kwargs = trainer.optimizer_cls_and_kwargs
+        settings |= {"optim": optimizer.__name__, "learning_rate": kwargs.get("lr", "the optimizer's own")}
+    rows += settings.items()
+    if args.sft_weight is not None:
+        rows.append(("sft_weight", args.sft_weight))
+    if "step_weights" in (trainer.train_dataset.column_names or ()):
+        rows.append(("weights of the kept steps", "a column of the dataset"))
     rows_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows.append(("rows an update", rows_per_update))
     rows.append(("updates", f"{trainer.state.global_step:,}"))

@@ -8,6 +8,7 @@
 | step_positions | list of int32, ascending | t of each kept step: its context is prompt_ids + completion_ids[:t] |
 | label_ids | list of list of int32 | support of v_C at each kept step, most probable first |
 | label_probs | list of list of float32 | v_C there, sums to 1 |
+| step_weights | list of float32, optional | what each kept step counts in the mean of the loss; 1 without it |
 | sampling_metadata | text | JSON: models, revisions, settings and versions; the same in every row |
 
 `sampling_metadata` is a column because that is what survives everything: Parquet, the Hub, streaming, concatenation.
@@ -34,6 +35,10 @@ STEP_FEATURES = {
 }
 # What training needs of a row
 STEP_COLUMNS = ("prompt_ids", "completion_ids", "step_positions", "label_ids", "label_probs")
+# The same of the row of an SFT dataset that stands beside a row
+SFT_COLUMNS = tuple(f"sft_{column}" for column in STEP_COLUMNS)
+# What has an entry for each kept step, the last only if somebody has added it
+PER_STEP_COLUMNS = ("step_positions", "label_ids", "label_probs", "step_weights")
 
 
 def sampling_metadata(dataset: Dataset) -> dict[str, Any] | None:
@@ -134,7 +139,7 @@ def raise_beta(dataset: Dataset, beta: float) -> Dataset:
                 "it can be trained on as it is."
             )
         kept = [k for k, t in enumerate(row["step_positions"]) if row["kl_divergence"][t] >= beta]
-        row.update({name: [row[name][k] for k in kept] for name in ("step_positions", "label_ids", "label_probs")})
+        row.update({name: [row[name][k] for k in kept] for name in PER_STEP_COLUMNS if name in row})
         if metadata is not None:
             made = json.loads(row["sampling_metadata"])
             made["settings"]["beta"] = beta

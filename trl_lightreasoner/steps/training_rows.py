@@ -10,7 +10,7 @@ from transformers import logging
 
 from ..vocabulary import Vocabulary
 from .caches import map_rows
-from .dataset import STEP_COLUMNS, count_steps
+from .dataset import PER_STEP_COLUMNS, STEP_COLUMNS, count_steps
 
 
 logger = logging.get_logger(__name__)
@@ -22,6 +22,8 @@ _SUM_TOLERANCE = 1e-3
 # 0.8 or more
 _HIGH_BETA, _BETA = 1.6, 0.8
 _MIN_CORRECTIONS = 0.1
+# Columns of numbers that need not be whole
+_REAL = ("label_probs", "step_weights")
 
 
 def check_row(row: dict[str, Any], vocabulary: Container[int], width: int) -> None:
@@ -29,7 +31,7 @@ def check_row(row: dict[str, Any], vocabulary: Container[int], width: int) -> No
     Refuse a row that does not add up.
 
     Args:
-        row (`dict`): A row with the columns `STEP_COLUMNS`.
+        row (`dict`): A row with the columns `STEP_COLUMNS`, and `step_weights` if there are any.
         vocabulary ([`Vocabulary`] or other `Container[int]`): Ids of the model's tokens.
         width (`int`): Number of the model's embeddings.
 
@@ -52,7 +54,7 @@ def check_row(row: dict[str, Any], vocabulary: Container[int], width: int) -> No
 
     ```
     """
-    for column in STEP_COLUMNS:
+    for column in _checked(row):
         if row.get(column) is None:
             raise ValueError(f"{column} is missing")
         _check_numbers(column, row[column])
@@ -62,6 +64,12 @@ def check_row(row: dict[str, Any], vocabulary: Container[int], width: int) -> No
             f"there are {len(positions)} step positions, {len(row['label_ids'])} lists of label ids and "
             f"{len(row['label_probs'])} lists of label probabilities"
         )
+    weights = row.get("step_weights", [1.0] * len(positions))
+    if len(weights) != len(positions):
+        raise ValueError(f"there are {len(positions)} step positions and {len(weights)} step weights")
+    if wrong := [(t, w) for t, w in zip(positions, weights, strict=True) if not (math.isfinite(w) and w >= 0)]:
+        position, weight = wrong[0]
+        raise ValueError(f"the weight of step {position} must be a finite number, 0 or more, and is {weight}")
     if bad := [i for i in (*prompt, *completion) if not 0 <= i < width]:
         raise ValueError(f"token id {bad[0]} is outside the model's {width} embeddings")
     if any(later <= earlier for earlier, later in zip(positions, positions[1:], strict=False)):
@@ -83,8 +91,12 @@ def check_row(row: dict[str, Any], vocabulary: Container[int], width: int) -> No
             raise ValueError(f"the label at step {position} sums to {sum(probs):.4g}, not to 1")
 
 
+def _checked(columns: Container[str]) -> tuple[str, ...]:
+    return (*STEP_COLUMNS, "step_weights") if "step_weights" in columns else STEP_COLUMNS
+
+
 def _check_numbers(column: str, values: Any) -> None:
-    kinds, what = ({int, float}, "numbers") if column == "label_probs" else ({int}, "whole numbers")
+    kinds, what = ({int, float}, "numbers") if column in _REAL else ({int}, "whole numbers")
     parts = values if column.startswith("label") else [values]
     if not isinstance(values, list) or not all(isinstance(part, list) for part in parts if part is not None):
         raise ValueError(f"{column} does not hold lists of {what}")
@@ -240,16 +252,18 @@ def prepare_rows(
             "`ContrastiveStepSampler` or `lightreasoner sample`."
         )
     features = dataset.features
-    for column in () if features is None else STEP_COLUMNS:
+    for column in () if features is None else _checked(features):
         depth, feature = (2 if column.startswith("label") else 1), features[column]
         while isinstance(feature, List | LargeList):
             depth, feature = depth - 1, feature.feature
-        whole = column != "label_probs"
+        whole = column not in _REAL
         dtypes = ("int", "uint") if whole else ("int", "uint", "float")
         if depth != 0 or not isinstance(feature, Value) or not feature.dtype.startswith(dtypes):
+            remedy = "Make it with `ContrastiveStepSampler` or `lightreasoner sample`"
+            remedy = "Give each kept step a number, or remove the column" if column == "step_weights" else remedy
             raise ValueError(
                 f"The column {column!r} of the {name} dataset must hold lists of {'whole ' if whole else ''}numbers, "
-                f"got {features[column]}. Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
+                f"got {features[column]}. {remedy}."
             )
     limit, remedy = f"max_length={max_length}", "raise it"
     if context is not None and (max_length is None or context < max_length):
@@ -266,10 +280,9 @@ def prepare_rows(
             except ValueError as error:
                 raise ValueError(f"Row {index} of the {name} dataset cannot be trained on: {error}.") from None
             for group in [[k] for k in steps] if one_step_per_row else [steps] if steps else []:
-                for column in ("step_positions", "label_ids", "label_probs"):
-                    kept_rows[column].append([row[column][k] for k in group])
-                for column in row.keys() - {"step_positions", "label_ids", "label_probs"}:
-                    kept_rows[column].append(row[column])
+                for column, value in row.items():
+                    per_step = column in PER_STEP_COLUMNS
+                    kept_rows[column].append([value[k] for k in group] if per_step else value)
         return kept_rows
 
     if isinstance(dataset, IterableDataset):
@@ -290,6 +303,8 @@ def prepare_rows(
         else:
             reason = f"none of its {num_steps:,} steps reaches beta={beta}; lower it"
         raise ValueError(f"The {name} dataset has no step to train on: {reason}.")
+    if "step_weights" in prepared.column_names and not any(map(any, prepared["step_weights"])):
+        raise ValueError(f"The {name} dataset has no step to train on: all of its `step_weights` are 0.")
     if num_too_long:
         logger.warning(
             f"Dropped {num_too_long:,} of {num_steps:,} steps of the {name} dataset, which lie beyond {limit}."

@@ -17,7 +17,7 @@ _SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
 _METRICS = ("loss", "entropy", "mean_token_accuracy", *_SPEEDS)
 
 
-def check_arguments(train_dataset: Any, peft_config: Any) -> None:
+def check_arguments(train_dataset: Any, peft_config: Any, amateur_model: Any, sampling_args: Any) -> None:
     """Refuse arguments of a trainer that are not what they must be."""
     if train_dataset is None:
         raise ValueError("`train_dataset` is required")
@@ -29,6 +29,28 @@ def check_arguments(train_dataset: Any, peft_config: Any) -> None:
     if not isinstance(train_dataset, Dataset | IterableDataset):
         raise TypeError(
             f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(train_dataset).__name__}`."
+        )
+    if sampling_args is not None and amateur_model is None:
+        raise ValueError("`sampling_args` needs an `amateur_model` to sample against. Leave it out.")
+
+
+def check_functions(
+    compute_loss_func: Any,
+    compute_metrics: Any,
+    preprocess_logits_for_metrics: Any,
+    train_dataset: Dataset | IterableDataset,
+    sft_dataset: Any,
+) -> None:
+    """Refuse functions, arguments of a trainer, that would leave something out or never be called."""
+    if preprocess_logits_for_metrics is not None and compute_metrics is None:
+        raise ValueError("`preprocess_logits_for_metrics` needs `compute_metrics`, for which it prepares the logits.")
+    if compute_loss_func is None:
+        return
+    is_weighted = "step_weights" in (train_dataset.column_names or ())
+    if sft_dataset is not None or is_weighted:
+        raise ValueError(
+            f"`compute_loss_func` is not given {'the `step_weights`' if is_weighted else 'what `sft_dataset` adds'}, "
+            "so that the loss would be without. Subclass the trainer and override `compute_loss` instead."
         )
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from transformers.data.data_collator import DataCollatorMixin
 
+from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS
+
 
 @dataclass
 class DataCollatorForLightReasoner(DataCollatorMixin):
@@ -27,6 +29,8 @@ class DataCollatorForLightReasoner(DataCollatorMixin):
     - `step_mask` `(B, L)`, bool: True at the last token of the context of a kept step, where its distribution is;
     - `label_ids` `(B, S, K)` and `label_probs` `(B, S, K)`: v_C of the kept steps in the order of the mask. A step
       that is padding holds no probability;
+    - `step_weights` `(B, S)`, if the rows have weights: those of the kept steps, and 0 elsewhere;
+    - `sft_mask` `(B,)`, bool, if a row of an SFT dataset stands beside each row: True at those. They come last;
     - `token_index`, `step_index`, `label_index`: what [`find_indices`] makes of these.
 
     Example:
@@ -51,6 +55,12 @@ class DataCollatorForLightReasoner(DataCollatorMixin):
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        num_rows = len(examples)
+        weights = [weight for example in examples for weight in example.get("step_weights", ())]
+        has_weights, has_sft = "step_weights" in examples[0], SFT_COLUMNS[0] in examples[0]
+        if has_sft:
+            columns = [*zip(STEP_COLUMNS, SFT_COLUMNS, strict=True)]
+            examples = [*examples, *({column: example[sft] for column, sft in columns} for example in examples)]
         # By NumPy: on a machine of many cores PyTorch would wake up all of them for every line
         prompt_lengths = np.array([len(example["prompt_ids"]) for example in examples])
         lengths = prompt_lengths + np.array([example["step_positions"][-1] for example in examples])
@@ -90,10 +100,20 @@ class DataCollatorForLightReasoner(DataCollatorMixin):
             "label_ids": all_ids,
             "label_probs": all_probs,
         }
+        if has_weights:
+            arrays["step_weights"] = np.zeros(is_step.shape, dtype=np.float32)
+            arrays["step_weights"][:num_rows][is_step[:num_rows]] = weights
+        if has_sft:
+            arrays["sft_mask"] = np.arange(len(examples)) >= num_rows
         if self.padding_side == "left":
             arrays["position_ids"] = (is_token.cumsum(-1) - 1).clip(min=0)
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return {**batch, **find_indices(batch)}
+
+
+def with_indices(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch with what [`find_indices`] makes, which a collator of the user's own may leave out."""
+    return batch if "token_index" in batch else {**batch, **find_indices(batch)}
 
 
 def find_indices(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -102,11 +122,16 @@ def find_indices(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     an index without the processor, which learns how many a mask takes only when the GPU has done all work before.
 
     Args:
-        batch (`dict`): `attention_mask`, `step_mask` and `label_probs` as [`DataCollatorForLightReasoner`] makes them.
+        batch (`dict`): `attention_mask`, `step_mask`, `label_probs` and, if there is one, `sft_mask` as
+            [`DataCollatorForLightReasoner`] makes them.
 
     Returns:
         `dict` of int64 tensors: `token_index` `(N,)` into the flattened `input_ids`, `step_index` `(n,)` into those
-        tokens, `label_index` `(n,)` into the flattened labels `(B * S, K)`.
+        tokens, `label_index` `(n,)` into the flattened labels `(B * S, K)`. The labels of SFT rows are in `sft_index`
+        instead.
+
+    Raises:
+        `ValueError`: If SFT rows do not come last.
 
     Example:
 
@@ -126,4 +151,11 @@ def find_indices(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "step_index": step_mask.flatten()[is_token].nonzero()[0],
         "label_index": (label_probs.sum(-1).flatten() > 0).nonzero()[0],
     }
+    if "sft_mask" in batch:
+        sft_mask = batch["sft_mask"].cpu().numpy()
+        if (sft_mask[:-1] & ~sft_mask[1:]).any():
+            raise ValueError("The rows of `sft_mask` must come last in a batch.")
+        is_sft = sft_mask[indices["label_index"] // label_probs.shape[1]]
+        indices["sft_index"] = indices["label_index"][is_sft]
+        indices["label_index"] = indices["label_index"][~is_sft]
     return {name: torch.from_numpy(index).to(batch["step_mask"].device) for name, index in indices.items()}

@@ -58,6 +58,9 @@ class LightReasonerConfig(TrainingArguments):
 
         > Parameters that control the training
 
+        sft_weight (`float`, *optional*):
+            Weight of the mean cross-entropy over the tokens of the `sft_dataset` of the [`LightReasonerTrainer`],
+            which is added to the mean over kept steps. If `None`, it is 1.0 where there is such a dataset.
         use_cuda_graphs (`bool`, *optional*, defaults to `True`):
             Whether to train an adapter by CUDA graphs where that is possible: on a GPU in half precision, without
             activation checkpointing, `torch_compile`, FSDP or DeepSpeed. Forward hooks of the layers do not run then.
@@ -172,6 +175,14 @@ class LightReasonerConfig(TrainingArguments):
     )
 
     # Parameters that control the training
+    sft_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the mean cross-entropy over the tokens of the `sft_dataset` of the "
+            "`LightReasonerTrainer`, which is added to the mean over kept steps. If `None`, it is 1.0 where there is "
+            "such a dataset."
+        },
+    )
     use_cuda_graphs: bool = field(
         default=True,
         metadata={
@@ -203,6 +214,10 @@ class LightReasonerConfig(TrainingArguments):
             check_numbers(self, ("beta",))
             if not 0 <= self.beta < float("inf"):
                 raise ValueError(f"`beta` must be a finite number of nats, 0 or more, or `None`, got {self.beta}.")
+        if self.sft_weight is not None:
+            check_numbers(self, ("sft_weight",))
+            if not 0 <= self.sft_weight < float("inf"):
+                raise ValueError(f"`sft_weight` must be a finite number, 0 or more, got {self.sft_weight}.")
         check_flags(self, ("one_step_per_row", "use_cuda_graphs", "trust_remote_code"))
         check_whole_numbers(self, ("eval_max_new_tokens",))
         epochs = self.num_train_epochs

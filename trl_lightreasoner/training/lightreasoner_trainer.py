@@ -1,6 +1,8 @@
 """`LightReasonerTrainer`: fine-tunes an expert on the kept steps of a Dataset, `D_KL(v_C || pi_theta)` at each."""
 
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,56 +13,55 @@ from peft.helpers import disable_input_dtype_casting
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainerControl,
     TrainingArguments,
     logging,
     set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from ..contrast import contrastive_loss
-from ..evaluation.answering import context_length
+from ..contrast import ContrastiveLoss, contrastive_loss
 from ..generation.completions import evaluating
 from ..models.adapter_loading import check_adapter, load_adapter_config
 from ..models.forward import accepts_logits_to_keep, attention_backends, check_causal, forward_at, rope_switch
 from ..models.loading import add_quantization, hub_kwargs, load_config, load_model, load_tokenizer
 from ..models.provenance import warn_of_another_expert
 from ..models.weights import get_base_model, settle_4bit_layers
-from ..steps.dataset import STEP_COLUMNS
+from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
+from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS
 from ..steps.prompt_format import format_of_steps
-from ..steps.training_rows import choose_beta, prepare_rows, reaches
+from ..steps.training_rows import choose_beta
 from ..vocabulary import model_vocabulary
 from .accuracy import EvalQuestions
 from .adapters import AllocateRanks, is_plain_lora, is_quantized, prepare_adapter
-from .base_trainer import _BaseTrainer, check_destinations
+from .averaging import count_items, count_sft_tokens, mean_loss
+from .base_trainer import check_destinations
 from .combinations import (
     check_answers,
     check_arguments,
     check_combinations,
+    check_functions,
     check_metric,
     check_rope,
     check_trained_weights,
 )
 from .cuda_graphs import GraphedLayers, can_capture
-from .data_collator import DataCollatorForLightReasoner, find_indices
+from .data_collator import DataCollatorForLightReasoner, with_indices
+from .dataset import prepare_dataset, prepare_sft_dataset, put_beside, sample_dataset
+from .evaluating import EvaluatingTrainer
 from .lightreasoner_config import LightReasonerConfig, own_config
 from .nonfinite_updates import SkipNonFiniteUpdates
 from .packed_attention import can_pack, is_packed, pack, packed_attention
 from .resuming import RememberTraining
 from .saving import warn_of_left_out
-from .watching import DriftWarnings, adapter_off, divergence_at, starts_as_expert
 
 
 logger = logging.get_logger(__name__)
 
-# Values of `train_sampling_strategy` for which `Trainer` reads the lengths of the rows
-_BY_LENGTH = ("group_by_length", "batch_rebalance")
 
-
-class LightReasonerTrainer(_BaseTrainer):
+class LightReasonerTrainer(EvaluatingTrainer):
     r"""
     Trainer for LightReasoner (arXiv 2510.07962): minimises `D_KL(v_C || pi_theta)` at the kept steps of a Dataset.
 
@@ -83,10 +84,27 @@ class LightReasonerTrainer(_BaseTrainer):
             Rows of the same kind, for `eval_loss`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The model's tokenizer, which is saved with it. If `None`, it is loaded from beside the model.
+        compute_loss_func (`Callable`, *optional*):
+            A function that replaces the mean over kept steps. It is called with the outputs, the labels and
+            `num_items_in_batch`: `outputs.logits` holds the logits at the N kept steps of a batch, `(N, W)`,
+            `outputs.steps` the [`ContrastiveLoss`] of each, and the labels are the pair of `label_ids` and
+            `label_probs`, `(N, K)`, v_C there. `num_items_in_batch` is the number of kept steps of the whole update,
+            by which a sum must be divided, or `None` at evaluation.
+        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*):
+            The function that will be used to compute metrics at evaluation. Must take a
+            [`~transformers.EvalPrediction`] and return a dictionary string to metric values. Its predictions are the
+            logits at the kept steps, `(rows, S, W)`, minus infinity where a column is no token; its labels the ids of
+            v_C's favourites there, `(rows, S)`. Where a row has fewer steps than S, both hold -100.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             List of callbacks to customize the training loop.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             A tuple containing the optimizer and the scheduler to use.
+        optimizer_cls_and_kwargs (`tuple[Type[torch.optim.Optimizer], Dict[str, Any]]`, *optional*):
+            A tuple containing the optimizer class and keyword arguments to use, the learning rate `lr` among them.
+            Overrides `optim`, `optim_args` and `learning_rate` in `args`. Incompatible with the `optimizers` argument.
+        preprocess_logits_for_metrics (`Callable[[torch.Tensor, torch.Tensor], torch.Tensor]`, *optional*):
+            A function that preprocess the logits right before caching them at each evaluation step. Must take the
+            logits and the labels of a batch, as `compute_metrics` does, and return the logits once processed.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             Quantization configuration used when loading the model from a string.
         peft_config ([`~peft.PeftConfig`], *optional*):
@@ -96,6 +114,16 @@ class LightReasonerTrainer(_BaseTrainer):
             [`ContrastiveStepSampler`] takes it, and `answer`, the reference as text or a list of texts, all of which
             must be given. Of GSM8K's solutions what follows `####` counts, of others the last `\boxed{}`. The first
             evaluation comes before the first update. No `eval_dataset` is needed beside them.
+        sft_dataset ([`~datasets.Dataset`], *optional*):
+            Demonstrations of your own: `prompt` and `completion`, or `messages` that end with the assistant's, as TRL
+            takes them. One row is read beside each row of `train_dataset`, from the first again where they end, and
+            `args.sft_weight` times the mean cross-entropy of the completions' tokens is added to the loss.
+        amateur_model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            Amateur to sample against before training. `train_dataset` then holds prompts, as
+            [`ContrastiveStepSampler`] takes them, and the model is the expert.
+        sampling_args ([`ContrastiveSamplingConfig`], *optional*):
+            Configuration of that sampling. If `None`, a default configuration is used, and the steps are kept in
+            `_steps` in `args.output_dir`.
 
     Example:
 
@@ -125,7 +153,6 @@ class LightReasonerTrainer(_BaseTrainer):
     # `compute_loss` divides by the kept steps of the whole update, so that nothing is left for `Trainer` to scale
     loss_is_scaled_for_ga = True
     _signature_columns: list[str] | None
-    control: TrainerControl
 
     def __init__(
         self,
@@ -135,15 +162,30 @@ class LightReasonerTrainer(_BaseTrainer):
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
         eval_questions: Dataset | None = None,
+        sft_dataset: Dataset | None = None,
+        amateur_model: str | PreTrainedModel | PeftModel | None = None,
+        sampling_args: ContrastiveSamplingConfig | None = None,
     ):
         # Args
         args = own_config(args, model)
-        check_arguments(train_dataset, peft_config)
+        check_arguments(train_dataset, peft_config, amateur_model, sampling_args)
+        check_functions(compute_loss_func, compute_metrics, preprocess_logits_for_metrics, train_dataset, sft_dataset)
+        if sft_dataset is not None:
+            args.sft_weight = 1.0 if args.sft_weight is None else args.sft_weight
+        elif args.sft_weight is not None:
+            raise ValueError(
+                "`sft_weight` needs an `sft_dataset` (`--sft_dataset_name` on the command line), whose loss it "
+                "weighs. Leave it out."
+            )
         if peft_config is not None:
             check_adapter(peft_config, "`peft_config`")
         # Batches of streamed rows are made where they are used: dispatching would cut every tensor of a batch to the
@@ -178,8 +220,8 @@ class LightReasonerTrainer(_BaseTrainer):
         quantization = quantization or getattr(config, "quantization_config", None)
         dtype = model_init_kwargs.get("dtype")
         check_combinations(args, quantization, config.dtype if dtype == "auto" else dtype, trains_adapter)
-        # A subclass may evaluate more
-        if type(self).evaluation_loop is LightReasonerTrainer.evaluation_loop:
+        # A subclass may evaluate more, and so may a function
+        if compute_metrics is None and type(self).evaluation_loop is LightReasonerTrainer.evaluation_loop:
             sets = eval_dataset if isinstance(eval_dataset, dict) else () if eval_dataset is None else ("",)
             check_metric(args, sets, eval_questions is not None, trains_adapter)
         config = config.get_text_config()
@@ -190,28 +232,13 @@ class LightReasonerTrainer(_BaseTrainer):
         self.vocabulary = model_vocabulary(processing_class, config.vocab_size)
 
         # Dataset
-        def prepare(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
-            if isinstance(dataset, IterableDataset) and 1 < args.world_size <= dataset.num_shards:
-                raise ValueError(
-                    f"The {name} dataset is streamed from {dataset.num_shards} files, of which {args.world_size} "
-                    "processes would take different numbers of rows, and wait for each other without end. Load it "
-                    "without streaming."
-                )
-            rows = prepare_rows(
-                dataset,
-                name,
-                self.vocabulary,
-                config.vocab_size,
-                args.max_length,
-                args.one_step_per_row,
-                self.beta if args.beta is not None or reaches(dataset, self.beta) else None,
-                context_length(config),
+        if amateur_model is not None:
+            sampled_in = quantization_config if isinstance(model, str) else None
+            train_dataset = sample_dataset(
+                train_dataset, model, amateur_model, args, sampling_args, processing_class, sampled_in
             )
-            if args.train_sampling_strategy in _BY_LENGTH and isinstance(rows, Dataset):
-                rows = rows.map(_add_length, fn_kwargs={"column": args.length_column_name})
-            return rows
-
         self.beta = choose_beta(train_dataset) if args.beta is None else args.beta
+        prepare = partial(prepare_dataset, args=args, vocabulary=self.vocabulary, config=config, beta=self.beta)
         self._prepare_rows = prepare
         with args.main_process_first():
             train_dataset = prepare(train_dataset, "train")
@@ -219,14 +246,19 @@ class LightReasonerTrainer(_BaseTrainer):
                 eval_dataset = {name: prepare(dataset, name) for name, dataset in eval_dataset.items()}
             elif eval_dataset is not None:
                 eval_dataset = prepare(eval_dataset, "eval")
+            if sft_dataset is not None:
+                sft_rows = prepare_sft_dataset(sft_dataset, args, processing_class, self.vocabulary, config)
+                check_rope(args, rope_switch(config), sft_rows, None)
+                train_dataset = put_beside(train_dataset, sft_rows)
+        # What every batch must hold
+        self._needed = ["step_weights"] if "step_weights" in (train_dataset.column_names or ()) else []
+        self._needed += [] if sft_dataset is None else ["sft_mask"]
         check_rope(args, rope_switch(config), train_dataset, eval_dataset)
         if isinstance(train_dataset, Dataset):
             self.prompt_format = format_of_steps(train_dataset)
-        self._questions: EvalQuestions | None = None
         if eval_questions is not None:
             self._questions = EvalQuestions(eval_questions, processing_class, config, args.eval_max_new_tokens)
             eval_dataset = {} if eval_dataset is None else eval_dataset  # `Trainer` has nothing to compute a loss on
-        self._scores: dict[str, float] = {}  # of the answers at the evaluation that is going on
 
         # Model
         # PEFT initializes the adapter weights randomly, so set_seed must be done before creating the model to ensure
@@ -269,8 +301,12 @@ class LightReasonerTrainer(_BaseTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         if args.n_gpu > 1:
             raise ValueError(
@@ -307,13 +343,7 @@ class LightReasonerTrainer(_BaseTrainer):
         if isinstance(model, PeftModel) and isinstance(model.base_model, AdaLoraModel):
             self.add_callback(AllocateRanks(self))
         self._source = name
-
-        # Sums over the kept steps since the last log: entropy, agreement, steps. Seen: steps, tokens, since the start.
-        self._sums = torch.zeros(3, dtype=_sum_dtype(args.device), device=args.device)
-        self._seen = torch.zeros(2, dtype=_sum_dtype(args.device), device=args.device)
-        self._eval_sums: torch.Tensor | None = None
-        self._starts_as_expert = starts_as_expert(model, self.accelerator)
-        self.drift_warnings = DriftWarnings()
+        self._begin_measuring()
         self._operations_per_token: int | None = None
 
         if hasattr(self.model, "add_model_tags"):
@@ -322,41 +352,36 @@ class LightReasonerTrainer(_BaseTrainer):
     def _set_signature_columns_if_needed(self):
         # What `Trainer` keeps of a dataset under `remove_unused_columns=True`
         if self._signature_columns is None:
-            self._signature_columns = [*STEP_COLUMNS, self.args.length_column_name]
+            self._signature_columns = [*STEP_COLUMNS, "step_weights", *SFT_COLUMNS, self.args.length_column_name]
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device):
         # The items of an update are its kept steps, of every batch and process
-        num_steps = torch.as_tensor(sum(batch["step_mask"].sum() for batch in batch_samples), device=device)
+        return self._sum_over_update([count_items(batch) for batch in batch_samples], device)
+
+    def _sum_over_update(self, values: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+        total = torch.as_tensor(sum(values), device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            num_steps = self.accelerator.gather(num_steps).sum()
-        return num_steps
+            total = self.accelerator.gather(total).sum()
+        return total
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
-    ):
-        """
-        Mean of `D_KL(v_C || pi_theta)` over kept steps, in nats.
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        batch_samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for name in self._needed:
+            if not all(name in batch for batch in batch_samples):
+                raise ValueError(
+                    f"The `data_collator` leaves `{name}` out of its batches. Let it pass on all that "
+                    "`DataCollatorForLightReasoner` makes."
+                )
+        if "sft_mask" in self._needed:
+            num_sft_tokens = self._sum_over_update([count_sft_tokens(batch) for batch in batch_samples], device)
+            batch_samples = [{**batch, "num_sft_tokens": num_sft_tokens} for batch in batch_samples]
+        return batch_samples, num_items
 
-        Args:
-            model (`torch.nn.Module`): The model as `Trainer` wraps it.
-            inputs (`dict`): A batch of [`DataCollatorForLightReasoner`].
-            return_outputs (`bool`, *optional*, defaults to `False`): Whether to return the model's outputs as well.
-            num_items_in_batch (`torch.Tensor`, *optional*): Kept steps of the whole update. If `None`, the mean is
-                over the batch.
-
-        Returns:
-            The loss, or the loss and the outputs: `outputs.logits` holds the logits at the N kept steps, `(N, W)`, and
-            `outputs.steps` the [`ContrastiveLoss`] of each, in the order of the rows.
-        """
-        if "token_index" not in inputs:  # as a collator of the user's own may leave it
-            inputs = {**inputs, **find_indices(inputs)}
-        label_ids, label_probs = (
-            inputs[key].flatten(0, 1)[inputs["label_index"]] for key in ("label_ids", "label_probs")
-        )
+    def steps_of(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
+        inputs = with_indices(inputs)
+        # Of rows of which those of SFT come last
+        index = torch.cat([inputs[key] for key in ("label_index", "sft_index") if key in inputs])
+        label_ids, label_probs = (inputs[key].flatten(0, 1)[index] for key in ("label_ids", "label_probs"))
         attention_mask = inputs["attention_mask"]
         model_inputs, positions = {"input_ids": inputs["input_ids"]}, inputs["step_mask"]
         if is_packed(self._model_config):
@@ -372,20 +397,50 @@ class LightReasonerTrainer(_BaseTrainer):
         outputs.steps = contrastive_loss(
             self.vocabulary.select(outputs.logits), self.vocabulary.columns_of(label_ids), label_probs
         )
-        divergence = outputs.steps.kl_divergence
-        if num_items_in_batch is None:
-            loss = divergence.sum() / max(len(divergence), 1)
+        if "sft_index" in inputs:
+            num_steps = len(inputs["label_index"])
+            outputs.logits = outputs.logits[:num_steps]
+            outputs.sft_steps = ContrastiveLoss(*(each[num_steps:] for each in outputs.steps))
+            outputs.steps = ContrastiveLoss(*(each[:num_steps] for each in outputs.steps))
+        return outputs
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ):
+        """
+        Mean of `D_KL(v_C || pi_theta)` over kept steps, in nats, by their weights if they have any. Where there are
+        SFT rows, plus `sft_weight` times the mean cross-entropy over the tokens of their completions.
+
+        Args:
+            model (`torch.nn.Module`): The model as `Trainer` wraps it.
+            inputs (`dict`): A batch of [`DataCollatorForLightReasoner`].
+            return_outputs (`bool`, *optional*, defaults to `False`): Whether to return the model's outputs as well.
+            num_items_in_batch (`torch.Tensor`, *optional*): Kept steps of the whole update, or the sum of their
+                weights. If `None`, the mean is over the batch.
+
+        Returns:
+            The loss, or the loss and the outputs: `outputs.logits` holds the logits at the N kept steps, `(N, W)`, and
+            `outputs.steps` the [`ContrastiveLoss`] of each, in the order of the rows.
+        """
+        inputs = with_indices(inputs)
+        outputs = self.steps_of(model, inputs)
+        if self.compute_loss_func is None:
+            loss = mean_loss(outputs.steps.kl_divergence, inputs, num_items_in_batch)
         else:
-            loss = divergence.sum() / num_items_in_batch.clamp_min(1)
-            if self.args.average_tokens_across_devices:  # DDP takes the mean of the processes' gradients
-                loss = loss * self.accelerator.num_processes
+            labels = tuple(inputs[key].flatten(0, 1)[inputs["label_index"]] for key in ("label_ids", "label_probs"))
+            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+        if "sft_mask" in inputs:
+            num_tokens = inputs["num_sft_tokens"] if "num_sft_tokens" in inputs else count_sft_tokens(inputs)
+            cross_entropy = outputs.sft_steps.kl_divergence.sum() / num_tokens.clamp_min(1)
+            loss = loss + self.args.sft_weight * cross_entropy
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP takes the mean of the processes' gradients
         if model.training:
-            entropy, agreement = outputs.steps.entropy.sum(), outputs.steps.agreement.sum()
-            num_steps = inputs["step_mask"].sum()
-            sums = torch.stack([entropy, agreement, num_steps]).to(_sum_dtype(loss.device))
-            self._sums = self._sums + sums
-            seen = torch.stack([num_steps, inputs["attention_mask"].sum()]).to(sums.dtype)
-            self._seen = self._seen + seen
+            self._count(outputs, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -416,103 +471,3 @@ class LightReasonerTrainer(_BaseTrainer):
         if self._operations_per_token is None:
             self._operations_per_token = super().floating_point_ops(inputs) // inputs["input_ids"].numel()
         return self._operations_per_token * inputs["input_ids"].numel()
-
-    def prediction_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ):
-        inputs = self._prepare_inputs(inputs)
-        label_probs = inputs["label_probs"]
-        with torch.no_grad(), self._attention(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-            if not hasattr(outputs, "steps"):  # a subclass has a loss all of its own
-                _, outputs = LightReasonerTrainer.compute_loss(self, model, inputs, return_outputs=True)
-            steps = outputs.steps
-            row, step = (label_probs.sum(-1) > 0).nonzero(as_tuple=True)
-            # A subclass may add to the loss; what it adds counts for every step of the batch alike
-            added = loss - steps.kl_divergence.mean()
-            label_entropy = -torch.special.xlogy(label_probs, label_probs).sum(-1)[row, step]
-            ones = torch.ones_like(label_entropy)
-            values = [ones, steps.kl_divergence + added, steps.entropy, steps.agreement, label_entropy]
-            if self._starts_as_expert:
-                with adapter_off(self.accelerator.unwrap_model(model, keep_torch_compile=False)):
-                    _, expert = LightReasonerTrainer.compute_loss(self, model, inputs, return_outputs=True)
-                logits = [self.vocabulary.select(each.logits) for each in (outputs, expert)]
-                values += [divergence_at(*logits), expert.steps.kl_divergence]
-        sums = torch.zeros(len(inputs["input_ids"]), len(values), dtype=_sum_dtype(loss.device), device=loss.device)
-        sums.index_add_(0, row, torch.stack(values, dim=1).to(sums.dtype))
-        # Row by row, since the last batches of several processes hold rows twice, which `gather_for_metrics` takes out
-        self._eval_sums = self._eval_sums + self.accelerator.gather_for_metrics(sums).sum(0)
-        return loss.detach(), None, None
-
-    def evaluate(
-        self,
-        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        # A dataset that comes only now is as the sampler made it; the trainer's own come by name or not at all
-        if isinstance(eval_dataset, Dataset | IterableDataset):
-            with self.args.main_process_first():
-                eval_dataset = self._prepare_rows(eval_dataset, metric_key_prefix)
-        if self._questions is None or eval_dataset is not None:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        scores = self._questions.measure(self.model, self.vocabulary, self.accelerator)
-        scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-        if isinstance(self.eval_dataset, dict):  # each is logged by itself, and there may be none
-            metrics = super().evaluate(None, ignore_keys, metric_key_prefix)
-            self.log(scores)
-            metrics |= scores
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-            return metrics
-        self._scores = scores
-        try:
-            return super().evaluate(None, ignore_keys, metric_key_prefix)
-        finally:
-            self._scores = {}
-
-    def predict(self, test_dataset: Dataset | IterableDataset, *args, **kwargs) -> PredictionOutput:
-        if isinstance(test_dataset, Dataset | IterableDataset):
-            with self.args.main_process_first():
-                test_dataset = self._prepare_rows(test_dataset, "test")
-        return super().predict(test_dataset, *args, **kwargs)
-
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        device = self.accelerator.device
-        names = ["loss", "entropy", "mean_token_accuracy", "label_entropy"]
-        names += ["kl_to_expert", "expert_loss"] if self._starts_as_expert else []
-        self._eval_sums = torch.zeros(1 + len(names), dtype=_sum_dtype(device), device=device)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        num_steps, *sums = self._eval_sums.tolist()
-        means = {name: value / max(num_steps, 1) for name, value in zip(names, sums, strict=True)}
-        # `Trainer` takes the mean of the batches' means, which is not the mean over the steps
-        for name in ("loss", "entropy", "mean_token_accuracy", "kl_to_expert"):
-            if name in means:
-                output.metrics[f"{metric_key_prefix}_{name}"] = means[name]
-        if self.is_world_process_zero():
-            self.drift_warnings.look_at(means, metric_key_prefix)
-        output.metrics.update(self._scores)
-        return output
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            sums = self.accelerator.reduce(torch.cat([self._sums, self._seen]), "sum")
-            entropy, agreement, num_steps, seen_steps, seen_tokens = sums.tolist()
-            logs["entropy"] = entropy / max(num_steps, 1)
-            logs["mean_token_accuracy"] = agreement / max(num_steps, 1)
-            logs["num_kept_steps"] = seen_steps
-            logs["num_tokens"] = seen_tokens
-            logs["num_nonfinite_updates"] = self.skip_nonfinite_updates.count
-            self._sums = torch.zeros_like(self._sums)
-        super().log(logs, start_time)
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
-
-
-def _add_length(row: dict[str, Any], column: str) -> dict[str, int]:
-    return {column: len(row["prompt_ids"]) + row["step_positions"][-1]}  # behind the last kept step a row is cut

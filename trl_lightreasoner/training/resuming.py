@@ -25,7 +25,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
 from ..models.weights import describe_model
-from ..steps.dataset import STEP_COLUMNS
+from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS
 from .checkpoints import find_checkpoint, one_training, saving, saving_model
 
 
@@ -42,6 +42,7 @@ _TAKEN = (
     "data_seed",
     "train_sampling_strategy",
     "neftune_noise_alpha",
+    "sft_weight",
 )
 # Those by which the state of the optimizer has another form
 _FIXED = ("optim", "optim_args")
@@ -80,6 +81,9 @@ class ResumableTrainer(Trainer):
         (memory,) = (each for each in self.callback_handler.callbacks if isinstance(each, RememberTraining))
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         memory.training = describe_training(self.args, model, self._source, self.train_dataset)
+        if self.optimizer_cls_and_kwargs is not None:
+            optimizer, settings = self.optimizer_cls_and_kwargs
+            memory.training |= {"optim": optimizer.__name__, "optim_args": str(settings)}
         self._resumed = None
         if checkpoint is not None:
             self._resumed = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
@@ -197,7 +201,7 @@ def describe_training(
             is known before they are read.
     """
     settings = args.to_dict()
-    described = {name: settings[name] for name in (*_KEPT, *_TAKEN, *_FIXED)}
+    described = {name: settings[name] for name in (*_KEPT, *_TAKEN, *_FIXED) if name in settings}
     described["mixed_precision"] = args.mixed_precision
     described |= describe_model(model)
     del described["adapter"], described["num_parameters"]
@@ -215,8 +219,10 @@ def describe_training(
 
 def _checksum(rows: Dataset) -> str:
     digest = hashlib.sha256()
-    for batch in rows.with_format(None).select_columns(list(STEP_COLUMNS)).iter(1000):
-        digest.update(repr([batch[column] for column in STEP_COLUMNS]).encode())
+    added = [column for column in ("step_weights", *SFT_COLUMNS) if column in rows.column_names]
+    columns = [*STEP_COLUMNS, *added]
+    for batch in rows.with_format(None).select_columns(columns).iter(1000):
+        digest.update(repr([batch[column] for column in columns]).encode())
     return digest.hexdigest()
 
 

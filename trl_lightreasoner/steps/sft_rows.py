@@ -1,0 +1,105 @@
+"""Demonstrations of one's own as rows of kept steps, so that whatever trains on the latter trains on them.
+
+A label that is one token makes D_KL(v_C || pi_theta) the cross-entropy of that token. So a completion is a row whose
+every token is a kept step with itself as its label.
+"""
+
+from typing import Any
+
+from datasets import Dataset, Features
+from transformers import PreTrainedTokenizerBase
+
+from .caches import map_rows
+from .dataset import STEP_COLUMNS, STEP_FEATURES
+from .prompt_format import has_messages
+from .prompts import encode_rows, end_of_turn
+
+
+def encode_sft_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """
+    Rows of kept steps of a dataset of demonstrations in TRL's formats, every token of a completion a kept step.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): Rows with `prompt` and `completion`, both text or both messages, or with
+            `messages`, of which the last, the assistant's, is the completion. An EOS token is put behind text.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's, with the chat template if there are
+            messages.
+
+    Returns:
+        [`~datasets.Dataset`] with the columns `STEP_COLUMNS`, one row a demonstration. The last step of a completion
+        is the token that ends it.
+
+    Raises:
+        `TypeError`: If it is not a [`~datasets.Dataset`].
+        `ValueError`: If a column is missing or a row is not as it must be; names the row.
+
+    Example:
+
+    ```python
+    >>> rows = encode_sft_rows(Dataset.from_dict({"prompt": ["2+2="], "completion": ["4"]}), tokenizer)
+    >>> rows[0]["completion_ids"], rows[0]["step_positions"], rows[0]["label_ids"]
+    ([19, 297], [0, 1], [[19], [297]])
+
+    ```
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"`sft_dataset` must be a `datasets.Dataset`, got `{type(dataset).__name__}`.")
+    columns = set(dataset.column_names)
+    has_completions = {"prompt", "completion"} <= columns
+    if not has_completions and "messages" not in columns:
+        raise ValueError(
+            "`sft_dataset` must have the columns `prompt` and `completion`, or `messages`; it has "
+            f"{', '.join(map(repr, dataset.column_names)) or 'none'}."
+        )
+    if len(dataset) == 0:
+        raise ValueError("`sft_dataset` holds no row.")
+    is_text = has_completions and not has_messages(dataset)
+    if not is_text and tokenizer.chat_template is None:
+        raise ValueError(
+            "The rows of `sft_dataset` are messages, but the model's tokenizer has no chat template. Give them as "
+            "text, in the form in which the train dataset was sampled."
+        )
+    eos_ids = {tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None}
+
+    def encode(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        try:
+            demonstrations = [_demonstration(row, n, tokenizer) for n, row in zip(indices, rows, strict=True)]
+            ids = encode_rows(demonstrations, tokenizer, eos_ids, first_row=indices[0])
+        except ValueError as error:
+            raise ValueError(f"`sft_dataset`: {error}") from None
+        completions = ids["completion_ids"]
+        return {
+            **ids,
+            "step_positions": [list(range(len(completion))) for completion in completions],
+            "label_ids": [[[token_id] for token_id in completion] for completion in completions],
+            "label_probs": [[[1.0]] * len(completion) for completion in completions],
+        }
+
+    return map_rows(
+        dataset.with_format(None),
+        encode,
+        with_indices=True,
+        batched=True,
+        remove_columns=dataset.column_names,
+        features=Features({column: STEP_FEATURES[column] for column in STEP_COLUMNS}),
+        desc="Tokenizing the SFT dataset",
+    )
+
+
+def _demonstration(row: dict[str, Any], number: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A row with `prompt` and `completion`, whichever format it comes in."""
+    if "completion" not in row or "prompt" not in row:
+        messages = row.pop("messages")
+        last = messages[-1] if isinstance(messages, list) and messages else None
+        if not isinstance(last, dict) or last.get("role") != "assistant":
+            raise ValueError(f"Row {number}: `messages` must end with a message of the assistant, got {messages!r}.")
+        row = {**row, "prompt": messages[:-1], "completion": [last]}
+    if row["prompt"] in ("", []):
+        raise ValueError(
+            f"Row {number}: the prompt is empty, so that a completion has no context. Filter such rows out."
+        )
+    completion, eos = row["completion"], tokenizer.eos_token
+    if isinstance(completion, str) and eos is not None and not completion.endswith(eos):
+        row = {**row, "completion": completion + eos}
+    return row

@@ -1,0 +1,163 @@
+"""What a trainer reads: rows of kept steps, checked by its settings, and beside them rows of an SFT dataset."""
+
+import os
+from typing import Any
+
+from accelerate.utils.memory import clear_device_cache
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from peft import PeftModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, logging
+
+from ..evaluation.answering import context_length
+from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
+from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
+from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS
+from ..steps.sft_rows import encode_sft_rows
+from ..steps.training_rows import prepare_rows, reaches
+from ..vocabulary import Vocabulary
+from .lightreasoner_config import LightReasonerConfig
+
+
+logger = logging.get_logger(__name__)
+
+# `Trainer` uploads what lies beside the model, unless its name begins so
+_STEPS_FOLDER = "_steps"
+# Values of `train_sampling_strategy` for which `Trainer` reads the lengths of the rows
+_BY_LENGTH = ("group_by_length", "batch_rebalance")
+
+
+def prepare_dataset(
+    dataset: Dataset | IterableDataset,
+    name: str,
+    args: LightReasonerConfig,
+    vocabulary: Vocabulary,
+    config: PretrainedConfig,
+    beta: float | None,
+) -> Dataset | IterableDataset:
+    """
+    Rows that can be trained on or evaluated.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows as [`ContrastiveStepSampler`] makes
+            them.
+        name (`str`): What to call it in messages: "train", "eval".
+        args ([`LightReasonerConfig`]): Settings of the training.
+        vocabulary ([`Vocabulary`]): The model's tokens.
+        config ([`~transformers.PretrainedConfig`]): The model's, of its text.
+        beta (`float`, *optional*): Steps whose divergence is below it are left out, unless nobody named it and no step
+            reaches it.
+
+    Raises:
+        `ValueError`: If it cannot be trained on; says what to do.
+    """
+    if isinstance(dataset, IterableDataset) and 1 < args.world_size <= dataset.num_shards:
+        raise ValueError(
+            f"The {name} dataset is streamed from {dataset.num_shards} files, of which {args.world_size} processes "
+            "would take different numbers of rows, and wait for each other without end. Load it without streaming."
+        )
+    if SFT_COLUMNS[0] in (dataset.column_names or ()):  # it comes from another trainer
+        dataset = dataset.remove_columns(list(SFT_COLUMNS))
+    rows = prepare_rows(
+        dataset,
+        name,
+        vocabulary,
+        config.vocab_size,
+        args.max_length,
+        args.one_step_per_row,
+        beta if args.beta is not None or reaches(dataset, beta) else None,
+        context_length(config),
+    )
+    if args.train_sampling_strategy in _BY_LENGTH and isinstance(rows, Dataset):
+        rows = rows.map(_add_length, fn_kwargs={"column": args.length_column_name})
+    return rows
+
+
+def sample_dataset(
+    prompts: Dataset,
+    model: str | PreTrainedModel | PeftModel,
+    amateur_model: str | PreTrainedModel | PeftModel,
+    args: LightReasonerConfig,
+    sampling_args: ContrastiveSamplingConfig | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
+) -> Dataset:
+    """
+    The kept steps of prompts, of which none is sampled twice: they stay in the folder of `sampling_args`, by default
+    `_steps` in `args.output_dir`.
+
+    Args:
+        prompts ([`~datasets.Dataset`]): As [`~ContrastiveStepSampler.sample`] takes them.
+        model, amateur_model, sampling_args, processing_class, quantization_config: As [`ContrastiveStepSampler`] takes
+            expert, amateur, args, processing_class and quantization_config.
+        args ([`LightReasonerConfig`]): Settings of the training, which say how the model is loaded unless
+            `sampling_args` do.
+
+    Raises:
+        `ValueError`: If the steps are sampled already, or cannot be.
+    """
+    if "step_positions" in (prompts.column_names or ()):
+        raise ValueError(
+            "`amateur_model` is for a `train_dataset` of prompts, and this one holds kept steps. Leave it out to "
+            "train on them."
+        )
+    if sampling_args is None:
+        sampling_args = ContrastiveSamplingConfig(
+            os.path.join(args.output_dir, _STEPS_FOLDER),
+            model_init_kwargs=args.model_init_kwargs,
+            trust_remote_code=args.trust_remote_code,
+        )
+    sampler = ContrastiveStepSampler(
+        model, amateur_model, sampling_args, processing_class, quantization_config=quantization_config
+    )
+    steps = sampler.sample(prompts)
+    del sampler  # with the models that it has loaded
+    clear_device_cache(garbage_collection=True)
+    return steps
+
+
+def prepare_sft_dataset(
+    dataset: Dataset,
+    args: LightReasonerConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary,
+    config: PretrainedConfig,
+) -> Dataset:
+    """
+    Rows of kept steps of a dataset of demonstrations, as [`encode_sft_rows`] makes them, within `args.max_length`.
+
+    Raises:
+        `ValueError`: If it cannot be trained on; says what to do.
+    """
+    rows = encode_sft_rows(dataset, tokenizer)
+    limits = (args.max_length, False, None, context_length(config))
+    return prepare_rows(rows, "SFT", vocabulary, config.vocab_size, *limits)
+
+
+def put_beside(dataset: Dataset | IterableDataset, sft_rows: Dataset) -> Dataset:
+    """
+    Rows with one of an SFT dataset beside each, in order, from the first again where they end.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): What [`prepare_dataset`] returns.
+        sft_rows ([`~datasets.Dataset`]): What [`prepare_sft_dataset`] returns.
+
+    Returns:
+        [`~datasets.Dataset`] with the columns `SFT_COLUMNS` besides.
+
+    Raises:
+        `ValueError`: If the rows are streamed.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError("`sft_dataset` does not go with a streamed `train_dataset`. Load it without streaming.")
+    if len(sft_rows) > len(dataset):
+        logger.warning(
+            f"Of the {len(sft_rows):,} rows of `sft_dataset` the first {len(dataset):,} are read, one beside each row "
+            "of the train dataset."
+        )
+    beside = sft_rows.select([i % len(sft_rows) for i in range(len(dataset))]).select_columns(list(STEP_COLUMNS))
+    beside = beside.rename_columns(dict(zip(STEP_COLUMNS, SFT_COLUMNS, strict=True)))
+    return concatenate_datasets([dataset, beside], axis=1)
+
+
+def _add_length(row: dict[str, Any], column: str) -> dict[str, int]:
+    return {column: len(row["prompt_ids"]) + row["step_positions"][-1]}  # behind the last kept step a row is cut
