@@ -123,7 +123,7 @@ class RoundFolder:
     def __init__(self, path: Path):
         self.path = path
         self.steps, self.adapter, self.evaluation = (path / name for name in ("steps", "adapter", "evaluation"))
-        self.outcome = path / "round.json"
+        self.warnings, self.outcome = self.adapter / "warnings.json", path / "round.json"
 
     @property
     def is_trained(self) -> bool:
@@ -140,7 +140,7 @@ class RunFolder(Folder):
 
     _noun = "run"
     _settings_name = "run.json"
-    _made_names = ("check.json", "verdict.json", "steps", "adapter", "report", "evaluation", "rounds")
+    _made_names = ("check.json", "verdict.json", "steps", "adapter", "report", "evaluation", "rounds", "round.json")
 
     def __init__(self, args: RunConfig):
         super().__init__(args)
@@ -155,10 +155,12 @@ class RunFolder(Folder):
         """Make the adapter of a round that of the run."""
         if not self._has_rounds or self.adapter.is_dir():
             return
-        temporary = self.path / "adapter.tmp"
+        kept, temporary = self.round(number), self.path / "adapter.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(self.round(number).adapter, temporary, ignore=shutil.ignore_patterns("checkpoint-*"))
-        os.replace(temporary, self.adapter)
+        shutil.copytree(kept.adapter, temporary, ignore=shutil.ignore_patterns("checkpoint-*"))
+        if (kept.evaluation / "results.json").is_file():
+            shutil.copy(kept.evaluation / "results.json", self.evaluation)
+        os.replace(temporary, self.adapter)  # last, as the mark
 
 
 class TuneFolder(Folder):

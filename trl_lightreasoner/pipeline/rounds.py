@@ -9,18 +9,28 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, load_dataset
+from accelerate.utils.memory import clear_device_cache
+from datasets import Dataset, concatenate_datasets, load_dataset
 
+from ..evaluation.evaluation import Candidate, grade_candidates
+from ..evaluation.evaluation_config import EvaluationConfig
 from ..evaluation.sets import HELD_OUT
 from ..evaluation.statistics import compare
-from .folder import RoundFolder, write_json
+from ..models.adapter_loading import load_adapter
+from ..processes import Processes
+from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
+from ..steps.prompt_format import PromptFormat
+from .folder import RoundFolder, RunFolder, write_json
 from .run_config import RunConfig
+from .stages import Stages, evaluation_config, make_sampler, sample_steps, train_adapter, training_config
 
 
 # Below this share of the kept steps at which v_C prefers another token there is nothing left to correct
 _MIN_CORRECTIONS = 0.01
-# By so much more of the answers may be cut off than in the round before
+# So much larger may the share of answers be that are cut off than the expert's
 _MAX_CUT = 0.02
+# Rows on which entropy and drift are measured
+_NUM_MEASURED = 100
 _WARNED = {
     "entropy": "the model has become surer than its labels",
     "drift": "the model has gone further from the expert than its labels ask for",
@@ -37,7 +47,6 @@ class Round(NamedTuple):
         corrections (`float`): Share of the kept steps at which v_C prefers another token than the one that was taken.
         warned (`list[str]`): Of `"entropy"` and `"drift"`, what was warned of.
         results (`dict[str, Any]`, *optional*): What results.json holds, if anything was answered.
-        share_cut (`float`): Of the answers.
         against_last (`dict[str, float]`, *optional*): On the held-out questions against the round before, or the
             expert, as of [`PairedDifference`].
     """
@@ -49,7 +58,6 @@ class Round(NamedTuple):
     corrections: float
     warned: list[str]
     results: dict[str, Any] | None
-    share_cut: float
     against_last: dict[str, float] | None
 
 
@@ -60,50 +68,142 @@ def split_prompts(prompts: Dataset, args: RunConfig) -> list[Dataset]:
     return [prompts.select(range(*pair)) for pair in zip(ends, ends[1:], strict=False)]
 
 
-def describe_round(
-    number: int,
-    steps: Dataset,
-    num_steps: int,
-    num_kept: int,
-    warned: set[str],
-    results: dict[str, Any] | None,
-    folder: RoundFolder,
-    before: RoundFolder | None,
-) -> Round:
+class Rounds:
     """
-    Write down what a round has brought, which marks it as complete.
+    What the rounds of a run share. Each continues from the adapter of the one before.
 
     Args:
-        number, num_steps, num_kept: As of [`Round`].
-        steps ([`~datasets.Dataset`]): What it sampled.
-        warned (`set[str]`): What was warned of.
-        results (`dict[str, Any]`, *optional*): Of its answers.
-        folder ([`RoundFolder`]): Its folder.
-        before ([`RoundFolder`], *optional*): Of the round before.
+        args ([`RunConfig`]): Settings.
+        folder ([`RunFolder`]): Where everything goes.
+        stages ([`Stages`]): Says what is done.
+        sampler ([`ContrastiveStepSampler`]): That of the first round.
+        prompt_format ([`PromptFormat`]): The form of the prompts.
+        problems (`dict[str, Dataset]`): What is answered.
+
+    Attributes:
+        expert, amateur: The models of the round that was played last; the expert without an adapter.
+        steps ([`~datasets.Dataset`]): What that round sampled.
     """
-    others = sum(
-        row["completion_ids"][t] != label_ids[0]
-        for row in steps.select_columns(["completion_ids", "step_positions", "label_ids"])
-        for t, label_ids in zip(row["step_positions"], row["label_ids"], strict=True)
-    )
-    against_last, share_cut = None, 0.0
-    if results is not None:
-        scores = results["benchmarks"].values()
-        share_cut = sum(each["model"]["num_cut"] for each in scores) / sum(each["num_problems"] for each in scores)
-        if HELD_OUT in results["benchmarks"]:
-            last = folder.evaluation / "baseline" if before is None else before.evaluation / "model"
-            verdicts = [read_verdicts(path) for path in (folder.evaluation / "model", last)]
-            against_last = compare(*verdicts)._asdict()
-    outcome = Round(
-        number, len(steps), num_steps, num_kept, others / num_kept, sorted(warned), results, share_cut, against_last
-    )
-    write_json(folder.outcome, outcome._asdict())
-    return outcome
 
+    def __init__(
+        self,
+        args: RunConfig,
+        folder: RunFolder,
+        stages: Stages,
+        sampler: ContrastiveStepSampler,
+        prompt_format: PromptFormat,
+        problems: dict[str, Dataset],
+    ):
+        self.args, self.folder, self.stages = args, folder, stages
+        self.prompt_format, self.problems = prompt_format, problems
+        self.tokenizer = sampler.processing_class
+        self._sampler: ContrastiveStepSampler | None = sampler
+        self._baseline: Candidate | None = None
+        if problems:
+            self._baseline = Candidate(
+                "baseline",
+                args.expert,
+                self.tokenizer,
+                None,
+                self._eval_args(folder.evaluation),
+                problems,
+                Processes(),
+            )
+        self._asked = f"{sum(map(len, problems.values())):,} questions"
+        self._earlier: list[Dataset] = []
+        self.expert: Any = None
+        self.amateur: Any = None
 
-def read_round(folder: RoundFolder) -> Round:
-    """What [`describe_round`] has written."""
-    return Round(**json.loads(folder.outcome.read_text(encoding="utf-8")))
+    def play(self, number: int, prompts: Dataset) -> Round:
+        """Sample, train and answer; what is there already is not done again."""
+        place, before = self.folder.round(number), self.folder.round(number - 1) if number > 1 else None
+        suffix, what = ("", "") if before is None else (f"_{number}", f"Round {number}: ")
+        with self.stages(f"sample{suffix}", f"{what}Expert and amateur read {len(prompts):,} questions"):
+            self.steps, num_steps, num_kept = self._sample(place, before, prompts)
+        if self._baseline is not None and before is None:
+            with self.stages("answer_before", f"The expert answers {self._asked}"):
+                self._baseline.answer(self.expert)
+        with self.stages(f"train{suffix}", f"{what}The expert learns: {num_kept:,} of {num_steps:,} steps are kept"):
+            self._train(place, before)
+        results = None
+        if self._baseline is not None:
+            with self.stages(f"answer_after{suffix}", f"{what}The trained expert answers {self._asked}"):
+                results = self._answer(place)
+        outcome = self._describe(number, num_steps, num_kept, results, place, before)
+        write_json(place.outcome, outcome._asdict())
+        return outcome
+
+    def _eval_args(self, path: Path) -> EvaluationConfig:
+        return evaluation_config(self.args, path, self.prompt_format)
+
+    def _sample(self, place: RoundFolder, before: RoundFolder | None, prompts: Dataset) -> tuple[Dataset, int, int]:
+        if before is not None:
+            self.expert = self.amateur = None  # the memory is for those that are loaded now
+            clear_device_cache(garbage_collection=True)
+            adapter = str(before.adapter)
+            self._sampler = make_sampler(self.args, adapter, place.steps, label_expert=self.args.label_expert)
+        assert self._sampler is not None
+        sampled = sample_steps(self._sampler, prompts, self.prompt_format)
+        self.expert, self.amateur = self._sampler.expert, self._sampler.amateur
+        self._sampler = None  # and its graphs and caches: training needs the memory
+        if before is not None:
+            self.expert = self.expert.unload()
+        clear_device_cache(garbage_collection=True)
+        return sampled
+
+    def _train(self, place: RoundFolder, before: RoundFolder | None) -> None:
+        steps = [*self._earlier, self.steps]
+        self._earlier = steps if self.args.keep_earlier_steps else []
+        if place.is_trained:
+            return
+        model = self.expert
+        if before is not None:
+            model = load_adapter(model, str(before.adapter), is_trainable=True)
+        train_adapter(
+            model,
+            self.tokenizer,
+            concatenate_datasets(steps),
+            training_config(self.args, place.adapter),
+            self.args,
+            place.find_checkpoint(),
+            measured=self.steps.select(range(min(_NUM_MEASURED, len(self.steps))))
+            if self._is_one_of_several
+            else None,
+        )
+
+    @property
+    def _is_one_of_several(self) -> bool:
+        return self.args.num_rounds > 1
+
+    def _answer(self, place: RoundFolder) -> dict[str, Any]:
+        args = self._eval_args(place.evaluation)
+        candidate = Candidate("model", str(place.adapter), None, None, args, self.problems, Processes())
+        adapted = load_adapter(self.expert, str(place.adapter))
+        candidate.answer(adapted)
+        self.expert = adapted.unload()
+        assert self._baseline is not None
+        return grade_candidates([candidate, self._baseline], args)
+
+    def _describe(
+        self,
+        number: int,
+        num_steps: int,
+        num_kept: int,
+        results: dict[str, Any] | None,
+        place: RoundFolder,
+        before: RoundFolder | None,
+    ) -> Round:
+        others = sum(
+            row["completion_ids"][t] != label_ids[0]
+            for row in self.steps.select_columns(["completion_ids", "step_positions", "label_ids"])
+            for t, label_ids in zip(row["step_positions"], row["label_ids"], strict=True)
+        )
+        warned = json.loads(place.warnings.read_text(encoding="utf-8"))["warned"] if self._is_one_of_several else []
+        against_last = None
+        if results is not None and HELD_OUT in results["benchmarks"]:
+            last = place.evaluation / "baseline" if before is None else before.evaluation / "model"
+            against_last = compare(*map(read_verdicts, (place.evaluation / "model", last)))._asdict()
+        return Round(number, len(self.steps), num_steps, num_kept, others / num_kept, warned, results, against_last)
 
 
 def read_verdicts(path: Path) -> list[bool]:
@@ -112,23 +212,30 @@ def read_verdicts(path: Path) -> list[bool]:
     return load_dataset("parquet", data_files=file, split="train")["correct"][:]
 
 
-def why_stop(rounds: list[Round], share_cut_before: float) -> str | None:
+def why_stop(last: Round) -> str | None:
     """
-    Why there is no use in another round, or `None`.
+    Why there is no use in another round behind this one, or `None`.
 
-    Args:
-        rounds (`list[Round]`): Those that are complete, one or more.
-        share_cut_before (`float`): Of the expert's answers, how many were cut off.
+    Example:
+
+    ```python
+    >>> why_stop(Round(2, 1000, 90000, 8000, 0.002, [], None, None))
+    'v_C prefers another token at 0.2% of the kept steps, so that little is left to learn'
+
+    ```
     """
-    last = rounds[-1]
     if last.warned:
         return _WARNED[last.warned[0]]
     if last.against_last is not None and last.against_last["difference"] < 0:
         return "fewer of the held-out questions were answered right than before it"
-    if last.share_cut > share_cut_before + _MAX_CUT:
-        return f"{last.share_cut:.1%} of the answers were cut off, and {share_cut_before:.1%} of the expert's"
+    if last.results is not None:
+        after, before = (_share_cut(last.results["benchmarks"], role) for role in ("model", "baseline"))
+        if after > before + _MAX_CUT:
+            return f"{after:.1%} of its answers were cut off, and {before:.1%} of the expert's"
     if last.corrections < _MIN_CORRECTIONS:
-        return f"v_C prefers another token at {last.corrections:.1%} of the kept steps, so that little is left to learn"
+        return (
+            f"v_C prefers another token at {last.corrections:.1%} of the kept steps, so that little is left to learn"
+        )
     return None
 
 
@@ -137,6 +244,11 @@ def choose_round(rounds: list[Round]) -> Round:
     if rounds[-1].results is None:
         return rounds[-1]
     return max(rounds, key=lambda each: (_accuracy(each), -each.number))
+
+
+def _share_cut(benchmarks: dict[str, Any], role: str) -> float:
+    num_cut = sum(scores[role]["num_cut"] for scores in benchmarks.values())
+    return num_cut / sum(scores["num_problems"] for scores in benchmarks.values())
 
 
 def _accuracy(outcome: Round) -> float:

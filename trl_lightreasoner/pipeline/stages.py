@@ -79,7 +79,7 @@ def open_pair(args: RunConfig, path: Path, command: str) -> ContrastiveStepSampl
 
 
 def make_sampler(args: RunConfig, expert: str, path: Path, **kwargs: Any) -> ContrastiveStepSampler:
-    """The sampler of an expert and the amateur, with `kwargs` for settings that a run does not have."""
+    """The sampler of an expert and the amateur, with `kwargs` for settings of its own."""
     sampling_args = ContrastiveSamplingConfig(
         str(path),
         dtype=choose_dtype(args),
@@ -159,10 +159,10 @@ def train_adapter(
     eval_questions: Dataset | None = None,
     callback: TrainerCallback | None = None,
     measured: Dataset | None = None,
-) -> set[str]:
+) -> None:
     """
-    Train and save an adapter, the expert's own if it has one, and leave the expert without an adapter. Returns what
-    was warned of on the rows that are `measured` at the end, of `"entropy"` and `"drift"`.
+    Train and save an adapter, the expert's own if it has one, and leave the expert without an adapter. Where rows are
+    `measured` at the end, warnings.json beside the adapter names what was warned of.
     """
     peft_config = None
     if not isinstance(expert, PeftModel):
@@ -189,9 +189,11 @@ def train_adapter(
         trainer.train(resume_from_checkpoint=checkpoint)
         if measured is not None:
             trainer.evaluate(measured)
+            write_json(
+                Path(training_args.output_dir, "warnings.json"), {"warned": sorted(trainer.drift_warnings.told)}
+            )
         trainer.save_model()
         trainer.save_state()  # last, with the log, which the report draws
-        return trainer.drift_warnings.told
     finally:
         trainer.accelerator.unwrap_model(trainer.model).unload()
         del trainer  # a cycle that holds the optimizer

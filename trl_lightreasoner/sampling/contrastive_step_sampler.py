@@ -142,7 +142,9 @@ class ContrastiveStepSampler:
         # Weights are loaded by `sample`, when nothing is left that could be refused before
         expert_config = load_config(expert, "expert", **expert_kwargs)
         amateur_config = load_config(named_amateur, "amateur", **amateur_kwargs)
-        self._pair = ModelPair(expert, amateur, expert_kwargs, amateur_kwargs, args.amateur_skipped_layers or (), args.label_expert)
+        self._pair = ModelPair(
+            expert, amateur, expert_kwargs, amateur_kwargs, args.amateur_skipped_layers or (), args.label_expert
+        )
         self._pair.check_layers(amateur_config)
         if args.use_vllm:
             check_vllm(args, expert, self.processes.count, **expert_kwargs)
