@@ -18,7 +18,7 @@ demo: $(VENV)/ready
 
 # One thread a process: two processes on two cores
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --quiet tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --quiet tests
 
 # The oldest declared version of every dependency, in an environment of its own
 $(VENV)-oldest/ready: pyproject.toml
@@ -29,7 +29,7 @@ $(VENV)-oldest/ready: pyproject.toml
 	touch $@
 
 test-oldest: $(VENV)-oldest/ready
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest --numprocesses 2 --quiet tests
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest --numprocesses 2 --dist worksteal --quiet tests
 
 # The bundled pair against the published way, in a minute. Models this small gain nothing from a second thread
 bench: $(VENV)/ready

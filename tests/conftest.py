@@ -2,9 +2,13 @@
 
 # ruff: noqa: E402
 
+import gc
 import logging
+import multiprocessing
 import os
 import signal
+import socket
+from collections.abc import Callable
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,6 +29,7 @@ from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
 # Two processes of pytest-xdist share two cores
 torch.set_num_threads(1)
 disable_progress_bars()
+gc.freeze()  # what is imported stays, and every collection would look through it
 
 QUESTIONS = [
     "Ann has 3 apples and buys 4 more. How many has she?",
@@ -52,6 +57,19 @@ def die_at_call(name: str, number: int) -> None:
         return original(*args)
 
     setattr(os, name, counted)
+
+
+def join_group(rank: int, world_size: int, port: int) -> None:
+    """Let this process be one of a group, as a launcher would."""
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+
+
+def find_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def make_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
@@ -134,6 +152,39 @@ def steps(tmp_path_factory, expert_path, amateur_path, prompts) -> Dataset:
     """A Dataset of kept steps of the tiny pair, with rows of unequal lengths and numbers of kept steps."""
     args = ContrastiveSamplingConfig(str(tmp_path_factory.mktemp("steps")), max_new_tokens=12, beta=1.95)
     return ContrastiveStepSampler(expert_path, amateur_path, args).sample(prompts)
+
+
+@pytest.fixture(scope="session")
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """Starts processes from a server that has imported everything and done nothing: only their work takes time."""
+    context = multiprocessing.get_context("forkserver")
+    wings = ("sampling.contrastive_step_sampler", "training.lightreasoner_trainer", "evaluation.evaluation")
+    context.set_forkserver_preload(["peft", "math_verify", *(f"trl_lightreasoner.{wing}" for wing in wings)])
+    return context
+
+
+@pytest.fixture(scope="session")
+def in_group(forkserver) -> Callable[..., None]:
+    """Calls a function of a module in each of some processes of a group, the rank first, and waits for them."""
+
+    def start(world_size: int, work: Callable, *args) -> None:
+        port = find_port()
+        processes = [
+            forkserver.Process(target=_work_in_group, args=(rank, world_size, port, work, args))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+        assert [process.exitcode for process in processes] == [0] * world_size
+
+    return start
+
+
+def _work_in_group(rank: int, world_size: int, port: int, work: Callable, args: tuple) -> None:
+    join_group(rank, world_size, port)
+    work(rank, *args)
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from trl_lightreasoner.commands import cli, demo
 from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR
 from trl_lightreasoner.demo.task import make_problems
 from trl_lightreasoner.models.loading import load_tokenizer
+from trl_lightreasoner.training import lightreasoner_config
 
 from .evaluation.test_sets import FILES, write
 
@@ -270,6 +271,7 @@ def page_folder(tmp_path, monkeypatch, earlier) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for name, number in (("NUM_UNLABELLED", NUM_PROMPTS), ("NUM_TEST", 3), ("NUM_UPDATES", 10)):
         monkeypatch.setattr(demo, name, number)
+    monkeypatch.setattr(lightreasoner_config, "_DEFAULT_UPDATES", 2)
     return tmp_path
 
 
@@ -284,6 +286,8 @@ def test_the_blocks_of_a_page_run(page, page_folder, earlier, monkeypatch):
         pytest.importorskip("math_verify")
     if "lightreasoner tune" in text:
         pytest.importorskip("optuna")
+    if "report" not in page:  # they take most of the time of a short run
+        monkeypatch.setattr("trl_lightreasoner.report.write_report.save_pictures", lambda *args: [])
     rows = [{"prompt": [{"role": "user", "content": problem["question"]}]} for problem in problems()]
     namespace = {"__name__": "page", "prompts": datasets.Dataset.from_list(rows)}
     if "dataset" in text:

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import sys
 import tomllib
 from pathlib import Path
 
@@ -38,27 +39,25 @@ def test_a_script_says_what_it_needs(name):
     assert needs == {"requires-python": project["requires-python"], "dependencies": [project["name"]]}
 
 
-def launch(script: str, *flags: str) -> None:
-    """`accelerate launch`, without a process of its own: the script has one."""
-    parser = launch_command_parser()
-    launch_command(parser.parse_args(["--cpu", "--num_processes", "1", str(EXAMPLES / script), *flags]))
-
-
-def test_the_launcher_samples_and_trains(tmp_path, monkeypatch):
+def test_the_launcher_trains_on_what_was_sampled(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     problems = make_problems(4, seed=0, split="train", kind_shares=bundled_pair.KIND_SHARES)
     write(tmp_path / "prompts.jsonl", [{"prompt": bundled_pair.as_prompt(problem)} for problem in problems])
     steps, adapter = str(tmp_path / "steps"), str(tmp_path / "adapter")
-    prompts = ["--dataset_name", str(tmp_path / "prompts.jsonl"), "--output_dir", steps]
-    launch("sample.py", "--expert", EXPERT, "--amateur", AMATEUR, *prompts, "--beta", "0.1")
+    flags = ["--dataset_name", str(tmp_path / "prompts.jsonl"), "--output_dir", steps, "--beta", "0.1"]
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--expert", EXPERT, "--amateur", AMATEUR, *flags])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_path(str(EXAMPLES / "sample.py"), run_name="__main__")
     assert len(load_dataset("parquet", data_dir=f"{steps}/data", split="train")) == 4
-    recipe = ["--config", str(EXAMPLES / "paper.yaml"), "--max_steps", "1", "--use_cpu"]
-    launch("train.py", *recipe, "--model_name_or_path", EXPERT, "--dataset_name", steps, "--output_dir", adapter)
+    # `accelerate launch`, without a process of its own: the script has one
+    argv = ["--cpu", "--num_processes", "1", str(EXAMPLES / "train.py"), "--config", str(EXAMPLES / "paper.yaml")]
+    argv += ["--model_name_or_path", EXPERT, "--dataset_name", steps, "--output_dir", adapter]
+    launch_command(launch_command_parser().parse_args([*argv, "--max_steps", "1", "--use_cpu"]))
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(EXPERT), adapter)
 
 
 def test_a_bonus_for_entropy_keeps_entropy_up(tmp_path):
-    flags = ["--num_problems", "30", "--max_steps", "10", "--entropy_bonus", "2"]
+    flags = ["--num_problems", "16", "--max_steps", "5", "--entropy_bonus", "10"]
     without, with_bonus = run("custom_loss.py", "--output_dir", str(tmp_path), *flags).values()
     assert with_bonus > without
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

@@ -19,6 +19,7 @@ ALLOWED = {
     "report --help": set(),
     "sample --help": {"datasets"},
     "run --help": {"datasets"},
+    "check --help": {"datasets"},
     "eval --help": {"datasets"},
     "sample": MODELS,
     "train --help": ADAPTERS,

@@ -16,7 +16,8 @@ from trl_lightreasoner.models.loading import load_model, load_tokenizer
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder, printed = tmp_path_factory.mktemp("demo"), io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trl_lightreasoner.commands.demo.NUM_TEST", 100)
         assert main(["demo", "--output_dir", str(folder), "--seed", "1"]) == 0
     return folder, printed.getvalue()
 

@@ -1,11 +1,8 @@
 """From problems to a table. Where it matters what the model says, a decoder stands in that says it."""
 
 import json
-import multiprocessing
-import os
 import re
 import signal
-import socket
 from pathlib import Path
 
 import pytest
@@ -25,7 +22,7 @@ from trl_lightreasoner.grading.verdicts import Verdict
 from trl_lightreasoner.steps.prompt_format import SYSTEM_PROMPT
 from trl_lightreasoner.vocabulary import model_vocabulary
 
-from ..conftest import die_at_call, make_model
+from ..conftest import die_at_call, find_port, join_group, make_model
 from ..evaluation.test_sets import FILES, write
 
 
@@ -360,10 +357,8 @@ def test_another_model_or_setting_in_the_folder_is_refused(
 def answer(model: str, args: EvaluationConfig, rank: int, world_size: int, port: int, kill: int | None):
     """One process of `world_size`, which may kill itself at its `kill`-th rename."""
     torch.set_num_threads(1)
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     if world_size > 1:
-        os.environ.update({name: str(value) for name, value in variables.items()})
+        join_group(rank, world_size, port)
         PartialState(cpu=True)
     if kill is not None:
         die_at_call("replace", kill)
@@ -372,18 +367,12 @@ def answer(model: str, args: EvaluationConfig, rank: int, world_size: int, port:
 
 
 @pytest.fixture
-def in_processes(expert_path):
-    # Forked from a server that has imported everything and done nothing, so that only the work takes time
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trl_lightreasoner.evaluation.evaluation"])
-
+def in_processes(forkserver, expert_path):
     def run(args: EvaluationConfig, world_size: int, kill: int | None = None) -> list[int]:
         """Exit statuses of the processes, by rank."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = find_port()
         processes = [
-            context.Process(target=answer, args=(expert_path, args, rank, world_size, port, kill))
+            forkserver.Process(target=answer, args=(expert_path, args, rank, world_size, port, kill))
             for rank in range(world_size)
         ]
         for process in processes:

@@ -1,10 +1,22 @@
 import contextlib
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants, is_offline_mode
+from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.utils import _http
+from peft import LoraConfig, get_peft_model
 
-from trl_lightreasoner.models import hub_access, loading
+from trl_lightreasoner.commands.merge import MergeArguments
+from trl_lightreasoner.commands.merge import main as merge
+from trl_lightreasoner.models import hub_access
+from trl_lightreasoner.models.adapter_loading import load_adapter_config, load_generation_config
 from trl_lightreasoner.models.hub_access import from_cache_if_unreachable
+from trl_lightreasoner.models.loading import load_config, load_model, load_tokenizer
+from trl_lightreasoner.steps.prompt_format import load_prompt_format
+
+
+COMMIT = "a" * 40
 
 
 @pytest.fixture
@@ -17,9 +29,15 @@ def asked(monkeypatch):
             requests.append(url)
             raise ConnectionError("[Errno 111] Connection refused")
 
+        def request(self, method, url, **kwargs):
+            if is_offline_mode():
+                raise OfflineModeIsEnabled
+            self.head(url, timeout=None)
+
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub_access, "_answer", None)
-    monkeypatch.setattr(hub_access, "get_session", Session)
+    for module in (hub_access, _http):
+        monkeypatch.setattr(module, "get_session", Session)
     return requests
 
 
@@ -51,8 +69,34 @@ def test_for_what_lies_on_this_machine_nobody_is_asked(asked, expert_path, exper
     assert [load(expert_path), load(expert)] == [False] * 2 and not asked
 
 
-def test_every_way_to_load_from_the_hub_looks_there_first(asked):
-    for name in ("load_config", "load_tokenizer", "load_adapter_config", "load_generation_config", "load_model"):
-        with contextlib.suppress(ValueError, OSError):
-            getattr(loading, name)("me/not-in-the-cache")
+@pytest.mark.parametrize(
+    "load",
+    [load_config, load_tokenizer, load_adapter_config, load_generation_config, load_model, load_prompt_format],
+)
+def test_whatever_loads_from_the_hub_looks_there_once(load, asked):
+    with contextlib.suppress(ValueError, OSError):
+        load("me/not-in-the-cache")
     assert asked == [constants.ENDPOINT]
+
+
+def test_a_merge_of_an_adapter_that_is_nowhere_asks_once(asked, tmp_path):
+    with pytest.raises(ValueError, match="'me/adapter' is no adapter"):
+        merge(MergeArguments("me/adapter", str(tmp_path / "model")))
+    assert asked == [constants.ENDPOINT]
+
+
+@pytest.mark.parametrize("of_hub", [["adapter"], ["base"], ["adapter", "base"]])
+def test_a_merge_of_what_is_in_the_cache_asks_once(of_hub, asked, expert, expert_path, tmp_path, monkeypatch):
+    folders = {"adapter": tmp_path / "adapter", "base": Path(expert_path)}
+    get_peft_model(expert, LoraConfig(target_modules=["q_proj"])).save_pretrained(folders["adapter"])
+    for role in of_hub:
+        repository = tmp_path / "cache" / f"models--me--{role}"
+        (repository / "snapshots").mkdir(parents=True)
+        (repository / "snapshots" / COMMIT).symlink_to(folders[role], target_is_directory=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    adapter, base = (f"me/{role}" if role in of_hub else str(folders[role]) for role in ("adapter", "base"))
+    merge(MergeArguments(adapter, str(tmp_path / "model"), base_model_name_or_path=base))
+    assert asked == [constants.ENDPOINT]
+    assert (tmp_path / "model" / "model.safetensors").exists()

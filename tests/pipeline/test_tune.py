@@ -155,6 +155,8 @@ def test_a_finished_search_does_nothing_again(finished, settings, monkeypatch, c
     folder, result, _ = finished
     for owner, name in ((pipeline, "train_adapter"), (Answering, "complete")):
         monkeypatch.setattr(owner, name, never)
+    # The report is written anew; its pictures take most of the time
+    monkeypatch.setattr("trl_lightreasoner.report.write_report.save_pictures", lambda *args: [])
     assert main(["tune", *flags(settings), "--output_dir", str(folder)]) == 0
     stdout = capsys.readouterr().out
     assert "2 are done already" in stdout and result.sentence in stdout

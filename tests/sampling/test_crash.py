@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
+from trl_lightreasoner.commands.cli import main
 
 from ..conftest import die_at_call
 
@@ -33,18 +34,22 @@ def many_prompts() -> Dataset:
     return Dataset.from_dict({"prompt": [f"What is {i} + {i * i}?" for i in range(NUM_PROMPTS)]})
 
 
+SETTINGS = {"max_new_tokens": 8, "beta": 1.95, "per_device_batch_size": 2}
+
+
 @pytest.fixture
 def sampler(expert_path, amateur_path, tmp_path):
     def make(**kwargs):
-        args = {"output_dir": str(tmp_path / "steps"), "max_new_tokens": 8, "beta": 1.95, "per_device_batch_size": 2}
-        return ContrastiveStepSampler(expert_path, amateur_path, ContrastiveSamplingConfig(**{**args, **kwargs}))
+        args = {"output_dir": str(tmp_path / "steps"), **SETTINGS, **kwargs}
+        return ContrastiveStepSampler(expert_path, amateur_path, ContrastiveSamplingConfig(**args))
 
     return make
 
 
-@pytest.fixture
-def left_alone(sampler, many_prompts, tmp_path):
-    return sampler(output_dir=str(tmp_path / "left alone")).sample(many_prompts)
+@pytest.fixture(scope="module")
+def left_alone(expert_path, amateur_path, many_prompts, tmp_path_factory):
+    args = ContrastiveSamplingConfig(str(tmp_path_factory.mktemp("left alone")), **SETTINGS)
+    return ContrastiveStepSampler(expert_path, amateur_path, args).sample(many_prompts)
 
 
 def sample_and_die(expert: str, amateur: str, folder: str, questions: list[str], call: str | None, number: int):
@@ -52,19 +57,15 @@ def sample_and_die(expert: str, amateur: str, folder: str, questions: list[str],
     torch.set_num_threads(1)
     if call is not None:
         die_at_call(call, number)
-    args = ContrastiveSamplingConfig(folder, max_new_tokens=8, beta=1.95, per_device_batch_size=2)
+    args = ContrastiveSamplingConfig(folder, **SETTINGS)
     ContrastiveStepSampler(expert, amateur, args).sample(Dataset.from_dict({"prompt": questions}))
 
 
 @pytest.fixture
-def in_a_process(expert_path, amateur_path, many_prompts, tmp_path):
-    # Forked from a server that has imported everything and done nothing, so that only the work takes time
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trl_lightreasoner.sampling.contrastive_step_sampler"])
-
+def in_a_process(forkserver, expert_path, amateur_path, many_prompts, tmp_path):
     def start(call: str | None = None, number: int = 0) -> multiprocessing.Process:
         args = (expert_path, amateur_path, str(tmp_path / "steps"), many_prompts["prompt"][:], call, number)
-        process = context.Process(target=sample_and_die, args=args)
+        process = forkserver.Process(target=sample_and_die, args=args)
         process.start()
         return process
 
@@ -82,9 +83,9 @@ def equal(made: Dataset, expected: Dataset) -> bool:
 
 def test_a_run_killed_at_any_moment_ends_as_one_left_alone(in_a_process, sampler, many_prompts, left_alone, tmp_path):
     rng, kills, seen = random.Random(0), 0, set()
-    while kills < 25:
+    while kills < 15:
         process = in_a_process()
-        time.sleep(rng.uniform(0.1, 1.0))
+        time.sleep(rng.uniform(0.1, 0.7))
         process.kill()
         process.join()
         if process.exitcode == 0:  # it was finished before the kill: once more from the beginning
@@ -317,23 +318,31 @@ def test_a_disk_that_takes_no_more_is_one_sentence_and_loses_nothing(
     assert equal(sampler().sample(many_prompts), left_alone)
 
 
+def run_command_and_signal(number: int, argv: list[str], log: str) -> None:
+    """The command, in a process of its own that gets a signal at the beginning of each batch."""
+    sys.stderr = open(log, "w", buffering=1)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a server in the background has not
+    run = ContrastiveStepSampler._run
+    ContrastiveStepSampler._run = lambda *args: (os.kill(os.getpid(), number), run(*args))[1]
+    sys.exit(main(argv))
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_batch_and_says_how_to_go_on(
-    number, status, expert_path, amateur_path, sampler, many_prompts, left_alone, tmp_path
+    number, status, forkserver, expert_path, amateur_path, sampler, many_prompts, left_alone, tmp_path
 ):
     many_prompts.to_json(tmp_path / "prompts.jsonl")
-    code = (
-        "import os, signal, sys; from trl_lightreasoner import ContrastiveStepSampler as S;"
-        f"run = S._run; S._run = lambda *a: (os.kill(os.getpid(), {int(number)}), run(*a))[1];"
-        "from trl_lightreasoner.commands.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    command = ["sample", "--expert", expert_path, "--amateur", amateur_path, "--output_dir", str(tmp_path / "steps")]
-    command += ["--dataset_name", str(tmp_path / "prompts.jsonl"), "--max_new_tokens", "8", "--beta", "1.95"]
-    command += ["--per_device_batch_size", "2"]
-    result = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
-    assert result.returncode == status
-    assert "Stopped with 38 prompts to go. Run the same again to go on." in result.stderr
-    assert "Traceback" not in result.stderr
+    argv = ["sample", "--expert", expert_path, "--amateur", amateur_path, "--output_dir", str(tmp_path / "steps")]
+    argv += ["--dataset_name", str(tmp_path / "prompts.jsonl")]
+    argv += [part for name, value in SETTINGS.items() for part in (f"--{name}", str(value))]
+    log = tmp_path / "stderr"
+    process = forkserver.Process(target=run_command_and_signal, args=(number, argv, str(log)))
+    process.start()
+    process.join(120)
+    assert process.exitcode == status
+    assert "Stopped with 38 prompts to go. Run the same again to go on." in log.read_text()
+    assert "Traceback" not in log.read_text()
     assert len(shards(tmp_path / "steps")) == 1
     again = sampler().sample(many_prompts)  # the command knows that these are questions as they are
     assert equal(*(each.remove_columns("sampling_metadata") for each in (again, left_alone)))

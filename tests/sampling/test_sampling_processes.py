@@ -1,9 +1,6 @@
 """Several real processes (gloo) sample what one does, and lose no more than one does."""
 
-import multiprocessing
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +14,7 @@ from datasets import Dataset
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
 
-from ..conftest import die_at_call
+from ..conftest import die_at_call, find_port, join_group
 
 
 ROOT = Path(__file__).parents[2]
@@ -27,9 +24,7 @@ def sample(expert, amateur, questions, rank, world_size, port, folder, kill=None
     """One process of `world_size`, which may kill itself at its `kill`-th rename or pause before each batch."""
     sys.stderr = open(f"{folder}-{rank}.log", "w", buffering=1)
     torch.set_num_threads(1)
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in variables.items()})
+    join_group(rank, world_size, port)
     state = PartialState(cpu=True, timeout=timedelta(seconds=timeout))
     assert state.num_processes == world_size
     if kill is not None:
@@ -45,21 +40,14 @@ def sample(expert, amateur, questions, rank, world_size, port, folder, kill=None
 
 
 @pytest.fixture
-def start(expert_path, amateur_path, tmp_path):
-    # Forked from a server that has imported everything and done nothing, so that only the work takes time
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trl_lightreasoner.sampling.contrastive_step_sampler"])
-
+def start(forkserver, expert_path, amateur_path, tmp_path):
     def run(questions: list[str], world_size: int, of_rank: dict[int, dict] | None = None, **kwargs) -> list[int]:
         """Exit statuses of the processes, by rank."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        processes = []
+        port, processes = find_port(), []
         for rank in range(world_size):
             own = {"folder": str(tmp_path / "steps"), **kwargs, **(of_rank or {}).get(rank, {})}
             args = (expert_path, amateur_path, questions, rank, world_size, port)
-            processes.append(context.Process(target=sample, args=args, kwargs=own))
+            processes.append(forkserver.Process(target=sample, args=args, kwargs=own))
             processes[-1].start()
         for process in processes:
             process.join(120)

@@ -2,21 +2,28 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, TrainerCallback
 
+from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
+from trl_lightreasoner.commands.cli import _leave_process_group
+from trl_lightreasoner.training import packed_attention
+from trl_lightreasoner.training.cuda_graphs import GraphedLayers
 from trl_lightreasoner.training.packed_attention import varlen_attn
 
 from ..conftest import QUESTIONS
+from .test_packed_attention import naive_varlen_attn
 
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "train_rows.py"
 # An update of 8 rows: rows of a process's batch, batches
 ONE = {"8 x 1": (8, 1), "1 x 8": (1, 8)}
 TWO = {"4 x 1": (4, 1), "2 x 2": (2, 2)}
@@ -43,9 +50,91 @@ def settings(
     return {**run, "weighted": mixed, "sft_rows": demonstrations if mixed else []}
 
 
+class Graphs(TrainerCallback):
+    """How many sizes of batch are captured by the end of an update."""
+
+    def __init__(self, trainer):
+        self.trainer, self.count = trainer, 0
+
+    def on_step_end(self, *args, **kwargs):
+        self.count = len(self.trainer._graphs._captured)
+
+
+def train(settings: dict) -> None:
+    """A few updates of plain SGD; saves the weights, the losses and the number of processes."""
+    steps = Dataset.from_parquet(settings["rows"])
+    if not settings["weighted"]:
+        steps = steps.remove_columns("step_weights")
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = LightReasonerTrainer(
+        AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32),
+        LightReasonerConfig(
+            settings["output_dir"],
+            max_steps=3,
+            learning_rate=0.05,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            max_grad_norm=0.0,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            per_device_eval_batch_size=2,
+            eval_strategy="steps" if settings["questions"] else "no",
+            eval_steps=3,
+            eval_max_new_tokens=8,
+            **settings["args"],
+        ),
+        train_dataset=steps,
+        eval_dataset=steps.select(range(settings["num_eval_rows"])),
+        peft_config=lora if settings["lora"] else None,
+        eval_questions=Dataset.from_list(settings["questions"]) if settings["questions"] else None,
+        sft_dataset=Dataset.from_list(settings["sft_rows"]) if settings["sft_rows"] else None,
+    )
+    graphs, attention = Graphs(trainer), packed_attention.varlen_attn
+    if settings["graphs"]:  # as on a GPU, where packed layers are replayed
+        attention = naive_varlen_attn
+        trainer._packs, trainer._graphs = True, GraphedLayers(trainer.model)
+        trainer.add_callback(graphs)
+    with mock.patch.object(packed_attention, "varlen_attn", attention):
+        trainer.train()
+        metrics = trainer.evaluate()
+    of_processes = gather_object([metrics.get("eval_accuracy")])
+    if trainer.is_world_process_zero():
+        weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        save_file(weights, f"{settings['output_dir']}/weights.safetensors")
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        result = {
+            "world_size": trainer.args.world_size,
+            "num_graphs": graphs.count,
+            "losses": [log["loss"] for log in logs],
+            "sft_losses": [log.get("sft_loss") for log in logs],
+            "num_kept_steps": [log["num_kept_steps"] for log in logs],
+            "eval_loss": metrics["eval_loss"],
+            "eval_kl_to_expert": metrics.get("eval_kl_to_expert"),
+            "accuracies": [
+                {name: value for name, value in log.items() if "accuracy" in name}
+                for log in trainer.state.log_history
+                if "eval_accuracy" in log
+            ],
+            "accuracies_of_processes": of_processes,
+        }
+        with open(f"{settings['output_dir']}/result.json", "w") as file:
+            json.dump(result, file)
+
+
+def train_all(rank: int, runs: list[dict]) -> None:
+    torch.set_num_threads(1)
+    for each in runs:
+        train(each)
+    _leave_process_group()
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, steps, expert_path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All trainings by one process, and all by two: to start processes takes far longer than to train."""
+def trained(tmp_path_factory, steps, expert_path, in_group) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All trainings by one process, and all by two."""
     folder = tmp_path_factory.mktemp("trained")
     # 16 rows, two updates of 8, with very unequal numbers of kept steps
     rows = (steps.to_list() + steps.to_list()[::-1] + steps.to_list())[:16]
@@ -59,12 +148,10 @@ def trained(tmp_path_factory, steps, expert_path) -> tuple[dict[str, Any], dict[
         for name, run in runs.items():
             run |= {"rows": str(folder / "rows.parquet"), "model": expert_path}
             run |= {"output_dir": str(folder / f"{num_processes} {name}")}
-        launcher = [sys.executable]
         if num_processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-        command = [*launcher, str(SCRIPT), json.dumps(list(runs.values()))]
-        process = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert process.returncode == 0, process.stderr[-3000:]
+            in_group(num_processes, train_all, list(runs.values()))
+        else:
+            train_all(0, list(runs.values()))
         results = {}
         for name, run in runs.items():
             output = Path(run["output_dir"])

@@ -98,6 +98,20 @@ def main(args: MergeArguments) -> None:
 
     ```
     """
+    from ..models.hub_access import cache_if_unreachable
+
+    folder = check_output_dir(args)
+    with cache_if_unreachable(args.model_name_or_path):
+        adapter = find_adapter(args)
+    base = args.base_model_name_or_path or adapter.base_model_name_or_path
+    if not base:
+        raise ValueError("The adapter's config names no base model. Name it with `--base_model_name_or_path`.")
+    with cache_if_unreachable(args.model_name_or_path, base):
+        write_merged(base, adapter, args, folder)
+
+
+def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder: Path) -> None:
+    """The merged model to the folder, or nothing."""
     import torch
 
     from ..generation.greedy import save_generation_config, without_generation_config
@@ -105,9 +119,6 @@ def main(args: MergeArguments) -> None:
     from ..models.loading import left_out, load_model
     from ..steps.prompt_format import load_prompt_format
 
-    folder = check_output_dir(args)
-    adapter = find_adapter(args)
-    base = args.base_model_name_or_path or adapter.base_model_name_or_path
     base_kwargs = {"trust_remote_code": args.trust_remote_code}
     if base == adapter.base_model_name_or_path:
         base_kwargs["revision"] = adapter.revision
@@ -205,14 +216,12 @@ def find_adapter(args: MergeArguments) -> "PeftConfig":
     )
 
 
-def check_base(base: str | None, adapter: "PeftConfig", args: MergeArguments, base_kwargs: dict) -> None:
+def check_base(base: str, adapter: "PeftConfig", args: MergeArguments, base_kwargs: dict) -> None:
     """Refuses a base model that is not there, or whose weights cannot take the adapter."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
     from ..models.loading import load_config
 
-    if not base:
-        raise ValueError("The adapter's config names no base model. Name it with `--base_model_name_or_path`.")
     try:
         config = load_config(base, "base model", **base_kwargs)
     except ValueError as error:

@@ -128,6 +128,7 @@ def count_saved_embeddings(adapter: str, **kwargs: Any) -> int | None:
         return file.get_slice(names[0]).get_shape()[0] if names else None
 
 
+@from_cache_if_unreachable
 def load_generation_config(model: str, **kwargs: Any) -> GenerationConfig | None:
     """The generation_config.json that lies beside a model or an adapter; `kwargs` as of [`hub_kwargs`]."""
     kwargs.pop("trust_remote_code", None)  # it has no code

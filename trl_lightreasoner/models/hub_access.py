@@ -3,7 +3,8 @@
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -23,16 +24,24 @@ def from_cache_if_unreachable(load: Callable[..., T]) -> Callable[..., T]:
 
     @wraps(load)
     def loaded(model: Any, *args: Any, **kwargs: Any) -> T:
-        is_id = isinstance(model, str) and not os.path.exists(model)
-        if not is_id or is_offline_mode() or _is_reachable():
+        with cache_if_unreachable(model):
             return load(model, *args, **kwargs)
-        constants.HF_HUB_OFFLINE = True
-        try:
-            return load(model, *args, **kwargs)
-        finally:
-            constants.HF_HUB_OFFLINE = False  # whoever uploads later asks anew
 
     return loaded
+
+
+@contextmanager
+def cache_if_unreachable(*models: Any) -> Iterator[None]:
+    """Within it the cache alone is looked into, if one of the models is named by an id and the Hub is away."""
+    is_id = any(isinstance(model, str) and not os.path.exists(model) for model in models)
+    if not is_id or is_offline_mode() or _is_reachable():
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = False  # whoever uploads later asks anew
 
 
 def _is_reachable() -> bool:
