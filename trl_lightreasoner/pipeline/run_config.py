@@ -337,8 +337,8 @@ class RunConfig:
     label_expert: str = field(
         default="base",
         metadata={
-            "help": "What labels the answers of a later round: 'base': the expert as it was at first, so that no round "
-            "amplifies what the one before has taught. 'live': the expert with its adapter.",
+            "help": "What labels the answers of a later round: 'base': the expert as it was at first, so that no "
+            "round amplifies what the one before has taught. 'live': the expert with its adapter.",
             "choices": ["base", "live"],
         },
     )
