@@ -36,12 +36,14 @@ def naive_divergence(expert, amateur):
     return sum(p * math.log(p / q) for p, q in zip(softmax(expert), softmax(amateur), strict=True))
 
 
-def naive_label(expert, amateur, alpha):
+def naive_label(expert, amateur, alpha, strength=1.0, anchor=0.0):
     """v_C of one row: token to probability."""
     pi_expert, pi_amateur = softmax(expert), softmax(amateur)
     threshold = alpha * max(pi_expert)
     plausible = [i for i, p in enumerate(pi_expert) if p >= threshold]
-    contrast = {i: math.log(pi_expert[i] / pi_amateur[i]) for i in plausible}
+    contrast = {
+        i: strength * math.log(pi_expert[i] / pi_amateur[i]) + anchor * math.log(pi_expert[i]) for i in plausible
+    }
     total = sum(math.exp(c) for c in contrast.values())
     return {i: math.exp(c) / total for i, c in contrast.items()}
 
@@ -109,6 +111,35 @@ def test_steps_match_a_naive_loop(size, dtype):
     for row, ids, probs in zip(kept, steps.label_ids.tolist(), steps.label_probs.tolist(), strict=True):
         label = {i: p for i, p in zip(ids, probs, strict=True) if p > 0}
         assert label == pytest.approx(naive_label(expert[row], amateur[row], 0.2), rel=1e-4, abs=1e-7)
+
+
+# The paper, half and twice its contrast, contrastive decoding, and the expert's own distribution
+@pytest.mark.parametrize(("strength", "anchor"), [(1, 0), (0.5, 0), (2, 0), (0.5, 1), (1, 1), (3, 0.25), (0, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_labels_with_an_anchor_and_a_strength_match_a_naive_loop(strength, anchor, dtype):
+    expert, amateur = make_logits(6, 300, dtype)
+    steps = contrast_steps(expert, amateur, alpha=0.05, beta=0.0, contrast_strength=strength, expert_anchor=anchor)
+    for row, (ids, probs) in enumerate(zip(steps.label_ids.tolist(), steps.label_probs.tolist(), strict=True)):
+        label = {i: p for i, p in zip(ids, probs, strict=True) if p > 0}
+        assert label == pytest.approx(naive_label(expert[row], amateur[row], 0.05, strength, anchor), rel=1e-4)
+        assert probs == sorted(probs, reverse=True)
+
+
+def test_without_a_strength_the_label_is_the_expert_over_the_mask():
+    expert, amateur = make_logits(6, 300)
+    mask = plausibility_mask(expert, 0.2)
+    label = contrastive_label(expert.log_softmax(-1), amateur.log_softmax(-1), mask, 0.0, 1.0)
+    assert torch.allclose(label, expert.masked_fill(~mask, -math.inf).softmax(-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_papers_label_is_the_default_to_the_last_bit(dtype):
+    expert, amateur = make_logits(50, 300, dtype)
+    logps = [logits.float().log_softmax(-1) for logits in (expert, amateur)]
+    mask = plausibility_mask(expert.float(), 0.2)
+    paper = (logps[0] - logps[1]).masked_fill(~mask, -math.inf).softmax(-1)
+    assert torch.equal(contrastive_label(*logps, mask), paper)
+    assert torch.equal(contrastive_label(*logps, mask, 1.0, 0.0), paper)
 
 
 def test_models_of_two_dtypes_are_compared_in_fp32():

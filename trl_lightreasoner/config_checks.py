@@ -45,6 +45,34 @@ def check_whole_numbers(config: Any, names: Iterable[str], optional: Iterable[st
             raise ValueError(f"`{name}` must be a whole number, 1 or more, got {value!r}.")
 
 
+def check_amateur_settings(config: Any) -> None:
+    for name in ("amateur_chat_template", "amateur_system_prompt", "amateur_prompt_template"):
+        if not isinstance(getattr(config, name), str | None):
+            raise ValueError(f"`{name}` must be text, got {getattr(config, name)!r}.")
+    layers = config.amateur_skipped_layers
+    if layers is None:
+        return
+    is_list = isinstance(layers, list | tuple) and len(layers) > 0
+    if not is_list or any(isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in layers):
+        raise ValueError(
+            f"`amateur_skipped_layers` must be a list of numbers of layers, from 0, such as [8, 9], got {layers!r}."
+        )
+    config.amateur_skipped_layers = sorted(set(layers))
+
+
+def check_label_settings(config: Any) -> None:
+    check_numbers(config, ("contrast_strength", "expert_anchor"))
+    for name in ("contrast_strength", "expert_anchor"):
+        # Above it the rounding of a log-probability in fp32, which it multiplies, would show in the label
+        if not 0 <= getattr(config, name) <= 100:
+            raise ValueError(f"`{name}` must be a number from 0 to 100, got {getattr(config, name)}.")
+    if config.contrast_strength == config.expert_anchor == 0:
+        raise ValueError(
+            "`contrast_strength` and `expert_anchor` are both 0, so that a label would hold every plausible token as "
+            "equally probable. The paper's are 1 and 0; 0 and 1 give the expert's own distribution."
+        )
+
+
 def check_vllm_settings(config: Any) -> None:
     if not str(config.vllm_server_base_url).startswith(("http://", "https://")):
         raise ValueError(

@@ -121,14 +121,23 @@ def plausibility_mask(expert_logps: torch.Tensor, alpha: float) -> torch.Tensor:
     return expert_logps >= expert_logps.amax(-1, keepdim=True) + math.log(alpha)
 
 
-def contrastive_label(expert_logps: torch.Tensor, amateur_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def contrastive_label(
+    expert_logps: torch.Tensor,
+    amateur_logps: torch.Tensor,
+    mask: torch.Tensor,
+    contrast_strength: float = 1.0,
+    expert_anchor: float = 0.0,
+) -> torch.Tensor:
     """
-    v_C: the softmax of log pi_E - log pi_A over the plausible tokens (section 3.2).
+    v_C: the softmax of log pi_E - log pi_A over the plausible tokens (section 3.2), or with gamma and lambda that of
+    lambda log pi_E + gamma (log pi_E - log pi_A).
 
     Args:
         expert_logps (`torch.Tensor` of shape `(N, V)`): Log-probabilities of the expert.
         amateur_logps (`torch.Tensor` of shape `(N, V)`): Log-probabilities of the amateur.
         mask (`torch.Tensor` of shape `(N, V)`, bool): V_mask, see [`plausibility_mask`].
+        contrast_strength (`float`): gamma, 0 or more. At 0 the label does not depend on the amateur.
+        expert_anchor (`float`): lambda, 0 or more.
 
     Returns:
         `torch.Tensor` of shape `(N, V)`: Rows sum to 1, and are 0 outside the mask.
@@ -143,11 +152,19 @@ def contrastive_label(expert_logps: torch.Tensor, amateur_logps: torch.Tensor, m
 
     ```
     """
-    return (expert_logps - amateur_logps).masked_fill(~mask, -math.inf).softmax(-1)
+    contrast = expert_logps - amateur_logps
+    if (contrast_strength, expert_anchor) != (1.0, 0.0):  # the paper's needs no further pass
+        contrast = contrast_strength * contrast + expert_anchor * expert_logps
+    return contrast.masked_fill(~mask, -math.inf).softmax(-1)
 
 
 def contrast_steps(
-    expert_logits: torch.Tensor, amateur_logits: torch.Tensor, alpha: float, beta: float
+    expert_logits: torch.Tensor,
+    amateur_logits: torch.Tensor,
+    alpha: float,
+    beta: float,
+    contrast_strength: float = 1.0,
+    expert_anchor: float = 0.0,
 ) -> ContrastedSteps:
     """
     Find the informative steps among N and the label of each.
@@ -157,6 +174,7 @@ def contrast_steps(
         amateur_logits (`torch.Tensor` of shape `(N, V)`): Raw logits of the amateur over the same V tokens.
         alpha (`float`): Plausibility threshold, in (0, 1].
         beta (`float`): A step is kept if its divergence is at least this many nats.
+        contrast_strength, expert_anchor (`float`): gamma and lambda of the label, see [`contrastive_label`].
 
     Returns:
         [`ContrastedSteps`]
@@ -190,7 +208,9 @@ def contrast_steps(
     labels = []
     for steps in kept.nonzero()[:, 0].split(rows):
         mask = plausibility_mask(expert_logits[steps].float(), alpha)
-        label = contrastive_label(_log_softmax(expert_logits[steps]), _log_softmax(amateur_logits[steps]), mask)
+        expert_logps, amateur_logps = (_log_softmax(logits[steps]) for logits in (expert_logits, amateur_logits))
+        label = contrastive_label(expert_logps, amateur_logps, mask, contrast_strength, expert_anchor)
+        del expert_logps, amateur_logps  # as large as the chunk, of which one is to be alive
         # topk keeps the dense rows no longer than the chunk lives; outside a row's own support it picks zeros
         labels.append(label.topk(int(mask.sum(-1).max()) if len(mask) else 0))
     support = max(label.values.shape[1] for label in labels)

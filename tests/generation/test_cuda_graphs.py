@@ -266,13 +266,13 @@ def test_batches_are_of_one_size_so_that_no_process_waits_long(rows, most, count
 def test_given_completions_are_scored_in_large_batches_on_a_gpu(monkeypatch, expert_path, amateur_path, tmp_path):
     args = ContrastiveSamplingConfig(str(tmp_path / "given"))
     sampler = ContrastiveStepSampler(expert_path, amateur_path, args)
-    sampler.expert = SimpleNamespace(device=torch.device("cuda"))
+    sampler._pair.expert = SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr("trl_lightreasoner.generation.completions.rows_that_fit", lambda *args: 7)
     encoded = [{"prompt_ids": [1] * 5}]
     order = [(0, 12)] * 2000
     assert sampler._find_batch_size(encoded, order, scoring_only=True) == 1000
     assert sampler._find_batch_size(encoded, order[:14], scoring_only=False) == 7
-    sampler.expert = SimpleNamespace(device=torch.device("cpu"))
+    sampler._pair.expert = SimpleNamespace(device=torch.device("cpu"))
     assert sampler._find_batch_size(encoded, order, scoring_only=False) == 16
 
 

@@ -21,7 +21,7 @@ from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler,
 from trl_lightreasoner.commands.cli import main
 from trl_lightreasoner.generation.greedy import generate_greedy
 from trl_lightreasoner.generation.vllm import VLLMServer
-from trl_lightreasoner.sampling import contrastive_step_sampler
+from trl_lightreasoner.sampling import contrastive_step_sampler, model_pair
 from trl_lightreasoner.steps.writer import StepWriter
 from trl_lightreasoner.vocabulary import model_vocabulary
 
@@ -170,7 +170,7 @@ def unloadable(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("a model was loaded before the mistake was found")
 
-    monkeypatch.setattr(contrastive_step_sampler, "load_model", fail)
+    monkeypatch.setattr(model_pair, "load_model", fail)
 
 
 @pytest.fixture

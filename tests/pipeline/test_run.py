@@ -22,8 +22,8 @@ from trl_lightreasoner.evaluation.answering import Answering
 from trl_lightreasoner.evaluation.evaluation_config import EvaluationConfig
 from trl_lightreasoner.evaluation.sets import read_problems
 from trl_lightreasoner.evaluation.statistics import compare
+from trl_lightreasoner.pipeline import rounds, stages
 from trl_lightreasoner.pipeline import run as pipeline
-from trl_lightreasoner.pipeline import stages
 from trl_lightreasoner.sampling import contrastive_step_sampler
 from trl_lightreasoner.training.lightreasoner_trainer import LightReasonerTrainer
 
@@ -174,7 +174,7 @@ def never(*_, **__):
 def test_a_finished_run_does_nothing_again(finished, settings, monkeypatch):
     folder, _, _ = finished
     for owner, name in (
-        *((contrastive_step_sampler, "score_trajectories"), (pipeline, "train_adapter"), (pipeline, "write_report")),
+        *((contrastive_step_sampler, "score_trajectories"), (rounds, "train_adapter"), (pipeline, "write_report")),
         *((Answering, "complete"), (contrastive_step_sampler.ContrastiveStepSampler, "check")),
     ):
         monkeypatch.setattr(owner, name, never)
@@ -219,13 +219,13 @@ SAMPLING = [
     ("owner", "name", "call", "finished_stages"),
     [
         (contrastive_step_sampler, "score_trajectories", 4, []),  # two batches are of the check
-        (pipeline, "train_adapter", 1, SAMPLING),
+        (rounds, "train_adapter", 1, SAMPLING),
         (LightReasonerTrainer, "save_model", 2, SAMPLING),  # behind the checkpoint of the last update
-        (pipeline, "write_report", 1, [*SAMPLING, (pipeline, "train_adapter")]),
-        (Answering, "complete", 2, SAMPLING),
-        (Answering, "complete", 4, [*SAMPLING, (pipeline, "train_adapter"), (pipeline, "write_report")]),
+        (Answering, "complete", 1, SAMPLING),
+        (Answering, "complete", 2, [*SAMPLING, (rounds, "train_adapter")]),
+        (pipeline, "write_report", 1, [*SAMPLING, (rounds, "train_adapter"), (Answering, "complete")]),
     ],
-    ids=["sampling", "before training", "behind training", "report", "answers before", "answers after"],
+    ids=["sampling", "before training", "behind training", "answers before", "answers after", "report"],
 )
 def test_a_run_that_was_broken_off_goes_on(
     owner, name, call, finished_stages, short, left_alone, tmp_path, monkeypatch

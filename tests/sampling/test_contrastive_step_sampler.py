@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler, sampling_metadata
 from trl_lightreasoner.generation import completions
-from trl_lightreasoner.sampling import contrastive_step_sampler
+from trl_lightreasoner.sampling import contrastive_step_sampler, model_pair
 
 from ..conftest import QUESTIONS, make_model, make_tokenizer
 
@@ -563,6 +563,11 @@ def test_the_dataset_says_how_it_was_made(sample, prompts, expert_path, amateur_
         "max_new_tokens": 12,
         "max_prompt_length": 99,
         "include_first_step": False,
+        "contrast_strength": 1.0,
+        "expert_anchor": 0.0,
+        "amateur_skipped_layers": None,
+        "amateur_system_prompt": None,
+        "amateur_prompt_template": None,
         "use_vllm": False,
     }
     assert metadata["shared_tokens"] == 300 and metadata["eos_token_ids"] == [loaded_tokenizer.eos_token_id]
@@ -579,7 +584,7 @@ def unloadable(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("a model was loaded before the mistake was found")
 
-    monkeypatch.setattr(contrastive_step_sampler, "load_model", fail)
+    monkeypatch.setattr(model_pair, "load_model", fail)
 
 
 def test_a_missing_prompt_column_is_found_first(sample, unloadable):

@@ -77,6 +77,20 @@ def test_the_same_tokens_under_other_ids_give_the_same_labels(sampled):
     assert few >= 0.9 * many
 
 
+def test_a_strength_and_an_anchor_count_alike(tmp_path, sampled, renumbered):
+    settings = {"contrast_strength": 0.5, "expert_anchor": 1.0, "dtype": "float32"}
+    prompts = PROMPTS.select(range(2))
+    plain, covered = (
+        ContrastiveStepSampler(str(PAIR / "expert"), amateur, args(tmp_path / name, **settings)).sample(prompts)
+        for name, amateur in (("plain", str(PAIR / "amateur")), ("covered", renumbered))
+    )
+    assert covered["label_probs"][:] != sampled[1]["label_probs"][:2]
+    for row, other in zip(plain, covered, strict=True):
+        labels = dict(zip(row["step_positions"], zip(row["label_ids"], row["label_probs"], strict=True), strict=True))
+        for t, ids, probs in zip(other["step_positions"], other["label_ids"], other["label_probs"], strict=True):
+            assert dict(zip(ids, probs, strict=True)) == pytest.approx(dict(zip(*labels[t], strict=True)), abs=1e-3)
+
+
 def test_the_divergence_is_a_lower_bound(sampled):
     gaps = [
         np.array(plain["kl_divergence"]) - np.array(covered["kl_divergence"], dtype=float)
@@ -153,7 +167,7 @@ def test_a_chat_template_can_be_given_to_the_amateur(template, tmp_path, tokeniz
     sampler = ContrastiveStepSampler(
         **other_pair(tokenizer), args=args(tmp_path / "steps", amateur_chat_template=template)
     )
-    (ids,) = sampler.other_amateur.prompts_of(PROMPTS, 1)
+    ids = sampler._amateur_prompts().encode([PROMPTS[0]])[0]
     assert sampler.other_amateur.tokenizer.decode(ids) == PROMPTS[0]["prompt"][0]["content"] + "\n\n"
 
 

@@ -217,6 +217,17 @@ def test_an_amateur_of_the_experts_size_is_doubtful_and_an_adapter_does_not_make
     assert any(f"as many parameters as the expert ({amateur:,})" in each for each in check.reasons) == (amateur > 1350)
 
 
+@pytest.mark.parametrize(("amateur", "is_of_expert"), [("a", True), ("b", False)])
+def test_an_amateur_that_is_made_of_the_expert_is_doubtful_and_said_to_be(amateur, is_of_expert):
+    models = {
+        role: {"model": name, "revision": None, "num_parameters": 1500}
+        for role, name in (("expert", "a"), ("amateur", amateur))
+    }
+    check = check_steps(pair(0.1, 0.3, **models))
+    assert (check.verdict, check.is_of_expert) == ("doubtful", is_of_expert)
+    assert check.reasons[0].startswith("The amateur is made of the expert") == is_of_expert
+
+
 @pytest.mark.parametrize(
     ("prompt", "template", "kept", "verdict", "warned"),
     [
@@ -394,7 +405,7 @@ def test_a_model_with_equal_weights_is_refused(make_sampler, prompts, expert, ex
 
 
 def test_one_path_twice_is_refused_before_it_is_loaded(make_sampler, prompts, expert_path, monkeypatch):
-    monkeypatch.setattr("trl_lightreasoner.sampling.contrastive_step_sampler.load_model", None)
+    monkeypatch.setattr("trl_lightreasoner.sampling.model_pair.load_model", None)
     with pytest.raises(ValueError, match="Expert and amateur have equal weights"):
         make_sampler(amateur=expert_path).check(prompts)
 

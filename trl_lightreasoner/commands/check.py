@@ -67,8 +67,8 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 def main(args: CheckArguments, sampling_args: CheckSamplingConfig) -> int:
     """Print the check, and return the exit status: 0 if the pair is promising, 1 if not."""
     sampler = make_sampler(args, sampling_args)
-    prompts, _ = load_prompts(args)
-    check = sampler.check(prompts, args.num_prompts)
+    prompts, prompt_format = load_prompts(args)
+    check = sampler.check(prompts, args.num_prompts, prompt_format)
     if sampler.processes.is_main:
         print(json.dumps(check.to_dict(), indent=2) if args.json else check.report())
     return 0 if check.promising else 1

@@ -22,8 +22,9 @@ class PairArguments:
     Parameters:
         expert (`str`):
             Id or path of the stronger model, which is to be fine-tuned afterwards.
-        amateur (`str`):
-            Id or path of the weaker model, of any vocabulary.
+        amateur (`str`, *optional*):
+            Id or path of the weaker model, of any vocabulary. If `None`, it is the expert itself, with
+            `amateur_skipped_layers`, or behind an `amateur_system_prompt` or `amateur_prompt_template`.
         dataset_name (`str`):
             Prompts: a dataset on the Hub, a folder, or a file (JSON lines, Parquet, CSV).
         dataset_config (`str`, *optional*):
@@ -59,11 +60,15 @@ class PairArguments:
     expert: str = field(
         metadata={"help": "Id or path of the stronger model, which is to be fine-tuned afterwards."},
     )
-    amateur: str = field(
-        metadata={"help": "Id or path of the weaker model, of any vocabulary."},
-    )
     dataset_name: str = field(
         metadata={"help": "Prompts: a dataset on the Hub, a folder, or a file (JSON lines, Parquet, CSV)."},
+    )
+    amateur: str | None = field(
+        default=None,
+        metadata={
+            "help": "Id or path of the weaker model, of any vocabulary. If `None`, it is the expert itself, with "
+            "`amateur_skipped_layers`, or behind an `amateur_system_prompt` or `amateur_prompt_template`."
+        },
     )
     dataset_config: str | None = field(
         default=None,

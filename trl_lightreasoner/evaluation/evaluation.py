@@ -400,6 +400,7 @@ def grade_candidates(candidates: list[Candidate], args: EvaluationConfig) -> dic
         for candidate in candidates:
             answers = _grade_answers(candidate.writers[name].load(), args)
             path = Path(args.output_dir, candidate.role, f"{name}.parquet")
+            path.parent.mkdir(parents=True, exist_ok=True)  # another folder than that of the answers, perhaps
             answers.to_parquet(f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
             verdicts.append(answers["correct"][:])

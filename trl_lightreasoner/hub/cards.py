@@ -59,6 +59,8 @@ _MEANINGS = {
     "step_weights": "what each kept step counts in the mean of the loss",
     "sampling_metadata": "JSON: models, revisions, settings and versions",
 }
+# Of the label; they are told where they are others than the paper's
+_PAPERS_LABEL = {"contrast_strength": 1.0, "expert_anchor": 0.0}
 _SETTINGS = ("learning_rate", "lr_scheduler_type", "optim", "max_length", "one_step_per_row", "seed")
 _ACCURACY, _ACCURACY_ERROR = "eval_accuracy", "eval_accuracy_standard_error"
 _CURVE = (
@@ -300,6 +302,8 @@ def _sampling_rows(sampling: dict[str, Any]) -> list[tuple[str, str]]:
     if reading := sampling.get("amateur_reading"):
         rows.append(("how the amateur was read", reading["description"]))
     for name, value in settings.items():
+        if name in _PAPERS_LABEL and value == _PAPERS_LABEL[name]:
+            continue
         if value is not None or name in ("alpha", "beta"):
             rows.append((name, "not known" if value is None else f"{value} nats" if name == "beta" else value))
     if sampling.get("per_device_batch_size"):

@@ -37,8 +37,12 @@ def warn_of_another_expert(
     # whether it is still new, its weights do not tell
     adapts = is_peft_model(model) and any(p.any() for n, p in model.named_parameters() if "lora_B" in n)
     is_told = name is not None or all(map(lies_beside, getattr(model, "peft_config", {}).values()))
-    experts = [_read_expert(text) for text in dataset.unique("sampling_metadata")]
-    pairs = [pair for expert in experts if expert for pair in differences(expert, trained, adapts and is_told)]
+    samplings = [_read_sampling(text) for text in dataset.unique("sampling_metadata")]
+    experts = [sampling["expert"] for sampling in samplings if sampling]
+    # In a later round the labels are meant to be those of the expert without the adapter that is trained further
+    if any(sampling.get("settings", {}).get("label_expert") == "base" for sampling in samplings):
+        trained, *experts = ({**each, "adapter": None} for each in (trained, *experts))
+    pairs = [pair for expert in experts for pair in differences(expert, trained, adapts and is_told)]
     for sampled_as, trained_as in dict.fromkeys(pairs):
         logger.warning(
             f"The expert was sampled {sampled_as} and is trained {trained_as}: the labels come from another pi_E than "
@@ -123,12 +127,13 @@ def public_name(name: str | None) -> str | None:
     return hub_id(name) or (name or "").replace("\\", "/").rstrip("/").rpartition("/")[2] or None
 
 
-def _read_expert(text: str | None) -> dict[str, Any] | None:
+def _read_sampling(text: str | None) -> dict[str, Any]:
     try:
-        expert = json.loads(text or "")["expert"]
+        sampling = json.loads(text or "")
+        is_ours = isinstance(sampling["expert"], dict)
     except (TypeError, KeyError, ValueError):  # somebody else's column
-        return None
-    return expert if isinstance(expert, dict) else None
+        return {}
+    return sampling if is_ours else {}
 
 
 def _differ(one: Any, other: Any) -> bool:

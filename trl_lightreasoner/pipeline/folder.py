@@ -8,6 +8,8 @@ output_dir/evaluation/        as of `lightreasoner eval`
 output_dir/run.json           of a run: the settings
 output_dir/adapter/           as of `lightreasoner train`
 output_dir/verdict.json       what came out
+output_dir/rounds/NUMBER/     steps, adapter and evaluation of each of several rounds, and round.json, the mark of a
+                              complete one; output_dir/adapter/ is then a copy of the best
 
 output_dir/tune.json          of a search: the settings
 output_dir/study.db           every trial, as Optuna keeps it
@@ -110,16 +112,18 @@ class Folder:
                 )
 
 
-class RunFolder(Folder):
-    """The folder of `lightreasoner run`."""
+class RoundFolder:
+    """
+    What one round leaves.
 
-    _noun = "run"
-    _settings_name = "run.json"
-    _made_names = ("check.json", "verdict.json", "steps", "adapter", "report", "evaluation")
+    Args:
+        path (`Path`): The folder of the run, if it has one round, and otherwise one of the round's own.
+    """
 
-    def __init__(self, args: RunConfig):
-        super().__init__(args)
-        self.verdict, self.adapter = self.path / "verdict.json", self.path / "adapter"
+    def __init__(self, path: Path):
+        self.path = path
+        self.steps, self.adapter, self.evaluation = (path / name for name in ("steps", "adapter", "evaluation"))
+        self.warnings, self.outcome = self.adapter / "warnings.json", path / "round.json"
 
     @property
     def is_trained(self) -> bool:
@@ -129,6 +133,34 @@ class RunFolder(Folder):
     def find_checkpoint(self) -> str | None:
         """The last complete checkpoint of a training that was broken off, or `None`."""
         return last_checkpoint(str(self.adapter))
+
+
+class RunFolder(Folder):
+    """The folder of `lightreasoner run`."""
+
+    _noun = "run"
+    _settings_name = "run.json"
+    _made_names = ("check.json", "verdict.json", "steps", "adapter", "report", "evaluation", "rounds", "round.json")
+
+    def __init__(self, args: RunConfig):
+        super().__init__(args)
+        self.verdict, self.adapter = self.path / "verdict.json", self.path / "adapter"
+        self._has_rounds = args.num_rounds > 1
+
+    def round(self, number: int) -> RoundFolder:
+        """The folder of a round, from 1."""
+        return RoundFolder(self.path / "rounds" / str(number) if self._has_rounds else self.path)
+
+    def keep(self, number: int) -> None:
+        """Make the adapter of a round that of the run."""
+        if not self._has_rounds or self.adapter.is_dir():
+            return
+        kept, temporary = self.round(number), self.path / "adapter.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(kept.adapter, temporary, ignore=shutil.ignore_patterns("checkpoint-*"))
+        if (kept.evaluation / "results.json").is_file():
+            shutil.copy(kept.evaluation / "results.json", self.evaluation)
+        os.replace(temporary, self.adapter)  # last, as the mark
 
 
 class TuneFolder(Folder):

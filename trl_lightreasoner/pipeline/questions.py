@@ -74,7 +74,13 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_v
     rows = [row for row in range(start) if texts[row] not in taken]
     if not rows:
         raise ValueError("The dataset has no question that could be sampled beside those that are held back.")
-    prompts = dataset.select(rows[: args.num_prompts])
+    rows = rows[: args.num_prompts + (args.num_rounds - 1) * args.num_prompts_later]
+    if len(rows) <= args.num_prompts + (args.num_rounds - 2) * args.num_prompts_later and args.num_rounds > 1:
+        raise ValueError(
+            f"{args.num_rounds} rounds sample {args.num_prompts:,} questions, and then {args.num_prompts_later:,} "
+            f"others each, and there are {len(rows):,}. Lower `num_prompts` or `prompts_per_round`, or give more rows."
+        )
+    prompts = dataset.select(rows)
     if is_text:
         prompts = make_prompts(prompts, prompt_format)
     else:

@@ -6,17 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils.memory import clear_device_cache
-
-from ..evaluation.evaluation import Candidate, Evaluation, grade_candidates
+from ..evaluation.evaluation import Evaluation
 from ..grading.verdicts import check_math_verify
-from ..models.adapter_loading import load_adapter
-from ..processes import Processes
 from ..report.write_report import write_report
 from .folder import RunFolder, write_json
 from .questions import prepare_questions
+from .rounds import Rounds, choose_round, split_prompts, why_stop
 from .run_config import RunConfig
-from .stages import Stages, check_pair, evaluation_config, open_pair, sample_steps, train_adapter, training_config
+from .stages import Stages, check_pair, open_pair, training_config
 from .verdict import deciding, judge
 
 
@@ -49,6 +46,8 @@ class RunResult:
             Updates of the training.
         pair (`str`):
             Verdict of the check of the pair, such as `"promising"`.
+        best_round (`int`):
+            The round whose adapter is kept, from 1.
         seconds (`dict[str, float]`):
             By stage, and `"total"`, of this call.
         results (`dict[str, Any]`, *optional*):
@@ -70,6 +69,7 @@ class RunResult:
     num_kept: int
     num_updates: int
     pair: str
+    best_round: int
     seconds: dict[str, float]
     results: dict[str, Any] | None
     output_dir: str
@@ -130,54 +130,44 @@ def run_pipeline(args: RunConfig) -> RunResult:
     print(run_pipeline(args).sentence)
     ```
     """
-    stages = Stages()
-    folder = RunFolder(args)
+    stages, folder = Stages(), RunFolder(args)
     # What can be refused before weights are loaded
-    sampler = open_pair(args, folder, "run")
-    training_args = training_config(args, folder.adapter)
-    tokenizer = sampler.processing_class
-    prompts, problems, _, prompt_format = prepare_questions(args, tokenizer)
-    eval_args = evaluation_config(args, folder, prompt_format)
-    baseline = None
+    sampler = open_pair(args, folder.round(1).steps, "run")
+    training_config(args, folder.adapter)
+    prompts, problems, _, prompt_format = prepare_questions(args, sampler.processing_class)
     if problems:
         check_math_verify()
-        baseline = Candidate("baseline", args.expert, tokenizer, None, eval_args, problems, Processes())
-    stages.total = 6 if problems else 4
-    asked = f"{sum(map(len, problems.values())):,} questions"
+    play = Rounds(args, folder, stages, sampler, prompt_format, problems)
+    num_answers = 1 if problems else 0
+    stages.total = 2 + num_answers + args.num_rounds * (2 + num_answers)
 
     with folder:
         with stages("check", f"Checking the pair on {min(50, len(prompts))} questions"):
-            check = check_pair(sampler, prompts, folder.check)
-        with stages("sample", f"Expert and amateur read {len(prompts):,} questions"):
-            steps, num_steps, num_kept = sample_steps(sampler, prompts, prompt_format)
-        expert, amateur = sampler.expert, sampler.amateur
-        del sampler  # and its graphs and caches: training needs the memory
-        clear_device_cache(garbage_collection=True)
-        if baseline is not None:
-            with stages("answer_before", f"The expert answers {asked}"):
-                baseline.answer(expert)
-        with stages("train", f"The expert learns: {num_kept:,} of {num_steps:,} steps are kept"):
-            if not folder.is_trained:
-                train_adapter(expert, tokenizer, steps, training_args, args, folder.find_checkpoint())
+            check = check_pair(sampler, prompts, prompt_format, folder.check)
+        del sampler
+        rounds = []
+        for number, part in enumerate(split_prompts(prompts, args), 1):
+            rounds.append(play.play(number, part))
+            if number < args.num_rounds and (reason := why_stop(rounds[-1])) is not None:
+                print(f"Round {number} is the last: {reason}.")
+                break
+        best = choose_round(rounds)
+        folder.keep(best.number)
         with stages("report", "Writing the report"):
             if not (folder.report / "report.html").is_file():
                 name = f"{folder.path.name}/steps"
                 write_report(
-                    {name: steps},
+                    {name: play.steps},
                     str(folder.report),
                     str(folder.adapter),
-                    expert,
-                    amateur,
+                    play.expert,
+                    play.amateur,
                     answer_column=args.answer_column,
                 )
-        del amateur
-        results = None
-        if baseline is not None:
-            with stages("answer_after", f"The trained expert answers {asked}"):
-                candidate = Candidate("model", str(folder.adapter), None, None, eval_args, problems, Processes())
-                candidate.answer(load_adapter(expert, str(folder.adapter)))
-                results = grade_candidates([candidate, baseline], eval_args)
+        results = best.results
         scores, what = ({}, "") if results is None else deciding(results["benchmarks"], results.get("average"))
+        if len(rounds) > 1 and results is not None:
+            what += f", by which round {best.number} of {len(rounds)} was chosen"
         verdict = judge(scores.get("difference"), what)
         state = json.loads((folder.adapter / "trainer_state.json").read_text(encoding="utf-8"))
         result = RunResult(
@@ -186,11 +176,12 @@ def run_pipeline(args: RunConfig) -> RunResult:
             accuracy_after=scores["model"]["accuracy"] if scores else None,
             difference=scores.get("difference"),
             num_held_out=len(problems.get("held_out", ())),
-            num_prompts=len(prompts),
-            num_steps=num_steps,
-            num_kept=num_kept,
+            num_prompts=sum(each.num_prompts for each in rounds),
+            num_steps=sum(each.num_steps for each in rounds),
+            num_kept=sum(each.num_kept for each in rounds),
             num_updates=state["global_step"],
             pair=check["verdict"],
+            best_round=best.number,
             seconds=stages.seconds(),
             results=results,
             output_dir=args.output_dir,

@@ -26,11 +26,19 @@ class RunConfig:
 
         expert (`str`):
             Id or path of the stronger model, which is fine-tuned.
-        amateur (`str`):
-            Id or path of the weaker model, of any vocabulary.
+        amateur (`str`, *optional*):
+            Id or path of the weaker model, of any vocabulary. If `None`, it is the expert itself, with
+            `amateur_skipped_layers`, or behind an `amateur_system_prompt` or `amateur_prompt_template`.
         amateur_chat_template (`str`, *optional*):
             Chat template of an amateur with another tokenizer than the expert's: Jinja text, a file with it, or
             `"plain"` for the messages' bare text, an empty line behind each. If `None`, the amateur's own.
+        amateur_skipped_layers (`list[int]`, *optional*):
+            Numbers, from 0, of the amateur's decoder layers that its passes leave out.
+        amateur_system_prompt (`str`, *optional*):
+            System message behind which the amateur reads the completion, empty for none. If `None`, the expert's.
+        amateur_prompt_template (`str`, *optional*):
+            Text with {question} in it, or a file with such text, in which the amateur reads the question. If `None`,
+            the expert's.
         dtype (`str`, *optional*):
             Data type of the models' weights: `"auto"` (the checkpoint's own), `"bfloat16"`, `"float16"` or
             `"float32"`. If `None`, `"float32"` on a CPU, which is slow in half precision, and elsewhere `"auto"`.
@@ -77,6 +85,12 @@ class RunConfig:
         alpha (`float`, *optional*, defaults to `0.2`):
             Plausibility threshold in (0, 1]: a token can be in a label if the expert holds it at least `alpha` times
             as probable as its favourite.
+        contrast_strength (`float`, *optional*, defaults to `1.0`):
+            gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100; the paper's is 1. At 0 the amateur
+            chooses the steps alone, and the label is pi_E^lambda over the plausible tokens.
+        expert_anchor (`float`, *optional*, defaults to `0.0`):
+            lambda of the label, from 0 to 100; the paper's is 0. At 1 the label goes on from the expert, as
+            contrastive decoding does with a `contrast_strength` of 0.5.
         max_new_tokens (`int`, *optional*, defaults to `128`):
             Longest completion that is sampled.
 
@@ -101,6 +115,19 @@ class RunConfig:
         seed (`int`, *optional*, defaults to `42`):
             Seed of the training.
 
+        > Parameters that control the rounds
+
+        num_rounds (`int`, *optional*, defaults to `1`):
+            How often questions are sampled and trained on. Each later round samples fresh ones with the adapter of the
+            round before, and trains it further. It ends before where a round does harm, and the best round is kept.
+        prompts_per_round (`int`, *optional*):
+            How many fresh questions a later round samples. If `None`, `num_prompts`.
+        label_expert (`str`, *optional*, defaults to `"base"`):
+            What labels the answers of a later round: `"base"`: the expert as it was at first, so that no round
+            amplifies what the one before has taught. `"live"`: the expert with its adapter.
+        keep_earlier_steps (`bool`, *optional*, defaults to `True`):
+            Whether a later round is trained on the steps of the rounds before, too.
+
         > Parameters that control the answers
 
         eval_max_new_tokens (`int`, *optional*, defaults to `512`):
@@ -116,11 +143,15 @@ class RunConfig:
     expert: str = field(
         metadata={"help": "Id or path of the stronger model, which is fine-tuned."},
     )
-    amateur: str = field(
-        metadata={"help": "Id or path of the weaker model, of any vocabulary."},
-    )
     dataset_name: str = field(
         metadata={"help": "Questions: a dataset on the Hub, a folder, or a file (JSON lines, Parquet, CSV)."},
+    )
+    amateur: str | None = field(
+        default=None,
+        metadata={
+            "help": "Id or path of the weaker model, of any vocabulary. If `None`, it is the expert itself, with "
+            "`amateur_skipped_layers`, or behind an `amateur_system_prompt` or `amateur_prompt_template`."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False,
@@ -134,6 +165,24 @@ class RunConfig:
         metadata={
             "help": "Chat template of an amateur with another tokenizer than the expert's: Jinja text, a file with "
             "it, or 'plain' for the messages' bare text, an empty line behind each. If `None`, the amateur's own."
+        },
+    )
+    amateur_skipped_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "Numbers, from 0, of the amateur's decoder layers that its passes leave out."},
+    )
+    amateur_system_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "System message behind which the amateur reads the completion, empty for none. If `None`, the "
+            "expert's."
+        },
+    )
+    amateur_prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text with {question} in it, or a file with such text, in which the amateur reads the question. "
+            "If `None`, the expert's."
         },
     )
     dtype: str | None = field(
@@ -219,6 +268,20 @@ class RunConfig:
             "`alpha` times as probable as its favourite."
         },
     )
+    contrast_strength: float = field(
+        default=1.0,
+        metadata={
+            "help": "gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100; the paper's is 1. At 0 the "
+            "amateur chooses the steps alone, and the label is pi_E^lambda over the plausible tokens."
+        },
+    )
+    expert_anchor: float = field(
+        default=0.0,
+        metadata={
+            "help": "lambda of the label, from 0 to 100; the paper's is 0. At 1 the label goes on from the expert, as "
+            "contrastive decoding does with a `contrast_strength` of 0.5."
+        },
+    )
     max_new_tokens: int = field(
         default=128,
         metadata={"help": "Longest completion that is sampled."},
@@ -259,6 +322,30 @@ class RunConfig:
         default=42,
         metadata={"help": "Seed of the training."},
     )
+    num_rounds: int = field(
+        default=1,
+        metadata={
+            "help": "How often questions are sampled and trained on. Each later round samples fresh ones with the "
+            "adapter of the round before, and trains it further. It ends before where a round does harm, and the best "
+            "round is kept."
+        },
+    )
+    prompts_per_round: int | None = field(
+        default=None,
+        metadata={"help": "How many fresh questions a later round samples. If `None`, `num_prompts`."},
+    )
+    label_expert: str = field(
+        default="base",
+        metadata={
+            "help": "What labels the answers of a later round: 'base': the expert as it was at first, so that no "
+            "round amplifies what the one before has taught. 'live': the expert with its adapter.",
+            "choices": ["base", "live"],
+        },
+    )
+    keep_earlier_steps: bool = field(
+        default=True,
+        metadata={"help": "Whether a later round is trained on the steps of the rounds before, too."},
+    )
     eval_max_new_tokens: int = field(
         default=512,
         metadata={
@@ -270,13 +357,16 @@ class RunConfig:
         check_output_dir(self)
         if self.dtype is not None:
             check_choices(self, ("dtype",))
-        check_flags(self, ("overwrite_output_dir",))
-        counts = ("num_prompts", "max_new_tokens", "max_steps", "lora_r", "lora_alpha", "eval_max_new_tokens")
-        check_whole_numbers(self, counts)
+        check_choices(self, ("label_expert",))
+        check_flags(self, ("overwrite_output_dir", "keep_earlier_steps"))
+        counts = ("num_prompts", "num_rounds", "max_new_tokens", "max_steps", "lora_r", "lora_alpha")
+        check_whole_numbers(self, (*counts, "eval_max_new_tokens"), optional=("prompts_per_round",))
         for name in ("num_held_out", "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"`{name}` must be a whole number, 0 or more, got {value!r}.")
+        if self.amateur_prompt_template is not None:
+            self.amateur_prompt_template = read_template(self.amateur_prompt_template, "amateur_prompt_template")
         if self.prompt_style is not None:
             check_choices(self, ("prompt_style",))
         if self.prompt_style == "raw" and self.system_prompt:
@@ -292,3 +382,8 @@ class RunConfig:
         for name in names:
             if name not in BENCHMARKS:
                 raise ValueError(f"There is no benchmark {name!r}. There are {', '.join(BENCHMARKS)}.")
+
+    @property
+    def num_prompts_later(self) -> int:
+        """How many questions each round behind the first samples."""
+        return self.num_prompts if self.prompts_per_round is None else self.prompts_per_round

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from ..evaluation.evaluation_config import EvaluationConfig
@@ -23,7 +23,7 @@ from ..steps.prompt_format import PromptFormat
 from ..training.adapters import choose_target_modules, target_modules
 from ..training.lightreasoner_config import LightReasonerConfig
 from ..training.lightreasoner_trainer import LightReasonerTrainer
-from .folder import Folder, write_json
+from .folder import write_json
 from .run_config import RunConfig
 
 
@@ -47,13 +47,13 @@ class Stages:
         return {name: round(value, 1) for name, value in seconds.items()}
 
 
-def open_pair(args: RunConfig, folder: Folder, command: str) -> ContrastiveStepSampler:
+def open_pair(args: RunConfig, path: Path, command: str) -> ContrastiveStepSampler:
     """
     The two models, checked and not yet loaded.
 
     Args:
         args ([`RunConfig`]): Settings.
-        folder ([`RunFolder`] or [`TuneFolder`]): Where the steps go.
+        path (`Path`): Where the steps go.
         command (`str`): What to call it in messages.
 
     Raises:
@@ -70,19 +70,30 @@ def open_pair(args: RunConfig, folder: Folder, command: str) -> ContrastiveStepS
             f"The expert {args.expert!r} is an adapter. Make a plain model of it with `lightreasoner merge`, or use "
             "`sample` and `train`, which trains it further."
         )
-    if training_config(args, folder.path).n_gpu > 1:
+    if training_config(args, path).n_gpu > 1:
         raise ValueError(
             f"`lightreasoner {command}` takes one GPU, and several are visible. Make a single one visible with "
             "`CUDA_VISIBLE_DEVICES=0`, or use `sample`, `train` and `eval`, which several processes share."
         )
+    return make_sampler(args, args.expert, path)
+
+
+def make_sampler(args: RunConfig, expert: str, path: Path, **kwargs: Any) -> ContrastiveStepSampler:
+    """The sampler of an expert and the amateur, with `kwargs` for settings of its own."""
     sampling_args = ContrastiveSamplingConfig(
-        str(folder.steps),
+        str(path),
         dtype=choose_dtype(args),
         amateur_chat_template=args.amateur_chat_template,
+        amateur_skipped_layers=args.amateur_skipped_layers,
+        amateur_system_prompt=args.amateur_system_prompt,
+        amateur_prompt_template=args.amateur_prompt_template,
         alpha=args.alpha,
+        contrast_strength=args.contrast_strength,
+        expert_anchor=args.expert_anchor,
         max_new_tokens=args.max_new_tokens,
+        **kwargs,
     )
-    return ContrastiveStepSampler(args.expert, args.amateur, sampling_args)
+    return ContrastiveStepSampler(expert, args.amateur, sampling_args)
 
 
 def choose_dtype(args: RunConfig) -> str:
@@ -90,10 +101,12 @@ def choose_dtype(args: RunConfig) -> str:
     return args.dtype or ("auto" if torch.accelerator.is_available() else "float32")
 
 
-def check_pair(sampler: ContrastiveStepSampler, prompts: Dataset, path: Path) -> dict[str, Any]:
+def check_pair(
+    sampler: ContrastiveStepSampler, prompts: Dataset, prompt_format: PromptFormat, path: Path
+) -> dict[str, Any]:
     """What the check says of the pair, kept in a file, and a warning where it is not promising."""
     if not path.is_file():
-        check = sampler.check(prompts)
+        check = sampler.check(prompts, prompt_format=prompt_format)
         write_json(path, {"headline": check.headline, **check.to_dict()})
     check = json.loads(path.read_text(encoding="utf-8"))
     if not check["promising"]:
@@ -112,10 +125,10 @@ def sample_steps(
     return steps, sum(map(len, steps["completion_ids"])), num_kept
 
 
-def evaluation_config(args: RunConfig, folder: Folder, prompt_format: PromptFormat) -> EvaluationConfig:
+def evaluation_config(args: RunConfig, path: Path, prompt_format: PromptFormat) -> EvaluationConfig:
     """The settings of the answers to questions that were held back."""
     return EvaluationConfig(
-        str(folder.evaluation),
+        str(path),
         dtype=choose_dtype(args),
         max_new_tokens=args.eval_max_new_tokens,
         data_dir=args.data_dir,
@@ -137,7 +150,7 @@ def training_config(args: RunConfig, output_dir: Path, **kwargs: Any) -> LightRe
 
 
 def train_adapter(
-    expert: PreTrainedModel,
+    expert: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     steps: Dataset,
     training_args: LightReasonerConfig,
@@ -145,16 +158,22 @@ def train_adapter(
     checkpoint: str | None = None,
     eval_questions: Dataset | None = None,
     callback: TrainerCallback | None = None,
+    measured: Dataset | None = None,
 ) -> None:
-    """Train and save an adapter, and leave the expert as it was."""
-    layers = args.lora_target_modules or choose_target_modules(steps, expert.config.model_type)
-    peft_config = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=0.05,
-        target_modules=target_modules(layers),
-        task_type="CAUSAL_LM",
-    )
+    """
+    Train and save an adapter, the expert's own if it has one, and leave the expert without an adapter. Where rows are
+    `measured` at the end, warnings.json beside the adapter names what was warned of.
+    """
+    peft_config = None
+    if not isinstance(expert, PeftModel):
+        layers = args.lora_target_modules or choose_target_modules(steps, expert.config.model_type)
+        peft_config = LoraConfig(
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=0.05,
+            target_modules=target_modules(layers),
+            task_type="CAUSAL_LM",
+        )
     trainer = LightReasonerTrainer(
         expert,
         training_args,
@@ -168,6 +187,11 @@ def train_adapter(
         if training_args.disable_tqdm:
             trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=checkpoint)
+        if measured is not None:
+            trainer.evaluate(measured)
+            write_json(
+                Path(training_args.output_dir, "warnings.json"), {"warned": sorted(trainer.drift_warnings.told)}
+            )
         trainer.save_model()
         trainer.save_state()  # last, with the log, which the report draws
     finally:

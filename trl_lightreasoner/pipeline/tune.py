@@ -163,7 +163,7 @@ def tune(args: TuneConfig) -> TuneResult:
     for parameter in args.parameters:
         for value in parameter.ends():
             training_config(with_setting(args, {parameter.name: value}), folder.path)
-    sampler = open_pair(args, folder, "tune")
+    sampler = open_pair(args, folder.steps, "tune")
     _check_layers(args)
     tokenizer = sampler.processing_class
     prompts, problems, validation, prompt_format = prepare_questions(args, tokenizer, args.num_validation)
@@ -172,13 +172,13 @@ def tune(args: TuneConfig) -> TuneResult:
             "A search needs questions with answers, some that choose and some that confirm the choice: name the "
             "column of the answers with `--answer_column`, or give more rows."
         )
-    eval_args = evaluation_config(args, folder, prompt_format)
+    eval_args = evaluation_config(args, folder.evaluation, prompt_format)
     baseline = Candidate("baseline", args.expert, tokenizer, None, eval_args, problems, Processes())
     stages.total = 5
 
     with folder:
         with stages("check", f"Checking the pair on {min(50, len(prompts))} questions"):
-            check = check_pair(sampler, prompts, folder.check)
+            check = check_pair(sampler, prompts, prompt_format, folder.check)
         with stages("sample", f"Expert and amateur read {len(prompts):,} questions"):
             steps, num_steps, num_kept = sample_steps(sampler, prompts, prompt_format)
         expert, amateur = sampler.expert, sampler.amateur

@@ -63,6 +63,10 @@ class TuneConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.num_rounds != 1:
+            raise ValueError(
+                "A search tries settings of one round. Leave out `num_rounds`, and give `run` what it finds."
+            )
         check_whole_numbers(self, ("num_held_out", "num_validation", "num_trials"))
         if isinstance(self.space, str) and self.space.lstrip().startswith("{"):
             check_init_kwargs(self, ("space",))

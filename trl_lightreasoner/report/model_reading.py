@@ -16,6 +16,7 @@ from ..models.adapter_loading import load_adapter, load_adapter_config
 from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at
 from ..models.loading import load_config, load_model, load_tokenizer
 from ..models.weights import get_base_model
+from ..sampling.model_pair import AMATEUR_SETTINGS
 from ..vocabulary import Vocabulary, model_vocabulary, shared_vocabulary
 from .shown_steps import ShownTrajectory
 
@@ -75,6 +76,9 @@ def add_probabilities(
         return None
     if "amateur_reading" in metadata:
         return "the amateur has another tokenizer than the expert"
+    settings = metadata.get("settings") or {}
+    if any(settings.get(name) is not None for name in AMATEUR_SETTINGS):
+        return "the amateur was read without some of its layers, or behind another prompt"
     roles, named = ("expert", "amateur"), (expert, amateur)
     sources = [_source(metadata, role, name) for role, name in zip(roles, named, strict=True)]
     for role, name, (source, kwargs) in zip(roles, named, sources, strict=True):
@@ -96,7 +100,8 @@ def add_probabilities(
         if expert is not None or amateur is not None:
             raise ValueError(f"The models cannot be read: {_reason(error)}.") from error
         return _reason(error)
-    variation = _variation(trajectories, *probabilities)
+    experts, amateurs = probabilities
+    variation = _variation(trajectories, experts, amateurs, settings)
     if not variation <= _MAX_VARIATION:
         reason = (
             f"expert and amateur, as they are here, give another v_C than the dataset holds (total variation "
@@ -216,14 +221,16 @@ def _read(
     return probabilities
 
 
-def _variation(trajectories: list[ShownTrajectory], experts: list, amateurs: list) -> float:
+def _variation(trajectories: list[ShownTrajectory], experts: list, amateurs: list, settings: dict[str, Any]) -> float:
     """Mean total variation between v_C as it is stored and as the two models' probabilities give it."""
+    strength, anchor = settings.get("contrast_strength", 1.0), settings.get("expert_anchor", 0.0)
     variations = []
     for trajectory, *probabilities in zip(trajectories, experts, amateurs, strict=True):
         for step, expert, amateur in zip(trajectory.steps, *probabilities, strict=True):
             label = np.array(step.label_probs)
             with np.errstate(divide="ignore", invalid="ignore"):
-                ratios = np.where(label > 0, np.array(expert) / np.array(amateur), 0)
+                logs = (strength + anchor) * np.log(expert) - strength * np.log(amateur)
+                ratios = np.where(label > 0, np.exp(logs - np.where(label > 0, logs, -np.inf).max()), 0)
                 variations.append(np.abs(ratios / ratios.sum() - label).sum() / 2)
     return float(np.mean(variations))
 

@@ -126,6 +126,8 @@ def _summary(dataset: ReportedDataset, style: str) -> str:
             name = name if isinstance(name, str) else ", ".join(map(str, name))
             settings.append((f"{role.capitalize()} {symbol}", escape(spell_out(short_name(name)))))
     settings += [(key, write_number(value)) for key, value in (("α", numbers.alpha), ("β", numbers.beta)) if value]
+    if numbers.label_power != (1.0, 0.0):
+        settings += list(zip(("γ", "λ"), map(write_number, numbers.label_power), strict=True))
     rows = ""
     if numbers.num_rows > numbers.num_trajectories:
         rows = (
@@ -297,7 +299,7 @@ def _detail(step: ShownStep, trajectory: ShownTrajectory, dataset: ReportedDatas
     columns: dict[str, Sequence[float]] = {"v": step.label_probs}
     if step.expert_probs is not None and step.amateur_probs is not None:
         columns = {"e": step.expert_probs, "a": step.amateur_probs, **columns}
-    else:  # of log pi_E - log pi_A the label holds all but a constant
+    elif dataset.statistics.label_power == (1.0, 0.0):  # of log pi_E - log pi_A the label holds all but a constant
         columns["r"] = [value / best for value in step.label_probs]
     if step.trained_probs is not None:
         columns["m"] = step.trained_probs

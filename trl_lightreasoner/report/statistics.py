@@ -62,6 +62,7 @@ class StepStatistics:
 
     Attributes:
         alpha, beta (`float`, *optional*): As the Dataset says; None if it does not.
+        label_power (`tuple[float, float]`): gamma and lambda of the labels, by default the paper's.
         num_rows, num_trajectories, num_steps, num_kept (`int`): Counts. Steps are those of the distinct trajectories.
         num_known (`int`): Steps whose divergence is known: all, but for a Dataset of `lightreasoner import`.
         position_edges (`np.ndarray` of shape `(G + 1,)`): Bounds of the groups of positions.
@@ -91,6 +92,7 @@ class StepStatistics:
         check_columns(dataset, name)
         settings = made_with(dataset).get("settings") or {}
         self.alpha, self.beta = settings.get("alpha"), settings.get("beta")
+        self.label_power = (settings.get("contrast_strength", 1.0), settings.get("expert_anchor", 0.0))
         longest = max(
             (pc.max(pc.list_value_length(batch["kl_divergence"])).as_py() or 0)
             for batch in _batches(dataset, ["kl_divergence"])

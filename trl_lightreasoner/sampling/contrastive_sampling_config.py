@@ -4,14 +4,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config_checks import (
+    check_amateur_settings,
     check_choices,
     check_flags,
     check_init_kwargs,
+    check_label_settings,
     check_numbers,
     check_output_dir,
     check_vllm_settings,
     check_whole_numbers,
 )
+from ..steps.prompt_format import read_template
 
 
 @dataclass
@@ -46,6 +49,13 @@ class ContrastiveSamplingConfig:
         amateur_chat_template (`str`, *optional*):
             Chat template of an amateur with another tokenizer than the expert's: Jinja text, a file with it, or
             `"plain"` for the messages' bare text, an empty line behind each. If `None`, the amateur's own.
+        amateur_skipped_layers (`list[int]`, *optional*):
+            Numbers, from 0, of the amateur's decoder layers that its passes leave out.
+        amateur_system_prompt (`str`, *optional*):
+            System message behind which the amateur reads the completion, empty for none. If `None`, the expert's.
+        amateur_prompt_template (`str`, *optional*):
+            Text with {question} in it, or a file with such text, in which the amateur reads the question. If `None`,
+            the expert's.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to allow loading models and tokenizers that ship custom Python code.
 
@@ -57,6 +67,15 @@ class ContrastiveSamplingConfig:
         beta (`float`, *optional*, defaults to `0.4`):
             Informativeness threshold in nats: a step is kept if the expert's distribution diverges from the amateur's
             by at least this much.
+        contrast_strength (`float`, *optional*, defaults to `1.0`):
+            gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100; the paper's is 1. At 0 the amateur
+            chooses the steps alone, and the label is pi_E^lambda over the plausible tokens.
+        expert_anchor (`float`, *optional*, defaults to `0.0`):
+            lambda of the label, from 0 to 100; the paper's is 0. At 1 the label goes on from the expert, as
+            contrastive decoding does with a `contrast_strength` of 0.5.
+        label_expert (`str`, *optional*, defaults to `"live"`):
+            Of an expert with an adapter, what is contrasted with the amateur: `"live"`: the expert as it answers.
+            `"base"`: the expert without its adapter, as for a later round, whose labels then stay those of the first.
         include_first_step (`bool`, *optional*, defaults to `False`):
             Whether the first token of a completion can be a kept step. The published scripts skip it, and with a plain
             prompt its label costs accuracy.
@@ -126,6 +145,24 @@ class ContrastiveSamplingConfig:
             "it, or 'plain' for the messages' bare text, an empty line behind each. If `None`, the amateur's own."
         },
     )
+    amateur_skipped_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "Numbers, from 0, of the amateur's decoder layers that its passes leave out."},
+    )
+    amateur_system_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "System message behind which the amateur reads the completion, empty for none. If `None`, the "
+            "expert's."
+        },
+    )
+    amateur_prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text with {question} in it, or a file with such text, in which the amateur reads the question. "
+            "If `None`, the expert's."
+        },
+    )
     trust_remote_code: bool = field(
         default=False,
         metadata={"help": "Whether to allow loading models and tokenizers that ship custom Python code."},
@@ -142,6 +179,29 @@ class ContrastiveSamplingConfig:
         metadata={
             "help": "Informativeness threshold in nats: a step is kept if the expert's distribution diverges from the "
             "amateur's by at least this much."
+        },
+    )
+    contrast_strength: float = field(
+        default=1.0,
+        metadata={
+            "help": "gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100; the paper's is 1. At 0 the "
+            "amateur chooses the steps alone, and the label is pi_E^lambda over the plausible tokens."
+        },
+    )
+    expert_anchor: float = field(
+        default=0.0,
+        metadata={
+            "help": "lambda of the label, from 0 to 100; the paper's is 0. At 1 the label goes on from the expert, as "
+            "contrastive decoding does with a `contrast_strength` of 0.5."
+        },
+    )
+    label_expert: str = field(
+        default="live",
+        metadata={
+            "help": "Of an expert with an adapter, what is contrasted with the amateur: 'live': the expert as it "
+            "answers. 'base': the expert without its adapter, as for a later round, whose labels then stay those of "
+            "the first.",
+            "choices": ["live", "base"],
         },
     )
     include_first_step: bool = field(
@@ -198,17 +258,19 @@ class ContrastiveSamplingConfig:
 
     def __post_init__(self):
         check_init_kwargs(self, ("model_init_kwargs", "amateur_model_init_kwargs"))
-        if not isinstance(self.amateur_chat_template, str | None):
-            raise ValueError(f"`amateur_chat_template` must be text, got {self.amateur_chat_template!r}.")
-        check_choices(self, ("dtype", "vllm_mode"))
+        check_amateur_settings(self)
+        check_choices(self, ("dtype", "label_expert", "vllm_mode"))
         check_output_dir(self)
         check_flags(self, ("overwrite_output_dir", "trust_remote_code", "include_first_step", "use_vllm"))
         check_numbers(self, ("alpha", "beta", "vllm_server_timeout", "vllm_gpu_memory_utilization"))
+        if self.amateur_prompt_template is not None:
+            self.amateur_prompt_template = read_template(self.amateur_prompt_template, "amateur_prompt_template")
         if not 0 < self.alpha <= 1:
             raise ValueError(f"`alpha` must be in (0, 1], got {self.alpha}. The paper uses 0.2.")
         if not 0 <= self.beta < float("inf"):
             raise ValueError(
                 f"`beta` must be a finite number of nats, 0 or more, got {self.beta}. The paper uses 0.4."
             )
+        check_label_settings(self)
         check_vllm_settings(self)
         check_whole_numbers(self, ("max_new_tokens",), optional=("max_prompt_length", "per_device_batch_size"))

@@ -7,32 +7,33 @@ import json
 import platform
 import shutil
 import tempfile
-import uuid
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
-from ..generation.completions import GreedyDecoder, evaluating, find_batch_size, run_in_batches, share_batches
+from ..generation.completions import GreedyDecoder, find_batch_size, run_in_batches, share_batches
 from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
 from ..models.forward import check_causal
-from ..models.loading import add_quantization, load_config, load_model, load_tokenizer
+from ..models.loading import add_quantization, load_config, load_tokenizer
 from ..models.weights import describe_loading, describe_model, weight_fingerprint
 from ..processes import Processes
 from ..steps.dataset import check_dataset, kl_quantiles
 from ..steps.prompt_format import PromptFormat, format_of_prompts
-from ..steps.prompts import check_prompts, encode_rows
+from ..steps.prompts import check_prompts
 from ..steps.run_file import run_date
 from ..steps.writer import StepWriter, describe_rows, hash_ids
 from ..vocabulary import OtherTokensError, check_embedded, model_vocabulary, shared_vocabulary
+from .amateur_prompts import AmateurPrompts
 from .contrastive_sampling_config import ContrastiveSamplingConfig
-from .other_amateur import OtherAmateur, encode_for_amateur
+from .encoding import encode_dataset
+from .model_pair import ModelPair
+from .other_amateur import OtherAmateur
 from .pair_check import JUDGED_AT, PairCheck, check_steps
 from .planning import plan_prompts
 from .scoring import Trajectory, TrajectoryScores, prepare_scoring, score_trajectories
@@ -49,7 +50,14 @@ _EQUAL_WEIGHTS = (
     "Expert and amateur have equal weights, so that they diverge nowhere and there is nothing to learn. Name a weaker "
     "model as the amateur."
 )
-_SETTINGS = ("alpha", "beta", "max_new_tokens", "max_prompt_length", "include_first_step", "use_vllm")
+_SAME_READING = (
+    "The amateur is the expert itself, and reads what the expert reads, so that they diverge nowhere. Let them differ "
+    "by an adapter that one of them has (name the base model, or the adapter, as the amateur), by "
+    "`amateur_skipped_layers`, or by an `amateur_system_prompt` or `amateur_prompt_template`."
+)
+_LABEL_SETTINGS = ("alpha", "beta", "contrast_strength", "expert_anchor", "include_first_step")
+_AMATEUR_SETTINGS = ("amateur_skipped_layers", "amateur_system_prompt", "amateur_prompt_template")
+_SETTINGS = (*_LABEL_SETTINGS, *_AMATEUR_SETTINGS, "label_expert", "max_new_tokens", "max_prompt_length", "use_vllm")
 
 
 class ContrastiveStepSampler:
@@ -64,9 +72,11 @@ class ContrastiveStepSampler:
         expert (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The stronger model, which is to be fine-tuned afterwards: a model id on the Hub, a path, or a model. PEFT
             adapters are loaded on their base model.
-        amateur (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+        amateur (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
             The weaker model. With another tokenizer than the expert's it is read in the expert's tokens, by a covering
-            over their bytes.
+            over their bytes. If `None`, it is the expert itself, with `args.amateur_skipped_layers`, or behind an
+            `args.amateur_system_prompt` or `args.amateur_prompt_template`. A base model and its adapter, in either
+            order, are loaded as one model.
         args ([`ContrastiveSamplingConfig`]):
             Settings.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -80,8 +90,8 @@ class ContrastiveStepSampler:
             The same for the amateur.
 
     Raises:
-        `ValueError`: If the bytes of two different tokenizers' tokens cannot be told, or a model has no next-token
-            distribution.
+        `ValueError`: If the amateur is the expert itself and reads as the expert does, the bytes of two different
+            tokenizers' tokens cannot be told, or a model has no next-token distribution.
         `ImportError`: If a model is to be loaded in 4 or 8 bits and bitsandbytes is not installed, or completions are
             to come from vLLM and it is not.
 
@@ -103,7 +113,7 @@ class ContrastiveStepSampler:
     def __init__(
         self,
         expert: "str | PreTrainedModel | PeftModel",
-        amateur: "str | PreTrainedModel | PeftModel",
+        amateur: "str | PreTrainedModel | PeftModel | None",
         args: ContrastiveSamplingConfig,
         processing_class: PreTrainedTokenizerBase | None = None,
         amateur_processing_class: PreTrainedTokenizerBase | None = None,
@@ -112,32 +122,41 @@ class ContrastiveStepSampler:
     ):
         self.args = args
         self.processes = Processes()
-        # Names or paths until `sample` loads them
-        self.expert: Any = expert
-        self.amateur: Any = amateur
-        self._names: list[Any] = [model if isinstance(model, str) else None for model in (expert, amateur)]
         common = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
         expert_kwargs = {**common, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]  # no text by now
         expert_kwargs = add_quantization(expert_kwargs, expert, quantization_config, "sampler")
-        amateur_kwargs = {**common, **(args.amateur_model_init_kwargs or {})}  # type: ignore[dict-item]
-        amateur_kwargs = add_quantization(
-            amateur_kwargs, amateur, amateur_quantization_config, "sampler", prefix="amateur_"
-        )
+        if amateur is None:
+            self._check_own_amateur(amateur_processing_class, amateur_quantization_config)
+            named_amateur, amateur_kwargs = expert, expert_kwargs
+        else:
+            named_amateur = amateur
+            amateur_kwargs = {**common, **(args.amateur_model_init_kwargs or {})}  # type: ignore[dict-item]
+            amateur_kwargs = add_quantization(
+                amateur_kwargs, amateur, amateur_quantization_config, "sampler", prefix="amateur_"
+            )
         self._expert_kwargs, self._amateur_kwargs = expert_kwargs, amateur_kwargs
+        self._names: list[Any] = [model if isinstance(model, str) else None for model in (expert, named_amateur)]
         self._checks_in: Path | None = None  # the folder that `check` lends
+        self._prompt_format: PromptFormat | None = None
 
         # Weights are loaded by `sample`, when nothing is left that could be refused before
         expert_config = load_config(expert, "expert", **expert_kwargs)
-        amateur_config = load_config(amateur, "amateur", **amateur_kwargs)
+        amateur_config = load_config(named_amateur, "amateur", **amateur_kwargs)
+        self._pair = ModelPair(
+            expert, amateur, expert_kwargs, amateur_kwargs, args.amateur_skipped_layers or (), args.label_expert
+        )
+        self._pair.check_layers(amateur_config)
         if args.use_vllm:
             check_vllm(args, expert, self.processes.count, **expert_kwargs)
         if processing_class is None:
             processing_class = load_tokenizer(expert, "expert", **expert_kwargs)
-        if amateur_processing_class is None:
+        if amateur is None:
+            amateur_processing_class = processing_class
+        elif amateur_processing_class is None:
             amateur_processing_class = load_tokenizer(amateur, "amateur", "amateur_processing_class", **amateur_kwargs)
         expert_width = expert_config.get_text_config().vocab_size
         amateur_width = amateur_config.get_text_config().vocab_size
-        self.processing_class, self._width = processing_class, expert_width
+        self.processing_class, self._widths = processing_class, (expert_width, amateur_width)
         contexts = [
             getattr(config.get_text_config(), "max_position_embeddings", None)
             for config in (expert_config, amateur_config)
@@ -151,7 +170,7 @@ class ContrastiveStepSampler:
             )
         except OtherTokensError:
             self.expert_vocabulary = model_vocabulary(processing_class, expert_width, "expert")
-            end_ids = find_eos_ids(amateur, amateur_processing_class, **amateur_kwargs)
+            end_ids = find_eos_ids(named_amateur, amateur_processing_class, **amateur_kwargs)
             self.other_amateur = OtherAmateur(
                 processing_class,
                 amateur_processing_class,
@@ -174,6 +193,26 @@ class ContrastiveStepSampler:
             self.expert_vocabulary = model_vocabulary(processing_class, expert_width, "expert")
         ids = self.expert_vocabulary.ids
         self._unreadable_ids = ids[ids >= amateur_width].tolist()  # the amateur has no embedding for them
+
+    @property
+    def expert(self) -> Any:
+        """The expert: its id or path until [`~ContrastiveStepSampler.sample`] loads it, then the model."""
+        return self._pair.expert
+
+    @property
+    def amateur(self) -> Any:
+        """The amateur, likewise; `None` if it is the expert itself."""
+        return self._pair.amateur
+
+    def _check_own_amateur(self, *of_amateur: Any) -> None:
+        """Refuse an expert that is to be its own amateur without a difference, or with settings of another model."""
+        if all(getattr(self.args, name) is None for name in _AMATEUR_SETTINGS):
+            raise ValueError(_SAME_READING)
+        if any(each is not None for each in (*of_amateur, self.args.amateur_model_init_kwargs)):
+            raise ValueError(
+                "The amateur is the expert itself, which is loaded once, as the expert: leave out "
+                "`amateur_model_init_kwargs`, `amateur_processing_class` and `amateur_quantization_config`."
+            )
 
     def sample(self, dataset: Dataset, prompt_format: PromptFormat | None = None) -> Dataset:
         """
@@ -212,56 +251,56 @@ class ContrastiveStepSampler:
                 "The dataset has a column 'completion', so that there is nothing for vLLM to generate. Leave out "
                 "`use_vllm`, or remove the column."
             )
-        columns = ["prompt_ids", "completion_ids"] if scoring_only else ["prompt_ids"]
-        # A transform of the user's is applied; any other format only costs time
-        prompts = dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
-        if set(columns) != {f"{name}_ids" for name in prompts[0] if name in ("prompt", "completion")}:
-            raise ValueError(
-                f"The transform of the dataset makes the columns {list(prompts[0])} of {dataset.column_names}. Apply "
-                "it by `dataset.map` first."
-            )
-        # With a fingerprint of ours `map` need not hash what it is given, which for a tokenizer takes seconds
-        amateur_tokenizer = None if self.other_amateur is None else self.other_amateur.tokenizer
-        columns += [] if amateur_tokenizer is None else ["amateur_prompt_ids"]
-        encoded = prompts.map(
-            _encode,
-            with_indices=True,
-            batched=True,
-            fn_kwargs={
-                "tokenizer": self.processing_class,
-                "eos_ids": set(self.eos_ids),
-                "date": date,
-                "amateur_tokenizer": amateur_tokenizer,
-            },
-            remove_columns=dataset.column_names,
-            features=Features({column: List(Value("int32")) for column in columns}),
-            keep_in_memory=True,
-            new_fingerprint=uuid.uuid4().hex,
-            desc="Tokenizing prompts",
-        ).with_format(None)
+        encoded = encode_dataset(dataset, self.processing_class, self.eos_ids, date, self._amateur_prompts())
+        self._reads_otherwise = bool(self.args.amateur_skipped_layers) or any(
+            row.get("amateur_prompt_ids", row["prompt_ids"]) != row["prompt_ids"] for row in encoded
+        )
+        if self._pair.is_one_model and not self._reads_otherwise:
+            raise ValueError(_SAME_READING)
         context = f"the models' context is {self.max_length} tokens"
         if self.other_amateur is not None:
             context = (
                 f"the expert's context is {self.max_length} tokens, the amateur's {self.other_amateur.max_length}"
             )
-        plan = plan_prompts(encoded, scoring_only, self.args, self.max_length, self._fits, context)
+        plan = plan_prompts(encoded, scoring_only, self.args, self.max_length, self._amateur_room, context)
         self._vllm = None
         if self.args.use_vllm:
             longest, room = plan[0]
             max_length = len(encoded[longest]["prompt_ids"]) + room
             self._vllm = connect_vllm(self.args, self._names[0], max_length, **self._expert_kwargs)
-        self.expert = load_model(self.expert, **self._expert_kwargs)
-        self.amateur = load_model(self.amateur, **self._amateur_kwargs)
-        if self._checks_in is not None and weight_fingerprint(self.expert) == weight_fingerprint(self.amateur):
-            raise ValueError(_EQUAL_WEIGHTS)
+        with self._pair.loaded():
+            sampled = self._sample_plan(dataset, encoded, plan, writer)
+        low, high, tenth = kl_quantiles(sampled, [0.5, 0.99, 0.9])
+        if low is None:
+            raise ValueError(
+                "The amateur could read no step: the expert's answers are not what its own tokenizer makes of their "
+                "text, or the amateur's tokenizer does not give that text back. Choose another amateur."
+            )
+        if self._checks_in is None and not any(sampled["step_positions"]):
+            logger.warning(
+                f"No step reached beta = {self.args.beta}: half of the divergences are at most {low:.3g} and 99 % at "
+                f"most {high:.3g} nats. beta = {tenth:.3g} would keep 10 %; if that is near 0, the amateur is too "
+                "close to the expert: choose a weaker one."
+            )
+        return sampled
+
+    def _sample_plan(
+        self, dataset: Dataset, encoded: Dataset, plan: list[tuple[int, int]], writer: StepWriter
+    ) -> Dataset:
+        """What [`~ContrastiveStepSampler.sample`] does when the models are in memory."""
+        if self._checks_in is not None and not self._reads_otherwise:
+            if weight_fingerprint(self.expert) == weight_fingerprint(self.amateur):
+                raise ValueError(_EQUAL_WEIGHTS)
         if self.other_amateur is not None:
             self.other_amateur.start(self.expert_vocabulary, self.eos_ids)
         longest = encoded[plan[0][0]]
-        ids = [*longest["prompt_ids"], *longest.get("completion_ids", [])[:-1]]
-        with evaluating(self.expert, self.amateur):
-            check_causal(self.expert, "expert", ids)
-            check_causal(self.amateur, "amateur", longest.get("amateur_prompt_ids", ids))
+        completion_ids = longest.get("completion_ids", [])[:-1]
+        check_causal(self.expert, "expert", [*longest["prompt_ids"], *completion_ids])
+        with self._pair.as_amateur():
+            own = longest.get("amateur_prompt_ids")
+            check_causal(self.amateur, "amateur", own or [*longest["prompt_ids"], *completion_ids])
         self._decode = None
+        scoring_only = "completion" in dataset.column_names
         if not scoring_only:
             # Behind a token that the amateur cannot read, it has nothing to say
             end_ids = [*self.eos_ids, *self._unreadable_ids]
@@ -278,26 +317,13 @@ class ContrastiveStepSampler:
                 logger.warning(f"{len(plan) - len(order):,} of {len(plan):,} prompts are sampled already.")
             self._sample(encoded, share_batches(order, self.batch_size, self.processes), writer, scoring_only)
             self.processes.on_main(lambda: writer.finish({index for index, _ in plan}))
-            sampled = writer.load(None if self._checks_in is None else str(self._checks_in / "cache"))
+            return writer.load(None if self._checks_in is None else str(self._checks_in / "cache"))
         finally:
             writer.close()
             if self._vllm is not None:
                 self._vllm.close()
-        low, high, tenth = kl_quantiles(sampled, [0.5, 0.99, 0.9])
-        if low is None:
-            raise ValueError(
-                "The amateur could read no step: the expert's answers are not what its own tokenizer makes of their "
-                "text, or the amateur's tokenizer does not give that text back. Choose another amateur."
-            )
-        if self._checks_in is None and not any(sampled["step_positions"]):
-            logger.warning(
-                f"No step reached beta = {self.args.beta}: half of the divergences are at most {low:.3g} and 99 % at "
-                f"most {high:.3g} nats. beta = {tenth:.3g} would keep 10 %; if that is near 0, the amateur is too "
-                "close to the expert: choose a weaker one."
-            )
-        return sampled
 
-    def check(self, dataset: Dataset, num_prompts: int = 50) -> PairCheck:
+    def check(self, dataset: Dataset, num_prompts: int = 50, prompt_format: PromptFormat | None = None) -> PairCheck:
         """
         Sample some prompts, and judge by them whether the pair is worth it. Nothing is left behind: `args.output_dir`
         is not used. Under several processes, all of one machine, each returns the same.
@@ -307,6 +333,8 @@ class ContrastiveStepSampler:
                 Prompts as for [`~ContrastiveStepSampler.sample`].
             num_prompts (`int`, *optional*, defaults to `50`):
                 How many of them are looked at, from the first.
+            prompt_format ([`PromptFormat`], *optional*):
+                As for [`~ContrastiveStepSampler.sample`].
 
         Returns:
             [`PairCheck`], with three greedy answers of each model.
@@ -325,7 +353,8 @@ class ContrastiveStepSampler:
         if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < 1:
             raise ValueError(f"`num_prompts` must be a whole number, 1 or more, got {num_prompts!r}.")
         same_kwargs = self._expert_kwargs == self._amateur_kwargs
-        if isinstance(self.expert, str) and self.expert == self.amateur and same_kwargs:
+        reads_alike = all(getattr(self.args, name) is None for name in _AMATEUR_SETTINGS)
+        if isinstance(self.expert, str) and self.expert == self.amateur and same_kwargs and reads_alike:
             raise ValueError(_EQUAL_WEIGHTS)  # without loading them
         folder = Path(self.processes.on_main(tempfile.mkdtemp))
         try:
@@ -334,14 +363,14 @@ class ContrastiveStepSampler:
             # With the labels of all steps that are judged, whatever `beta` is
             beta = min(self.args.beta, JUDGED_AT)
             sampler.args = replace(self.args, output_dir=str(folder / "steps"), beta=beta)
-            sampled = sampler.sample(dataset.select(range(min(num_prompts, len(dataset)))))
-            self.expert, self.amateur = sampler.expert, sampler.amateur  # loaded by now
+            checked = dataset.select(range(min(num_prompts, len(dataset))))
+            sampled = sampler.sample(checked, prompt_format)
 
             def judge() -> PairCheck:
                 check = check_steps(sampled, self.processing_class, self.args.beta)
                 firsts = sampled[:_NUM_ANSWERS]
                 check.expert_answers = self._as_texts(firsts["completion_ids"])
-                check.amateur_answers = self._amateur_answers(dataset, firsts["prompt_ids"])
+                check.amateur_answers = sampler._amateur_answers(checked, firsts["prompt_ids"])
                 return check
 
             return self.processes.on_main(judge)
@@ -353,12 +382,14 @@ class ContrastiveStepSampler:
         tokenizer, vocabulary, max_length = self.processing_class, self.shared_vocabulary, self.max_length
         if (other := self.other_amateur) is not None:
             tokenizer, vocabulary, max_length = other.tokenizer, other.vocabulary, other.max_length
-            prompt_ids = other.prompts_of(dataset, len(prompt_ids))
-        decode = GreedyDecoder(self.amateur, vocabulary, find_eos_ids(self.amateur, tokenizer))
+        if (own := self._amateur_prompts()) is not None:
+            encoded = own.encode([dataset[index] for index in range(len(dataset))])
+            prompt_ids = [ids for ids in encoded if ids][: len(prompt_ids)]
         room = self.args.max_new_tokens
         if max_length is not None:
             room = min(room, max_length - max(map(len, prompt_ids)))
-        with evaluating(self.amateur):
+        with self._pair.loaded(), self._pair.as_amateur():
+            decode = GreedyDecoder(self.amateur, vocabulary, find_eos_ids(self.amateur, tokenizer))
             return tokenizer.batch_decode(decode(prompt_ids, room)[0], skip_special_tokens=True)
 
     def _as_texts(self, completion_ids: list[list[int]]) -> list[str]:
@@ -393,18 +424,29 @@ class ContrastiveStepSampler:
         if self.other_amateur is None:
             prepare_scoring(self.expert, self.amateur, self.shared_vocabulary)
         desc = f"Sampling, {'given completions' if self._decode is None else self._decode.way}"
-        with evaluating(self.expert, self.amateur):
-            run_in_batches(order, self.batch_size, run, write, length, self.processes, desc)
+        run_in_batches(order, self.batch_size, run, write, length, self.processes, desc)
         if self.other_amateur is not None and (said := self.other_amateur.dropped(num_steps)):
             logger.warning(said, main_process_only=False)  # each process says it for itself
 
-    def _fits(self, row: dict[str, Any], index: int) -> bool:
-        """Whether the amateur has room for a row; refuses one that a model cannot read."""
+    def _amateur_prompts(self) -> AmateurPrompts | None:
+        """What makes the amateur's prompts, where they are not the expert's."""
+        system_prompt, template = self.args.amateur_system_prompt, self.args.amateur_prompt_template
+        if self.other_amateur is None and system_prompt is None and template is None:
+            return None
+        tokenizer = self.processing_class if self.other_amateur is None else self.other_amateur.tokenizer
+        return AmateurPrompts(tokenizer, system_prompt, template, self._prompt_format)
+
+    def _amateur_room(self, row: dict[str, Any], index: int) -> int | None:
+        """Tokens of a completion that the amateur has room for, `None` for any; refuses what a model cannot read."""
         completion_ids = row.get("completion_ids") or []
-        check_embedded([*row["prompt_ids"], *completion_ids], self.processing_class, self._width, index, "expert")
+        check_embedded([*row["prompt_ids"], *completion_ids], self.processing_class, self._widths[0], index, "expert")
+        prompt_ids = row.get("amateur_prompt_ids", row["prompt_ids"])
+        if self.other_amateur is not None:
+            return self.other_amateur.room(prompt_ids, index)
+        check_embedded(prompt_ids, self.processing_class, self._widths[0], index, "amateur")
         if self._unreadable_ids:
-            self._check_readable([*row["prompt_ids"], *completion_ids[:-1]], index)
-        return self.other_amateur is None or self.other_amateur.fits(row["amateur_prompt_ids"], index)
+            self._check_readable([*prompt_ids, *completion_ids[:-1]], index)
+        return None if self.max_length is None else self.max_length - len(prompt_ids)
 
     def _check_readable(self, ids: list[int], index: int) -> None:
         for token_id in set(ids) & set(self._unreadable_ids):
@@ -424,12 +466,16 @@ class ContrastiveStepSampler:
             completions, hidden_states = self._decode(rows["prompt_ids"], room)
         trajectories = [Trajectory(*ids) for ids in zip(rows["prompt_ids"], completions, strict=True)]
         settings: dict[str, Any] = {
-            **{name: getattr(self.args, name) for name in ("alpha", "beta", "include_first_step")},
+            **{name: getattr(self.args, name) for name in _LABEL_SETTINGS},
             "names": [f"row {index}" for index in indices],
-            "expert_hidden_states": hidden_states,
+            # What it answered from is known, and is not what another labels
+            "expert_hidden_states": None if self.args.label_expert == "base" else hidden_states,
+            "as_expert": self._pair.as_labeller,
+            "as_amateur": self._pair.as_amateur,
         }
         models = (self.expert, self.amateur, trajectories)
         if self.other_amateur is None:
+            settings["amateur_prompts"] = rows.get("amateur_prompt_ids")
             return trajectories, score_trajectories(*models, self.shared_vocabulary, **settings)
         return trajectories, self.other_amateur.score(*models, rows["amateur_prompt_ids"], **settings)
 
@@ -493,18 +539,3 @@ class ContrastiveStepSampler:
 def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     template = tokenizer.chat_template or ""
     return template if isinstance(template, str) else json.dumps(template, sort_keys=True)  # several by name
-
-
-def _encode(
-    batch: dict[str, list],
-    indices: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    eos_ids: set[int],
-    date: datetime,
-    amateur_tokenizer: PreTrainedTokenizerBase | None,
-) -> dict[str, list[list[int]]]:
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    encoded = encode_rows(rows, tokenizer, eos_ids, first_row=indices[0], date=date)
-    if amateur_tokenizer is not None:
-        encoded["amateur_prompt_ids"] = encode_for_amateur(rows, amateur_tokenizer, indices[0], date)
-    return encoded

@@ -3,6 +3,8 @@ tokens of a completion, and batches of the further contexts that the covering as
 
 import math
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from .scoring import PART_LOGITS, LogitsAtSteps, Trajectory, TrajectoryScores, a
 
 # The expert's most probable tokens that the divergence tells apart; the rest is one event
 TOP_TOKENS = 20
-# Nats that log pi_A of a token in the mask can be uncertain by
+# Nats that log pi_A of a token in the mask can be uncertain by, gamma times, as it counts in the label
 MAX_WIDTH = 0.1
 # In place of a probability that is 0 as far as is known, so that no divergence is infinite
 _FLOOR = 1e-12
@@ -70,13 +72,18 @@ class CrossScoring:
         include_first_step: bool = True,
         names: list[str] | None = None,
         expert_hidden_states: list[torch.Tensor] | None = None,
+        contrast_strength: float = 1.0,
+        expert_anchor: float = 0.0,
+        as_amateur: Callable[[], AbstractContextManager] = nullcontext,
+        as_expert: Callable[[], AbstractContextManager] = nullcontext,
     ) -> list[TrajectoryScores]:
         """
         Args:
-            expert, amateur, trajectories, alpha, beta, include_first_step, names, expert_hidden_states: As of
-                [`score_trajectories`].
+            expert, amateur, trajectories, alpha, beta, include_first_step, names, expert_hidden_states,
+            contrast_strength, expert_anchor, as_amateur, as_expert: As of [`score_trajectories`].
             amateur_prompts (`list[list[int]]`): Each prompt as the amateur reads it.
         """
+        self._as_amateur, self._as_expert = as_amateur, as_expert
         names = names or [f"trajectory {i}" for i in range(len(trajectories))]
         width = get_base_model(amateur).config.get_text_config().vocab_size
         experts = self._read_expert(expert, trajectories, alpha, names, expert_hidden_states)
@@ -86,7 +93,9 @@ class CrossScoring:
             prompts = [amateur_prompts[i] for i in group]
             steps = self._cover(amateur, completions, prompts, [experts[i] for i in group], [names[i] for i in group])
             for i, covered in zip(group, steps, strict=True):
-                scores[i] = self._score(covered, experts[i], beta, include_first_step)
+                scores[i] = self._score(
+                    covered, experts[i], beta, include_first_step, contrast_strength, expert_anchor
+                )
         return [scores[i] for i in range(len(trajectories))]
 
     def _read_expert(
@@ -100,7 +109,7 @@ class CrossScoring:
         read: dict[int, list[_ExpertStep]] = {}
         for group in group_by_length(trajectories):
             known = None if hidden_states is None else torch.cat([hidden_states[i] for i in group])
-            logits_at = LogitsAtSteps(expert, *as_batch([trajectories[i] for i in group]), known)
+            logits_at = LogitsAtSteps(expert, *as_batch([trajectories[i] for i in group]), known, self._as_expert)
             for place, i in enumerate(group):
                 logits = self.vocabulary.select(logits_at(slice(place, place + 1)))
                 _check_finite(logits, "expert", names[i])
@@ -194,7 +203,8 @@ class CrossScoring:
         """Logits of the amateur's tokens at the steps of trajectories, `(T, V)` each."""
         found: dict[int, torch.Tensor] = {}
         for group in group_by_length(trajectories):
-            logits_at = LogitsAtSteps(amateur, *as_batch([trajectories[i] for i in group]))
+            batch = as_batch([trajectories[i] for i in group])
+            logits_at = LogitsAtSteps(amateur, *batch, within=self._as_amateur)
             for place, i in enumerate(group):
                 found[i] = self.amateur_vocabulary.select(logits_at(slice(place, place + 1)))
                 _check_finite(found[i], "amateur", names[i])
@@ -206,6 +216,8 @@ class CrossScoring:
         experts: list[_ExpertStep],
         beta: float,
         include_first_step: bool,
+        contrast_strength: float,
+        expert_anchor: float,
     ) -> TrajectoryScores:
         scores = TrajectoryScores([], [], [], [])
         for t, (step, top) in enumerate(zip(covered, experts, strict=True)):
@@ -226,10 +238,11 @@ class CrossScoring:
                 continue
             widths = [log_width(*each) for each in zip(bounds.low, bounds.high, strict=True)]
             mask = torch.tensor(top.plausible)
-            if max(width for width, plausible in zip(widths, top.plausible, strict=True) if plausible) > MAX_WIDTH:
+            widest = max(width for width, plausible in zip(widths, top.plausible, strict=True) if plausible)
+            if contrast_strength * widest > MAX_WIDTH:  # log pi_A counts gamma times in the label
                 self.dropped["not exact enough"] += 1
                 continue
-            label = contrastive_label(of_expert, of_amateur, mask).float()
+            label = contrastive_label(of_expert, of_amateur, mask, contrast_strength, expert_anchor).float()
             label, order = label.sort(descending=True, stable=True)
             support = int((label > 0).sum().item())
             scores.step_positions.append(t)

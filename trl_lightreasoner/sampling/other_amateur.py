@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.token_bytes import TokenBytes
 from ..steps.prompt_format import has_messages
-from ..steps.prompts import encode_rows
 from ..text import read_text
 from ..vocabulary import Vocabulary, check_embedded, model_vocabulary
 from .covering import Covering
@@ -89,20 +87,16 @@ class OtherAmateur:
                 "give the prompts as text."
             )
 
-    def fits(self, prompt_ids: list[int], row: int) -> bool:
+    def room(self, prompt_ids: list[int], row: int) -> int | None:
         """
-        Whether a prompt leaves room for an answer in the amateur's context.
+        0 if a prompt leaves no room for an answer in the amateur's context. Otherwise `None`: what is
+        beyond is dropped step by step.
 
         Raises:
             `ValueError`: If the amateur has no embedding for one of its tokens; names the row.
         """
         check_embedded(prompt_ids, self.tokenizer, self._width, row, "amateur")
-        return self.max_length is None or len(prompt_ids) < self.max_length
-
-    def prompts_of(self, dataset: Dataset, count: int) -> list[list[int]]:
-        """The first prompts of a dataset, without the empty ones, as the amateur reads them."""
-        rows = [dataset[index] for index in range(len(dataset))]
-        return [ids for ids in encode_for_amateur(rows, self.tokenizer) if ids][:count]
+        return None if self.max_length is None or len(prompt_ids) < self.max_length else 0
 
     def start(self, vocabulary: Vocabulary, eos_ids: list[int]) -> None:
         """Get ready to score, when the expert's vocabulary and its ends of an answer are known."""
@@ -138,22 +132,3 @@ def read_chat_template(template: str) -> str:
             f"`amateur_chat_template` must be 'plain', a Jinja template, or a file that holds one, got {template!r}."
         )
     return read_text(template, "The chat template")
-
-
-def encode_for_amateur(
-    rows: list[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    first_row: int = 0,
-    date: datetime | None = None,
-) -> list[list[int]]:
-    """
-    The prompts of rows in the amateur's tokens, by its own chat template.
-
-    Raises:
-        `ValueError`: If its template refuses a prompt; names the row.
-    """
-    prompts = [{name: value for name, value in row.items() if name != "completion"} for row in rows]
-    try:
-        return encode_rows(prompts, tokenizer, set(), first_row, date)["prompt_ids"]
-    except ValueError as error:
-        raise ValueError(f"The amateur cannot read the prompts. {error}") from None

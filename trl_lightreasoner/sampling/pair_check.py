@@ -106,6 +106,8 @@ class PairCheck:
             Number of the expert's parameters.
         amateur_parameters (`int`, *optional*):
             Number of the amateur's parameters.
+        is_of_expert (`bool`):
+            Whether both are one base model, with other adapters, layers or prompts.
         verdict (`str`):
             `"promising"`, `"doubtful"`, `"too close"`, `"unskilled"`, `"incoherent"`, `"plain prompt"` or `"swapped"`.
         reasons (`list[str]`):
@@ -134,6 +136,7 @@ class PairCheck:
     corrections: list[Correction]
     expert_parameters: int | None = None
     amateur_parameters: int | None = None
+    is_of_expert: bool = False
     verdict: str = "doubtful"
     reasons: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -307,6 +310,7 @@ def check_steps(
         ],
         expert_parameters=made["expert_parameters"],
         amateur_parameters=made["amateur_parameters"],
+        is_of_expert=made["is_of_expert"],
     )
     plain = made["has_template"] and _is_plain(dataset, tokenizer)
     check.verdict, check.reasons = _judge(check, plain, labels_from=judged_at)
@@ -339,6 +343,8 @@ def _made_with(dataset: Dataset) -> dict[str, Any]:
         "is_read_across": get("", "amateur_reading", dict) is not None,
         "expert_parameters": get("expert", "num_parameters", int),
         "amateur_parameters": get("amateur", "num_parameters", int),
+        "is_of_expert": get("expert", "model", str) is not None
+        and all(get("expert", name, str) == get("amateur", name, str) for name in ("model", "revision")),
     }
 
 
@@ -365,6 +371,13 @@ def _judge(check: PairCheck, plain: bool, labels_from: float) -> tuple[str, list
         )
         return "swapped", [first, *reasons]
     if verdict == "promising" and amateur > SAME_SIZE * expert:
+        if check.is_of_expert:
+            return "doubtful", [
+                "The amateur is made of the expert, and these numbers do not say what such a pair gains: amateurs "
+                "that were made of a real expert, by rounding its weights or by an adapter, looked good in them, and "
+                "brought nothing or cost 9 points. Answer questions that are held back, before and after, as "
+                "`lightreasoner run` does."
+            ]
         return "doubtful", [
             f"The amateur has as many parameters as the expert ({amateur:,}). Choose a smaller model: amateurs that "
             "were made of a real expert, by rounding its weights or by an adapter, brought nothing or cost 9 points."

@@ -17,7 +17,7 @@ def plan_prompts(
     scoring_only: bool,
     args: ContrastiveSamplingConfig,
     max_length: int | None,
-    fits: Callable[[dict[str, Any], int], bool],
+    amateur_room: Callable[[dict[str, Any], int], int | None],
     context: str,
 ) -> list[tuple[int, int]]:
     """
@@ -29,8 +29,8 @@ def plan_prompts(
         scoring_only (`bool`): Whether completions are given.
         args ([`ContrastiveSamplingConfig`]): Settings.
         max_length (`int`, *optional*): Tokens that are read at most.
-        fits (`Callable`): From a row and its number to whether the amateur has room for it; raises where a model
-            cannot read it at all.
+        amateur_room (`Callable`): From a row and its number to the length of a completion that the amateur reads at
+            most, `None` for any; raises where a model cannot read the row at all.
         context (`str`): What to say of the room that there is.
 
     Raises:
@@ -40,19 +40,17 @@ def plan_prompts(
     empty, too_long, no_room = skipped
     plan = []
     for index, row in enumerate(encoded):
-        has_room = fits(row, index)
+        rooms = [amateur_room(row, index)]
         prompt_length, completion_length = len(row["prompt_ids"]), len(row.get("completion_ids") or [])
-        room = args.max_new_tokens
-        if max_length is not None:
-            room = min(room, max_length - prompt_length)
+        rooms += [None if max_length is None else max_length - prompt_length]
+        most = min((room for room in rooms if room is not None), default=None)
+        room = args.max_new_tokens if most is None else min(args.max_new_tokens, most)
         no_prompt = prompt_length == 0 or row.get("amateur_prompt_ids") == []
         if no_prompt or (scoring_only and completion_length == 0):
             skipped[empty] += 1
         elif args.max_prompt_length is not None and prompt_length > args.max_prompt_length:
             skipped[too_long] += 1
-        elif not has_room or room < 1:
-            skipped[no_room] += 1
-        elif max_length is not None and prompt_length + completion_length > max_length:
+        elif room < 1 or (most is not None and completion_length > most):
             skipped[no_room] += 1
         else:
             plan.append((prompt_length + completion_length, index, 0 if scoring_only else room))

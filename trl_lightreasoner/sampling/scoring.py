@@ -1,6 +1,7 @@
 """From trajectories to kept steps: one forward pass a trajectory and model, then the contrast at every step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -54,13 +55,18 @@ def score_trajectories(
     include_first_step: bool = True,
     names: list[str] | None = None,
     expert_hidden_states: list[torch.Tensor] | None = None,
+    contrast_strength: float = 1.0,
+    expert_anchor: float = 0.0,
+    amateur_prompts: list[list[int]] | None = None,
+    as_amateur: Callable[[], AbstractContextManager] = nullcontext,
+    as_expert: Callable[[], AbstractContextManager] = nullcontext,
 ) -> list[TrajectoryScores]:
     """
     Divergence and labels of every step of a batch of trajectories.
 
-    Both models read the same ids, prompt and completion, once, some trajectories of like length at a time. The logits
-    at the last token of a context are the distribution of the token that follows it, so the step t of a completion is
-    read at position len(prompt) + t - 1.
+    Both models read the same ids, prompt and completion, once, some trajectories of like length at a time; the amateur
+    can have prompts of its own. The logits at the last token of a context are the distribution of the token that
+    follows it, so the step t of a completion is read at position len(prompt) + t - 1.
 
     Args:
         expert (`torch.nn.Module`): pi_E, in eval mode.
@@ -74,6 +80,10 @@ def score_trajectories(
         expert_hidden_states (`list[torch.Tensor]`, *optional*): Of a trajectory of T completion tokens,
             `(T, hidden_size)`: from what the expert's output head makes the logits of each step, where the expert
             itself has just generated the trajectories. If `None`, they are computed.
+        contrast_strength, expert_anchor (`float`): gamma and lambda of the labels.
+        amateur_prompts (`list[list[int]]`, *optional*): Each prompt as the amateur reads it, if not as the expert.
+        as_amateur, as_expert (`Callable`, *optional*): Make a context in which each pass of the amateur or the expert
+            runs, as where the amateur is the expert itself without its adapter.
 
     Returns:
         `list[TrajectoryScores]`, in the order of the trajectories.
@@ -91,17 +101,26 @@ def score_trajectories(
             for i, row in zip(part, _by_trajectory(steps, completions, vocabulary, include_first_step), strict=True):
                 scores[i] = row
 
-    for group in group_by_length(trajectories):
-        input_ids, positions = as_batch([trajectories[i] for i in group])
+    read_by_amateur = trajectories
+    if amateur_prompts is not None:
+        pairs = zip(amateur_prompts, trajectories, strict=True)
+        read_by_amateur = [Trajectory(prompt_ids, each.completion_ids) for prompt_ids, each in pairs]
+    longer = [
+        max(pair, key=lambda each: len(each.prompt_ids)) for pair in zip(trajectories, read_by_amateur, strict=True)
+    ]
+    for group in group_by_length(longer):
+        input_ids, positions = batch = as_batch([trajectories[i] for i in group])
+        if amateur_prompts is not None:
+            batch = as_batch([read_by_amateur[i] for i in group])
         known = None if expert_hidden_states is None else torch.cat([expert_hidden_states[i] for i in group])
-        expert_logits = LogitsAtSteps(expert, input_ids, positions, known)
-        amateur_logits = LogitsAtSteps(amateur, input_ids, positions)
+        expert_logits = LogitsAtSteps(expert, input_ids, positions, known, within=as_expert)
+        amateur_logits = LogitsAtSteps(amateur, *batch, within=as_amateur)
         read()  # of the group before, while a GPU is at work on this one
         for rows in _parts(positions.sum(-1).tolist(), max(expert_logits.width, amateur_logits.width)):
             part = group[rows]
             of_expert, of_amateur = (vocabulary.select(each(rows)) for each in (expert_logits, amateur_logits))
             try:
-                steps = contrast_steps(of_expert, of_amateur, alpha=alpha, beta=beta)
+                steps = contrast_steps(of_expert, of_amateur, alpha, beta, contrast_strength, expert_anchor)
             except NonFiniteLogitsError as error:
                 i, t = [(i, t) for i in part for t in range(len(trajectories[i].completion_ids))][error.row]
                 place = f"step {t} of {names[i] if names else f'trajectory {i}'}"
@@ -199,7 +218,7 @@ class LogitsAtSteps:
 
     A large batch goes through the layers at once, of which the hidden states at the steps are kept; the output head,
     whose results are the larger by far, is applied to some of them at a time. Models that do something else with the
-    head's results compute some rows at a time from the beginning.
+    head's results compute some rows at a time from the beginning. `within` makes a context for each pass.
     """
 
     def __init__(
@@ -208,8 +227,9 @@ class LogitsAtSteps:
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         hidden_states: torch.Tensor | None = None,
+        within: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        self.model = model
+        self.model, self.within = model, within
         self.width = get_base_model(model).config.get_text_config().vocab_size
         device = get_base_model(model).get_input_embeddings().weight.device
         self.input_ids, self.positions = to_device(input_ids, device), to_device(positions, device)
@@ -217,14 +237,15 @@ class LogitsAtSteps:
         # Padding is behind the tokens, where no causal model looks: without a mask the fastest attention applies
         if hidden_states is None:
             index = to_device(positions.flatten().nonzero().flatten(), device)
-            with attention_backends(device):
+            with attention_backends(device), within():
                 hidden_states = hidden_states_at(model, index, self.input_ids)
         self.hidden_states = hidden_states
 
     def __call__(self, rows: slice) -> torch.Tensor:
         if self.hidden_states is not None:
             head = get_base_model(self.model).get_output_embeddings()
-            return head(self.hidden_states[self.ends[rows.start] : self.ends[rows.stop]])
-        with attention_backends(self.input_ids.device):
+            with self.within():
+                return head(self.hidden_states[self.ends[rows.start] : self.ends[rows.stop]])
+        with attention_backends(self.input_ids.device), self.within():
             positions, to_keep = self.positions[rows], accepts_logits_to_keep(self.model)
             return forward_at(self.model, positions, to_keep, input_ids=self.input_ids[rows]).logits

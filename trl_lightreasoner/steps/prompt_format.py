@@ -74,6 +74,27 @@ class PromptFormat:
         system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         return [*system, {"role": "user", "content": text}]
 
+    def find_question(self, text: str) -> str:
+        r"""
+        The question in a raw prompt, or in a user's message, of this form.
+
+        Raises:
+            `ValueError`: If it is of another form, or the template has {question} in it several times.
+
+        Example:
+
+        ```python
+        >>> PromptFormat("raw").find_question("Question: What is 2+2?\nAnswer:")
+        'What is 2+2?'
+
+        ```
+        """
+        start, *ends = self.prompt_template.split("{question}")  # type: ignore[union-attr]  # text by now
+        end = ends[0]
+        if len(ends) > 1 or not (text.startswith(start) and text.endswith(end) and len(text) >= len(start + end)):
+            raise ValueError(f"The question cannot be found in {text!r} by the template {self.prompt_template!r}.")
+        return text[len(start) : len(text) - len(end)]
+
     def __str__(self) -> str:
         template = "" if self.prompt_template == "{question}" else f" {self.prompt_template!r}"
         if self.prompt_style == "raw":
@@ -90,9 +111,9 @@ class PromptFormat:
         Path(folder, FILE_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-def read_template(template: str) -> str:
+def read_template(template: str, name: str = "prompt_template") -> str:
     """
-    A prompt template, given as text or as a file that holds it.
+    A prompt template, given as text or as a file that holds it; `name` is that of the setting.
 
     Raises:
         `ValueError`: If there is no {question} in it.
@@ -100,9 +121,7 @@ def read_template(template: str) -> str:
     if "{question}" in template:
         return template
     if not Path(template).is_file():
-        raise ValueError(
-            f"`prompt_template` must be text with {{question}} in it, or a file with such text, got {template!r}."
-        )
+        raise ValueError(f"`{name}` must be text with {{question}} in it, or a file with such text, got {template!r}.")
     text = read_text(template, "The prompt template")
     if "{question}" not in text:
         raise ValueError(f"The prompt template {template!r} has no {{question}} in it.")

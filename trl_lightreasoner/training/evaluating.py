@@ -47,7 +47,7 @@ class EvaluatingTrainer(_BaseTrainer):
         self._eval_sums: torch.Tensor | None = None
         self._scores: dict[str, float] = {}  # of the answers at the evaluation that is going on
         self._starts_as_expert = starts_as_expert(self.model, self.accelerator)
-        self._drift_warnings = DriftWarnings()
+        self.drift_warnings = DriftWarnings()
 
     @abstractmethod
     def steps_of(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
@@ -176,7 +176,7 @@ class EvaluatingTrainer(_BaseTrainer):
             )
         output.metrics.update(own)
         if self.is_world_process_zero():
-            self._drift_warnings.look_at(means, metric_key_prefix)
+            self.drift_warnings.look_at(means, metric_key_prefix)
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

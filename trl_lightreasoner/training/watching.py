@@ -74,10 +74,15 @@ def divergence_at(logits: torch.Tensor, expert_logits: torch.Tensor) -> torch.Te
 
 
 class DriftWarnings:
-    """Says once in words that the entropy has collapsed, and once that the drift has passed its threshold."""
+    """
+    Says once in words that the entropy has collapsed, and once that the drift has passed its threshold.
+
+    Attributes:
+        told (`set[str]`): Of `"entropy"` and `"drift"`, what was warned of.
+    """
 
     def __init__(self):
-        self._told = set()
+        self.told: set[str] = set()
 
     def look_at(self, means: dict[str, float], prefix: str) -> None:
         """
@@ -104,8 +109,8 @@ class DriftWarnings:
             )
 
     def _tell(self, kind: str, what: str) -> None:
-        if kind not in self._told:
-            self._told.add(kind)
+        if kind not in self.told:
+            self.told.add(kind)
             logger.warning(
                 f"{what} Lower `learning_rate` or the number of updates, or go back to an earlier checkpoint; "
                 "`lightreasoner eval --baseline` says whether the answers suffer."

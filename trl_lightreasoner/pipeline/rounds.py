@@ -1,0 +1,259 @@
+"""Several rounds of a run: what each has brought, when there is no use in another, and which is kept.
+
+The trajectories of a later round are those of the adapter of the round before, and its labels, by default, those of
+the expert as it was at first. They amplify nothing that a round has taught, and show states that the trained model
+comes into (DAgger, arXiv 1011.0686).
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate.utils.memory import clear_device_cache
+from datasets import Dataset, concatenate_datasets, load_dataset
+
+from ..evaluation.evaluation import Candidate, grade_candidates
+from ..evaluation.evaluation_config import EvaluationConfig
+from ..evaluation.sets import HELD_OUT
+from ..evaluation.statistics import compare
+from ..models.adapter_loading import load_adapter
+from ..processes import Processes
+from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
+from ..steps.prompt_format import PromptFormat
+from .folder import RoundFolder, RunFolder, write_json
+from .run_config import RunConfig
+from .stages import Stages, evaluation_config, make_sampler, sample_steps, train_adapter, training_config
+
+
+# Below this share of the kept steps at which v_C prefers another token there is nothing left to correct
+_MIN_CORRECTIONS = 0.01
+# So much larger may the share of answers be that are cut off than the expert's
+_MAX_CUT = 0.02
+# Rows on which entropy and drift are measured
+_NUM_MEASURED = 100
+_WARNED = {
+    "entropy": "the model has become surer than its labels",
+    "drift": "the model has gone further from the expert than its labels ask for",
+}
+
+
+class Round(NamedTuple):
+    """
+    What a round has brought, as round.json holds it.
+
+    Attributes:
+        number (`int`): From 1.
+        num_prompts, num_steps, num_kept (`int`): What was sampled.
+        corrections (`float`): Share of the kept steps at which v_C prefers another token than the one that was taken.
+        warned (`list[str]`): Of `"entropy"` and `"drift"`, what was warned of.
+        results (`dict[str, Any]`, *optional*): What results.json holds, if anything was answered.
+        against_last (`dict[str, float]`, *optional*): On the held-out questions against the round before, or the
+            expert, as of [`PairedDifference`].
+    """
+
+    number: int
+    num_prompts: int
+    num_steps: int
+    num_kept: int
+    corrections: float
+    warned: list[str]
+    results: dict[str, Any] | None
+    against_last: dict[str, float] | None
+
+
+def split_prompts(prompts: Dataset, args: RunConfig) -> list[Dataset]:
+    """The questions of each round, none of which has two."""
+    edges = [0, *(args.num_prompts + i * args.num_prompts_later for i in range(args.num_rounds))]
+    ends = [min(edge, len(prompts)) for edge in edges]
+    return [prompts.select(range(*pair)) for pair in zip(ends, ends[1:], strict=False)]
+
+
+class Rounds:
+    """
+    What the rounds of a run share. Each continues from the adapter of the one before.
+
+    Args:
+        args ([`RunConfig`]): Settings.
+        folder ([`RunFolder`]): Where everything goes.
+        stages ([`Stages`]): Says what is done.
+        sampler ([`ContrastiveStepSampler`]): That of the first round.
+        prompt_format ([`PromptFormat`]): The form of the prompts.
+        problems (`dict[str, Dataset]`): What is answered.
+
+    Attributes:
+        expert, amateur: The models of the round that was played last; the expert without an adapter.
+        steps ([`~datasets.Dataset`]): What that round sampled.
+    """
+
+    def __init__(
+        self,
+        args: RunConfig,
+        folder: RunFolder,
+        stages: Stages,
+        sampler: ContrastiveStepSampler,
+        prompt_format: PromptFormat,
+        problems: dict[str, Dataset],
+    ):
+        self.args, self.folder, self.stages = args, folder, stages
+        self.prompt_format, self.problems = prompt_format, problems
+        self.tokenizer = sampler.processing_class
+        self._sampler: ContrastiveStepSampler | None = sampler
+        self._baseline: Candidate | None = None
+        if problems:
+            self._baseline = Candidate(
+                "baseline",
+                args.expert,
+                self.tokenizer,
+                None,
+                self._eval_args(folder.evaluation),
+                problems,
+                Processes(),
+            )
+        self._asked = f"{sum(map(len, problems.values())):,} questions"
+        self._earlier: list[Dataset] = []
+        self.expert: Any = None
+        self.amateur: Any = None
+
+    def play(self, number: int, prompts: Dataset) -> Round:
+        """Sample, train and answer; what is there already is not done again."""
+        place, before = self.folder.round(number), self.folder.round(number - 1) if number > 1 else None
+        suffix, what = ("", "") if before is None else (f"_{number}", f"Round {number}: ")
+        with self.stages(f"sample{suffix}", f"{what}Expert and amateur read {len(prompts):,} questions"):
+            self.steps, num_steps, num_kept = self._sample(place, before, prompts)
+        if self._baseline is not None and before is None:
+            with self.stages("answer_before", f"The expert answers {self._asked}"):
+                self._baseline.answer(self.expert)
+        with self.stages(f"train{suffix}", f"{what}The expert learns: {num_kept:,} of {num_steps:,} steps are kept"):
+            self._train(place, before)
+        results = None
+        if self._baseline is not None:
+            with self.stages(f"answer_after{suffix}", f"{what}The trained expert answers {self._asked}"):
+                results = self._answer(place)
+        outcome = self._describe(number, num_steps, num_kept, results, place, before)
+        write_json(place.outcome, outcome._asdict())
+        return outcome
+
+    def _eval_args(self, path: Path) -> EvaluationConfig:
+        return evaluation_config(self.args, path, self.prompt_format)
+
+    def _sample(self, place: RoundFolder, before: RoundFolder | None, prompts: Dataset) -> tuple[Dataset, int, int]:
+        if before is not None:
+            self.expert = self.amateur = None  # the memory is for those that are loaded now
+            clear_device_cache(garbage_collection=True)
+            adapter = str(before.adapter)
+            self._sampler = make_sampler(self.args, adapter, place.steps, label_expert=self.args.label_expert)
+        assert self._sampler is not None
+        sampled = sample_steps(self._sampler, prompts, self.prompt_format)
+        self.expert, self.amateur = self._sampler.expert, self._sampler.amateur
+        self._sampler = None  # and its graphs and caches: training needs the memory
+        if before is not None:
+            self.expert = self.expert.unload()
+        clear_device_cache(garbage_collection=True)
+        return sampled
+
+    def _train(self, place: RoundFolder, before: RoundFolder | None) -> None:
+        steps = [*self._earlier, self.steps]
+        self._earlier = steps if self.args.keep_earlier_steps else []
+        if place.is_trained:
+            return
+        model = self.expert
+        if before is not None:
+            model = load_adapter(model, str(before.adapter), is_trainable=True)
+        train_adapter(
+            model,
+            self.tokenizer,
+            concatenate_datasets(steps),
+            training_config(self.args, place.adapter),
+            self.args,
+            place.find_checkpoint(),
+            measured=self.steps.select(range(min(_NUM_MEASURED, len(self.steps))))
+            if self._is_one_of_several
+            else None,
+        )
+
+    @property
+    def _is_one_of_several(self) -> bool:
+        return self.args.num_rounds > 1
+
+    def _answer(self, place: RoundFolder) -> dict[str, Any]:
+        args = self._eval_args(place.evaluation)
+        candidate = Candidate("model", str(place.adapter), None, None, args, self.problems, Processes())
+        adapted = load_adapter(self.expert, str(place.adapter))
+        candidate.answer(adapted)
+        self.expert = adapted.unload()
+        assert self._baseline is not None
+        return grade_candidates([candidate, self._baseline], args)
+
+    def _describe(
+        self,
+        number: int,
+        num_steps: int,
+        num_kept: int,
+        results: dict[str, Any] | None,
+        place: RoundFolder,
+        before: RoundFolder | None,
+    ) -> Round:
+        others = sum(
+            row["completion_ids"][t] != label_ids[0]
+            for row in self.steps.select_columns(["completion_ids", "step_positions", "label_ids"])
+            for t, label_ids in zip(row["step_positions"], row["label_ids"], strict=True)
+        )
+        warned = json.loads(place.warnings.read_text(encoding="utf-8"))["warned"] if self._is_one_of_several else []
+        against_last = None
+        if results is not None and HELD_OUT in results["benchmarks"]:
+            last = place.evaluation / "baseline" if before is None else before.evaluation / "model"
+            against_last = compare(*map(read_verdicts, (place.evaluation / "model", last)))._asdict()
+        return Round(number, len(self.steps), num_steps, num_kept, others / num_kept, warned, results, against_last)
+
+
+def read_verdicts(path: Path) -> list[bool]:
+    """Which of the held-out questions were answered right."""
+    file = str(path / f"{HELD_OUT}.parquet")
+    return load_dataset("parquet", data_files=file, split="train")["correct"][:]
+
+
+def why_stop(last: Round) -> str | None:
+    """
+    Why there is no use in another round behind this one, or `None`.
+
+    Example:
+
+    ```python
+    >>> why_stop(Round(2, 1000, 90000, 8000, 0.002, [], None, None))
+    'v_C prefers another token at 0.2% of the kept steps, so that little is left to learn'
+
+    ```
+    """
+    if last.warned:
+        return _WARNED[last.warned[0]]
+    if last.against_last is not None and last.against_last["difference"] < 0:
+        return "fewer of the held-out questions were answered right than before it"
+    if last.results is not None:
+        after, before = (_share_cut(last.results["benchmarks"], role) for role in ("model", "baseline"))
+        if after > before + _MAX_CUT:
+            return f"{after:.1%} of its answers were cut off, and {before:.1%} of the expert's"
+    if last.corrections < _MIN_CORRECTIONS:
+        return (
+            f"v_C prefers another token at {last.corrections:.1%} of the kept steps, so that little is left to learn"
+        )
+    return None
+
+
+def choose_round(rounds: list[Round]) -> Round:
+    """The round with most answers right, of equal ones the first; without answers the last."""
+    if rounds[-1].results is None:
+        return rounds[-1]
+    return max(rounds, key=lambda each: (_accuracy(each), -each.number))
+
+
+def _share_cut(benchmarks: dict[str, Any], role: str) -> float:
+    num_cut = sum(scores[role]["num_cut"] for scores in benchmarks.values())
+    return num_cut / sum(scores["num_problems"] for scores in benchmarks.values())
+
+
+def _accuracy(outcome: Round) -> float:
+    assert outcome.results is not None
+    benchmarks = outcome.results["benchmarks"]
+    if HELD_OUT in benchmarks:
+        return benchmarks[HELD_OUT]["model"]["accuracy"]
+    return sum(scores["model"]["accuracy"] for scores in benchmarks.values()) / len(benchmarks)
