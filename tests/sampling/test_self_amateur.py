@@ -22,7 +22,7 @@ from trl_lightreasoner.hub.cards import dataset_card
 from trl_lightreasoner.models.guises import skip_layers
 from trl_lightreasoner.pipeline.folder import RunFolder
 from trl_lightreasoner.pipeline.stages import open_pair
-from trl_lightreasoner.report.shown_steps import add_probabilities, load_trajectories
+from trl_lightreasoner.report.write_report import write_report
 from trl_lightreasoner.sampling import model_pair
 from trl_lightreasoner.steps.prompt_format import PromptFormat
 
@@ -336,10 +336,17 @@ def test_what_the_amateur_is_goes_with_the_run(make_sampler, expert_path):
     assert settings["amateur_system_prompt"] == "" and settings["amateur_skipped_layers"] is None
     with pytest.raises(ValueError, match="was begun with amateur_skipped_layers = None, but it is now "):
         make_sampler(expert_path, folder="one", amateur_system_prompt="", amateur_skipped_layers=[1]).sample(MESSAGES)
-    trajectories = load_trajectories(made, [0])
-    assert "behind another prompt" in add_probabilities(trajectories, sampling_metadata(made), None, None)
     made = make_sampler(expert_path, amateur_skipped_layers=[1]).sample(MESSAGES)
     assert "| amateur_skipped_layers | [1] |" in str(dataset_card({"train": made}, "own/steps"))
+
+
+@pytest.mark.parametrize("settings", [{"amateur_system_prompt": ""}, {"amateur_skipped_layers": [1]}])
+def test_a_report_does_not_show_the_expert_for_such_an_amateur(settings, make_sampler, expert_path, tmp_path):
+    sampler = make_sampler(expert_path, **settings)
+    steps = sampler.sample(MESSAGES)
+    write_report({"steps": steps}, str(tmp_path / "report"), expert=sampler.expert, amateur=sampler.amateur)
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "only the label is shown: the amateur was read without some of its layers, or behind another prompt" in page
 
 
 def test_the_check_asks_the_amateur_as_it_reads(make_sampler, expert, tokenizer):

@@ -18,6 +18,7 @@ from ..models.forward import accepts_logits_to_keep, attention_backends, forward
 from ..models.loading import load_config, load_model, load_tokenizer
 from ..models.token_text import TokenTexts
 from ..models.weights import get_base_model
+from ..sampling.model_pair import AMATEUR_SETTINGS
 from ..sampling.pair_check import PairCheck
 from ..vocabulary import Vocabulary, shared_vocabulary
 from .statistics import StepStatistics
@@ -34,8 +35,6 @@ MAX_TOKENS = 512  # of a completion that are shown
 # Mean over the steps of the total variation between v_C as it was stored and as the models give it now. Rounding in
 # half precision leaves less, another model or revision more
 _MAX_VARIATION = 0.1
-# With one of which the amateur reads otherwise than its model alone
-_AMATEUR_SETTINGS = ("amateur_skipped_layers", "amateur_system_prompt", "amateur_prompt_template")
 
 
 class ShownStep(NamedTuple):
@@ -191,7 +190,7 @@ def add_probabilities(
     if "amateur_reading" in metadata:
         return "the amateur has another tokenizer than the expert"
     settings = metadata.get("settings") or {}
-    if any(settings.get(name) is not None for name in _AMATEUR_SETTINGS):
+    if any(settings.get(name) is not None for name in AMATEUR_SETTINGS):
         return "the amateur was read without some of its layers, or behind another prompt"
     roles, named = ("expert", "amateur"), (expert, amateur)
     sources = [_source(metadata, role, name) for role, name in zip(roles, named, strict=True)]
