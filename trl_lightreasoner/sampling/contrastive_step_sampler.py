@@ -190,7 +190,7 @@ class ContrastiveStepSampler:
 
     @property
     def amateur(self) -> Any:
-        """The amateur, likewise; `None` if it is the expert itself."""
+        """The amateur, likewise; `None` until then if it is the expert itself."""
         return self._pair.amateur
 
     def sample(self, dataset: Dataset, prompt_format: PromptFormat | None = None) -> Dataset:
@@ -231,9 +231,9 @@ class ContrastiveStepSampler:
                 "`use_vllm`, or remove the column."
             )
         encoded = encode_dataset(dataset, self.processing_class, self.eos_ids, date, self._amateur_prompts())
-        self._reads_otherwise = bool(self.args.amateur_skipped_layers) or any(
-            row.get("amateur_prompt_ids", row["prompt_ids"]) != row["prompt_ids"] for row in encoded
-        )
+        self._reads_otherwise = bool(self.args.amateur_skipped_layers)
+        if "amateur_prompt_ids" in encoded.column_names:
+            self._reads_otherwise |= encoded["amateur_prompt_ids"][:] != encoded["prompt_ids"][:]
         if self._pair.is_one_model and not self._reads_otherwise:
             raise ValueError(SAME_READING)
         context = f"the models' context is {self.max_length} tokens"
@@ -417,12 +417,13 @@ class ContrastiveStepSampler:
 
     def _amateur_room(self, row: dict[str, Any], index: int) -> int | None:
         """Tokens of a completion that the amateur has room for, `None` for any; refuses what a model cannot read."""
-        completion_ids = row.get("completion_ids") or []
-        check_embedded([*row["prompt_ids"], *completion_ids], self.processing_class, self._widths[0], index, "expert")
-        prompt_ids = row.get("amateur_prompt_ids", row["prompt_ids"])
+        prompt_ids, completion_ids = row["prompt_ids"], row.get("completion_ids") or []
+        check_embedded([*prompt_ids, *completion_ids], self.processing_class, self._widths[0], index, "expert")
         if self.other_amateur is not None:
-            return self.other_amateur.room(prompt_ids, index)
-        check_embedded(prompt_ids, self.processing_class, self._widths[0], index, "amateur")
+            return self.other_amateur.room(row["amateur_prompt_ids"], index)
+        if "amateur_prompt_ids" in row:
+            prompt_ids = row["amateur_prompt_ids"]
+            check_embedded(prompt_ids, self.processing_class, self._widths[0], index, "amateur")
         if self._unreadable_ids:
             self._check_readable([*prompt_ids, *completion_ids[:-1]], index)
         return None if self.max_length is None else self.max_length - len(prompt_ids)
