@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("--dataset_config", help="Configuration of the dataset.")
     parser.add_argument("--amateurs", type=Path, help="JSON lines, an amateur each.")
     parser.add_argument("--num_prompts", type=int, default=200, help="Questions that are sampled.")
-    parser.add_argument("--num_held_out", type=int, default=300, help="Questions that are held back.")
+    parser.add_argument("--num_held_out", type=int, default=250, help="Questions that are held back.")
     parser.add_argument("--max_steps", type=int, default=125, help="Updates.")
     parser.add_argument("--system_prompt", default="", help="Of the expert.")
     parser.add_argument("--seed", type=int, default=0, help="Of the training, and of the bundled pair's problems.")
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> str:
     if args.expert is None:
         args.expert, args.amateur = str(PAIR / "expert"), args.amateur or str(PAIR / "amateur")
     if args.dataset_name is None:
-        count = args.num_prompts + args.num_held_out
+        count = args.num_held_out + max(args.num_prompts, args.num_held_out)  # half of the rows at most are held back
         args.dataset_name = write_problems(args.output_dir / "problems.jsonl", count, args.seed)
     names = (
         "expert",

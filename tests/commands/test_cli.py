@@ -175,7 +175,7 @@ def test_help_explains_every_field(command, configs, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["sample", "--output_dir", "x"], "The following arguments are required: --expert, --amateur"),
+        (["sample", "--output_dir", "x"], "The following arguments are required: --expert, --dataset_name"),
         (["train", "--output_dir", "x", "--mx_length", "5"], "There is no flag `--mx_length`. Did you mean `--max_le"),
         (["train", "--max_lengths=5"], "There is no flag `--max_lengths`. Did you mean `--max_length`?"),
         (["train", "--frobnicate", "5"], "There is no flag `--frobnicate`. `--help` lists them all."),

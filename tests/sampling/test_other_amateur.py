@@ -77,14 +77,25 @@ def test_the_same_tokens_under_other_ids_give_the_same_labels(sampled):
     assert few >= 0.9 * many
 
 
-def test_a_strength_and_an_anchor_count_alike(tmp_path, sampled, renumbered):
-    settings = {"contrast_strength": 0.5, "expert_anchor": 1.0, "dtype": "float32"}
-    prompts = PROMPTS.select(range(2))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"contrast_strength": 0.5, "expert_anchor": 1.0},
+        {
+            "amateur_skipped_layers": [0],
+            "amateur_system_prompt": "Be quick.",
+            "amateur_prompt_template": "{question}!",
+        },
+    ],
+)
+def test_settings_of_the_label_and_of_the_amateur_count_alike(settings, tmp_path, sampled, renumbered):
+    settings = {"dtype": "float32", "max_new_tokens": 12, **settings}
+    prompts = PROMPTS.select(range(1))
     plain, covered = (
         ContrastiveStepSampler(str(PAIR / "expert"), amateur, args(tmp_path / name, **settings)).sample(prompts)
         for name, amateur in (("plain", str(PAIR / "amateur")), ("covered", renumbered))
     )
-    assert covered["label_probs"][:] != sampled[1]["label_probs"][:2]
+    assert covered["label_probs"][0] != sampled[1]["label_probs"][0][: len(covered["label_probs"][0])]
     for row, other in zip(plain, covered, strict=True):
         labels = dict(zip(row["step_positions"], zip(row["label_ids"], row["label_probs"], strict=True), strict=True))
         for t, ids, probs in zip(other["step_positions"], other["label_ids"], other["label_probs"], strict=True):

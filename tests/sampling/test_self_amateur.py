@@ -25,6 +25,7 @@ from trl_lightreasoner.models.guises import skip_layers
 from trl_lightreasoner.pipeline.folder import RunFolder
 from trl_lightreasoner.pipeline.stages import open_pair
 from trl_lightreasoner.report.shown_steps import add_probabilities, load_trajectories
+from trl_lightreasoner.report.statistics import made_with
 from trl_lightreasoner.sampling import model_pair
 from trl_lightreasoner.sampling.scoring import Trajectory, score_trajectories
 from trl_lightreasoner.steps.prompt_format import PromptFormat
@@ -35,7 +36,7 @@ from ..conftest import QUESTIONS, make_model
 MESSAGES = Dataset.from_dict(
     {
         "prompt": [
-            [{"role": "system", "content": "Think."}, {"role": "user", "content": text}] for text in QUESTIONS[:3]
+            [{"role": "system", "content": "Think."}, {"role": "user", "content": text}] for text in QUESTIONS[:2]
         ]
     }
 )
@@ -46,7 +47,7 @@ def make_sampler(tmp_path):
     number = iter(range(100))
 
     def make(expert, amateur=None, tokenizers=(), folder=None, quantization=None, **settings):
-        settings = {"max_new_tokens": 8, "beta": 0.0, "include_first_step": True, "dtype": "float32", **settings}
+        settings = {"max_new_tokens": 6, "beta": 0.0, "include_first_step": True, "dtype": "float32", **settings}
         args = ContrastiveSamplingConfig(str(tmp_path / (folder or f"steps{next(number)}")), **settings)
         return ContrastiveStepSampler(expert, amateur, args, *tokenizers, quantization_config=quantization)
 
@@ -98,7 +99,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 WINDOWS = {"use_sliding_window": True, "sliding_window": 3, "layer_types": [FULL, SLIDING, FULL, SLIDING]}
 
 
-@pytest.mark.parametrize("layers", [[1], [0, 2], [1, 2, 3]])
+@pytest.mark.parametrize("layers", [[1], [0, 2]])
 @pytest.mark.parametrize("kwargs", [{}, WINDOWS], ids=["full attention", "windows in between"])
 def test_the_expert_without_layers_is_a_copy_without_them(layers, kwargs, make_sampler, tokenizer, prompts):
     torch.manual_seed(0)
@@ -213,7 +214,9 @@ def test_a_base_model_and_its_adapter_are_one_model(
     with torch.no_grad():
         assert torch.equal(sampler.expert(ids).logits, apart[0](ids).logits)
     assert sampler.amateur == names["amateur"]
-    assert which == "expert" or not [name for name, _ in sampler.expert.named_modules() if "lora" in name]
+    if which == "amateur":
+        assert not [name for name, _ in sampler.expert.named_modules() if "lora" in name]
+        assert all(parameter.requires_grad for parameter in sampler.expert.parameters())
     assert sampler.check(prompts, 2).is_of_expert
 
 
@@ -286,7 +289,7 @@ def test_another_prompt_is_read_before_the_same_completion(
 
 
 def test_given_completions_are_read_behind_it_too(make_sampler, expert, tokenizer):
-    given = MESSAGES.add_column("completion", [[{"role": "assistant", "content": "7 apples"}]] * 3)
+    given = MESSAGES.add_column("completion", [[{"role": "assistant", "content": "7 apples"}]] * 2)
     made = make_sampler(expert, None, (tokenizer,), amateur_system_prompt="").sample(given)
     for row, question in zip(made, QUESTIONS, strict=False):
         expected = naive_divergences(expert, expert, row, in_template(tokenizer, ("user", question)))
@@ -312,7 +315,7 @@ def test_rows_do_not_depend_on_the_batch(make_sampler, expert, tokenizer):
     settings = {"amateur_system_prompt": "Be quick. " * 9, "amateur_skipped_layers": [1]}
     one, other = (
         make_sampler(expert, None, (tokenizer,), **settings, per_device_batch_size=size).sample(MESSAGES)
-        for size in (1, 3)
+        for size in (1, 2)
     )
     assert_same_rows(one, other)
 
@@ -337,10 +340,16 @@ def test_what_the_amateur_is_goes_with_the_run(make_sampler, expert_path):
     assert settings["amateur_system_prompt"] == "" and settings["amateur_skipped_layers"] is None
     with pytest.raises(ValueError, match="was begun with amateur_skipped_layers = None, but it is now "):
         make_sampler(expert_path, folder="one", amateur_system_prompt="", amateur_skipped_layers=[1]).sample(MESSAGES)
-    trajectories = load_trajectories(made, [0])
-    assert "behind another prompt" in add_probabilities(trajectories, sampling_metadata(made), None, None)
     made = make_sampler(expert_path, amateur_skipped_layers=[1]).sample(MESSAGES)
     assert "| amateur_skipped_layers | [1] |" in str(dataset_card({"train": made}, "own/steps"))
+
+
+@pytest.mark.parametrize("settings", [{"amateur_system_prompt": ""}, {"amateur_skipped_layers": [1]}])
+def test_a_report_does_not_show_the_expert_for_such_an_amateur(settings, make_sampler, expert_path):
+    sampler = make_sampler(expert_path, **settings)
+    steps = sampler.sample(MESSAGES)
+    reason = add_probabilities(load_trajectories(steps, [0]), made_with(steps), sampler.expert, sampler.amateur)
+    assert reason == "the amateur was read without some of its layers, or behind another prompt"
 
 
 def test_the_check_asks_the_amateur_as_it_reads(make_sampler, expert, tokenizer):
@@ -349,7 +358,7 @@ def test_the_check_asks_the_amateur_as_it_reads(make_sampler, expert, tokenizer)
     assert check.is_of_expert and check.verdict != "promising"
     ids = torch.tensor([in_template(tokenizer, ("system", "Be quick."), ("user", QUESTIONS[0]))])
     copied, answer = without_layers(expert, [0]), torch.zeros(1, 0, dtype=torch.long)
-    while answer.shape[1] < 8 and tokenizer.eos_token_id not in answer:
+    while answer.shape[1] < 6 and tokenizer.eos_token_id not in answer:
         with torch.no_grad():
             logits = copied(torch.cat([ids, answer], 1), use_cache=False).logits
         answer = torch.cat([answer, logits[:, -1:, :300].argmax(-1)], 1)

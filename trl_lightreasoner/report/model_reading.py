@@ -181,7 +181,9 @@ def _source(
     kwargs = {"dtype": made.get("dtype") or "auto"}
     if name is not None:
         return name, kwargs
-    if made.get("adapter"):  # by name, or as an object of which only its adapters' names are known
+    labels_are_of_base = (metadata.get("settings") or {}).get("label_expert") == "base"
+    # An adapter by name, or as an object of which only its adapters' names are known
+    if made.get("adapter") and not (role == "expert" and labels_are_of_base):
         return (made["adapter"] if isinstance(made["adapter"], str) else None), kwargs
     return made.get("model"), kwargs | ({"revision": made["revision"]} if made.get("revision") else {})
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from ..sampling.model_pair import AMATEUR_SETTINGS
 from ..steps.dataset import STEP_COLUMNS, sampling_metadata
 from ..steps.training_rows import check_row
 
@@ -270,7 +271,11 @@ def made_with(dataset: Dataset) -> dict[str, Any]:
         return {}
     parts = {name: part for name, part in metadata.items() if isinstance(part, dict)}
     settings = parts.get("settings", {})
-    parts["settings"] = {name: value for name, value in settings.items() if type(value) in (int, float)}
+    parts["settings"] = {
+        name: value
+        for name, value in settings.items()
+        if type(value) in (int, float) or (name in (*AMATEUR_SETTINGS, "label_expert") and value is not None)
+    }
     return parts
 
 

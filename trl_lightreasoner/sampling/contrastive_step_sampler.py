@@ -2,9 +2,6 @@
 
 import copy
 import hashlib
-import importlib.metadata
-import json
-import platform
 import shutil
 import tempfile
 from dataclasses import replace
@@ -15,13 +12,12 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import __version__
 from ..generation.completions import GreedyDecoder, find_batch_size, run_in_batches, share_batches
 from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
 from ..models.forward import check_causal
 from ..models.loading import add_quantization, load_config, load_tokenizer
-from ..models.weights import describe_loading, describe_model, weight_fingerprint
+from ..models.weights import describe_loading, weight_fingerprint
 from ..processes import Processes
 from ..steps.dataset import check_dataset, kl_quantiles
 from ..steps.prompt_format import PromptFormat, format_of_prompts
@@ -32,7 +28,8 @@ from ..vocabulary import OtherTokensError, check_embedded, model_vocabulary, sha
 from .amateur_prompts import AmateurPrompts
 from .contrastive_sampling_config import ContrastiveSamplingConfig
 from .encoding import encode_dataset
-from .model_pair import ModelPair
+from .metadata import make_metadata
+from .model_pair import AMATEUR_SETTINGS, SAME_READING, ModelPair, check_own_amateur
 from .other_amateur import OtherAmateur
 from .pair_check import JUDGED_AT, PairCheck, check_steps
 from .planning import plan_prompts
@@ -50,14 +47,8 @@ _EQUAL_WEIGHTS = (
     "Expert and amateur have equal weights, so that they diverge nowhere and there is nothing to learn. Name a weaker "
     "model as the amateur."
 )
-_SAME_READING = (
-    "The amateur is the expert itself, and reads what the expert reads, so that they diverge nowhere. Let them differ "
-    "by an adapter that one of them has (name the base model, or the adapter, as the amateur), by "
-    "`amateur_skipped_layers`, or by an `amateur_system_prompt` or `amateur_prompt_template`."
-)
 _LABEL_SETTINGS = ("alpha", "beta", "contrast_strength", "expert_anchor", "include_first_step")
-_AMATEUR_SETTINGS = ("amateur_skipped_layers", "amateur_system_prompt", "amateur_prompt_template")
-_SETTINGS = (*_LABEL_SETTINGS, *_AMATEUR_SETTINGS, "label_expert", "max_new_tokens", "max_prompt_length", "use_vllm")
+_SETTINGS = (*_LABEL_SETTINGS, *AMATEUR_SETTINGS, "label_expert", "max_new_tokens", "max_prompt_length", "use_vllm")
 
 
 class ContrastiveStepSampler:
@@ -126,7 +117,7 @@ class ContrastiveStepSampler:
         expert_kwargs = {**common, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]  # no text by now
         expert_kwargs = add_quantization(expert_kwargs, expert, quantization_config, "sampler")
         if amateur is None:
-            self._check_own_amateur(amateur_processing_class, amateur_quantization_config)
+            check_own_amateur(args, amateur_processing_class, amateur_quantization_config)
             named_amateur, amateur_kwargs = expert, expert_kwargs
         else:
             named_amateur = amateur
@@ -201,18 +192,8 @@ class ContrastiveStepSampler:
 
     @property
     def amateur(self) -> Any:
-        """The amateur, likewise; `None` if it is the expert itself."""
+        """The amateur, likewise; `None` until then if it is the expert itself."""
         return self._pair.amateur
-
-    def _check_own_amateur(self, *of_amateur: Any) -> None:
-        """Refuse an expert that is to be its own amateur without a difference, or with settings of another model."""
-        if all(getattr(self.args, name) is None for name in _AMATEUR_SETTINGS):
-            raise ValueError(_SAME_READING)
-        if any(each is not None for each in (*of_amateur, self.args.amateur_model_init_kwargs)):
-            raise ValueError(
-                "The amateur is the expert itself, which is loaded once, as the expert: leave out "
-                "`amateur_model_init_kwargs`, `amateur_processing_class` and `amateur_quantization_config`."
-            )
 
     def sample(self, dataset: Dataset, prompt_format: PromptFormat | None = None) -> Dataset:
         """
@@ -252,11 +233,11 @@ class ContrastiveStepSampler:
                 "`use_vllm`, or remove the column."
             )
         encoded = encode_dataset(dataset, self.processing_class, self.eos_ids, date, self._amateur_prompts())
-        self._reads_otherwise = bool(self.args.amateur_skipped_layers) or any(
-            row.get("amateur_prompt_ids", row["prompt_ids"]) != row["prompt_ids"] for row in encoded
-        )
+        self._reads_otherwise = bool(self.args.amateur_skipped_layers)
+        if "amateur_prompt_ids" in encoded.column_names:
+            self._reads_otherwise |= encoded["amateur_prompt_ids"][:] != encoded["prompt_ids"][:]
         if self._pair.is_one_model and not self._reads_otherwise:
-            raise ValueError(_SAME_READING)
+            raise ValueError(SAME_READING)
         context = f"the models' context is {self.max_length} tokens"
         if self.other_amateur is not None:
             context = (
@@ -353,7 +334,7 @@ class ContrastiveStepSampler:
         if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < 1:
             raise ValueError(f"`num_prompts` must be a whole number, 1 or more, got {num_prompts!r}.")
         same_kwargs = self._expert_kwargs == self._amateur_kwargs
-        reads_alike = all(getattr(self.args, name) is None for name in _AMATEUR_SETTINGS)
+        reads_alike = all(getattr(self.args, name) is None for name in AMATEUR_SETTINGS)
         if isinstance(self.expert, str) and self.expert == self.amateur and same_kwargs and reads_alike:
             raise ValueError(_EQUAL_WEIGHTS)  # without loading them
         folder = Path(self.processes.on_main(tempfile.mkdtemp))
@@ -438,12 +419,13 @@ class ContrastiveStepSampler:
 
     def _amateur_room(self, row: dict[str, Any], index: int) -> int | None:
         """Tokens of a completion that the amateur has room for, `None` for any; refuses what a model cannot read."""
-        completion_ids = row.get("completion_ids") or []
-        check_embedded([*row["prompt_ids"], *completion_ids], self.processing_class, self._widths[0], index, "expert")
-        prompt_ids = row.get("amateur_prompt_ids", row["prompt_ids"])
+        prompt_ids, completion_ids = row["prompt_ids"], row.get("completion_ids") or []
+        check_embedded([*prompt_ids, *completion_ids], self.processing_class, self._widths[0], index, "expert")
         if self.other_amateur is not None:
-            return self.other_amateur.room(prompt_ids, index)
-        check_embedded(prompt_ids, self.processing_class, self._widths[0], index, "amateur")
+            return self.other_amateur.room(row["amateur_prompt_ids"], index)
+        if "amateur_prompt_ids" in row:
+            prompt_ids = row["amateur_prompt_ids"]
+            check_embedded(prompt_ids, self.processing_class, self._widths[0], index, "amateur")
         if self._unreadable_ids:
             self._check_readable([*prompt_ids, *completion_ids[:-1]], index)
         return None if self.max_length is None else self.max_length - len(prompt_ids)
@@ -516,26 +498,13 @@ class ContrastiveStepSampler:
         return {"shared_tokens": self.other_amateur.num_shared, "amateur_reading": reading}
 
     def _metadata(self) -> dict[str, Any]:
-        packages = ("trl", "transformers", "peft", "datasets", "torch")
-        return {
-            "method": "LightReasoner (arXiv 2510.07962)",
-            "expert": describe_model(self.expert, self._names[0]),
-            "amateur": describe_model(self.amateur, self._names[1]),
-            "settings": {name: getattr(self.args, name) for name in _SETTINGS},
-            "per_device_batch_size": self.batch_size,
-            **self._shared(),
-            "eos_token_ids": self.eos_ids,
-            "prompt_format": self._prompt_format and self._prompt_format.to_dict(),
-            "chat_template_sha256": hashlib.sha256(_template_of(self.processing_class).encode()).hexdigest(),
-            "versions": {
-                "python": platform.python_version(),
-                "trl-lightreasoner": __version__,
-                **{package: importlib.metadata.version(package) for package in packages},
-                **({} if self._vllm is None else {"vllm": self._vllm.version}),
-            },
-        }
-
-
-def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    template = tokenizer.chat_template or ""
-    return template if isinstance(template, str) else json.dumps(template, sort_keys=True)  # several by name
+        return make_metadata(
+            {"expert": (self.expert, self._names[0]), "amateur": (self.amateur, self._names[1])},
+            {name: getattr(self.args, name) for name in _SETTINGS},
+            self.batch_size,
+            self._shared(),
+            self.eos_ids,
+            self._prompt_format,
+            self.processing_class,
+            None if self._vllm is None else self._vllm.version,
+        )

@@ -11,6 +11,36 @@ from ..models.adapter_loading import load_adapter, load_adapter_config
 from ..models.guises import decoder_layers, skip_layers, switch_adapter, which_is_adapter
 from ..models.loading import hub_kwargs, load_model
 from ..models.weights import get_base_model, is_peft_model
+from .contrastive_sampling_config import ContrastiveSamplingConfig
+
+
+# In which an amateur can differ from the expert, beside its weights
+AMATEUR_SETTINGS = ("amateur_skipped_layers", "amateur_system_prompt", "amateur_prompt_template")
+SAME_READING = (
+    "The amateur is the expert itself, and reads what the expert reads, so that they diverge nowhere. Let them differ "
+    "by an adapter that one of them has (name the base model, or the adapter, as the amateur), by "
+    "`amateur_skipped_layers`, or by an `amateur_system_prompt` or `amateur_prompt_template`."
+)
+
+
+def check_own_amateur(args: ContrastiveSamplingConfig, *of_amateur: Any) -> None:
+    """
+    Refuse an expert that is to be its own amateur without a difference, or with settings of another model.
+
+    Args:
+        args ([`ContrastiveSamplingConfig`]): Settings.
+        of_amateur: What the user passed for the amateur beside them.
+
+    Raises:
+        `ValueError`
+    """
+    if all(getattr(args, name) is None for name in AMATEUR_SETTINGS):
+        raise ValueError(SAME_READING)
+    if any(each is not None for each in (*of_amateur, args.amateur_model_init_kwargs)):
+        raise ValueError(
+            "The amateur is the expert itself, which is loaded once, as the expert: leave out "
+            "`amateur_model_init_kwargs`, `amateur_processing_class` and `amateur_quantization_config`."
+        )
 
 
 class ModelPair:
@@ -91,6 +121,7 @@ class ModelPair:
         """Both models in memory, in eval mode, and read as the expert. Behind it the expert is as it was."""
         given = self.amateur
         self.expert = load_model(self.expert, **self._kwargs[0])
+        trainable = {id(parameter) for parameter in self.expert.parameters() if parameter.requires_grad}
         generation_config = get_base_model(self.expert).generation_config
         if self.is_one_model:
             self.amateur = self.expert
@@ -110,6 +141,8 @@ class ModelPair:
             self._switched = None
             if self._adapter == "amateur":
                 self.expert = self.amateur.unload()
+                for parameter in self.expert.parameters():  # of which PEFT has frozen all
+                    parameter.requires_grad = id(parameter) in trainable
             if self._adapter is not None:
                 self.amateur = given
 

@@ -1,0 +1,63 @@
+"""What goes with sampled rows: how they were made."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .. import __version__
+from ..models.weights import describe_model
+from ..steps.prompt_format import PromptFormat
+
+
+_PACKAGES = ("trl", "transformers", "peft", "datasets", "torch")
+
+
+def make_metadata(
+    models: dict[str, tuple[torch.nn.Module, str | None]],
+    settings: dict[str, Any],
+    batch_size: int,
+    shared: dict[str, Any],
+    eos_ids: list[int],
+    prompt_format: PromptFormat | None,
+    tokenizer: PreTrainedTokenizerBase,
+    vllm_version: str | None,
+) -> dict[str, Any]:
+    """
+    What [`sampling_metadata`] is to return, in values that JSON can hold.
+
+    Args:
+        models (`dict[str, tuple]`): By role, the model, and its id or path if the user named one.
+        settings (`dict[str, Any]`): Those that the rows depend on.
+        batch_size (`int`): Prompts that were worked on together.
+        shared (`dict[str, Any]`): What is known of the tokens that the two models share.
+        eos_ids (`list[int]`): Tokens that end an answer.
+        prompt_format ([`PromptFormat`], *optional*): How the prompts were made of questions.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's.
+        vllm_version (`str`, *optional*): Of the vLLM that made the completions.
+    """
+    return {
+        "method": "LightReasoner (arXiv 2510.07962)",
+        **{role: describe_model(model, name) for role, (model, name) in models.items()},
+        "settings": settings,
+        "per_device_batch_size": batch_size,
+        **shared,
+        "eos_token_ids": eos_ids,
+        "prompt_format": prompt_format and prompt_format.to_dict(),
+        "chat_template_sha256": hashlib.sha256(_template_of(tokenizer).encode()).hexdigest(),
+        "versions": {
+            "python": platform.python_version(),
+            "trl-lightreasoner": __version__,
+            **{package: importlib.metadata.version(package) for package in _PACKAGES},
+            **({} if vllm_version is None else {"vllm": vllm_version}),
+        },
+    }
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    template = tokenizer.chat_template or ""
+    return template if isinstance(template, str) else json.dumps(template, sort_keys=True)  # several by name
