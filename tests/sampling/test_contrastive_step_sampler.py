@@ -565,6 +565,7 @@ def test_the_dataset_says_how_it_was_made(sample, prompts, expert_path, amateur_
         "include_first_step": False,
         "contrast_strength": 1.0,
         "expert_anchor": 0.0,
+        "label_expert": "live",
         "amateur_skipped_layers": None,
         "amateur_system_prompt": None,
         "amateur_prompt_template": None,

@@ -232,7 +232,7 @@ def test_other_weights_are_refused(side, stopped, sampler, many_prompts, expert,
     with torch.no_grad():
         changed.model.layers[1].self_attn.v_proj.weight[3, 3] += 1e-3
     other = sampler()
-    setattr(other, side, changed)
+    setattr(other._pair, side, changed)
     with pytest.raises(ValueError, match=f"begun with {side} weights = "):
         other.sample(many_prompts)
 

@@ -24,7 +24,8 @@ from trl_lightreasoner.hub.cards import dataset_card
 from trl_lightreasoner.models.guises import skip_layers
 from trl_lightreasoner.pipeline.folder import RunFolder
 from trl_lightreasoner.pipeline.stages import open_pair
-from trl_lightreasoner.report.shown_steps import add_probabilities, load_trajectories
+from trl_lightreasoner.report.model_reading import add_probabilities
+from trl_lightreasoner.report.shown_steps import load_trajectories
 from trl_lightreasoner.report.statistics import made_with
 from trl_lightreasoner.sampling import model_pair
 from trl_lightreasoner.sampling.scoring import Trajectory, score_trajectories
