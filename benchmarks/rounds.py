@@ -1,6 +1,6 @@
 """
-What rounds bring on tiny pairs: `run_pipeline` with one round, with as many updates as two, and with several rounds, by
-labels of the first expert and of the live one. Writes table.md, a row a run with the accuracy after every round.
+What rounds bring on tiny pairs: `run_pipeline` with one round, with as many updates as two, and with several rounds,
+by labels of the first expert and of the live one. Writes table.md, a row a run with the accuracy after every round.
 
 ```bash
 python benchmarks/rounds.py --seeds 0 1 2 --output_dir rounds
