@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from trl_lightreasoner import RunConfig, RunResult, TuneConfig, run_pipeline
+from trl_lightreasoner import RunConfig, RunResult, TuneConfig, run_pipeline, sampling_metadata
 from trl_lightreasoner.contrast import contrast_steps
 from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR
 from trl_lightreasoner.demo.task import make_problems
@@ -106,6 +106,19 @@ def test_a_second_round_that_was_broken_off_ends_as_one_left_alone(finished, set
         for each in (result, finished)
     )
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_the_report_shows_the_first_round_beside_the_last(finished):
+    page = Path(finished.output_dir, "report", "report.html").read_text()
+    assert "round 1" in page and "round 2" in page
+    assert page.count("This pair is") == 1  # the steps of a later round do not judge it
+
+
+def test_a_live_expert_labels_its_own_answers(settings, tmp_path):
+    few = {"num_prompts": 4, "prompts_per_round": 4, "num_held_out": 0, "max_steps": 1, "label_expert": "live"}
+    result = run_pipeline(RunConfig(output_dir=str(tmp_path / "run"), **{**settings, **few}))
+    assert sampling_metadata(Dataset.from_list(steps_of(result, 2)))["settings"]["label_expert"] == "live"
+    assert result.best_round == 2 and result.verdict == "not answered"
 
 
 # Without models

@@ -82,7 +82,7 @@ class Rounds:
 
     Attributes:
         expert, amateur: The models of the round that was played last; the expert without an adapter.
-        steps ([`~datasets.Dataset`]): What that round sampled.
+        sampled (`list[Dataset]`): The steps of every round so far.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Rounds:
                 Processes(),
             )
         self._asked = f"{sum(map(len, problems.values())):,} questions"
-        self._earlier: list[Dataset] = []
+        self.sampled: list[Dataset] = []
         self.expert: Any = None
         self.amateur: Any = None
 
@@ -119,7 +119,8 @@ class Rounds:
         place, before = self.folder.round(number), self.folder.round(number - 1) if number > 1 else None
         suffix, what = ("", "") if before is None else (f"_{number}", f"Round {number}: ")
         with self.stages(f"sample{suffix}", f"{what}Expert and amateur read {len(prompts):,} questions"):
-            self.steps, num_steps, num_kept = self._sample(place, before, prompts)
+            steps, num_steps, num_kept = self._sample(place, before, prompts)
+            self.sampled.append(steps)
         if self._baseline is not None and before is None:
             with self.stages("answer_before", f"The expert answers {self._asked}"):
                 self._baseline.answer(self.expert)
@@ -152,8 +153,6 @@ class Rounds:
         return sampled
 
     def _train(self, place: RoundFolder, before: RoundFolder | None) -> None:
-        steps = [*self._earlier, self.steps]
-        self._earlier = steps if self.args.keep_earlier_steps else []
         if place.is_trained:
             return
         model = self.expert
@@ -162,13 +161,11 @@ class Rounds:
         train_adapter(
             model,
             self.tokenizer,
-            concatenate_datasets(steps),
+            concatenate_datasets(self.sampled if self.args.keep_earlier_steps else self.sampled[-1:]),
             training_config(self.args, place.adapter),
             self.args,
             place.find_checkpoint(),
-            measured=self.steps.select(range(min(_NUM_MEASURED, len(self.steps))))
-            if self._is_one_of_several
-            else None,
+            measured=_first_rows(self.sampled[-1]) if self._is_one_of_several else None,
         )
 
     @property
@@ -193,9 +190,10 @@ class Rounds:
         place: RoundFolder,
         before: RoundFolder | None,
     ) -> Round:
+        steps = self.sampled[-1]
         others = sum(
             row["completion_ids"][t] != label_ids[0]
-            for row in self.steps.select_columns(["completion_ids", "step_positions", "label_ids"])
+            for row in steps.select_columns(["completion_ids", "step_positions", "label_ids"])
             for t, label_ids in zip(row["step_positions"], row["label_ids"], strict=True)
         )
         warned = json.loads(place.warnings.read_text(encoding="utf-8"))["warned"] if self._is_one_of_several else []
@@ -203,7 +201,11 @@ class Rounds:
         if results is not None and HELD_OUT in results["benchmarks"]:
             last = place.evaluation / "baseline" if before is None else before.evaluation / "model"
             against_last = compare(*map(read_verdicts, (place.evaluation / "model", last)))._asdict()
-        return Round(number, len(self.steps), num_steps, num_kept, others / num_kept, warned, results, against_last)
+        return Round(number, len(steps), num_steps, num_kept, others / num_kept, warned, results, against_last)
+
+
+def _first_rows(steps: Dataset) -> Dataset:
+    return steps.select(range(min(_NUM_MEASURED, len(steps))))
 
 
 def read_verdicts(path: Path) -> list[bool]:

@@ -155,15 +155,7 @@ def run_pipeline(args: RunConfig) -> RunResult:
         folder.keep(best.number)
         with stages("report", "Writing the report"):
             if not (folder.report / "report.html").is_file():
-                name = f"{folder.path.name}/steps"
-                write_report(
-                    {name: play.steps},
-                    str(folder.report),
-                    str(folder.adapter),
-                    play.expert,
-                    play.amateur,
-                    answer_column=args.answer_column,
-                )
+                _report(args, folder, play)
         results = best.results
         scores, what = ({}, "") if results is None else deciding(results["benchmarks"], results.get("average"))
         if len(rounds) > 1 and results is not None:
@@ -189,3 +181,19 @@ def run_pipeline(args: RunConfig) -> RunResult:
         )
         write_json(folder.verdict, result.to_dict())
     return result
+
+
+def _report(args: RunConfig, folder: RunFolder, play: Rounds) -> None:
+    steps = {f"{folder.path.name}/steps": play.sampled[0]}
+    if len(play.sampled) > 1:
+        steps = {"round 1": play.sampled[0], f"round {len(play.sampled)}": play.sampled[-1]}
+    # Where each round has an expert of its own, that is loaded by its name
+    is_one_expert = len(steps) == 1 or args.label_expert == "base"
+    write_report(
+        steps,
+        str(folder.report),
+        str(folder.adapter),
+        play.expert if is_one_expert else None,
+        play.amateur if is_one_expert else None,
+        answer_column=args.answer_column,
+    )
