@@ -16,6 +16,7 @@ from trl_lightreasoner.contrast import contrast_steps
 from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR
 from trl_lightreasoner.demo.task import make_problems
 from trl_lightreasoner.pipeline import rounds
+from trl_lightreasoner.pipeline import run as pipeline
 from trl_lightreasoner.pipeline.rounds import Round, choose_round, split_prompts, why_stop
 
 from ..evaluation.test_sets import write
@@ -93,6 +94,7 @@ def test_the_best_round_is_kept(finished):
 
 def test_a_second_round_that_was_broken_off_ends_as_one_left_alone(finished, settings, tmp_path, monkeypatch):
     monkeypatch.setattr(rounds, "why_stop", lambda last: None)
+    monkeypatch.setattr(pipeline, "write_report", lambda *_, **__: None)
     args = RunConfig(output_dir=str(tmp_path / "run"), **settings)
     with monkeypatch.context() as patch:
         patch.setattr(rounds, "train_adapter", interrupt_at(2, rounds.train_adapter))
