@@ -180,13 +180,13 @@ def test_help_explains_every_field(command, configs, capsys):
         (["train", "--max_lengths=5"], "There is no flag `--max_lengths`. Did you mean `--max_length`?"),
         (["train", "--frobnicate", "5"], "There is no flag `--frobnicate`. `--help` lists them all."),
         (["train", "somewhere"], "Unexpected argument 'somewhere'. Settings are given as flags"),
-        (["train", "--max_steps", "3.5"], "Argument --max_steps/--max-steps: invalid int value: '3.5'."),
+        (["train", "--max_steps", "3.5"], "Argument --max_steps: invalid int value: '3.5'."),
         (["train", "--dtype", "int8"], "Argument --dtype: invalid choice: 'int8' (choose from 'auto'"),
-        (["train", "--max_length", "0"], "`max_length` must be a whole number, 1 or more"),
-        (["train", "--model_init_kwargs", "{oops"], "`model_init_kwargs` must be a dict or a JSON object, such as"),
-        (["train", "--model_init_kwargs", "[1]"], "`model_init_kwargs` must be a dict or a JSON object, such as"),
-        (["train", "--output_dir", "x"], "`--model_name_or_path` is required"),
-        (["train", "--model_name_or_path", "x"], "`--dataset_name` is required"),
+        (["train", "--max_length", "0"], "`--max_length` must be a whole number, 1 or more"),
+        (["train", "--model_init_kwargs", "{oops"], "`--model_init_kwargs` must be a dict or a JSON object, such as"),
+        (["train", "--model_init_kwargs", "[1]"], "`--model_init_kwargs` must be a dict or a JSON object, such as"),
+        (["train", "--output_dir", "x"], "`--expert` is required"),
+        (["train", "--expert", "x"], "`--dataset_name` is required"),
         (["train", "--config"], "`--config` needs the path of a YAML file."),
         (["train", "--config", "--max_steps", "3"], "`--config` needs the path of a YAML file."),
         (["train", "--config", "nowhere.yaml"], "The config file 'nowhere.yaml' does not exist."),
@@ -283,7 +283,7 @@ def test_a_config_file_can_set_environment_variables(write_config, tmp_path, mon
         ("use_peft: maybe", "`use_peft` in the config file: Truthy value expected: got maybe"),
         ("dtype: int8", "`dtype` in the config file: invalid choice: 'int8' (choose from 'auto', 'bfloat16'"),
         ("eval_strategy: never", "`eval_strategy` in the config file: invalid choice: 'never' (choose from 'no', "),
-        ("model_init_kwargs: 3", "`model_init_kwargs` must be a dict or a JSON object"),
+        ("model_init_kwargs: 3", "`--model_init_kwargs` must be a dict or a JSON object"),
         ("max_steps: [1, 2", "The config file is not valid YAML: "),
         ("\tmax_steps: 1", "The config file is not valid YAML: "),
         ("- max_steps", "The config file "),
@@ -496,7 +496,7 @@ def test_sample_tells_how_to_go_on(expert_path, amateur_path, prompts_file, tmp_
     assert main(["sample", *argv]) == 0
     stdout = capsys.readouterr().out
     assert "6 trajectories with 12 of 18 steps kept (66.7%)" in stdout
-    assert f"lightreasoner train --model_name_or_path {expert_path} --dataset_name {folder}" in stdout
+    assert f"lightreasoner train --expert {expert_path} --dataset_name {folder}" in stdout
 
 
 def test_sample_ends_with_a_judgement_of_the_pair(expert_path, amateur_path, prompts_file, tmp_path, capsys):
@@ -634,7 +634,7 @@ def test_train_adds_demonstrations(train, tmp_path):
 
 
 def test_a_weight_of_demonstrations_needs_some(train, refused):
-    sentence = "`sft_weight` needs an `sft_dataset` (`--sft_dataset_name` on the command line)"
+    sentence = "`--sft_weight` needs an `sft_dataset` (`--sft_dataset_name` on the command line)"
     assert refused(*train, "--sft_weight", "0.5").startswith(sentence)
 
 
@@ -700,7 +700,7 @@ def test_a_command_leaves_its_process_group_and_the_threads_of_it_end():
         weakref.finalize(trainer.model, lambda: initialized.append(torch.distributed.is_initialized()))
 
     begun, initialized = set(), []
-    assert run("lightreasoner nothing", lambda prog: SimpleNamespace(parse=lambda argv: ()), train, []) == 0
+    assert run("lightreasoner nothing", lambda prog: SimpleNamespace(parse=lambda argv: (), explain=str), train, []) == 0
     assert not torch.distributed.is_initialized()
     assert begun and not begun & threads()
     # Were DDP the last to hold the group, it would wait for the threads with the GIL held: a deadlock now and then

@@ -61,6 +61,8 @@ def test_ctrl_c_in_the_first_seconds_is_one_line(tmp_path):
 
 
 class Parser:
+    explain = str
+
     def __init__(self, *args):
         self.args = args
 

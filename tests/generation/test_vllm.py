@@ -467,7 +467,7 @@ def test_an_adapter_is_merged_first_or_served(package, server, make_sampler, pro
     folder = str(tmp_path / "adapter")
     model = get_peft_model(expert, config)
     model.save_pretrained(folder)
-    with pytest.raises(ValueError, match="is an adapter.*Merge it with `lightreasoner merge --model_name_or_path "):
+    with pytest.raises(ValueError, match="is an adapter.*Merge it with `lightreasoner merge --model "):
         make_sampler(expert=folder)
     server.model, server.cards = model.merge_and_unload(), [{"id": "tuned", "root": folder}]
     made = make_sampler(server, folder).sample(prompts)

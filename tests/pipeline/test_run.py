@@ -104,7 +104,7 @@ def test_it_says_which_stage_it_is_at_and_ends_with_a_verdict(finished):
     assert "| Held out" in before and f"on {NUM_HELD_OUT} held-out questions" in verdict["sentence"]
     for name in ("adapter", "report/report.html", "evaluation/results.json", "verdict.json"):
         assert str(folder / name) in after
-    assert "lightreasoner merge --model_name_or_path" in after and "lightreasoner eval --model" in after
+    assert "lightreasoner merge --model" in after and "lightreasoner eval --model" in after
 
 
 def test_the_next_commands_are_commands(finished):

@@ -1,7 +1,6 @@
 """What the commands share: a parser that answers a mistake in one sentence, and how a dataset is named."""
 
 import argparse
-import difflib
 import json
 import os
 import re
@@ -13,11 +12,16 @@ import yaml
 from trl import TrlParser
 
 from ..text import read_text
+from .flag_names import guess, other_names, settings_as_flags, shown_name
 
 
 if TYPE_CHECKING:  # slow to import, and `--help` needs none of them
     from transformers import BitsAndBytesConfig
     from trl import ModelConfig
+
+
+class ConfigFileError(ValueError):
+    """A mistake in a config file, whose settings are keys and not flags."""
 
 
 class ArgumentParser(TrlParser):
@@ -58,6 +62,27 @@ class ArgumentParser(TrlParser):
         super().__init__(dataclass_types=dataclass_types, allow_abbrev=False, **kwargs)
         # `parse` takes `--config` out before argparse sees it; declared for `--help`
         self.add_argument("--config", help="YAML file whose keys are the flags below. Flags override it.")
+        self._fields = [action.dest for action in self._actions if action.dest in self._hints]
+        self._other_names = other_names(self._fields)
+        self._name_flags()
+
+    def _name_flags(self) -> None:
+        """Let every flag have its other names too, and be shown by one."""
+        for action in self._actions:
+            if action.dest not in self._fields or action.const is False:  # of `--no_...`
+                continue
+            names = [name for name, field in self._other_names.items() if field == action.dest]
+            for name in {*names, *(name.replace("_", "-") for name in names)}:
+                self._option_string_actions[f"--{name}"] = action
+            shown = shown_name(action.dest, self._other_names)
+            action.option_strings, action.metavar = [f"--{shown}"], shown.upper()
+
+    def explain(self, error: Exception) -> str:
+        """What an error says, with the settings of this command written as its flags."""
+        if isinstance(error, ConfigFileError):
+            return str(error)
+        flags = {name: f"--{shown_name(name, self._other_names)}" for name in self._fields}
+        return settings_as_flags(str(error), flags)
 
     def parse(self, args: Sequence[str]) -> tuple:
         """Instances of the dataclasses, from flags and from the YAML file that `--config` names."""
@@ -77,18 +102,43 @@ class ArgumentParser(TrlParser):
             unknown_keys = self.set_defaults_with_config(**config)
             args = [*args[:index], *args[index + 2 :]]
         try:
-            *parsed, unknown_flags = self.parse_args_into_dataclasses(args, return_remaining_strings=True)
+            self._check_flags(args, unknown_keys)
+            parsed = self.parse_args_into_dataclasses(args)
         except json.JSONDecodeError as error:
             raise ValueError(f"A setting is not the JSON that it must be: {error.doc!r} ({error}).") from None
-        for kind, unknown in (("key", unknown_keys), ("flag", unknown_flags)):
-            if unknown:
-                raise ValueError(self._unknown(kind, unknown[0]))
         return tuple(value for value in parsed if not isinstance(value, argparse.Namespace))
 
+    def _check_flags(self, args: Sequence[str], unknown_keys: list[str]) -> None:
+        """Refuse keys and flags that there are not, and tell in one go which flags are missing."""
+        if unknown_keys:
+            raise ConfigFileError(self._unknown("key", unknown_keys[0]))
+        required = [action for action in self._actions if action.required]
+        for action in required:
+            action.required = False
+        given, unknown = self.parse_known_args(args)
+        for action in required:
+            action.required = True
+        # What comes behind an unknown flag is its value
+        sentences = [self._unknown("flag", arg) for i, arg in enumerate(unknown) if i == 0 or arg.startswith("--")]
+        missing = [action.option_strings[0] for action in required if getattr(given, action.dest) is None]
+        if missing:
+            sentences.append(self.sentence(f"the following arguments are required: {', '.join(missing)}"))
+        if sentences:
+            raise ValueError(" ".join(sentences))
+
     def error(self, message: str):
-        raise ValueError(f"{message[:1].upper()}{message[1:].rstrip('.')}.")
+        raise ValueError(self.sentence(message))
+
+    def sentence(self, message: str) -> str:
+        """What is told of a mistake that argparse has found."""
+        return f"{message[:1].upper()}{message[1:].rstrip('.')}."
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        for name, field in self._other_names.items():
+            if name in kwargs:
+                if field in kwargs:
+                    raise ConfigFileError(f"`{name}` and `{field}` in the config file are the same. Leave one out.")
+                kwargs[field] = kwargs.pop(name)
         for action in self._actions:
             value = kwargs.get(action.dest)
             if action.dest not in ("help", "config") and value is not None:
@@ -102,7 +152,7 @@ class ArgumentParser(TrlParser):
         if isinstance(value, dict) and "dict" in hint or isinstance(value, list) and "list" in hint and not takes_list:
             return value
         if isinstance(value, dict) or isinstance(value, list) != takes_list:
-            raise ValueError(
+            raise ConfigFileError(
                 f"`{action.dest}` in the config file must be {'a list' if takes_list else 'one value'}, got {value!r}."
             )
         if value is False and "no" in (action.choices or ()):  # how YAML reads a bare `no`
@@ -115,32 +165,33 @@ class ArgumentParser(TrlParser):
             converted = self._get_value(action, str(value))
             self._check_value(action, converted)
         except argparse.ArgumentError as error:
-            raise ValueError(f"`{action.dest}` in the config file: {error.message.rstrip('.')}.") from None
+            raise ConfigFileError(f"`{action.dest}` in the config file: {error.message.rstrip('.')}.") from None
         return converted
 
     def _unknown(self, kind: str, name: str) -> str:
         if not name.startswith("--"):
             return f"Unexpected argument {name!r}. {self._hint}"
-        name = re.split("[ =]", name)[0]
-        names = [option for action in self._actions for option in action.option_strings]
-        if kind == "key":
-            name, names = name.removeprefix("--"), [action.dest for action in self._actions]
-        close = [each for each in difflib.get_close_matches(name, names) if each not in ("help", "config")][:1]
-        hint = f"Did you mean `{close[0]}`?" if close else "`--help` lists them all."
-        return f"There is no {kind} `{name}`. {hint}"
+        name = re.split("[ =]", name)[0].removeprefix("--")
+        prefix = "--" if kind == "flag" else ""
+        meant = guess(name, [*self._fields, *self._other_names])
+        hint = "`--help` lists them all."
+        if meant is not None:
+            meant = shown_name(self._other_names.get(meant, meant), self._other_names)
+            hint = f"Did you mean `{prefix}{meant}`?"
+        return f"There is no {kind} `{prefix}{name}`. {hint}"
 
 
 def _read_config(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
-        raise ValueError(f"The config file {path!r} {'is a folder' if os.path.isdir(path) else 'does not exist'}.")
+        raise ConfigFileError(f"The config file {path!r} {'is a folder' if os.path.isdir(path) else 'does not exist'}.")
     try:
         config = yaml.safe_load(read_text(path, "The config file"))
     except yaml.YAMLError as error:
-        raise ValueError(f"The config file is not valid YAML: {' '.join(str(error).split())}.") from None
+        raise ConfigFileError(f"The config file is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        raise ValueError(f"The config file {path!r} must hold lines of the form `name: value`.")
+        raise ConfigFileError(f"The config file {path!r} must hold lines of the form `name: value`.")
     if not isinstance(config.get("env", {}), dict):
-        raise ValueError(f"`env` in the config file {path!r} must hold lines of the form `NAME: value`.")
+        raise ConfigFileError(f"`env` in the config file {path!r} must hold lines of the form `NAME: value`.")
     return config
 
 

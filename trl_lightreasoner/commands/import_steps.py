@@ -73,5 +73,5 @@ def main(args: ImportArguments) -> None:
     )
     print(
         f"{len(dataset):,} trajectories with {count_steps(dataset):,} kept steps are in {args.output_dir}. Next: "
-        f"lightreasoner train --model_name_or_path {args.expert} --dataset_name {args.output_dir} --output_dir ADAPTER"
+        f"lightreasoner train --expert {args.expert} --dataset_name {args.output_dir} --output_dir ADAPTER"
     )

@@ -24,7 +24,7 @@ class MergeArguments:
     Settings of `lightreasoner merge`.
 
     Parameters:
-        model_name_or_path (`str`):
+        model (`str`):
             Id or path of the adapter.
         output_dir (`str`):
             Folder for the model: new or empty.
@@ -39,7 +39,7 @@ class MergeArguments:
             Whether to allow loading models and tokenizers that ship custom Python code.
     """
 
-    model_name_or_path: str = field(
+    model: str = field(
         metadata={"help": "Id or path of the adapter."},
     )
     output_dir: str = field(
@@ -101,12 +101,12 @@ def main(args: MergeArguments) -> None:
     from ..models.hub_access import cache_if_unreachable
 
     folder = check_output_dir(args)
-    with cache_if_unreachable(args.model_name_or_path):
+    with cache_if_unreachable(args.model):
         adapter = find_adapter(args)
     base = args.base_model_name_or_path or adapter.base_model_name_or_path
     if not base:
         raise ValueError("The adapter's config names no base model. Name it with `--base_model_name_or_path`.")
-    with cache_if_unreachable(args.model_name_or_path, base):
+    with cache_if_unreachable(args.model, base):
         write_merged(base, adapter, args, folder)
 
 
@@ -125,7 +125,7 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
     check_base(base, adapter, args, base_kwargs)
     tokenizer = find_tokenizer(base, args, base_kwargs)
     check_weights(args)
-    prompt_format = load_prompt_format(args.model_name_or_path, revision=args.model_revision)
+    prompt_format = load_prompt_format(args.model, revision=args.model_revision)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -174,7 +174,7 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
 def check_output_dir(args: MergeArguments) -> Path:
     """The folder, if a model may be written there."""
     folder = Path(args.output_dir)
-    if folder.exists() and folder.resolve() == Path(args.model_name_or_path).resolve():
+    if folder.exists() and folder.resolve() == Path(args.model).resolve():
         raise ValueError(f"{args.output_dir!r} is the adapter's own folder. Choose another `output_dir`.")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{args.output_dir!r} is a file. Choose another `output_dir`.")
@@ -192,7 +192,7 @@ def find_adapter(args: MergeArguments) -> "PeftConfig":
 
     from ..models.adapter_loading import check_adapter
 
-    path, revision = args.model_name_or_path, args.model_revision
+    path, revision = args.model, args.model_revision
     try:
         found = find_adapter_config_file(path, revision=revision)
     except OSError:  # neither a folder nor an id
@@ -277,7 +277,7 @@ def find_tokenizer(base: str, args: MergeArguments, base_kwargs: dict) -> "PreTr
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    source, kwargs = args.model_name_or_path, {**base_kwargs, "revision": args.model_revision}
+    source, kwargs = args.model, {**base_kwargs, "revision": args.model_revision}
     try:
         if not get_tokenizer_config(source, revision=args.model_revision):
             source, kwargs = base, base_kwargs
@@ -298,10 +298,10 @@ def check_weights(args: MergeArguments) -> None:
     from safetensors import SafetensorError
 
     try:
-        weights = load_peft_weights(args.model_name_or_path, device="cpu", revision=args.model_revision)
+        weights = load_peft_weights(args.model, device="cpu", revision=args.model_revision)
     except (ValueError, OSError, SafetensorError) as error:
         raise ValueError(
-            f"The weights of the adapter {args.model_name_or_path!r} are missing or damaged. They are to be in "
+            f"The weights of the adapter {args.model!r} are missing or damaged. They are to be in "
             "adapter_model.safetensors; merge another checkpoint, or get the file again."
         ) from error
     broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
@@ -317,7 +317,7 @@ def load_fitting(model: "PreTrainedModel", args: MergeArguments) -> "PeftModel":
     from ..models.adapter_loading import load_adapter
 
     try:
-        adapted = load_adapter(model, args.model_name_or_path, revision=args.model_revision)
+        adapted = load_adapter(model, args.model, revision=args.model_revision)
     except ValueError as error:
         raise ValueError(f"{error} Name it with `--base_model_name_or_path`.") from error
     names: dict[int, list[str]] = {}

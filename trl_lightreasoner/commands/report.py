@@ -110,10 +110,10 @@ class ReportArguments:
 
 
 class _ReportParser(ArgumentParser):
-    def error(self, message: str):
+    def sentence(self, message: str) -> str:
         if "dataset_name" in message:
-            message = "A dataset is missing. It comes first: `lightreasoner report DATASET --output_dir DIR`"
-        super().error(message)
+            return "A dataset is missing. It comes first: `lightreasoner report DATASET --output_dir DIR`."
+        return super().sentence(message)
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:

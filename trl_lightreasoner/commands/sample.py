@@ -79,7 +79,7 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
     num_steps, num_kept = sum(map(len, dataset["completion_ids"])), count_steps(dataset)
     advice = "There is nothing to train on: choose a weaker amateur, or a lower `beta`."
     if num_kept:
-        command = ["lightreasoner", "train", "--model_name_or_path", script_args.expert]
+        command = ["lightreasoner", "train", "--expert", script_args.expert]
         command += ["--dataset_name", sampling_args.output_dir, *_quantization_flags(script_args)]
         advice = f"Next: {shlex.join([*command, '--output_dir', 'ADAPTER'])}"
     print(

@@ -164,7 +164,7 @@ def main(
     from ..training.lightreasoner_trainer import LightReasonerTrainer
 
     if model_args.model_name_or_path is None:
-        raise ValueError("`--model_name_or_path` is required: the expert that the dataset was sampled with.")
+        raise ValueError("`--expert` is required: the expert that the dataset was sampled with.")
     if script_args.dataset_name is None:
         raise ValueError(
             "`--dataset_name` is required: a dataset on the Hub, or the folder of `lightreasoner sample`."
