@@ -156,17 +156,36 @@ def test_a_missing_command_is_refused(refused):
     ],
 )
 def test_help_explains_every_field(command, configs, capsys):
+    module = {"import": "import_steps"}.get(command, command)
+    parser = import_module(f"trl_lightreasoner.commands.{module}").make_parser()
     with pytest.raises(SystemExit) as error:
-        main([command, "--help"])
+        main([command, "--help-all" if command == "train" else "--help"])
     assert error.value.code == 0
     stdout = capsys.readouterr().out
     assert f"usage: lightreasoner {command}" in stdout
-    module = {"import": "import_steps"}.get(command, command)
-    parser = import_module(f"trl_lightreasoner.commands.{module}").make_parser()
     actions = {action.dest: action for action in reversed(parser._actions)}
     for field in (field for config in configs for field in dataclasses.fields(config)):
-        assert f"--{field.name} " in stdout
         assert (actions[field.name].help or "").strip(), f"--{field.name} has no help"
+        shown = f"  {actions[field.name].option_strings[0]} " in stdout
+        assert shown != (field.name in parser._refused), field.name
+
+
+def test_help_of_train_is_what_most_need_and_its_groups(capsys):
+    text = make_train_parser("lightreasoner train").format_help()
+    assert len(text.splitlines()) < 220
+    for section in ("settings:", "LoRA:", "quantization:", "Hub:", "`--help-all` shows ", "example:"):
+        assert f"\n{section}" in text
+    assert "  --expert TEXT" in text and "  --use_peft [true|false]" in text and "(default: None)" not in text
+    assert "--adam_beta1" not in text and "--dataset_streaming" not in text and "--no_use_peft" not in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_a_command_is_one(command):
+    module = import_module(f"trl_lightreasoner.commands.{ {'import': 'import_steps'}.get(command, command) }")
+    program, name, *argv = shlex.split(module.EXAMPLE.removeprefix("example:").replace("\\\n", " "))
+    parser = module.make_parser()
+    assert (program, name) == ("lightreasoner", command) and parser.parse(argv)
+    assert module.EXAMPLE in parser.format_help()
 
 
 # Flags
@@ -204,6 +223,19 @@ def test_a_bare_boolean_flag_means_true(tmp_path):
     )
     assert args.bf16 is True
     assert model_args.use_peft is False
+
+
+@pytest.mark.parametrize("values", [["q_proj,v_proj"], ["q_proj, ", "v_proj"], ["q_proj", "v_proj"]])
+def test_lists_take_commas_as_blanks(values, tmp_path):
+    argv = ["--output_dir", str(tmp_path), "--use_cpu", "--lora_target_modules", *values]
+    assert make_train_parser().parse(argv)[2].lora_target_modules == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(("given", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("float32", "float32")])
+def test_a_dtype_has_a_short_name(given, dtype, write_config, tmp_path):
+    argv = ["--output_dir", str(tmp_path), "--use_cpu"]
+    assert make_train_parser().parse([*argv, "--dtype", given])[2].dtype == dtype
+    assert make_train_parser().parse([*argv, "--config", write_config(f"dtype: {given}")])[2].dtype == dtype
 
 
 # Config files
@@ -700,7 +732,9 @@ def test_a_command_leaves_its_process_group_and_the_threads_of_it_end():
         weakref.finalize(trainer.model, lambda: initialized.append(torch.distributed.is_initialized()))
 
     begun, initialized = set(), []
-    assert run("lightreasoner nothing", lambda prog: SimpleNamespace(parse=lambda argv: (), explain=str), train, []) == 0
+    assert (
+        run("lightreasoner nothing", lambda prog: SimpleNamespace(parse=lambda argv: (), explain=str), train, []) == 0
+    )
     assert not torch.distributed.is_initialized()
     assert begun and not begun & threads()
     # Were DDP the last to hold the group, it would wait for the threads with the GIL held: a deadlock now and then

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -20,6 +21,52 @@ if TYPE_CHECKING:  # slow to import, and `--help` needs none of them
     from trl import ModelConfig
 
 
+# As `--bf16` and `--fp16` of the Trainer call them
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# By the name of its type, what a help shows as a flag's value
+_METAVARS = {"string_to_bool": "true|false", "int": "N", "float": "X"}
+# What a help shows in sections of their own: beginnings of names
+GROUPS = {
+    "LoRA": ("use_peft", "lora_", "use_rslora", "use_dora"),
+    "quantization": ("load_in_", "amateur_load_in_", "bnb_", "use_bnb_"),
+    "Hub": ("push_to_hub", "hub_"),
+}
+
+
+def group_of(field: str) -> str | None:
+    """Title of the section in which a field is explained, if it has one of its own."""
+    return next((title for title, beginnings in GROUPS.items() if field.startswith(beginnings)), None)
+
+
+def split_list(text: str) -> list[str]:
+    """
+    Values between commas, but for those in brackets, as in patterns.
+
+    Example:
+
+    ```python
+    >>> split_list("q_proj, v_proj"), split_list(r".*[0-9]{1,2}.*")
+    (['q_proj', 'v_proj'], ['.*[0-9]{1,2}.*'])
+
+    ```
+    """
+    parts = [part.strip() for part in re.split(r",(?![^\[({]*[\])}])", text)]
+    return list(filter(None, parts)) or [text]
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults, where there are any, and the lines of an example as they are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser._print_message(parser.format_help(everything=True), sys.stdout)
+        parser.exit()
+
+
 class ConfigFileError(ValueError):
     """A mistake in a config file, whose settings are keys and not flags."""
 
@@ -33,6 +80,9 @@ class ArgumentParser(TrlParser):
         dataclass_types (`Iterable[type]`): Dataclasses whose fields become flags.
         first (`str`, *optional*): Field whose values may come first, without their flag.
         hint (`str`, *optional*): What is said where a value stands in another place without a flag.
+        common (`Sequence[str]`, *optional*): Fields that `--help` shows beside those of groups. The others need
+            `--help-all`. If `None`, `--help` shows all.
+        refused (`Sequence[str]`, *optional*): Fields that the command refuses, which no help shows.
         kwargs: For [`argparse.ArgumentParser`].
 
     Example:
@@ -54,12 +104,21 @@ class ArgumentParser(TrlParser):
         dataclass_types: Iterable[type],
         first: str | None = None,
         hint: str = "Settings are given as flags, such as `--output_dir DIR`.",
+        common: Sequence[str] | None = None,
+        refused: Sequence[str] = (),
         **kwargs: Any,
     ):
         dataclass_types = list(dataclass_types)
-        self._first, self._hint = first, hint
+        self._first, self._hint, self._common, self._refused = first, hint, common, refused
         self._hints = {name: str(hint) for each in dataclass_types for name, hint in get_type_hints(each).items()}
+        kwargs = {
+            "formatter_class": HelpFormatter,
+            "usage": "%(prog)s [--flag VALUE ...] [--config FILE.yaml]",
+            **kwargs,
+        }
         super().__init__(dataclass_types=dataclass_types, allow_abbrev=False, **kwargs)
+        if common is not None:
+            self.add_argument("--help-all", action=_HelpAll, nargs=0, help="Show every flag and exit.")
         # `parse` takes `--config` out before argparse sees it; declared for `--help`
         self.add_argument("--config", help="YAML file whose keys are the flags below. Flags override it.")
         self._fields = [action.dest for action in self._actions if action.dest in self._hints]
@@ -75,7 +134,9 @@ class ArgumentParser(TrlParser):
             for name in {*names, *(name.replace("_", "-") for name in names)}:
                 self._option_string_actions[f"--{name}"] = action
             shown = shown_name(action.dest, self._other_names)
-            action.option_strings, action.metavar = [f"--{shown}"], shown.upper()
+            action.option_strings = [f"--{shown}"]
+            if action.choices is None:
+                action.metavar = _METAVARS.get(getattr(action.type, "__name__", ""), "TEXT")
 
     def explain(self, error: Exception) -> str:
         """What an error says, with the settings of this command written as its flags."""
@@ -107,6 +168,45 @@ class ArgumentParser(TrlParser):
         except json.JSONDecodeError as error:
             raise ValueError(f"A setting is not the JSON that it must be: {error.doc!r} ({error}).") from None
         return tuple(value for value in parsed if not isinstance(value, argparse.Namespace))
+
+    def format_help(self, everything: bool = False) -> str:
+        """What `--help` shows; with `everything`, `--help-all`."""
+        shown = [
+            action
+            for action in self._actions
+            if action.dest not in self._refused and not (action.dest in self._fields and action.const is False)
+        ]
+        sections = {"settings": [action for action in shown if group_of(action.dest) is None]}
+        others = []
+        if self._common is not None:
+            names = ["help", "help_all", "config", *self._common]
+            others = [action for action in sections["settings"] if action.dest not in names]
+            sections["settings"] = [action for name in names for action in shown if action.dest == name]
+        for title in GROUPS:
+            sections[title] = [action for action in shown if group_of(action.dest) == title]
+        if everything:
+            sections["everything else"] = others
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        for title, actions in sections.items():
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        if others and not everything:
+            formatter.add_text(f"`--help-all` shows {len(others)} more flags.")
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.nargs == "+" and action.dest != self._first:  # where a file's name may have a comma
+            arg_strings = [part for each in arg_strings for part in split_list(each)]
+        return super()._get_values(action, arg_strings)  # type: ignore[misc]  # of argparse
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if action.choices is not None and "bfloat16" in action.choices:
+            arg_string = _DTYPES.get(arg_string, arg_string)
+        return super()._get_value(action, arg_string)  # type: ignore[misc]  # of argparse
 
     def _check_flags(self, args: Sequence[str], unknown_keys: list[str]) -> None:
         """Refuse keys and flags that there are not, and tell in one go which flags are missing."""
@@ -183,7 +283,9 @@ class ArgumentParser(TrlParser):
 
 def _read_config(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
-        raise ConfigFileError(f"The config file {path!r} {'is a folder' if os.path.isdir(path) else 'does not exist'}.")
+        raise ConfigFileError(
+            f"The config file {path!r} {'is a folder' if os.path.isdir(path) else 'does not exist'}."
+        )
     try:
         config = yaml.safe_load(read_text(path, "The config file"))
     except yaml.YAMLError as error:

@@ -8,6 +8,11 @@ from .arguments import ArgumentParser
 from .pair_arguments import PairArguments, load_prompts, make_sampler
 
 
+EXAMPLE = r"""example:
+  lightreasoner check --expert Qwen/Qwen2.5-Math-1.5B --amateur Qwen/Qwen2.5-0.5B \
+      --dataset_name openai/gsm8k --dataset_config main --prompt_column question --conversational"""
+
+
 @dataclass
 class CheckArguments(PairArguments):
     """
@@ -61,7 +66,7 @@ class CheckSamplingConfig(ContrastiveSamplingConfig):
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
-    return ArgumentParser([CheckArguments, CheckSamplingConfig], prog=prog, description=__doc__)
+    return ArgumentParser([CheckArguments, CheckSamplingConfig], prog=prog, description=__doc__, epilog=EXAMPLE)
 
 
 def main(args: CheckArguments, sampling_args: CheckSamplingConfig) -> int:

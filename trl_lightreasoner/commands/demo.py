@@ -18,6 +18,10 @@ NUM_UPDATES = 50
 LEARNING_RATE = 5e-4
 
 
+EXAMPLE = r"""example:
+  lightreasoner demo --output_dir lightreasoner-demo"""
+
+
 @dataclass
 class DemoArguments:
     """
@@ -41,7 +45,7 @@ class DemoArguments:
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
-    return ArgumentParser([DemoArguments], prog=prog, description=__doc__)
+    return ArgumentParser([DemoArguments], prog=prog, description=__doc__, epilog=EXAMPLE)
 
 
 def main(args: DemoArguments) -> dict[str, float]:

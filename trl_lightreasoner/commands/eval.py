@@ -7,6 +7,11 @@ from ..evaluation.evaluation_config import EvaluationConfig
 from .arguments import ArgumentParser, quantization_of
 
 
+EXAMPLE = r"""example:
+  lightreasoner eval --model adapter --baseline Qwen/Qwen2.5-Math-1.5B \
+      --benchmarks gsm8k,math500 --output_dir evaluation"""
+
+
 @dataclass
 class EvaluationArguments:
     """
@@ -77,7 +82,7 @@ class EvaluationArguments:
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
-    return ArgumentParser([EvaluationArguments, EvaluationConfig], prog=prog, description=__doc__)
+    return ArgumentParser([EvaluationArguments, EvaluationConfig], prog=prog, description=__doc__, epilog=EXAMPLE)
 
 
 def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:

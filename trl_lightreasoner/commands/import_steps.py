@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 from .arguments import ArgumentParser
 
 
+EXAMPLE = r"""example:
+  lightreasoner import cd_samples.jsonl --expert Qwen/Qwen2.5-Math-1.5B --output_dir steps"""
+
+
 @dataclass
 class ImportArguments:
     """
@@ -56,7 +60,9 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
     prog = prog or "lightreasoner import"
     usage = f"{prog} FILE [--flag VALUE ...] [--config FILE.yaml]"
     hint = "The file comes first: `lightreasoner import FILE --output_dir DIR`."
-    return ArgumentParser([ImportArguments], first="file", hint=hint, prog=prog, usage=usage, description=__doc__)
+    return ArgumentParser(
+        [ImportArguments], first="file", hint=hint, prog=prog, usage=usage, description=__doc__, epilog=EXAMPLE
+    )
 
 
 def main(args: ImportArguments) -> None:

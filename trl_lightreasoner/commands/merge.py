@@ -18,6 +18,10 @@ _FEW_TOKENS = 64  # that show whether two models say the same
 _UNMERGEABLE_TYPES = ("ADAPTION_PROMPT", "LILY")
 
 
+EXAMPLE = r"""example:
+  lightreasoner merge --model adapter --output_dir model"""
+
+
 @dataclass
 class MergeArguments:
     """
@@ -74,7 +78,7 @@ class MergeArguments:
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
-    return ArgumentParser([MergeArguments], prog=prog, description=__doc__)
+    return ArgumentParser([MergeArguments], prog=prog, description=__doc__, epilog=EXAMPLE)
 
 
 def main(args: MergeArguments) -> None:

@@ -7,6 +7,10 @@ from pathlib import Path
 from .arguments import ArgumentParser
 
 
+EXAMPLE = r"""example:
+  lightreasoner report steps --training_dir adapter --output_dir report"""
+
+
 @dataclass
 class ReportArguments:
     """
@@ -121,7 +125,7 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
     usage = f"{prog} DATASET [DATASET2] [--flag VALUE ...] [--config FILE.yaml]"
     hint = "The datasets come first: `lightreasoner report DATASET --output_dir DIR`."
     return _ReportParser(
-        [ReportArguments], first="dataset_name", hint=hint, prog=prog, usage=usage, description=__doc__
+        [ReportArguments], first="dataset_name", hint=hint, prog=prog, usage=usage, description=__doc__, epilog=EXAMPLE
     )
 
 

@@ -10,6 +10,12 @@ from .arguments import ArgumentParser
 from .pair_arguments import PairArguments, load_prompts, make_sampler
 
 
+EXAMPLE = r"""example:
+  lightreasoner sample --expert Qwen/Qwen2.5-Math-1.5B --amateur Qwen/Qwen2.5-0.5B \
+      --dataset_name openai/gsm8k --dataset_config main --dataset_split 'train[:1000]' \
+      --prompt_column question --conversational --output_dir steps"""
+
+
 @dataclass
 class SampleArguments(PairArguments):
     """
@@ -52,7 +58,7 @@ class SampleArguments(PairArguments):
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
-    return ArgumentParser([SampleArguments, ContrastiveSamplingConfig], prog=prog, description=__doc__)
+    return ArgumentParser([SampleArguments, ContrastiveSamplingConfig], prog=prog, description=__doc__, epilog=EXAMPLE)
 
 
 def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig) -> None:

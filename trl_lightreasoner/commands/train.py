@@ -18,8 +18,20 @@ if TYPE_CHECKING:  # slow to import, and `--help` needs neither
 
 # A fifth of the updates
 _EVAL_STEPS = 0.2
+# What `--help` shows beside LoRA, quantization and Hub
+_COMMON = (
+    *("model_name_or_path", "dataset_name", "output_dir", "dataset_config", "dataset_train_split"),
+    *("dataset_test_split", "beta", "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "max_length", "one_step_per_row", "dtype", "use_cpu", "seed"),
+    *("eval_strategy", "eval_steps", "eval_questions", "sft_dataset_name", "sft_weight"),
+    *("logging_steps", "report_to", "save_steps", "resume_from_checkpoint"),
+)
 # The weights that a training leaves, before its log
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+
+
+EXAMPLE = r"""example:
+  lightreasoner train --expert Qwen/Qwen2.5-Math-1.5B --dataset_name steps --output_dir adapter"""
 
 
 @dataclass
@@ -28,6 +40,12 @@ class TrainArguments(ScriptArguments):
     [`~trl.ScriptArguments`] with questions that are answered while training, and an SFT dataset.
 
     Parameters:
+        dataset_name (`str`):
+            Kept steps: a dataset on the Hub, a folder, or a file (JSON lines, Parquet).
+        dataset_config (`str`, *optional*):
+            Configuration of the dataset.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Split to use, such as `"train[:1000]"`. As a flag, `--dataset_split`.
         dataset_test_split (`str`, *optional*):
             Dataset split with kept steps that are held out, for `eval_loss`. If not set, it is `"test"` where
             `eval_strategy` is set and there are no `eval_questions`.
@@ -42,6 +60,18 @@ class TrainArguments(ScriptArguments):
             read. They are taken as they are.
     """
 
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Kept steps: a dataset on the Hub, a folder, or a file (JSON lines, Parquet)."},
+    )
+    dataset_config: str | None = field(
+        default=None,
+        metadata={"help": "Configuration of the dataset."},
+    )
+    dataset_train_split: str = field(
+        default="train",
+        metadata={"help": "Split to use, such as 'train[:1000]'. As a flag, `--dataset_split`."},
+    )
     dataset_test_split: str | None = field(
         default=None,
         metadata={
@@ -74,6 +104,9 @@ class LightReasonerModelConfig(ModelConfig):
     [`~trl.ModelConfig`] with an adapter as the default: LoRA of rank 8.
 
     Parameters:
+        model_name_or_path (`str`):
+            Id or path of the expert that the dataset was sampled with, or of its adapter, which is trained further. As
+            a flag, `--expert`.
         dtype (`str`, *optional*):
             Data type of the model's weights: `"auto"` (the checkpoint's own), `"bfloat16"`, `"float16"` or
             `"float32"`. If not set, it is the checkpoint's own, as when the expert was sampled, if an adapter is
@@ -90,6 +123,13 @@ class LightReasonerModelConfig(ModelConfig):
             and otherwise all linear layers.
     """
 
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Id or path of the expert that the dataset was sampled with, or of its adapter, which is trained "
+            "further. As a flag, `--expert`."
+        },
+    )
     dtype: str | None = field(
         default=None,
         metadata={
@@ -145,7 +185,8 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
     from ..training.lightreasoner_config import LightReasonerConfig
 
     types = [TrainArguments, LightReasonerConfig, LightReasonerModelConfig]
-    return ArgumentParser(types, prog=prog, description=__doc__)
+    refused = ("dataset_streaming", "ignore_bias_buffers", "label_smoothing_factor")
+    return ArgumentParser(types, common=_COMMON, refused=refused, prog=prog, description=__doc__, epilog=EXAMPLE)
 
 
 def main(

@@ -4,8 +4,13 @@ from ..pipeline.tune_config import TuneConfig
 from .arguments import ArgumentParser
 
 
+EXAMPLE = r"""example:
+  lightreasoner tune --expert Qwen/Qwen2.5-Math-1.5B --amateur Qwen/Qwen2.5-0.5B \
+      --dataset_name openai/gsm8k --dataset_config main --output_dir tuned"""
+
+
 def make_parser(prog: str | None = None) -> ArgumentParser:
-    return ArgumentParser([TuneConfig], prog=prog, description=__doc__)
+    return ArgumentParser([TuneConfig], prog=prog, description=__doc__, epilog=EXAMPLE)
 
 
 def main(args: TuneConfig) -> None:
