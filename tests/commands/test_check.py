@@ -89,7 +89,7 @@ def test_a_copy_under_another_name_is_refused_as_well(tiny, expert_path, tokeniz
 @pytest.mark.parametrize("number", ["0", "-1"])
 def test_a_wrong_number_of_prompts_is_refused(number, tiny, capsys):
     assert main([*tiny, "--num_prompts", number]) == 2
-    assert f"`num_prompts` must be a whole number, 1 or more, got {number}." in capsys.readouterr().err
+    assert f"`--num_prompts` must be a whole number, 1 or more, got {number}." in capsys.readouterr().err
 
 
 def test_json_is_one_object_and_nothing_else(tiny, capsys):

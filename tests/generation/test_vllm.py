@@ -445,7 +445,7 @@ def test_the_program_tells_it_in_a_sentence(no_package, expert_path, amateur_pat
     argv = ["sample", "--output_dir", str(tmp_path / "steps"), "--use_vllm"]
     assert main([*argv, *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]) == 2
     *_, line = capsys.readouterr().err.rstrip("\n").split("\n")
-    assert line.startswith("lightreasoner sample: error: `use_vllm` needs vLLM: `pip install ")
+    assert line.startswith("lightreasoner sample: error: `--use_vllm` needs vLLM: `pip install ")
 
 
 @pytest.mark.parametrize("mode", ["server", "colocate"])
