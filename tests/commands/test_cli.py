@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -569,6 +570,14 @@ def test_train_adapts_the_modules_of_a_model_that_names_them_otherwise(train, to
     run_train(*train, "--model_name_or_path", tmp_path / "gpt2")  # as `lightreasoner sample` says
     adapted = {name.split(".")[-3] for name in load_file(tmp_path / "out" / "adapter_model.safetensors")}
     assert adapted == {"c_attn"}
+
+
+@pytest.mark.parametrize("disable_tqdm", ["true", "false"])
+def test_train_tells_its_log_in_lines(disable_tqdm, train, capsys):
+    run_train(*train, "--logging_steps", "1", "--disable_tqdm", disable_tqdm)
+    stdout = capsys.readouterr().out
+    assert re.search(r"^update 1: loss [\d.]+, .*entropy [\d.]+", stdout, re.MULTILINE)
+    assert "{" not in stdout and "runtime" not in stdout and "nonfinite" not in stdout
 
 
 def test_train_continues_an_adapter(train, expert, expert_path, tmp_path):

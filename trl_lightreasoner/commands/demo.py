@@ -63,6 +63,7 @@ def main(args: DemoArguments) -> dict[str, float]:
     from ..steps.dataset import count_steps
     from ..training.lightreasoner_config import LightReasonerConfig
     from ..training.lightreasoner_trainer import LightReasonerTrainer
+    from ..training.log_lines import log_in_lines
 
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
@@ -108,6 +109,7 @@ def main(args: DemoArguments) -> dict[str, float]:
             r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
         ),
     )
+    log_in_lines(trainer)
     trainer.train()
     trainer.save_model()
     trainer.save_state()  # with the log, which `lightreasoner report` draws

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from .arguments import ArgumentParser
+from .terminal import hide_file_bars
 
 
 EXAMPLE = r"""example:
@@ -69,6 +70,7 @@ def main(args: ImportArguments) -> None:
     from ..steps.dataset import count_steps
     from ..steps.published_steps import import_published_steps
 
+    hide_file_bars()
     dataset = import_published_steps(
         args.file,
         args.output_dir,

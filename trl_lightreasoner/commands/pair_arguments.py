@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from ..steps.prompt_format import PromptFormat, has_messages, make_prompts, name_prompts, read_template
 from .arguments import quantization_of
+from .terminal import hide_file_bars
 
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def load_prompts(args: PairArguments) -> "tuple[Dataset, PromptFormat | None]":
     """The prompts that `args` name, in a column `prompt`, and their form, if they were text."""
     from ..steps.splits import load_split
 
+    hide_file_bars()
     return as_prompts(load_split(args.dataset_name, args.dataset_config, args.dataset_split), args)
 
 

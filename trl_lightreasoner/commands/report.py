@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .arguments import ArgumentParser
+from .terminal import hide_file_bars
 
 
 EXAMPLE = r"""example:
@@ -134,6 +135,7 @@ def main(args: ReportArguments) -> None:
     from ..steps.splits import load_split
     from ..steps.writer import check_folder
 
+    hide_file_bars()
     check_folder(args.output_dir)
     names = name_datasets(args.dataset_name)
     path = write_report(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from trl import ModelConfig, ScriptArguments
 
 from .arguments import ArgumentParser, quantization_of
+from .terminal import hide_file_bars
 
 
 if TYPE_CHECKING:  # slow to import, and `--help` needs neither
@@ -203,7 +204,9 @@ def main(
     from ..training.adapters import choose_target_modules, target_modules
     from ..training.checkpoints import find_checkpoint
     from ..training.lightreasoner_trainer import LightReasonerTrainer
+    from ..training.log_lines import log_in_lines
 
+    hide_file_bars()
     if model_args.model_name_or_path is None:
         raise ValueError("`--expert` is required: the expert that the dataset was sampled with.")
     if script_args.dataset_name is None:
@@ -258,6 +261,7 @@ def main(
         eval_questions=eval_questions,
         sft_dataset=sft_dataset,
     )
+    log_in_lines(trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if training_args.push_to_hub:  # which saves it first
         trainer.push_to_hub(dataset_name=hub_id(script_args.dataset_name))
