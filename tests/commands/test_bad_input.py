@@ -41,6 +41,7 @@ STRICT_TEMPLATE = (
     "{{ raise_exception('There is no role ' + message['role']) }}{% endif %}{{ message['content'] }}{% endfor %}"
 )
 
+PROGRESS = ("Running on: ", "Sampling, by generate:")
 # What the two commands are given where the row does not say otherwise
 FLAGS = {
     "sample": {
@@ -750,9 +751,7 @@ def test_a_mistake_is_one_sentence(command, row, folder, expert_path, amateur_pa
 
     # On the command line
     assert cli.main([command, *argv]) == 2
-    lines = [
-        line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("Sampling, by generate:")
-    ]  # a bar
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith(PROGRESS)]
     assert len(lines) == 1
     prefix, sentence = f"lightreasoner {command}: error: ", lines[0]
     assert sentence.startswith(prefix)

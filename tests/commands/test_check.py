@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -54,6 +56,17 @@ def test_a_promising_pair_is_status_0_and_the_text_says_why(bundled, capsys):
     assert stdout.startswith("50 prompts, 955 steps, 80 of them kept\n")
     assert "This pair is promising." in stdout and "␣#### -> ␣" in stdout
     assert stdout.count("\n  amateur  OK, ") == 3
+
+
+def test_the_command_that_comes_next_samples_what_was_checked(bundled, tmp_path, capsys):
+    assert main([*bundled, "--conversational", "--max_new_tokens", "64", "--include_first_step", "true"]) == 0
+    stdout, stderr = capsys.readouterr()
+    assert re.search(r"^Running on: .*, expert in float16, as many prompts .*, prompts by the expert's chat", stderr)
+    program, command, *flags = shlex.split(stdout.partition("\nNext: ")[2])
+    assert (program, command, flags[-2:]) == ("lightreasoner", "sample", ["--output_dir", "STEPS"])
+    args, sampling_args = make_sample_parser().parse(flags)
+    assert (args.expert, args.dataset_name, args.prompt_column) == (bundled[2], bundled[6], "question")
+    assert (args.prompt_style, sampling_args.max_new_tokens, sampling_args.include_first_step) == ("chat", 64, True)
 
 
 def test_a_pair_that_is_not_is_status_1(bundled, capsys):

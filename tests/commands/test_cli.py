@@ -35,6 +35,7 @@ from trl_lightreasoner.commands.eval import EvaluationArguments
 from trl_lightreasoner.commands.import_steps import ImportArguments
 from trl_lightreasoner.commands.merge import MergeArguments
 from trl_lightreasoner.commands.report import ReportArguments
+from trl_lightreasoner.commands.running_on import announce
 from trl_lightreasoner.commands.sample import SampleArguments
 from trl_lightreasoner.commands.sample import make_parser as make_sample_parser
 from trl_lightreasoner.commands.train import LightReasonerModelConfig, TrainArguments, load_questions
@@ -570,6 +571,32 @@ def test_train_adapts_the_modules_of_a_model_that_names_them_otherwise(train, to
     run_train(*train, "--model_name_or_path", tmp_path / "gpt2")  # as `lightreasoner sample` says
     adapted = {name.split(".")[-3] for name in load_file(tmp_path / "out" / "adapter_model.safetensors")}
     assert adapted == {"c_attn"}
+
+
+def test_train_says_what_it_runs_on_and_what_comes_next(train, expert_path, tmp_path, capsys):
+    run_train(*train, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "3")
+    stdout, stderr = capsys.readouterr()
+    assert "Running on: CPU, expert in float32, updates of 6 rows.\n" in stderr
+    folder = tmp_path / "out"
+    following = f"Next: lightreasoner eval --model {folder} --baseline {expert_path} --output_dir EVALUATION"
+    assert stdout.splitlines()[-1] == following
+
+
+def test_one_process_of_several_says_what_they_run_on(monkeypatch, capsys):
+    monkeypatch.setattr("trl_lightreasoner.commands.running_on.device_names", lambda: ["A", "B"])
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        announce("float32")
+    assert capsys.readouterr().err == "Running on: A, 2 processes, float32.\n"
+
+
+def test_env_tells_versions_and_devices(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(["env"]) == 0
+    lines = dict(line.removeprefix("- ").split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["trl-lightreasoner"] == __version__ and lines["torch"] == torch.__version__
+    assert lines["device"] and lines["WORLD_SIZE"] == "1"
 
 
 @pytest.mark.parametrize("disable_tqdm", ["true", "false"])

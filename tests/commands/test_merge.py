@@ -186,7 +186,12 @@ def test_another_base_model_takes_the_place_of_the_one_that_is_gone(base_path, a
 def test_the_program_says_where_the_model_is(adapter_path, tmp_path, capsys):
     (tmp_path / "model").mkdir()  # empty
     run_merge("--model_name_or_path", adapter_path, "--output_dir", tmp_path / "model")
-    assert capsys.readouterr().out == f"The model is in {tmp_path / 'model'}.\n"
+    stdout, stderr = capsys.readouterr()
+    told, following = stdout.splitlines()
+    assert told == f"The model is in {tmp_path / 'model'}."
+    assert following == f"Next: lightreasoner eval --model {tmp_path / 'model'} --output_dir EVALUATION"
+    assert "Running on: CPU, merged in float32.\n1/3 Loading" in stderr
+    assert "\n2/3 Merging" in stderr and "\n3/3 Comparing" in stderr
 
 
 def test_an_adapter_trained_in_4_bits_is_merged_into_full_precision(tokenizer, steps, ids, tmp_path):

@@ -157,7 +157,7 @@ def test_what_nobody_can_act_on_is_left_out(capsys):
 
 
 def test_bars_over_files_are_hidden_and_those_over_rows_are_not(tmp_path, capsys, monkeypatch):
-    import datasets
+    import datasets.io.parquet
 
     for module in (datasets.builder, datasets.io.parquet):
         monkeypatch.setattr(module, "hf_tqdm", module.hf_tqdm)

@@ -4,9 +4,10 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
@@ -279,6 +280,23 @@ class ArgumentParser(TrlParser):
             meant = shown_name(self._other_names.get(meant, meant), self._other_names)
             hint = f"Did you mean `{prefix}{meant}`?"
         return f"There is no {kind} `{prefix}{name}`. {hint}"
+
+
+def flags_of(args: Any, without: Sequence[str] = ()) -> list[str]:
+    """The flags by which a dataclass is what it is, for a command that takes them as well."""
+    flags: list[str] = []
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if field.name in without or value is None or value == field.default:
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        flags += [f"--{field.name}", *(str(each).lower() if isinstance(each, bool) else str(each) for each in values)]
+    return flags
+
+
+def next_command(name: str, *flags: str) -> str:
+    """The line that tells which command comes next."""
+    return f"Next: {shlex.join(['lightreasoner', name, *flags])}"
 
 
 def _read_config(path: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ COMMANDS = {
     "report": "kept steps as a page to look at, two datasets side by side",
     "import": "the published scripts' JSON lines to a Dataset of kept steps",
     "eval": "how many problems of seven benchmarks a model solves, and a baseline beside it",
+    "env": "versions and devices, to copy into a bug report",
 }
 _MODULES = {"import": "import_steps"}  # a word that Python keeps to itself
 _GOES_ON = ("run", "sample", "eval")  # by the same command, after it was broken off

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .arguments import ArgumentParser
+from .arguments import ArgumentParser, next_command
 from .terminal import hide_file_bars
 
 
@@ -79,7 +79,6 @@ def main(args: ImportArguments) -> None:
         overwrite_output_dir=args.overwrite_output_dir,
         trust_remote_code=args.trust_remote_code,
     )
-    print(
-        f"{len(dataset):,} trajectories with {count_steps(dataset):,} kept steps are in {args.output_dir}. Next: "
-        f"lightreasoner train --expert {args.expert} --dataset_name {args.output_dir} --output_dir ADAPTER"
-    )
+    print(f"{len(dataset):,} trajectories with {count_steps(dataset):,} kept steps are in {args.output_dir}.")
+    flags = ["--expert", args.expert, "--dataset_name", args.output_dir]
+    print(next_command("train", *flags, "--output_dir", "ADAPTER"))

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import ArgumentParser
+from .arguments import ArgumentParser, next_command
+from .running_on import announce, dtype_of, tell
 
 
 if TYPE_CHECKING:
@@ -137,7 +138,10 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
             f"Cannot write to {args.output_dir!r} ({error.strerror}). Choose another `output_dir`, or see to the "
             "permissions."
         ) from error
+    dtype = dtype_of(base, args.dtype, "base model", **base_kwargs)
+    announce(f"merged in {dtype}", cpu=True)
     try:
+        tell("1/3 Loading base model and adapter")
         # On the CPU, whose memory holds what a GPU might not
         model = load_model(base, dtype=args.dtype, device_map=None, **base_kwargs)
         missing = left_out(model, base, **base_kwargs)
@@ -146,6 +150,7 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
         expected = next_token_log_probs(adapted.eval(), ids)
         with adapted.disable_adapter():
             change = divergence(expected, next_token_log_probs(adapted, ids))
+        tell("2/3 Merging and writing")
         merged = merge(adapted)
         dtype = merged.dtype
         with without_generation_config(merged):
@@ -154,6 +159,7 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
         tokenizer.save_pretrained(folder)
         if prompt_format is not None:
             prompt_format.save(folder)
+        tell("3/3 Comparing with base model and adapter")
         del model, adapted, merged  # the memory may hold one
         loaded = load_model(str(folder), dtype=dtype, device_map=None, trust_remote_code=args.trust_remote_code)
         nats = divergence(expected, next_token_log_probs(loaded.eval(), ids))
@@ -173,6 +179,7 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
             f"It is the language model alone: {len(missing):,} tensors of {base!r} are not in it, such as "
             f"{missing[0]!r}. For the whole model load the base model and the adapter with PEFT."
         )
+    print(next_command("eval", "--model", args.output_dir, "--output_dir", "EVALUATION"))
 
 
 def check_output_dir(args: MergeArguments) -> Path:

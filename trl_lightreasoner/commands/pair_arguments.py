@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from ..steps.prompt_format import PromptFormat, has_messages, make_prompts, name_prompts, read_template
 from .arguments import quantization_of
+from .running_on import announce, dtype_of, prompts_at_a_time
 from .terminal import hide_file_bars
 
 
@@ -168,6 +169,17 @@ def make_sampler(args: PairArguments, sampling_args: "ContrastiveSamplingConfig"
         sampling_args,
         quantization_config=quantization(""),
         amateur_quantization_config=quantization("amateur_"),
+    )
+
+
+def announce_pair(args: PairArguments, sampling_args: "ContrastiveSamplingConfig", prompts: "Dataset") -> None:
+    """Say what sampling runs on."""
+    kwargs = {"trust_remote_code": sampling_args.trust_remote_code, **(sampling_args.model_init_kwargs or {})}
+    bits = next((f" in {bits} bits" for bits in (4, 8) if getattr(args, f"load_in_{bits}bit")), "")
+    announce(
+        f"expert in {dtype_of(args.expert, kwargs.pop('dtype', sampling_args.dtype), 'expert', **kwargs)}{bits}",
+        prompts_at_a_time(sampling_args.per_device_batch_size),
+        "prompts by the expert's chat template" if has_messages(prompts) else "prompts as plain text",
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .arguments import ArgumentParser
+from .running_on import announce, tell
 from .terminal import hide_file_bars
 
 
@@ -138,11 +139,14 @@ def main(args: ReportArguments) -> None:
     hide_file_bars()
     check_folder(args.output_dir)
     names = name_datasets(args.dataset_name)
+    datasets = {
+        name: load_split(source, args.dataset_config, args.dataset_split)
+        for name, source in zip(names, args.dataset_name, strict=True)
+    }
+    announce()
+    tell(f"Reading {' and '.join(f'{len(each):,} rows of {name}' for name, each in datasets.items())}")
     path = write_report(
-        {
-            name: load_split(source, args.dataset_config, args.dataset_split)
-            for name, source in zip(names, args.dataset_name, strict=True)
-        },
+        datasets,
         args.output_dir,
         training_dir=args.training_dir,
         expert=args.expert,

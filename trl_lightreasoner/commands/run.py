@@ -2,6 +2,7 @@
 
 from ..pipeline.run_config import RunConfig
 from .arguments import ArgumentParser
+from .running_on import announce_stages
 
 
 EXAMPLE = r"""example:
@@ -18,5 +19,6 @@ def main(args: RunConfig) -> None:
 
     from ..pipeline.run import run_pipeline
 
+    announce_stages(args)
     datasets.disable_progress_bars()  # of every file; those of the stages stay
     print(f"\n{run_pipeline(args).summary()}")

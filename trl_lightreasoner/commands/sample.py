@@ -1,13 +1,12 @@
 """`lightreasoner sample`: prompts to a Dataset of kept steps."""
 
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
-from .arguments import ArgumentParser
-from .pair_arguments import PairArguments, load_prompts, make_sampler
+from .arguments import ArgumentParser, next_command
+from .pair_arguments import PairArguments, announce_pair, load_prompts, make_sampler
 
 
 EXAMPLE = r"""example:
@@ -74,6 +73,7 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
         name = script_args.hub_dataset_id or Path(sampling_args.output_dir).absolute().name
         repo_id = open_repo(name, "dataset", **hub)
     sampler = make_sampler(script_args, sampling_args)
+    announce_pair(script_args, sampling_args, prompts)
     dataset = sampler.sample(prompts, prompt_format)
     if not sampler.processes.is_main:
         return
@@ -85,9 +85,8 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
     num_steps, num_kept = sum(map(len, dataset["completion_ids"])), count_steps(dataset)
     advice = "There is nothing to train on: choose a weaker amateur, or a lower `beta`."
     if num_kept:
-        command = ["lightreasoner", "train", "--expert", script_args.expert]
-        command += ["--dataset_name", sampling_args.output_dir, *_quantization_flags(script_args)]
-        advice = f"Next: {shlex.join([*command, '--output_dir', 'ADAPTER'])}"
+        flags = ["--expert", script_args.expert, "--dataset_name", sampling_args.output_dir]
+        advice = next_command("train", *flags, *_quantization_flags(script_args), "--output_dir", "ADAPTER")
     print(
         f"{len(dataset):,} trajectories with {num_kept:,} of {num_steps:,} steps kept ({num_kept / num_steps:.1%}) "
         f"are in {sampling_args.output_dir}."

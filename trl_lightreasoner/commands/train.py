@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from trl import ModelConfig, ScriptArguments
 
-from .arguments import ArgumentParser, quantization_of
+from .arguments import ArgumentParser, next_command, quantization_of
+from .running_on import announce
 from .terminal import hide_file_bars
 
 
@@ -261,6 +262,13 @@ def main(
         eval_questions=eval_questions,
         sft_dataset=sft_dataset,
     )
+    rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    bits = next((f" in {bits} bits" for bits in (4, 8) if getattr(model_args, f"load_in_{bits}bit")), "")
+    announce(
+        f"expert in {str(trainer.model.dtype).removeprefix('torch.')}{bits}",
+        f"updates of {rows * training_args.world_size} rows",
+        cpu=trainer.args.device.type == "cpu",
+    )
     log_in_lines(trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if training_args.push_to_hub:  # which saves it first
@@ -273,6 +281,8 @@ def main(
     trainer.accelerator.print(f"It was trained on {num_steps}, for {trainer.state.global_step:,} updates.")
     trainer.save_state()  # with the log, which `lightreasoner report` draws
     trainer.accelerator.print(f"The model is in {training_args.output_dir}.")
+    flags = ["--model", training_args.output_dir, "--baseline", model_args.model_name_or_path]
+    trainer.accelerator.print(next_command("eval", *flags, "--output_dir", "EVALUATION"))
     return trainer
 
 

@@ -2,6 +2,7 @@
 
 from ..pipeline.tune_config import TuneConfig
 from .arguments import ArgumentParser
+from .running_on import announce_stages
 
 
 EXAMPLE = r"""example:
@@ -18,5 +19,6 @@ def main(args: TuneConfig) -> None:
 
     from ..pipeline.tune import tune
 
+    announce_stages(args)
     datasets.disable_progress_bars()  # of every file; those of the stages stay
     print(f"\n{tune(args).summary()}")
