@@ -202,12 +202,12 @@ class ArgumentParser(TrlParser):
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         if action.nargs == "+" and action.dest != self._first:  # where a file's name may have a comma
             arg_strings = [part for each in arg_strings for part in split_list(each)]
-        return super()._get_values(action, arg_strings)  # type: ignore[misc]  # of argparse
+        return super()._get_values(action, arg_strings)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         if action.choices is not None and "bfloat16" in action.choices:
             arg_string = _DTYPES.get(arg_string, arg_string)
-        return super()._get_value(action, arg_string)  # type: ignore[misc]  # of argparse
+        return super()._get_value(action, arg_string)
 
     def _check_flags(self, args: Sequence[str], unknown_keys: list[str]) -> None:
         """Refuse keys and flags that there are not, and tell in one go which flags are missing."""

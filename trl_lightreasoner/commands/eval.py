@@ -110,7 +110,10 @@ def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
     quantization = quantization_of(
         ModelConfig(dtype=args.dtype, **{name: getattr(script_args, name) for name in names})
     )
-    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    kwargs = {
+        "trust_remote_code": args.trust_remote_code,
+        **(args.model_init_kwargs or {}),  # type: ignore[dict-item]  # no text by now
+    }
     own = kwargs.pop("dtype", args.dtype)
     dtype = dtype_of(script_args.model, own, **kwargs)
     style = args.prompt_format(load_prompt_format(script_args.model, **hub_kwargs(kwargs))).prompt_style

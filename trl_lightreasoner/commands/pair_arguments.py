@@ -174,7 +174,10 @@ def make_sampler(args: PairArguments, sampling_args: "ContrastiveSamplingConfig"
 
 def announce_pair(args: PairArguments, sampling_args: "ContrastiveSamplingConfig", prompts: "Dataset") -> None:
     """Say what sampling runs on."""
-    kwargs = {"trust_remote_code": sampling_args.trust_remote_code, **(sampling_args.model_init_kwargs or {})}
+    kwargs = {
+        "trust_remote_code": sampling_args.trust_remote_code,
+        **(sampling_args.model_init_kwargs or {}),  # type: ignore[dict-item]  # no text by now
+    }
     bits = next((f" in {bits} bits" for bits in (4, 8) if getattr(args, f"load_in_{bits}bit")), "")
     announce(
         f"expert in {dtype_of(args.expert, kwargs.pop('dtype', sampling_args.dtype), 'expert', **kwargs)}{bits}",

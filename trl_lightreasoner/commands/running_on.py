@@ -18,7 +18,7 @@ def device_names() -> list[str]:
 
     if not torch.accelerator.is_available():
         return [f"CPU (threads: {torch.get_num_threads()})"]
-    kind = torch.accelerator.current_accelerator().type  # type: ignore[union-attr]  # there is one
+    kind = torch.accelerator.current_accelerator().type
     indices = range(torch.accelerator.device_count())
     return [torch.cuda.get_device_name(i) if kind == "cuda" else f"{kind}:{i}" for i in indices]
 
@@ -27,10 +27,9 @@ def dtype_of(model: str, dtype: str | None, name: str = "model", **kwargs: Any) 
     """The data type in which the weights of a model are loaded: what is asked for, or the checkpoint's own."""
     from ..models.loading import load_config
 
-    if dtype not in (None, "auto"):
-        return str(dtype)
-    own = getattr(load_config(model, name, **kwargs), "dtype", None)
-    return str(own or "float32").removeprefix("torch.")
+    if dtype in (None, "auto"):
+        dtype = getattr(load_config(model, name, **kwargs), "dtype", None) or "float32"
+    return str(dtype).removeprefix("torch.")
 
 
 def prompts_at_a_time(batch_size: int | None) -> str:

@@ -186,7 +186,7 @@ class LightReasonerModelConfig(ModelConfig):
 def make_parser(prog: str | None = None) -> ArgumentParser:
     from ..training.lightreasoner_config import LightReasonerConfig
 
-    types = [TrainArguments, LightReasonerConfig, LightReasonerModelConfig]
+    types: list[type] = [TrainArguments, LightReasonerConfig, LightReasonerModelConfig]
     refused = ("dataset_streaming", "ignore_bias_buffers", "label_smoothing_factor")
     return ArgumentParser(types, common=_COMMON, refused=refused, prog=prog, description=__doc__, epilog=EXAMPLE)
 
