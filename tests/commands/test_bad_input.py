@@ -556,7 +556,7 @@ TRAIN = [
     ),
     setting("report_to", "paper", r"paper is not supported, only .* are supported\."),
     setting(
-        "lr_scheduler_type", "magic", r"Argument --lr_scheduler_type/.*: invalid choice: 'magic' \(choose from .*\)\."
+        "lr_scheduler_type", "magic", r"Argument --lr_scheduler_type: invalid choice: 'magic' \(choose from .*\)\."
     ),
     setting("config", "{folder}/list.yaml", r"The config file '{folder}/list\.yaml' must hold lines of the form .*"),
     # Without a GPU
@@ -614,7 +614,7 @@ TRAIN = [
         loads=True,
         error=FloatingPointError,
     ),
-    Mistake("no model", {"model_name_or_path": "{omit}"}, r"`--model_name_or_path` is required: the expert that .*"),
+    Mistake("no model", {"model_name_or_path": "{omit}"}, r"`--expert` is required: the expert that .*"),
     Mistake("no dataset", {"dataset_name": "{omit}"}, r"`--dataset_name` is required: a dataset on the Hub, or .*"),
     setting(
         "lora_target_modules", "qkv", r"Target modules {'qkv'} not found in the base model\. Please .*", loads=True

@@ -186,7 +186,8 @@ def test_the_example_of_a_command_is_one(command):
     module = import_module(f"trl_lightreasoner.commands.{ {'import': 'import_steps'}.get(command, command) }")
     program, name, *argv = shlex.split(module.EXAMPLE.removeprefix("example:").replace("\\\n", " "))
     parser = module.make_parser()
-    assert (program, name) == ("lightreasoner", command) and parser.parse(argv)
+    assert (program, name) == ("lightreasoner", command)
+    parser.parse(argv)
     assert module.EXAMPLE in parser.format_help()
 
 

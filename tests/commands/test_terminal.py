@@ -161,6 +161,7 @@ def test_bars_over_files_are_hidden_and_those_over_rows_are_not(tmp_path, capsys
 
     for module in (datasets.builder, datasets.io.parquet):
         monkeypatch.setattr(module, "hf_tqdm", module.hf_tqdm)
+    datasets.enable_progress_bars()  # which other commands, run before, have disabled
     hide_file_bars()
     rows = datasets.Dataset.from_dict({"a": [1, 2]})
     rows.to_parquet(tmp_path / "rows.parquet")
