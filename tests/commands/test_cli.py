@@ -577,14 +577,16 @@ def test_train_adapts_the_modules_of_a_model_that_names_them_otherwise(train, to
 def test_train_says_what_it_runs_on_and_what_comes_next(train, expert_path, tmp_path, capsys):
     run_train(*train, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "3")
     stdout, stderr = capsys.readouterr()
-    assert "Running on: CPU, expert in float32, updates of 6 rows.\n" in stderr
+    assert re.search(
+        r"^Running on: CPU \(threads: \d+\), expert in float32, updates of 6 rows\.$", stderr, re.MULTILINE
+    )
     folder = tmp_path / "out"
     following = f"Next: lightreasoner eval --model {folder} --baseline {expert_path} --output_dir EVALUATION"
     assert stdout.splitlines()[-1] == following
 
 
 def test_one_process_of_several_says_what_they_run_on(monkeypatch, capsys):
-    monkeypatch.setattr("trl_lightreasoner.commands.running_on.device_names", lambda: ["A", "B"])
+    monkeypatch.setattr("trl_lightreasoner.commands.running_on.device_names", lambda cpu: ["A", "B"])
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")

@@ -538,7 +538,10 @@ def test_the_command_writes_a_report(steps, training_dir, tmp_path, capsys):
     steps.select(range(3)).to_parquet(tmp_path / "fewer.parquet")
     argv = [str(tmp_path / "steps.parquet"), str(tmp_path / "fewer.parquet"), "--output_dir", str(tmp_path / "out")]
     assert main(["report", *argv, "--training_dir", training_dir, "--no_load_models"]) == 0
-    assert f"The report is in {tmp_path / 'out' / 'report.html'}." in capsys.readouterr().out
+    stdout, stderr = capsys.readouterr()
+    assert f"The report is in {tmp_path / 'out' / 'report.html'}." in stdout
+    assert stdout.endswith(f"\nNext: lightreasoner eval --model {training_dir} --output_dir EVALUATION\n")
+    assert f"\nReading {len(steps)} rows of " in stderr and "steps.parquet and 3 rows of " in stderr
     text, _, _ = page_of(tmp_path / "out")
     assert "steps.parquet" in text and "fewer.parquet" in text and 'id="training"' in text
 

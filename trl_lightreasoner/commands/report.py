@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .arguments import ArgumentParser
+from .arguments import ArgumentParser, next_command
 from .running_on import announce, tell
 from .terminal import hide_file_bars
 
@@ -132,6 +132,7 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 
 
 def main(args: ReportArguments) -> None:
+    from ..report.statistics import made_with
     from ..report.write_report import write_report
     from ..steps.splits import load_split
     from ..steps.writer import check_folder
@@ -158,6 +159,12 @@ def main(args: ReportArguments) -> None:
         answer_column=args.answer_column,
     )
     print(f"The report is in {path}. Open it in a browser.")
+    expert = args.expert or made_with(datasets[names[0]]).get("expert", {}).get("model")
+    if args.training_dir is not None:
+        print(next_command("eval", "--model", args.training_dir, "--output_dir", "EVALUATION"))
+    elif isinstance(expert, str):
+        flags = ["--expert", expert, "--dataset_name", args.dataset_name[0]]
+        print(next_command("train", *flags, "--output_dir", "ADAPTER"))
 
 
 def name_datasets(sources: list[str]) -> list[str]:

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 _LAUNCHED = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
 
 
-def device_names() -> list[str]:
+def device_names(cpu: bool = False) -> list[str]:
     """The accelerators of this machine, or its CPU."""
     import torch
 
-    if not torch.accelerator.is_available():
+    if cpu or not torch.accelerator.is_available():
         return [f"CPU (threads: {torch.get_num_threads()})"]
     kind = torch.accelerator.current_accelerator().type
     indices = range(torch.accelerator.device_count())
@@ -48,7 +48,7 @@ def announce(*parts: str, cpu: bool = False) -> None:
     rank, local_rank, count = (int(os.environ.get(name, least)) for name, least in _LAUNCHED.items())
     if rank != 0:
         return
-    names = ["CPU"] if cpu else device_names()
+    names = device_names(cpu)
     processes = [] if count == 1 else [f"{count} processes"]
     tell(f"Running on: {', '.join([names[local_rank % len(names)], *processes, *parts])}.")
 

@@ -83,7 +83,7 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
         push_dataset_to_hub(dataset, repo_id, **hub)
         print(f"The Dataset is at {repo_id} on the Hub.")
     num_steps, num_kept = sum(map(len, dataset["completion_ids"])), count_steps(dataset)
-    advice = "There is nothing to train on: choose a weaker amateur, or a lower `beta`."
+    advice = "There is nothing to train on: choose a weaker amateur, or a lower `--beta`."
     if num_kept:
         flags = ["--expert", script_args.expert, "--dataset_name", sampling_args.output_dir]
         advice = next_command("train", *flags, *_quantization_flags(script_args), "--output_dir", "ADAPTER")
