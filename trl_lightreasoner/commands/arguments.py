@@ -4,10 +4,9 @@ import argparse
 import json
 import os
 import re
-import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
@@ -15,6 +14,7 @@ from trl import TrlParser
 
 from ..text import read_text
 from .flag_names import guess, other_names, settings_as_flags, shown_name
+from .help_page import HelpFormatter, make_sections, metavar
 
 
 if TYPE_CHECKING:  # slow to import, and `--help` needs none of them
@@ -24,19 +24,6 @@ if TYPE_CHECKING:  # slow to import, and `--help` needs none of them
 
 # As `--bf16` and `--fp16` of the Trainer call them
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-# By the name of its type, what a help shows as a flag's value
-_METAVARS = {"string_to_bool": "true|false", "int": "N", "float": "X"}
-# What a help shows in sections of their own: beginnings of names
-GROUPS = {
-    "LoRA": ("use_peft", "lora_", "use_rslora", "use_dora"),
-    "quantization": ("load_in_", "amateur_load_in_", "bnb_", "use_bnb_"),
-    "Hub": ("push_to_hub", "hub_"),
-}
-
-
-def group_of(field: str) -> str | None:
-    """Title of the section in which a field is explained, if it has one of its own."""
-    return next((title for title, beginnings in GROUPS.items() if field.startswith(beginnings)), None)
 
 
 def split_list(text: str) -> list[str]:
@@ -53,13 +40,6 @@ def split_list(text: str) -> list[str]:
     """
     parts = [part.strip() for part in re.split(r",(?![^\[({]*[\])}])", text)]
     return list(filter(None, parts)) or [text]
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults, where there are any, and the lines of an example as they are."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 class _HelpAll(argparse.Action):
@@ -137,7 +117,7 @@ class ArgumentParser(TrlParser):
             shown = shown_name(action.dest, self._other_names)
             action.option_strings = [f"--{shown}"]
             if action.choices is None:
-                action.metavar = _METAVARS.get(getattr(action.type, "__name__", ""), "TEXT")
+                action.metavar = metavar(action)
 
     def explain(self, error: Exception) -> str:
         """What an error says, with the settings of this command written as its flags."""
@@ -177,14 +157,7 @@ class ArgumentParser(TrlParser):
             for action in self._actions
             if action.dest not in self._refused and not (action.dest in self._fields and action.const is False)
         ]
-        sections = {"settings": [action for action in shown if group_of(action.dest) is None]}
-        others = []
-        if self._common is not None:
-            names = ["help", "help_all", "config", *self._common]
-            others = [action for action in sections["settings"] if action.dest not in names]
-            sections["settings"] = [action for name in names for action in shown if action.dest == name]
-        for title in GROUPS:
-            sections[title] = [action for action in shown if group_of(action.dest) == title]
+        sections, others = make_sections(shown, self._common)
         if everything:
             sections["everything else"] = others
         formatter = self._get_formatter()
@@ -280,23 +253,6 @@ class ArgumentParser(TrlParser):
             meant = shown_name(self._other_names.get(meant, meant), self._other_names)
             hint = f"Did you mean `{prefix}{meant}`?"
         return f"There is no {kind} `{prefix}{name}`. {hint}"
-
-
-def flags_of(args: Any, without: Sequence[str] = ()) -> list[str]:
-    """The flags by which a dataclass is what it is, for a command that takes them as well."""
-    flags: list[str] = []
-    for field in fields(args):
-        value = getattr(args, field.name)
-        if field.name in without or value is None or value == field.default:
-            continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        flags += [f"--{field.name}", *(str(each).lower() if isinstance(each, bool) else str(each) for each in values)]
-    return flags
-
-
-def next_command(name: str, *flags: str) -> str:
-    """The line that tells which command comes next."""
-    return f"Next: {shlex.join(['lightreasoner', name, *flags])}"
 
 
 def _read_config(path: str) -> dict[str, Any]:

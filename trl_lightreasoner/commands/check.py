@@ -4,7 +4,8 @@ import json
 from dataclasses import dataclass, field
 
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
-from .arguments import ArgumentParser, flags_of, next_command
+from .arguments import ArgumentParser
+from .next_command import flags_of, next_command
 from .pair_arguments import PairArguments, announce_pair, load_prompts, make_sampler
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..text import printable
-from .arguments import ArgumentParser, next_command
+from .arguments import ArgumentParser
+from .next_command import next_command
 from .running_on import announce
 
 

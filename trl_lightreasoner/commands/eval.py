@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..evaluation.evaluation_config import EvaluationConfig
-from .arguments import ArgumentParser, next_command, quantization_of
+from .arguments import ArgumentParser, quantization_of
+from .next_command import next_command
 from .running_on import announce, dtype_of, prompts_at_a_time
 
 

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from .arguments import ArgumentParser, next_command
+from .arguments import ArgumentParser
+from .next_command import next_command
 from .terminal import hide_file_bars
 
 

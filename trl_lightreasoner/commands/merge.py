@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import ArgumentParser, next_command
+from .arguments import ArgumentParser
+from .next_command import next_command
 from .running_on import announce, dtype_of, tell
 
 

@@ -4,7 +4,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .arguments import ArgumentParser, next_command
+from .arguments import ArgumentParser
+from .next_command import next_command
 from .running_on import announce, tell
 from .terminal import hide_file_bars
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
-from .arguments import ArgumentParser, next_command
+from .arguments import ArgumentParser
+from .next_command import next_command
 from .pair_arguments import PairArguments, announce_pair, load_prompts, make_sampler
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from trl import ModelConfig, ScriptArguments
 
-from .arguments import ArgumentParser, next_command, quantization_of
+from .arguments import ArgumentParser, quantization_of
+from .next_command import next_command
 from .running_on import announce
 from .terminal import hide_file_bars
 
