@@ -16,6 +16,7 @@ _SYNONYMS = (
     ("dataset_split", "split"),
     ("file", "dataset_name", "dataset", "data", "dataset_path", "data_path"),
     ("dataset_name", "file", "dataset", "data", "dataset_path", "data_path", "train_file", "prompts"),
+    ("benchmarks", "tasks", "benchmark", "dataset_name", "dataset"),
     ("dataset_config", "dataset_config_name", "subset"),
     ("prompt_column", "column", "text_column", "question_column", "dataset_text_field"),
     ("prompt_template", "template"),
