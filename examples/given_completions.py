@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> Dataset:
     dataset = sampler.sample(load_dataset("json", data_files=str(path), split="train"))
     num_steps = sum(map(len, dataset["completion_ids"]))
     print(f"{count_steps(dataset):,} of {num_steps:,} steps of {len(dataset):,} given completions were kept.")
-    print(f"Next: lightreasoner train --model_name_or_path {args.expert} --dataset_name {args.output_dir}/steps ...")
+    print(f"Next: lightreasoner train --expert {args.expert} --dataset_name {args.output_dir}/steps ...")
     return dataset
 
 

@@ -7,7 +7,7 @@ Train an adapter on a Dataset of kept steps. The same as `lightreasoner train`, 
 
 ```bash
 accelerate launch examples/train.py \
-    --model_name_or_path Qwen/Qwen2.5-Math-1.5B \
+    --expert Qwen/Qwen2.5-Math-1.5B \
     --dataset_name steps \
     --output_dir adapter
 ```

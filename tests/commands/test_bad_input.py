@@ -41,6 +41,7 @@ STRICT_TEMPLATE = (
     "{{ raise_exception('There is no role ' + message['role']) }}{% endif %}{{ message['content'] }}{% endfor %}"
 )
 
+PROGRESS = ("Running on: ", "Sampling, by generate:")
 # What the two commands are given where the row does not say otherwise
 FLAGS = {
     "sample": {
@@ -555,7 +556,7 @@ TRAIN = [
     ),
     setting("report_to", "paper", r"paper is not supported, only .* are supported\."),
     setting(
-        "lr_scheduler_type", "magic", r"Argument --lr_scheduler_type/.*: invalid choice: 'magic' \(choose from .*\)\."
+        "lr_scheduler_type", "magic", r"Argument --lr_scheduler_type: invalid choice: 'magic' \(choose from .*\)\."
     ),
     setting("config", "{folder}/list.yaml", r"The config file '{folder}/list\.yaml' must hold lines of the form .*"),
     # Without a GPU
@@ -613,7 +614,7 @@ TRAIN = [
         loads=True,
         error=FloatingPointError,
     ),
-    Mistake("no model", {"model_name_or_path": "{omit}"}, r"`--model_name_or_path` is required: the expert that .*"),
+    Mistake("no model", {"model_name_or_path": "{omit}"}, r"`--expert` is required: the expert that .*"),
     Mistake("no dataset", {"dataset_name": "{omit}"}, r"`--dataset_name` is required: a dataset on the Hub, or .*"),
     setting(
         "lora_target_modules", "qkv", r"Target modules {'qkv'} not found in the base model\. Please .*", loads=True
@@ -750,19 +751,19 @@ def test_a_mistake_is_one_sentence(command, row, folder, expert_path, amateur_pa
 
     # On the command line
     assert cli.main([command, *argv]) == 2
-    lines = [
-        line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("Sampling, by generate:")
-    ]  # a bar
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith(PROGRESS)]
     assert len(lines) == 1
     prefix, sentence = f"lightreasoner {command}: error: ", lines[0]
     assert sentence.startswith(prefix)
-    assert re.fullmatch(place(row.sentence, re.escape), sentence.removeprefix(prefix))
 
     # In Python
     module = import_module(f"trl_lightreasoner.commands.{command}")
+    parser = module.make_parser()
     with pytest.raises(row.error) as error:
-        module.main(*module.make_parser().parse(argv))
-    assert " ".join(str(error.value).split()) == sentence.removeprefix(prefix)
+        module.main(*parser.parse(argv))
+    assert re.fullmatch(place(row.sentence, re.escape), " ".join(str(error.value).split()))
+    # Where the same settings are flags
+    assert " ".join(parser.explain(error.value).split()) == sentence.removeprefix(prefix)
 
 
 @pytest.mark.parametrize(

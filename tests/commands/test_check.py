@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -56,6 +58,17 @@ def test_a_promising_pair_is_status_0_and_the_text_says_why(bundled, capsys):
     assert stdout.count("\n  amateur  OK, ") == 3
 
 
+def test_the_command_that_comes_next_samples_what_was_checked(bundled, tmp_path, capsys):
+    assert main([*bundled, "--conversational", "--max_new_tokens", "64", "--include_first_step", "true"]) == 0
+    stdout, stderr = capsys.readouterr()
+    assert re.search(r"^Running on: .*, expert in float16, as many prompts .*, prompts by the expert's chat", stderr)
+    program, command, *flags = shlex.split(stdout.partition("\nNext: ")[2])
+    assert (program, command, flags[-2:]) == ("lightreasoner", "sample", ["--output_dir", "STEPS"])
+    args, sampling_args = make_sample_parser().parse(flags)
+    assert (args.expert, args.dataset_name, args.prompt_column) == (bundled[2], bundled[6], "question")
+    assert (args.prompt_style, sampling_args.max_new_tokens, sampling_args.include_first_step) == ("chat", 64, True)
+
+
 def test_a_pair_that_is_not_is_status_1(bundled, capsys):
     assert main([*bundled, "--num_prompts", "20"]) == 1
     stdout = capsys.readouterr().out
@@ -89,7 +102,7 @@ def test_a_copy_under_another_name_is_refused_as_well(tiny, expert_path, tokeniz
 @pytest.mark.parametrize("number", ["0", "-1"])
 def test_a_wrong_number_of_prompts_is_refused(number, tiny, capsys):
     assert main([*tiny, "--num_prompts", number]) == 2
-    assert f"`num_prompts` must be a whole number, 1 or more, got {number}." in capsys.readouterr().err
+    assert f"`--num_prompts` must be a whole number, 1 or more, got {number}." in capsys.readouterr().err
 
 
 def test_json_is_one_object_and_nothing_else(tiny, capsys):

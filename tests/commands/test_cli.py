@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -34,6 +35,7 @@ from trl_lightreasoner.commands.eval import EvaluationArguments
 from trl_lightreasoner.commands.import_steps import ImportArguments
 from trl_lightreasoner.commands.merge import MergeArguments
 from trl_lightreasoner.commands.report import ReportArguments
+from trl_lightreasoner.commands.running_on import announce
 from trl_lightreasoner.commands.sample import SampleArguments
 from trl_lightreasoner.commands.sample import make_parser as make_sample_parser
 from trl_lightreasoner.commands.train import LightReasonerModelConfig, TrainArguments, load_questions
@@ -156,17 +158,37 @@ def test_a_missing_command_is_refused(refused):
     ],
 )
 def test_help_explains_every_field(command, configs, capsys):
+    module = {"import": "import_steps"}.get(command, command)
+    parser = import_module(f"trl_lightreasoner.commands.{module}").make_parser()
     with pytest.raises(SystemExit) as error:
-        main([command, "--help"])
+        main([command, "--help-all" if command == "train" else "--help"])
     assert error.value.code == 0
     stdout = capsys.readouterr().out
     assert f"usage: lightreasoner {command}" in stdout
-    module = {"import": "import_steps"}.get(command, command)
-    parser = import_module(f"trl_lightreasoner.commands.{module}").make_parser()
     actions = {action.dest: action for action in reversed(parser._actions)}
     for field in (field for config in configs for field in dataclasses.fields(config)):
-        assert f"--{field.name} " in stdout
         assert (actions[field.name].help or "").strip(), f"--{field.name} has no help"
+        shown = f"  {actions[field.name].option_strings[0]} " in stdout
+        assert shown != (field.name in parser._refused), field.name
+
+
+def test_help_of_train_is_what_most_need_and_its_groups(capsys):
+    text = make_train_parser("lightreasoner train").format_help()
+    assert len(text.splitlines()) < 220
+    for section in ("settings:", "LoRA:", "quantization:", "Hub:", "`--help-all` shows ", "example:"):
+        assert f"\n{section}" in text
+    assert "  --expert TEXT" in text and "  --use_peft [true|false]" in text and "(default: None)" not in text
+    assert "--adam_beta1" not in text and "--dataset_streaming" not in text and "--no_use_peft" not in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_a_command_is_one(command):
+    module = import_module(f"trl_lightreasoner.commands.{ {'import': 'import_steps'}.get(command, command) }")
+    program, name, *argv = shlex.split(module.EXAMPLE.removeprefix("example:").replace("\\\n", " "))
+    parser = module.make_parser()
+    assert (program, name) == ("lightreasoner", command)
+    parser.parse(argv)
+    assert module.EXAMPLE in parser.format_help()
 
 
 # Flags
@@ -180,13 +202,13 @@ def test_help_explains_every_field(command, configs, capsys):
         (["train", "--max_lengths=5"], "There is no flag `--max_lengths`. Did you mean `--max_length`?"),
         (["train", "--frobnicate", "5"], "There is no flag `--frobnicate`. `--help` lists them all."),
         (["train", "somewhere"], "Unexpected argument 'somewhere'. Settings are given as flags"),
-        (["train", "--max_steps", "3.5"], "Argument --max_steps/--max-steps: invalid int value: '3.5'."),
+        (["train", "--max_steps", "3.5"], "Argument --max_steps: invalid int value: '3.5'."),
         (["train", "--dtype", "int8"], "Argument --dtype: invalid choice: 'int8' (choose from 'auto'"),
-        (["train", "--max_length", "0"], "`max_length` must be a whole number, 1 or more"),
-        (["train", "--model_init_kwargs", "{oops"], "`model_init_kwargs` must be a dict or a JSON object, such as"),
-        (["train", "--model_init_kwargs", "[1]"], "`model_init_kwargs` must be a dict or a JSON object, such as"),
-        (["train", "--output_dir", "x"], "`--model_name_or_path` is required"),
-        (["train", "--model_name_or_path", "x"], "`--dataset_name` is required"),
+        (["train", "--max_length", "0"], "`--max_length` must be a whole number, 1 or more"),
+        (["train", "--model_init_kwargs", "{oops"], "`--model_init_kwargs` must be a dict or a JSON object, such as"),
+        (["train", "--model_init_kwargs", "[1]"], "`--model_init_kwargs` must be a dict or a JSON object, such as"),
+        (["train", "--output_dir", "x"], "`--expert` is required"),
+        (["train", "--expert", "x"], "`--dataset_name` is required"),
         (["train", "--config"], "`--config` needs the path of a YAML file."),
         (["train", "--config", "--max_steps", "3"], "`--config` needs the path of a YAML file."),
         (["train", "--config", "nowhere.yaml"], "The config file 'nowhere.yaml' does not exist."),
@@ -204,6 +226,19 @@ def test_a_bare_boolean_flag_means_true(tmp_path):
     )
     assert args.bf16 is True
     assert model_args.use_peft is False
+
+
+@pytest.mark.parametrize("values", [["q_proj,v_proj"], ["q_proj, ", "v_proj"], ["q_proj", "v_proj"]])
+def test_lists_take_commas_as_blanks(values, tmp_path):
+    argv = ["--output_dir", str(tmp_path), "--use_cpu", "--lora_target_modules", *values]
+    assert make_train_parser().parse(argv)[2].lora_target_modules == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(("given", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("float32", "float32")])
+def test_a_dtype_has_a_short_name(given, dtype, write_config, tmp_path):
+    argv = ["--output_dir", str(tmp_path), "--use_cpu"]
+    assert make_train_parser().parse([*argv, "--dtype", given])[2].dtype == dtype
+    assert make_train_parser().parse([*argv, "--config", write_config(f"dtype: {given}")])[2].dtype == dtype
 
 
 # Config files
@@ -283,7 +318,7 @@ def test_a_config_file_can_set_environment_variables(write_config, tmp_path, mon
         ("use_peft: maybe", "`use_peft` in the config file: Truthy value expected: got maybe"),
         ("dtype: int8", "`dtype` in the config file: invalid choice: 'int8' (choose from 'auto', 'bfloat16'"),
         ("eval_strategy: never", "`eval_strategy` in the config file: invalid choice: 'never' (choose from 'no', "),
-        ("model_init_kwargs: 3", "`model_init_kwargs` must be a dict or a JSON object"),
+        ("model_init_kwargs: 3", "`--model_init_kwargs` must be a dict or a JSON object"),
         ("max_steps: [1, 2", "The config file is not valid YAML: "),
         ("\tmax_steps: 1", "The config file is not valid YAML: "),
         ("- max_steps", "The config file "),
@@ -496,7 +531,7 @@ def test_sample_tells_how_to_go_on(expert_path, amateur_path, prompts_file, tmp_
     assert main(["sample", *argv]) == 0
     stdout = capsys.readouterr().out
     assert "6 trajectories with 12 of 18 steps kept (66.7%)" in stdout
-    assert f"lightreasoner train --model_name_or_path {expert_path} --dataset_name {folder}" in stdout
+    assert f"lightreasoner train --expert {expert_path} --dataset_name {folder}" in stdout
 
 
 def test_sample_ends_with_a_judgement_of_the_pair(expert_path, amateur_path, prompts_file, tmp_path, capsys):
@@ -537,6 +572,42 @@ def test_train_adapts_the_modules_of_a_model_that_names_them_otherwise(train, to
     run_train(*train, "--model_name_or_path", tmp_path / "gpt2")  # as `lightreasoner sample` says
     adapted = {name.split(".")[-3] for name in load_file(tmp_path / "out" / "adapter_model.safetensors")}
     assert adapted == {"c_attn"}
+
+
+def test_train_says_what_it_runs_on_and_what_comes_next(train, expert_path, tmp_path, capsys):
+    run_train(*train, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "3")
+    stdout, stderr = capsys.readouterr()
+    assert re.search(
+        r"^Running on: CPU \(threads: \d+\), expert in float32, updates of 6 rows\.$", stderr, re.MULTILINE
+    )
+    folder = tmp_path / "out"
+    following = f"Next: lightreasoner eval --model {folder} --baseline {expert_path} --output_dir EVALUATION"
+    assert stdout.splitlines()[-1] == following
+
+
+def test_one_process_of_several_says_what_they_run_on(monkeypatch, capsys):
+    monkeypatch.setattr("trl_lightreasoner.commands.running_on.device_names", lambda cpu: ["A", "B"])
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        announce("float32")
+    assert capsys.readouterr().err == "Running on: A, 2 processes, float32.\n"
+
+
+def test_env_tells_versions_and_devices(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(["env"]) == 0
+    lines = dict(line.removeprefix("- ").split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["trl-lightreasoner"] == __version__ and lines["torch"] == torch.__version__
+    assert lines["device"] and lines["WORLD_SIZE"] == "1"
+
+
+@pytest.mark.parametrize("disable_tqdm", ["true", "false"])
+def test_train_tells_its_log_in_lines(disable_tqdm, train, capsys):
+    run_train(*train, "--logging_steps", "1", "--disable_tqdm", disable_tqdm)
+    stdout = capsys.readouterr().out
+    assert re.search(r"^update 1: loss [\d.]+, .*entropy [\d.]+", stdout, re.MULTILINE)
+    assert "{" not in stdout and "runtime" not in stdout and "nonfinite" not in stdout
 
 
 def test_train_continues_an_adapter(train, expert, expert_path, tmp_path):
@@ -634,7 +705,7 @@ def test_train_adds_demonstrations(train, tmp_path):
 
 
 def test_a_weight_of_demonstrations_needs_some(train, refused):
-    sentence = "`sft_weight` needs an `sft_dataset` (`--sft_dataset_name` on the command line)"
+    sentence = "`--sft_weight` needs an `sft_dataset` (`--sft_dataset_name` on the command line)"
     assert refused(*train, "--sft_weight", "0.5").startswith(sentence)
 
 
@@ -700,7 +771,9 @@ def test_a_command_leaves_its_process_group_and_the_threads_of_it_end():
         weakref.finalize(trainer.model, lambda: initialized.append(torch.distributed.is_initialized()))
 
     begun, initialized = set(), []
-    assert run("lightreasoner nothing", lambda prog: SimpleNamespace(parse=lambda argv: ()), train, []) == 0
+    assert (
+        run("lightreasoner nothing", lambda prog: SimpleNamespace(parse=lambda argv: (), explain=str), train, []) == 0
+    )
     assert not torch.distributed.is_initialized()
     assert begun and not begun & threads()
     # Were DDP the last to hold the group, it would wait for the threads with the GIL held: a deadlock now and then

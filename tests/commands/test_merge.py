@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import pytest
@@ -186,7 +187,12 @@ def test_another_base_model_takes_the_place_of_the_one_that_is_gone(base_path, a
 def test_the_program_says_where_the_model_is(adapter_path, tmp_path, capsys):
     (tmp_path / "model").mkdir()  # empty
     run_merge("--model_name_or_path", adapter_path, "--output_dir", tmp_path / "model")
-    assert capsys.readouterr().out == f"The model is in {tmp_path / 'model'}.\n"
+    stdout, stderr = capsys.readouterr()
+    told, following = stdout.splitlines()
+    assert told == f"The model is in {tmp_path / 'model'}."
+    assert following == f"Next: lightreasoner eval --model {tmp_path / 'model'} --output_dir EVALUATION"
+    assert re.search(r"Running on: CPU \(threads: \d+\), merged in float32\.\n1/3 Loading", stderr)
+    assert "\n2/3 Merging" in stderr and "\n3/3 Comparing" in stderr
 
 
 def test_an_adapter_trained_in_4_bits_is_merged_into_full_precision(tokenizer, steps, ids, tmp_path):
@@ -250,11 +256,11 @@ def test_what_is_no_adapter_is_refused(adapter, refused, no_weights, tmp_path):
 @pytest.mark.parametrize(
     ("output_dir", "message"),
     [
-        ("base/config.json", "is a file. Choose another `output_dir`."),
-        ("base", "is not empty, and a model there would be overwritten. Choose another `output_dir`."),
-        ("adapter", "is the adapter's own folder. Choose another `output_dir`."),
-        ("base/../adapter/", "is the adapter's own folder. Choose another `output_dir`."),
-        ("base/config.json/model", "(Not a directory). Choose another `output_dir`, or see to the permissions."),
+        ("base/config.json", "is a file. Choose another `--output_dir`."),
+        ("base", "is not empty, and a model there would be overwritten. Choose another `--output_dir`."),
+        ("adapter", "is the adapter's own folder. Choose another `--output_dir`."),
+        ("base/../adapter/", "is the adapter's own folder. Choose another `--output_dir`."),
+        ("base/config.json/model", "(Not a directory). Choose another `--output_dir`, or see to the permissions."),
     ],
 )
 def test_a_folder_that_is_taken_is_refused(output_dir, message, refused, no_weights, tmp_path):

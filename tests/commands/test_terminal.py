@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from trl_lightreasoner.commands import cli
 from trl_lightreasoner.commands.cli import main
+from trl_lightreasoner.commands.terminal import hide_file_bars
 from trl_lightreasoner.hub.cards import dataset_card
 from trl_lightreasoner.models.provenance import describe_quantization
 
@@ -61,6 +63,8 @@ def test_ctrl_c_in_the_first_seconds_is_one_line(tmp_path):
 
 
 class Parser:
+    explain = str
+
     def __init__(self, *args):
         self.args = args
 
@@ -116,7 +120,55 @@ def test_what_a_command_says_is_printable(capsys, caplog):
 
     assert cli.run("lightreasoner sample", lambda prog: Parser(), command, []) == 0
     assert capsys.readouterr().out == f"1\u00a0000 \u2260 {ESCAPED}\n\tdone\n"
-    assert caplog.messages == [f"{ESCAPED} \x1b[31mred\x1b[0m\nline"]  # colours do no harm
+    assert caplog.messages == [f"Warning: {ESCAPED} \x1b[31mred\x1b[0m\nline"]  # colours do no harm
+
+
+@pytest.mark.parametrize(("count", "rank"), [("1", ""), ("2", "[RANK 0] ")])
+def test_a_warning_begins_with_the_word(count, rank, monkeypatch, capsys, caplog):
+    def command():
+        logging.getLogger("of.any.library").warning("[RANK 0] That is odd.")
+        logging.getLogger("of.any.library").error("That is wrong.")
+        warnings.warn(f"That too{HOSTILE}.", stacklevel=1)
+
+    monkeypatch.setenv("WORLD_SIZE", count)
+    assert cli.run("lightreasoner sample", lambda prog: Parser(), command, []) == 0
+    assert caplog.messages == [f"Warning: {rank}That is odd.", "That is wrong."]
+    assert capsys.readouterr().err == f"Warning: That too{ESCAPED}.\n"
+
+
+def test_what_nobody_can_act_on_is_left_out(capsys):
+    pinned = (
+        "'pin_memory' argument is set as true but no accelerator is found, then device pinned memory won't be used."
+    )
+
+    def command():
+        for category, text, module in [
+            (FutureWarning, "`is_gradient_checkpointing` is deprecated", "transformers.modeling_utils"),
+            (UserWarning, pinned, "torch.utils.data.dataloader"),
+            (FutureWarning, "Yours.", "users.module"),
+            (UserWarning, "Theirs.", "transformers.modeling_utils"),
+        ]:
+            warnings.warn_explicit(text, category, "file.py", 1, module)
+
+    before = warnings.filters[:], warnings.showwarning
+    assert cli.run("lightreasoner train", lambda prog: Parser(), command, []) == 0
+    assert capsys.readouterr().err == "Warning: Yours.\nWarning: Theirs.\n"
+    assert (warnings.filters[:], warnings.showwarning) == before  # of the host
+
+
+def test_bars_over_files_are_hidden_and_those_over_rows_are_not(tmp_path, capsys, monkeypatch):
+    import datasets.io.parquet
+
+    for module in (datasets.builder, datasets.io.parquet):
+        monkeypatch.setattr(module, "hf_tqdm", module.hf_tqdm)
+    datasets.enable_progress_bars()  # which other commands, run before, have disabled
+    hide_file_bars()
+    rows = datasets.Dataset.from_dict({"a": [1, 2]})
+    rows.to_parquet(tmp_path / "rows.parquet")
+    datasets.load_dataset("parquet", data_files=str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert capsys.readouterr().err == ""
+    rows.map(lambda row: {"b": row["a"]}, desc="Doing rows")
+    assert "Doing rows" in capsys.readouterr().err
 
 
 def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):

@@ -47,3 +47,4 @@ def test_three_answers_and_a_table_are_shown(demo):
     assert demo[1].count("Problem  ") == 3
     assert "accuracy   standard error" in demo[1]
     assert "points from" in demo[1]
+    assert "\nNext: lightreasoner report " in demo[1] and "{'" not in demo[1]

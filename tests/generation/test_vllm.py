@@ -445,7 +445,7 @@ def test_the_program_tells_it_in_a_sentence(no_package, expert_path, amateur_pat
     argv = ["sample", "--output_dir", str(tmp_path / "steps"), "--use_vllm"]
     assert main([*argv, *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]) == 2
     *_, line = capsys.readouterr().err.rstrip("\n").split("\n")
-    assert line.startswith("lightreasoner sample: error: `use_vllm` needs vLLM: `pip install ")
+    assert line.startswith("lightreasoner sample: error: `--use_vllm` needs vLLM: `pip install ")
 
 
 @pytest.mark.parametrize("mode", ["server", "colocate"])
@@ -467,7 +467,7 @@ def test_an_adapter_is_merged_first_or_served(package, server, make_sampler, pro
     folder = str(tmp_path / "adapter")
     model = get_peft_model(expert, config)
     model.save_pretrained(folder)
-    with pytest.raises(ValueError, match="is an adapter.*Merge it with `lightreasoner merge --model_name_or_path "):
+    with pytest.raises(ValueError, match="is an adapter.*Merge it with `lightreasoner merge --model "):
         make_sampler(expert=folder)
     server.model, server.cards = model.merge_and_unload(), [{"id": "tuned", "root": folder}]
     made = make_sampler(server, folder).sample(prompts)

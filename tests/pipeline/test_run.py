@@ -104,7 +104,7 @@ def test_it_says_which_stage_it_is_at_and_ends_with_a_verdict(finished):
     assert "| Held out" in before and f"on {NUM_HELD_OUT} held-out questions" in verdict["sentence"]
     for name in ("adapter", "report/report.html", "evaluation/results.json", "verdict.json"):
         assert str(folder / name) in after
-    assert "lightreasoner merge --model_name_or_path" in after and "lightreasoner eval --model" in after
+    assert "lightreasoner merge --model" in after and "lightreasoner eval --model" in after
 
 
 def test_the_next_commands_are_commands(finished):
@@ -308,8 +308,8 @@ def test_a_pair_that_does_not_look_promising_is_a_warning(args, capsys):
         ({"dataset_name": "nothing.jsonl"}, "There is no file or folder 'nothing.jsonl'"),
         ({"prompt_column": "problem"}, "The dataset has no column 'problem'"),
         ({"answer_column": "gold"}, "it has ['question', 'answer']. Name the one that holds the answers with"),
-        ({"alpha": 2.0}, "`alpha` must be in (0, 1]"),
-        ({"beta": -1.0}, "`beta` must be a finite number of nats"),
+        ({"alpha": 2.0}, "`--alpha` must be in (0, 1]"),
+        ({"beta": -1.0}, "`--beta` must be a finite number of nats"),
         ({"beta": 1e6}, "lower it"),
     ],
 )

@@ -174,11 +174,11 @@ def test_another_setting_in_the_same_folder_is_refused_by_name_but_more_trials_a
     ("changed", "message"),
     [
         ({"space": "none.yaml"}, "The search space 'none.yaml' does not exist"),
-        ({"space": '{"learning_rate": [-1, 1]}'}, "`learning_rate` must be a finite number, 0 or more, got -1"),
-        ({"space": '{"lora_r": [0, 1]}'}, "`lora_r` must be a whole number, 1 or more, got 0"),
+        ({"space": '{"learning_rate": [-1, 1]}'}, "`--learning_rate` must be a finite number, 0 or more, got -1"),
+        ({"space": '{"lora_r": [0, 1]}'}, "`--lora_r` must be a whole number, 1 or more, got 0"),
         ({"space": '{"lora_target_modules": ["c_attn"]}'}, "names 'c_attn', which the expert does not have. It has"),
         ({"answer_column": "gold"}, "The dataset has no column 'gold'"),
-        ({"num_trials": 0}, "`num_trials` must be a whole number, 1 or more, got 0"),
+        ({"num_trials": 0}, "`--num_trials` must be a whole number, 1 or more, got 0"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(changed, message, settings, tmp_path, capsys):

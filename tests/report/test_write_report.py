@@ -538,7 +538,10 @@ def test_the_command_writes_a_report(steps, training_dir, tmp_path, capsys):
     steps.select(range(3)).to_parquet(tmp_path / "fewer.parquet")
     argv = [str(tmp_path / "steps.parquet"), str(tmp_path / "fewer.parquet"), "--output_dir", str(tmp_path / "out")]
     assert main(["report", *argv, "--training_dir", training_dir, "--no_load_models"]) == 0
-    assert f"The report is in {tmp_path / 'out' / 'report.html'}." in capsys.readouterr().out
+    stdout, stderr = capsys.readouterr()
+    assert f"The report is in {tmp_path / 'out' / 'report.html'}." in stdout
+    assert stdout.endswith(f"\nNext: lightreasoner eval --model {training_dir} --output_dir EVALUATION\n")
+    assert f"\nReading {len(steps)} rows of " in stderr and "steps.parquet and 3 rows of " in stderr
     text, _, _ = page_of(tmp_path / "out")
     assert "steps.parquet" in text and "fewer.parquet" in text and 'id="training"' in text
 
@@ -559,12 +562,12 @@ def test_the_datasets_can_come_from_a_config_file(tmp_path):
             ["a", "--output_dir", "x", "b"],
             "Unexpected argument 'b'. The datasets come first: `lightreasoner report DATASET",
         ),
-        (["a", "--num_trajectories", "0"], "`num_trajectories` must be a whole number, 1 or more, got 0."),
+        (["a", "--num_trajectories", "0"], "`--num_trajectories` must be a whole number, 1 or more, got 0."),
         (["a", "--outputdir", "x"], "There is no flag `--outputdir`. Did you mean `--output_dir`?"),
         (["./nowhere"], "There is no file or folder './nowhere'."),
         (["{prompts}"], "The dataset has no column 'prompt_ids'; it has ['prompt']. Make it with"),
         (["{steps}", "--training_dir", "nowhere"], "'nowhere' is no output folder of a training"),
-        (["{steps}", "--output_dir", "{prompts}"], "'{prompts}' is a file. Choose another `output_dir`."),
+        (["{steps}", "--output_dir", "{prompts}"], "'{prompts}' is a file. Choose another `--output_dir`."),
         (["{steps}", "--expert", "nowhere"], "The tokenizer of the expert 'nowhere' cannot be loaded"),
     ],
 )

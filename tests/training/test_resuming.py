@@ -86,7 +86,7 @@ def test_weights_alone_are_refused_before_any_are_loaded(expert_path, steps, tmp
     LightReasonerTrainer(expert_path, args, train_dataset=steps, peft_config=copy.copy(LORA)).train()
     flags = ["--output_dir", str(tmp_path / "out"), "--dataset_name", "none", "--resume_from_checkpoint", "true"]
     assert main(["train", "--model_name_or_path", expert_path, "--use_cpu", *flags]) == 2
-    assert "as where `save_only_model` is set. Resume from another checkpoint, or" in capsys.readouterr().err
+    assert "as where `--save_only_model` is set. Resume from another checkpoint, or" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """What the commands share: a parser that answers a mistake in one sentence, and how a dataset is named."""
 
 import argparse
-import difflib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -13,11 +13,43 @@ import yaml
 from trl import TrlParser
 
 from ..text import read_text
+from .flag_names import guess, other_names, settings_as_flags, shown_name
+from .help_page import HelpFormatter, make_sections, metavar
 
 
 if TYPE_CHECKING:  # slow to import, and `--help` needs none of them
     from transformers import BitsAndBytesConfig
     from trl import ModelConfig
+
+
+# As `--bf16` and `--fp16` of the Trainer call them
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def split_list(text: str) -> list[str]:
+    """
+    Values between commas, but for those in brackets, as in patterns.
+
+    Example:
+
+    ```python
+    >>> split_list("q_proj, v_proj"), split_list(r".*[0-9]{1,2}.*")
+    (['q_proj', 'v_proj'], ['.*[0-9]{1,2}.*'])
+
+    ```
+    """
+    parts = [part.strip() for part in re.split(r",(?![^\[({]*[\])}])", text)]
+    return list(filter(None, parts)) or [text]
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser._print_message(parser.format_help(everything=True), sys.stdout)
+        parser.exit()
+
+
+class ConfigFileError(ValueError):
+    """A mistake in a config file, whose settings are keys and not flags."""
 
 
 class ArgumentParser(TrlParser):
@@ -29,6 +61,9 @@ class ArgumentParser(TrlParser):
         dataclass_types (`Iterable[type]`): Dataclasses whose fields become flags.
         first (`str`, *optional*): Field whose values may come first, without their flag.
         hint (`str`, *optional*): What is said where a value stands in another place without a flag.
+        common (`Sequence[str]`, *optional*): Fields that `--help` shows beside those of groups. The others need
+            `--help-all`. If `None`, `--help` shows all.
+        refused (`Sequence[str]`, *optional*): Fields that the command refuses, which no help shows.
         kwargs: For [`argparse.ArgumentParser`].
 
     Example:
@@ -50,14 +85,46 @@ class ArgumentParser(TrlParser):
         dataclass_types: Iterable[type],
         first: str | None = None,
         hint: str = "Settings are given as flags, such as `--output_dir DIR`.",
+        common: Sequence[str] | None = None,
+        refused: Sequence[str] = (),
         **kwargs: Any,
     ):
         dataclass_types = list(dataclass_types)
-        self._first, self._hint = first, hint
+        self._first, self._hint, self._common, self._refused = first, hint, common, refused
         self._hints = {name: str(hint) for each in dataclass_types for name, hint in get_type_hints(each).items()}
+        kwargs = {
+            "formatter_class": HelpFormatter,
+            "usage": "%(prog)s [--flag VALUE ...] [--config FILE.yaml]",
+            **kwargs,
+        }
         super().__init__(dataclass_types=dataclass_types, allow_abbrev=False, **kwargs)
+        if common is not None:
+            self.add_argument("--help-all", action=_HelpAll, nargs=0, help="Show every flag and exit.")
         # `parse` takes `--config` out before argparse sees it; declared for `--help`
         self.add_argument("--config", help="YAML file whose keys are the flags below. Flags override it.")
+        self._fields = [action.dest for action in self._actions if action.dest in self._hints]
+        self._other_names = other_names(self._fields)
+        self._name_flags()
+
+    def _name_flags(self) -> None:
+        """Let every flag have its other names too, and be shown by one."""
+        for action in self._actions:
+            if action.dest not in self._fields or action.const is False:  # of `--no_...`
+                continue
+            names = [name for name, field in self._other_names.items() if field == action.dest]
+            for name in {*names, *(name.replace("_", "-") for name in names)}:
+                self._option_string_actions[f"--{name}"] = action
+            shown = shown_name(action.dest, self._other_names)
+            action.option_strings = [f"--{shown}"]
+            if action.choices is None:
+                action.metavar = metavar(action)
+
+    def explain(self, error: Exception) -> str:
+        """What an error says, with the settings of this command written as its flags."""
+        if isinstance(error, ConfigFileError):
+            return str(error)
+        flags = {name: f"--{shown_name(name, self._other_names)}" for name in self._fields}
+        return settings_as_flags(str(error), flags)
 
     def parse(self, args: Sequence[str]) -> tuple:
         """Instances of the dataclasses, from flags and from the YAML file that `--config` names."""
@@ -77,18 +144,75 @@ class ArgumentParser(TrlParser):
             unknown_keys = self.set_defaults_with_config(**config)
             args = [*args[:index], *args[index + 2 :]]
         try:
-            *parsed, unknown_flags = self.parse_args_into_dataclasses(args, return_remaining_strings=True)
+            self._check_flags(args, unknown_keys)
+            parsed = self.parse_args_into_dataclasses(args)
         except json.JSONDecodeError as error:
             raise ValueError(f"A setting is not the JSON that it must be: {error.doc!r} ({error}).") from None
-        for kind, unknown in (("key", unknown_keys), ("flag", unknown_flags)):
-            if unknown:
-                raise ValueError(self._unknown(kind, unknown[0]))
         return tuple(value for value in parsed if not isinstance(value, argparse.Namespace))
 
+    def format_help(self, everything: bool = False) -> str:
+        """What `--help` shows; with `everything`, `--help-all`."""
+        shown = [
+            action
+            for action in self._actions
+            if action.dest not in self._refused and not (action.dest in self._fields and action.const is False)
+        ]
+        sections, others = make_sections(shown, self._common)
+        if everything:
+            sections["everything else"] = others
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        for title, actions in sections.items():
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        if others and not everything:
+            formatter.add_text(f"`--help-all` shows {len(others)} more flags.")
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.nargs == "+" and action.dest != self._first:  # where a file's name may have a comma
+            arg_strings = [part for each in arg_strings for part in split_list(each)]
+        return super()._get_values(action, arg_strings)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if action.choices is not None and "bfloat16" in action.choices:
+            arg_string = _DTYPES.get(arg_string, arg_string)
+        return super()._get_value(action, arg_string)
+
+    def _check_flags(self, args: Sequence[str], unknown_keys: list[str]) -> None:
+        """Refuse keys and flags that there are not, and tell in one go which flags are missing."""
+        if unknown_keys:
+            raise ConfigFileError(self._unknown("key", unknown_keys[0]))
+        required = [action for action in self._actions if action.required]
+        for action in required:
+            action.required = False
+        given, unknown = self.parse_known_args(args)
+        for action in required:
+            action.required = True
+        # What comes behind an unknown flag is its value
+        sentences = [self._unknown("flag", arg) for i, arg in enumerate(unknown) if i == 0 or arg.startswith("--")]
+        missing = [action.option_strings[0] for action in required if getattr(given, action.dest) is None]
+        if missing:
+            sentences.append(self.sentence(f"the following arguments are required: {', '.join(missing)}"))
+        if sentences:
+            raise ValueError(" ".join(sentences))
+
     def error(self, message: str):
-        raise ValueError(f"{message[:1].upper()}{message[1:].rstrip('.')}.")
+        raise ValueError(self.sentence(message))
+
+    def sentence(self, message: str) -> str:
+        """What is told of a mistake that argparse has found."""
+        return f"{message[:1].upper()}{message[1:].rstrip('.')}."
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+        for name, field in self._other_names.items():
+            if name in kwargs:
+                if field in kwargs:
+                    raise ConfigFileError(f"`{name}` and `{field}` in the config file are the same. Leave one out.")
+                kwargs[field] = kwargs.pop(name)
         for action in self._actions:
             value = kwargs.get(action.dest)
             if action.dest not in ("help", "config") and value is not None:
@@ -102,7 +226,7 @@ class ArgumentParser(TrlParser):
         if isinstance(value, dict) and "dict" in hint or isinstance(value, list) and "list" in hint and not takes_list:
             return value
         if isinstance(value, dict) or isinstance(value, list) != takes_list:
-            raise ValueError(
+            raise ConfigFileError(
                 f"`{action.dest}` in the config file must be {'a list' if takes_list else 'one value'}, got {value!r}."
             )
         if value is False and "no" in (action.choices or ()):  # how YAML reads a bare `no`
@@ -115,32 +239,35 @@ class ArgumentParser(TrlParser):
             converted = self._get_value(action, str(value))
             self._check_value(action, converted)
         except argparse.ArgumentError as error:
-            raise ValueError(f"`{action.dest}` in the config file: {error.message.rstrip('.')}.") from None
+            raise ConfigFileError(f"`{action.dest}` in the config file: {error.message.rstrip('.')}.") from None
         return converted
 
     def _unknown(self, kind: str, name: str) -> str:
         if not name.startswith("--"):
             return f"Unexpected argument {name!r}. {self._hint}"
-        name = re.split("[ =]", name)[0]
-        names = [option for action in self._actions for option in action.option_strings]
-        if kind == "key":
-            name, names = name.removeprefix("--"), [action.dest for action in self._actions]
-        close = [each for each in difflib.get_close_matches(name, names) if each not in ("help", "config")][:1]
-        hint = f"Did you mean `{close[0]}`?" if close else "`--help` lists them all."
-        return f"There is no {kind} `{name}`. {hint}"
+        name = re.split("[ =]", name)[0].removeprefix("--")
+        prefix = "--" if kind == "flag" else ""
+        meant = guess(name, [*self._fields, *self._other_names])
+        hint = "`--help` lists them all."
+        if meant is not None:
+            meant = shown_name(self._other_names.get(meant, meant), self._other_names)
+            hint = f"Did you mean `{prefix}{meant}`?"
+        return f"There is no {kind} `{prefix}{name}`. {hint}"
 
 
 def _read_config(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
-        raise ValueError(f"The config file {path!r} {'is a folder' if os.path.isdir(path) else 'does not exist'}.")
+        raise ConfigFileError(
+            f"The config file {path!r} {'is a folder' if os.path.isdir(path) else 'does not exist'}."
+        )
     try:
         config = yaml.safe_load(read_text(path, "The config file"))
     except yaml.YAMLError as error:
-        raise ValueError(f"The config file is not valid YAML: {' '.join(str(error).split())}.") from None
+        raise ConfigFileError(f"The config file is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        raise ValueError(f"The config file {path!r} must hold lines of the form `name: value`.")
+        raise ConfigFileError(f"The config file {path!r} must hold lines of the form `name: value`.")
     if not isinstance(config.get("env", {}), dict):
-        raise ValueError(f"`env` in the config file {path!r} must hold lines of the form `NAME: value`.")
+        raise ConfigFileError(f"`env` in the config file {path!r} must hold lines of the form `NAME: value`.")
     return config
 
 

@@ -5,7 +5,13 @@ from dataclasses import dataclass, field
 
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from .arguments import ArgumentParser
-from .pair_arguments import PairArguments, load_prompts, make_sampler
+from .next_command import flags_of, next_command
+from .pair_arguments import PairArguments, announce_pair, load_prompts, make_sampler
+
+
+EXAMPLE = r"""example:
+  lightreasoner check --expert Qwen/Qwen2.5-Math-1.5B --amateur Qwen/Qwen2.5-0.5B \
+      --dataset_name openai/gsm8k --dataset_config main --prompt_column question --conversational"""
 
 
 @dataclass
@@ -61,14 +67,22 @@ class CheckSamplingConfig(ContrastiveSamplingConfig):
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
-    return ArgumentParser([CheckArguments, CheckSamplingConfig], prog=prog, description=__doc__)
+    return ArgumentParser([CheckArguments, CheckSamplingConfig], prog=prog, description=__doc__, epilog=EXAMPLE)
 
 
 def main(args: CheckArguments, sampling_args: CheckSamplingConfig) -> int:
     """Print the check, and return the exit status: 0 if the pair is promising, 1 if not."""
     sampler = make_sampler(args, sampling_args)
     prompts, prompt_format = load_prompts(args)
+    announce_pair(args, sampling_args, prompts)
     check = sampler.check(prompts, args.num_prompts, prompt_format)
-    if sampler.processes.is_main:
-        print(json.dumps(check.to_dict(), indent=2) if args.json else check.report())
+    if not sampler.processes.is_main:
+        pass
+    elif args.json:
+        print(json.dumps(check.to_dict(), indent=2))
+    else:
+        print(check.report())
+        if check.promising:
+            flags = flags_of(args, ("num_prompts", "json")) + flags_of(sampling_args, ("output_dir",))
+            print(next_command("sample", *flags, "--output_dir", "STEPS"))
     return 0 if check.promising else 1

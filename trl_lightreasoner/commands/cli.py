@@ -23,6 +23,7 @@ COMMANDS = {
     "report": "kept steps as a page to look at, two datasets side by side",
     "import": "the published scripts' JSON lines to a Dataset of kept steps",
     "eval": "how many problems of seven benchmarks a model solves, and a baseline beside it",
+    "env": "versions and devices, to copy into a bug report",
 }
 _MODULES = {"import": "import_steps"}  # a word that Python keeps to itself
 _GOES_ON = ("run", "sample", "eval")  # by the same command, after it was broken off
@@ -72,12 +73,15 @@ def _run(prog: str, make_parser: Callable, command: Callable, argv: Sequence[str
     # PEFT imports it, used or not, and it would tell at its start that a kernel for 4 bits on CPUs is not installed
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     args: tuple = ()
+    explain: Callable[[Exception], str] = str
     try:
-        args = make_parser(prog).parse(argv)
+        parser = make_parser(prog)
+        explain = parser.explain
+        args = parser.parse(argv)
         outcome = command(*args)
         _leave_process_group()
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"{prog}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"{prog}: error: {printable(' '.join(explain(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(prog, args)) from None

@@ -6,9 +6,12 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..text import printable
 from .arguments import ArgumentParser
+from .next_command import next_command
+from .running_on import announce
 
 
 NUM_UNLABELLED = 200
@@ -16,6 +19,11 @@ NUM_TEST = 300
 # A pair this small can be trained in fewer updates than the default, at a larger rate, on all kept steps: in seconds.
 NUM_UPDATES = 50
 LEARNING_RATE = 5e-4
+_BATCH_SIZE = 50
+
+
+EXAMPLE = r"""example:
+  lightreasoner demo --output_dir lightreasoner-demo"""
 
 
 @dataclass
@@ -41,7 +49,7 @@ class DemoArguments:
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
-    return ArgumentParser([DemoArguments], prog=prog, description=__doc__)
+    return ArgumentParser([DemoArguments], prog=prog, description=__doc__, epilog=EXAMPLE)
 
 
 def main(args: DemoArguments) -> dict[str, float]:
@@ -51,7 +59,7 @@ def main(args: DemoArguments) -> dict[str, float]:
     import transformers
     from peft import LoraConfig
 
-    from ..demo.bundled_pair import KIND_SHARES, PAIR, as_prompt, solve
+    from ..demo.bundled_pair import KIND_SHARES, PAIR, as_prompt
     from ..demo.task import make_problems
     from ..models.loading import load_model, load_tokenizer
     from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
@@ -59,16 +67,18 @@ def main(args: DemoArguments) -> dict[str, float]:
     from ..steps.dataset import count_steps
     from ..training.lightreasoner_config import LightReasonerConfig
     from ..training.lightreasoner_trainer import LightReasonerTrainer
+    from ..training.log_lines import log_in_lines
 
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
+    announce("float32", f"{_BATCH_SIZE} prompts at a time", "prompts by the chat template", cpu=True)
     start = time.perf_counter()
     folder = Path(args.output_dir)
     tokenizer = load_tokenizer(str(PAIR / "expert"))
     expert = load_model(str(PAIR / "expert"), dtype=torch.float32)
     test = make_problems(NUM_TEST, seed=args.seed, split="test", kind_shares=KIND_SHARES)
     print(f"1. The expert answers {NUM_TEST} test problems")
-    before = solve(expert, tokenizer, test)
+    before = _answer(expert, tokenizer, test)
 
     print(f"2. Expert and amateur read {NUM_UNLABELLED} other problems, without their answers")
     unlabelled = make_problems(NUM_UNLABELLED, seed=args.seed, split="train", kind_shares=KIND_SHARES)
@@ -76,7 +86,7 @@ def main(args: DemoArguments) -> dict[str, float]:
         expert,
         str(PAIR / "amateur"),
         ContrastiveSamplingConfig(
-            str(folder / "dataset"), overwrite_output_dir=True, dtype="float32", per_device_batch_size=50
+            str(folder / "dataset"), overwrite_output_dir=True, dtype="float32", per_device_batch_size=_BATCH_SIZE
         ),
         processing_class=tokenizer,
     )
@@ -104,12 +114,13 @@ def main(args: DemoArguments) -> dict[str, float]:
             r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
         ),
     )
+    log_in_lines(trainer)
     trainer.train()
     trainer.save_model()
     trainer.save_state()  # with the log, which `lightreasoner report` draws
 
     print(f"4. The trained expert answers the {NUM_TEST} test problems")
-    after = solve(trainer.model.eval(), tokenizer, test)
+    after = _answer(trainer.model.eval(), tokenizer, test)
     metrics = {
         "accuracy_before": sum(right for _, right in before) / NUM_TEST,
         "accuracy_after": sum(right for _, right in after) / NUM_TEST,
@@ -124,6 +135,19 @@ def main(args: DemoArguments) -> dict[str, float]:
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     print(report(test, before, after, metrics, folder))
     return metrics
+
+
+def _answer(model: Any, tokenizer: Any, problems: list[dict]) -> list[tuple[str, bool]]:
+    from tqdm.auto import tqdm
+
+    from ..demo.bundled_pair import solve
+
+    answers: list[tuple[str, bool]] = []
+    with tqdm(total=len(problems), desc="Answering", unit="problem") as bar:
+        for start in range(0, len(problems), _BATCH_SIZE):
+            answers += solve(model, tokenizer, problems[start : start + _BATCH_SIZE])
+            bar.update(len(answers) - bar.n)
+    return answers
 
 
 def report(
@@ -153,5 +177,8 @@ def report(
         f"{gain:+.1f} points from {metrics['num_kept_steps']:,} steps of {metrics['num_unlabelled_problems']} "
         f"problems whose answers nobody saw, {metrics['num_updates']} updates, {metrics['seconds']:.0f} s in all.",
         f"{folder}/dataset holds the steps, {folder}/adapter the adapter, {folder}/metrics.json the numbers.",
+        next_command(
+            "report", f"{folder}/dataset", "--training_dir", f"{folder}/adapter", "--output_dir", f"{folder}/report"
+        ),
     ]
     return "\n".join(lines)

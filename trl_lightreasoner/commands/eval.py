@@ -1,10 +1,18 @@
 """`lightreasoner eval`: how many problems of seven benchmarks a model solves, and a baseline beside it."""
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..evaluation.evaluation_config import EvaluationConfig
 from .arguments import ArgumentParser, quantization_of
+from .next_command import next_command
+from .running_on import announce, dtype_of, prompts_at_a_time
+
+
+EXAMPLE = r"""example:
+  lightreasoner eval --model adapter --baseline Qwen/Qwen2.5-Math-1.5B \
+      --benchmarks gsm8k,math500 --output_dir evaluation"""
 
 
 @dataclass
@@ -77,7 +85,7 @@ class EvaluationArguments:
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
-    return ArgumentParser([EvaluationArguments, EvaluationConfig], prog=prog, description=__doc__)
+    return ArgumentParser([EvaluationArguments, EvaluationConfig], prog=prog, description=__doc__, epilog=EXAMPLE)
 
 
 def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
@@ -86,8 +94,10 @@ def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
 
     from ..evaluation.evaluation import evaluate
     from ..hub.sharing import open_repo, push_evaluation_to_hub
+    from ..models.loading import hub_kwargs
     from ..models.provenance import hub_id
     from ..processes import Processes
+    from ..steps.prompt_format import load_prompt_format
 
     repo_id = script_args.hub_model_id or hub_id(script_args.model) or ""
     if script_args.push_to_hub and not repo_id:
@@ -100,6 +110,18 @@ def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
     names = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
     quantization = quantization_of(
         ModelConfig(dtype=args.dtype, **{name: getattr(script_args, name) for name in names})
+    )
+    kwargs = {
+        "trust_remote_code": args.trust_remote_code,
+        **(args.model_init_kwargs or {}),  # type: ignore[dict-item]  # no text by now
+    }
+    own = kwargs.pop("dtype", args.dtype)
+    dtype = dtype_of(script_args.model, own, **kwargs)
+    style = args.prompt_format(load_prompt_format(script_args.model, **hub_kwargs(kwargs))).prompt_style
+    announce(
+        f"model in {dtype}",
+        prompts_at_a_time(args.per_device_batch_size),
+        "questions by the chat template" if style == "chat" else "questions as plain text",
     )
     evaluation = evaluate(script_args.model, args, script_args.baseline, quantization_config=quantization)
     if not Processes().is_main:
@@ -125,3 +147,7 @@ def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
     if script_args.push_to_hub:
         push_evaluation_to_hub(evaluation, repo_id, script_args.hub_token)
         print(f"The accuracies are in the model card of {repo_id} on the Hub.")
+    if Path(script_args.model, "adapter_config.json").is_file():
+        print(next_command("merge", "--model", script_args.model, "--output_dir", "MODEL"))
+    elif Path(script_args.model).is_dir() and script_args.baseline is not None:
+        print(f"Next: {shlex.join(['hf', 'upload', 'OWNER/NAME', script_args.model])}")

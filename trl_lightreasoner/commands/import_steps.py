@@ -3,6 +3,12 @@
 from dataclasses import dataclass, field
 
 from .arguments import ArgumentParser
+from .next_command import next_command
+from .terminal import hide_file_bars
+
+
+EXAMPLE = r"""example:
+  lightreasoner import cd_samples.jsonl --expert Qwen/Qwen2.5-Math-1.5B --output_dir steps"""
 
 
 @dataclass
@@ -56,13 +62,16 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
     prog = prog or "lightreasoner import"
     usage = f"{prog} FILE [--flag VALUE ...] [--config FILE.yaml]"
     hint = "The file comes first: `lightreasoner import FILE --output_dir DIR`."
-    return ArgumentParser([ImportArguments], first="file", hint=hint, prog=prog, usage=usage, description=__doc__)
+    return ArgumentParser(
+        [ImportArguments], first="file", hint=hint, prog=prog, usage=usage, description=__doc__, epilog=EXAMPLE
+    )
 
 
 def main(args: ImportArguments) -> None:
     from ..steps.dataset import count_steps
     from ..steps.published_steps import import_published_steps
 
+    hide_file_bars()
     dataset = import_published_steps(
         args.file,
         args.output_dir,
@@ -71,7 +80,6 @@ def main(args: ImportArguments) -> None:
         overwrite_output_dir=args.overwrite_output_dir,
         trust_remote_code=args.trust_remote_code,
     )
-    print(
-        f"{len(dataset):,} trajectories with {count_steps(dataset):,} kept steps are in {args.output_dir}. Next: "
-        f"lightreasoner train --model_name_or_path {args.expert} --dataset_name {args.output_dir} --output_dir ADAPTER"
-    )
+    print(f"{len(dataset):,} trajectories with {count_steps(dataset):,} kept steps are in {args.output_dir}.")
+    flags = ["--expert", args.expert, "--dataset_name", args.output_dir]
+    print(next_command("train", *flags, "--output_dir", "ADAPTER"))

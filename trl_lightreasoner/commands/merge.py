@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import ArgumentParser
+from .next_command import next_command
+from .running_on import announce, dtype_of, tell
 
 
 if TYPE_CHECKING:
@@ -18,13 +20,17 @@ _FEW_TOKENS = 64  # that show whether two models say the same
 _UNMERGEABLE_TYPES = ("ADAPTION_PROMPT", "LILY")
 
 
+EXAMPLE = r"""example:
+  lightreasoner merge --model adapter --output_dir model"""
+
+
 @dataclass
 class MergeArguments:
     """
     Settings of `lightreasoner merge`.
 
     Parameters:
-        model_name_or_path (`str`):
+        model (`str`):
             Id or path of the adapter.
         output_dir (`str`):
             Folder for the model: new or empty.
@@ -39,7 +45,7 @@ class MergeArguments:
             Whether to allow loading models and tokenizers that ship custom Python code.
     """
 
-    model_name_or_path: str = field(
+    model: str = field(
         metadata={"help": "Id or path of the adapter."},
     )
     output_dir: str = field(
@@ -74,7 +80,7 @@ class MergeArguments:
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
-    return ArgumentParser([MergeArguments], prog=prog, description=__doc__)
+    return ArgumentParser([MergeArguments], prog=prog, description=__doc__, epilog=EXAMPLE)
 
 
 def main(args: MergeArguments) -> None:
@@ -101,12 +107,12 @@ def main(args: MergeArguments) -> None:
     from ..models.hub_access import cache_if_unreachable
 
     folder = check_output_dir(args)
-    with cache_if_unreachable(args.model_name_or_path):
+    with cache_if_unreachable(args.model):
         adapter = find_adapter(args)
     base = args.base_model_name_or_path or adapter.base_model_name_or_path
     if not base:
         raise ValueError("The adapter's config names no base model. Name it with `--base_model_name_or_path`.")
-    with cache_if_unreachable(args.model_name_or_path, base):
+    with cache_if_unreachable(args.model, base):
         write_merged(base, adapter, args, folder)
 
 
@@ -125,7 +131,7 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
     check_base(base, adapter, args, base_kwargs)
     tokenizer = find_tokenizer(base, args, base_kwargs)
     check_weights(args)
-    prompt_format = load_prompt_format(args.model_name_or_path, revision=args.model_revision)
+    prompt_format = load_prompt_format(args.model, revision=args.model_revision)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -133,7 +139,10 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
             f"Cannot write to {args.output_dir!r} ({error.strerror}). Choose another `output_dir`, or see to the "
             "permissions."
         ) from error
+    dtype = dtype_of(base, args.dtype, "base model", **base_kwargs)
+    announce(f"merged in {dtype}", cpu=True)
     try:
+        tell("1/3 Loading base model and adapter")
         # On the CPU, whose memory holds what a GPU might not
         model = load_model(base, dtype=args.dtype, device_map=None, **base_kwargs)
         missing = left_out(model, base, **base_kwargs)
@@ -142,6 +151,7 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
         expected = next_token_log_probs(adapted.eval(), ids)
         with adapted.disable_adapter():
             change = divergence(expected, next_token_log_probs(adapted, ids))
+        tell("2/3 Merging and writing")
         merged = merge(adapted)
         dtype = merged.dtype
         with without_generation_config(merged):
@@ -150,6 +160,7 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
         tokenizer.save_pretrained(folder)
         if prompt_format is not None:
             prompt_format.save(folder)
+        tell("3/3 Comparing with base model and adapter")
         del model, adapted, merged  # the memory may hold one
         loaded = load_model(str(folder), dtype=dtype, device_map=None, trust_remote_code=args.trust_remote_code)
         nats = divergence(expected, next_token_log_probs(loaded.eval(), ids))
@@ -169,12 +180,13 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
             f"It is the language model alone: {len(missing):,} tensors of {base!r} are not in it, such as "
             f"{missing[0]!r}. For the whole model load the base model and the adapter with PEFT."
         )
+    print(next_command("eval", "--model", args.output_dir, "--output_dir", "EVALUATION"))
 
 
 def check_output_dir(args: MergeArguments) -> Path:
     """The folder, if a model may be written there."""
     folder = Path(args.output_dir)
-    if folder.exists() and folder.resolve() == Path(args.model_name_or_path).resolve():
+    if folder.exists() and folder.resolve() == Path(args.model).resolve():
         raise ValueError(f"{args.output_dir!r} is the adapter's own folder. Choose another `output_dir`.")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{args.output_dir!r} is a file. Choose another `output_dir`.")
@@ -192,7 +204,7 @@ def find_adapter(args: MergeArguments) -> "PeftConfig":
 
     from ..models.adapter_loading import check_adapter
 
-    path, revision = args.model_name_or_path, args.model_revision
+    path, revision = args.model, args.model_revision
     try:
         found = find_adapter_config_file(path, revision=revision)
     except OSError:  # neither a folder nor an id
@@ -277,7 +289,7 @@ def find_tokenizer(base: str, args: MergeArguments, base_kwargs: dict) -> "PreTr
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    source, kwargs = args.model_name_or_path, {**base_kwargs, "revision": args.model_revision}
+    source, kwargs = args.model, {**base_kwargs, "revision": args.model_revision}
     try:
         if not get_tokenizer_config(source, revision=args.model_revision):
             source, kwargs = base, base_kwargs
@@ -298,10 +310,10 @@ def check_weights(args: MergeArguments) -> None:
     from safetensors import SafetensorError
 
     try:
-        weights = load_peft_weights(args.model_name_or_path, device="cpu", revision=args.model_revision)
+        weights = load_peft_weights(args.model, device="cpu", revision=args.model_revision)
     except (ValueError, OSError, SafetensorError) as error:
         raise ValueError(
-            f"The weights of the adapter {args.model_name_or_path!r} are missing or damaged. They are to be in "
+            f"The weights of the adapter {args.model!r} are missing or damaged. They are to be in "
             "adapter_model.safetensors; merge another checkpoint, or get the file again."
         ) from error
     broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
@@ -317,7 +329,7 @@ def load_fitting(model: "PreTrainedModel", args: MergeArguments) -> "PeftModel":
     from ..models.adapter_loading import load_adapter
 
     try:
-        adapted = load_adapter(model, args.model_name_or_path, revision=args.model_revision)
+        adapted = load_adapter(model, args.model, revision=args.model_revision)
     except ValueError as error:
         raise ValueError(f"{error} Name it with `--base_model_name_or_path`.") from error
     names: dict[int, list[str]] = {}

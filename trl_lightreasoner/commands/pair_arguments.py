@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 from ..steps.prompt_format import PromptFormat, has_messages, make_prompts, name_prompts, read_template
 from .arguments import quantization_of
+from .running_on import announce, dtype_of, prompts_at_a_time
+from .terminal import hide_file_bars
 
 
 if TYPE_CHECKING:
@@ -146,6 +148,7 @@ def load_prompts(args: PairArguments) -> "tuple[Dataset, PromptFormat | None]":
     """The prompts that `args` name, in a column `prompt`, and their form, if they were text."""
     from ..steps.splits import load_split
 
+    hide_file_bars()
     return as_prompts(load_split(args.dataset_name, args.dataset_config, args.dataset_split), args)
 
 
@@ -166,6 +169,20 @@ def make_sampler(args: PairArguments, sampling_args: "ContrastiveSamplingConfig"
         sampling_args,
         quantization_config=quantization(""),
         amateur_quantization_config=quantization("amateur_"),
+    )
+
+
+def announce_pair(args: PairArguments, sampling_args: "ContrastiveSamplingConfig", prompts: "Dataset") -> None:
+    """Say what sampling runs on."""
+    kwargs = {
+        "trust_remote_code": sampling_args.trust_remote_code,
+        **(sampling_args.model_init_kwargs or {}),  # type: ignore[dict-item]  # no text by now
+    }
+    bits = next((f" in {bits} bits" for bits in (4, 8) if getattr(args, f"load_in_{bits}bit")), "")
+    announce(
+        f"expert in {dtype_of(args.expert, kwargs.pop('dtype', sampling_args.dtype), 'expert', **kwargs)}{bits}",
+        prompts_at_a_time(sampling_args.per_device_batch_size),
+        "prompts by the expert's chat template" if has_messages(prompts) else "prompts as plain text",
     )
 
 

@@ -5,6 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .arguments import ArgumentParser
+from .next_command import next_command
+from .running_on import announce, tell
+from .terminal import hide_file_bars
+
+
+EXAMPLE = r"""example:
+  lightreasoner report steps --training_dir adapter --output_dir report"""
 
 
 @dataclass
@@ -110,10 +117,10 @@ class ReportArguments:
 
 
 class _ReportParser(ArgumentParser):
-    def error(self, message: str):
+    def sentence(self, message: str) -> str:
         if "dataset_name" in message:
-            message = "A dataset is missing. It comes first: `lightreasoner report DATASET --output_dir DIR`"
-        super().error(message)
+            return "A dataset is missing. It comes first: `lightreasoner report DATASET --output_dir DIR`."
+        return super().sentence(message)
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
@@ -121,22 +128,27 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
     usage = f"{prog} DATASET [DATASET2] [--flag VALUE ...] [--config FILE.yaml]"
     hint = "The datasets come first: `lightreasoner report DATASET --output_dir DIR`."
     return _ReportParser(
-        [ReportArguments], first="dataset_name", hint=hint, prog=prog, usage=usage, description=__doc__
+        [ReportArguments], first="dataset_name", hint=hint, prog=prog, usage=usage, description=__doc__, epilog=EXAMPLE
     )
 
 
 def main(args: ReportArguments) -> None:
+    from ..report.statistics import made_with
     from ..report.write_report import write_report
     from ..steps.splits import load_split
     from ..steps.writer import check_folder
 
+    hide_file_bars()
     check_folder(args.output_dir)
     names = name_datasets(args.dataset_name)
+    datasets = {
+        name: load_split(source, args.dataset_config, args.dataset_split)
+        for name, source in zip(names, args.dataset_name, strict=True)
+    }
+    announce()
+    tell(f"Reading {' and '.join(f'{len(each):,} rows of {name}' for name, each in datasets.items())}")
     path = write_report(
-        {
-            name: load_split(source, args.dataset_config, args.dataset_split)
-            for name, source in zip(names, args.dataset_name, strict=True)
-        },
+        datasets,
         args.output_dir,
         training_dir=args.training_dir,
         expert=args.expert,
@@ -148,6 +160,12 @@ def main(args: ReportArguments) -> None:
         answer_column=args.answer_column,
     )
     print(f"The report is in {path}. Open it in a browser.")
+    expert = args.expert or made_with(datasets[names[0]]).get("expert", {}).get("model")
+    if args.training_dir is not None:
+        print(next_command("eval", "--model", args.training_dir, "--output_dir", "EVALUATION"))
+    elif isinstance(expert, str):
+        flags = ["--expert", expert, "--dataset_name", args.dataset_name[0]]
+        print(next_command("train", *flags, "--output_dir", "ADAPTER"))
 
 
 def name_datasets(sources: list[str]) -> list[str]:

@@ -2,10 +2,16 @@
 
 from ..pipeline.run_config import RunConfig
 from .arguments import ArgumentParser
+from .running_on import announce_stages
+
+
+EXAMPLE = r"""example:
+  lightreasoner run --expert Qwen/Qwen2.5-Math-1.5B --amateur Qwen/Qwen2.5-0.5B \
+      --dataset_name openai/gsm8k --dataset_config main --output_dir run"""
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
-    return ArgumentParser([RunConfig], prog=prog, description=__doc__)
+    return ArgumentParser([RunConfig], prog=prog, description=__doc__, epilog=EXAMPLE)
 
 
 def main(args: RunConfig) -> None:
@@ -13,5 +19,6 @@ def main(args: RunConfig) -> None:
 
     from ..pipeline.run import run_pipeline
 
+    announce_stages(args)
     datasets.disable_progress_bars()  # of every file; those of the stages stay
     print(f"\n{run_pipeline(args).summary()}")

@@ -1,13 +1,19 @@
 """`lightreasoner sample`: prompts to a Dataset of kept steps."""
 
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from .arguments import ArgumentParser
-from .pair_arguments import PairArguments, load_prompts, make_sampler
+from .next_command import next_command
+from .pair_arguments import PairArguments, announce_pair, load_prompts, make_sampler
+
+
+EXAMPLE = r"""example:
+  lightreasoner sample --expert Qwen/Qwen2.5-Math-1.5B --amateur Qwen/Qwen2.5-0.5B \
+      --dataset_name openai/gsm8k --dataset_config main --dataset_split 'train[:1000]' \
+      --prompt_column question --conversational --output_dir steps"""
 
 
 @dataclass
@@ -52,7 +58,7 @@ class SampleArguments(PairArguments):
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
-    return ArgumentParser([SampleArguments, ContrastiveSamplingConfig], prog=prog, description=__doc__)
+    return ArgumentParser([SampleArguments, ContrastiveSamplingConfig], prog=prog, description=__doc__, epilog=EXAMPLE)
 
 
 def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig) -> None:
@@ -68,6 +74,7 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
         name = script_args.hub_dataset_id or Path(sampling_args.output_dir).absolute().name
         repo_id = open_repo(name, "dataset", **hub)
     sampler = make_sampler(script_args, sampling_args)
+    announce_pair(script_args, sampling_args, prompts)
     dataset = sampler.sample(prompts, prompt_format)
     if not sampler.processes.is_main:
         return
@@ -77,11 +84,10 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
         push_dataset_to_hub(dataset, repo_id, **hub)
         print(f"The Dataset is at {repo_id} on the Hub.")
     num_steps, num_kept = sum(map(len, dataset["completion_ids"])), count_steps(dataset)
-    advice = "There is nothing to train on: choose a weaker amateur, or a lower `beta`."
+    advice = "There is nothing to train on: choose a weaker amateur, or a lower `--beta`."
     if num_kept:
-        command = ["lightreasoner", "train", "--model_name_or_path", script_args.expert]
-        command += ["--dataset_name", sampling_args.output_dir, *_quantization_flags(script_args)]
-        advice = f"Next: {shlex.join([*command, '--output_dir', 'ADAPTER'])}"
+        flags = ["--expert", script_args.expert, "--dataset_name", sampling_args.output_dir]
+        advice = next_command("train", *flags, *_quantization_flags(script_args), "--output_dir", "ADAPTER")
     print(
         f"{len(dataset):,} trajectories with {num_kept:,} of {num_steps:,} steps kept ({num_kept / num_steps:.1%}) "
         f"are in {sampling_args.output_dir}."

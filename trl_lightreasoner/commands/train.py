@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from trl import ModelConfig, ScriptArguments
 
 from .arguments import ArgumentParser, quantization_of
+from .next_command import next_command
+from .running_on import announce
+from .terminal import hide_file_bars
 
 
 if TYPE_CHECKING:  # slow to import, and `--help` needs neither
@@ -18,8 +21,20 @@ if TYPE_CHECKING:  # slow to import, and `--help` needs neither
 
 # A fifth of the updates
 _EVAL_STEPS = 0.2
+# What `--help` shows beside LoRA, quantization and Hub
+_COMMON = (
+    *("model_name_or_path", "dataset_name", "output_dir", "dataset_config", "dataset_train_split"),
+    *("dataset_test_split", "beta", "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "max_length", "one_step_per_row", "dtype", "use_cpu", "seed"),
+    *("eval_strategy", "eval_steps", "eval_questions", "sft_dataset_name", "sft_weight"),
+    *("logging_steps", "report_to", "save_steps", "resume_from_checkpoint"),
+)
 # The weights that a training leaves, before its log
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+
+
+EXAMPLE = r"""example:
+  lightreasoner train --expert Qwen/Qwen2.5-Math-1.5B --dataset_name steps --output_dir adapter"""
 
 
 @dataclass
@@ -28,6 +43,12 @@ class TrainArguments(ScriptArguments):
     [`~trl.ScriptArguments`] with questions that are answered while training, and an SFT dataset.
 
     Parameters:
+        dataset_name (`str`):
+            Kept steps: a dataset on the Hub, a folder, or a file (JSON lines, Parquet).
+        dataset_config (`str`, *optional*):
+            Configuration of the dataset.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Split to use, such as `"train[:1000]"`. As a flag, `--dataset_split`.
         dataset_test_split (`str`, *optional*):
             Dataset split with kept steps that are held out, for `eval_loss`. If not set, it is `"test"` where
             `eval_strategy` is set and there are no `eval_questions`.
@@ -42,6 +63,18 @@ class TrainArguments(ScriptArguments):
             read. They are taken as they are.
     """
 
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Kept steps: a dataset on the Hub, a folder, or a file (JSON lines, Parquet)."},
+    )
+    dataset_config: str | None = field(
+        default=None,
+        metadata={"help": "Configuration of the dataset."},
+    )
+    dataset_train_split: str = field(
+        default="train",
+        metadata={"help": "Split to use, such as 'train[:1000]'. As a flag, `--dataset_split`."},
+    )
     dataset_test_split: str | None = field(
         default=None,
         metadata={
@@ -74,6 +107,9 @@ class LightReasonerModelConfig(ModelConfig):
     [`~trl.ModelConfig`] with an adapter as the default: LoRA of rank 8.
 
     Parameters:
+        model_name_or_path (`str`):
+            Id or path of the expert that the dataset was sampled with, or of its adapter, which is trained further. As
+            a flag, `--expert`.
         dtype (`str`, *optional*):
             Data type of the model's weights: `"auto"` (the checkpoint's own), `"bfloat16"`, `"float16"` or
             `"float32"`. If not set, it is the checkpoint's own, as when the expert was sampled, if an adapter is
@@ -90,6 +126,13 @@ class LightReasonerModelConfig(ModelConfig):
             and otherwise all linear layers.
     """
 
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Id or path of the expert that the dataset was sampled with, or of its adapter, which is trained "
+            "further. As a flag, `--expert`."
+        },
+    )
     dtype: str | None = field(
         default=None,
         metadata={
@@ -144,8 +187,9 @@ class LightReasonerModelConfig(ModelConfig):
 def make_parser(prog: str | None = None) -> ArgumentParser:
     from ..training.lightreasoner_config import LightReasonerConfig
 
-    types = [TrainArguments, LightReasonerConfig, LightReasonerModelConfig]
-    return ArgumentParser(types, prog=prog, description=__doc__)
+    types: list[type] = [TrainArguments, LightReasonerConfig, LightReasonerModelConfig]
+    refused = ("dataset_streaming", "ignore_bias_buffers", "label_smoothing_factor")
+    return ArgumentParser(types, common=_COMMON, refused=refused, prog=prog, description=__doc__, epilog=EXAMPLE)
 
 
 def main(
@@ -162,9 +206,11 @@ def main(
     from ..training.adapters import choose_target_modules, target_modules
     from ..training.checkpoints import find_checkpoint
     from ..training.lightreasoner_trainer import LightReasonerTrainer
+    from ..training.log_lines import log_in_lines
 
+    hide_file_bars()
     if model_args.model_name_or_path is None:
-        raise ValueError("`--model_name_or_path` is required: the expert that the dataset was sampled with.")
+        raise ValueError("`--expert` is required: the expert that the dataset was sampled with.")
     if script_args.dataset_name is None:
         raise ValueError(
             "`--dataset_name` is required: a dataset on the Hub, or the folder of `lightreasoner sample`."
@@ -217,6 +263,14 @@ def main(
         eval_questions=eval_questions,
         sft_dataset=sft_dataset,
     )
+    rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    bits = next((f" in {bits} bits" for bits in (4, 8) if getattr(model_args, f"load_in_{bits}bit")), "")
+    announce(
+        f"expert in {str(trainer.model.dtype).removeprefix('torch.')}{bits}",
+        f"updates of {rows * training_args.world_size} rows",
+        cpu=trainer.args.device.type == "cpu",
+    )
+    log_in_lines(trainer)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if training_args.push_to_hub:  # which saves it first
         trainer.push_to_hub(dataset_name=hub_id(script_args.dataset_name))
@@ -228,6 +282,8 @@ def main(
     trainer.accelerator.print(f"It was trained on {num_steps}, for {trainer.state.global_step:,} updates.")
     trainer.save_state()  # with the log, which `lightreasoner report` draws
     trainer.accelerator.print(f"The model is in {training_args.output_dir}.")
+    flags = ["--model", training_args.output_dir, "--baseline", model_args.model_name_or_path]
+    trainer.accelerator.print(next_command("eval", *flags, "--output_dir", "EVALUATION"))
     return trainer
 
 

@@ -2,10 +2,16 @@
 
 from ..pipeline.tune_config import TuneConfig
 from .arguments import ArgumentParser
+from .running_on import announce_stages
+
+
+EXAMPLE = r"""example:
+  lightreasoner tune --expert Qwen/Qwen2.5-Math-1.5B --amateur Qwen/Qwen2.5-0.5B \
+      --dataset_name openai/gsm8k --dataset_config main --output_dir tuned"""
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
-    return ArgumentParser([TuneConfig], prog=prog, description=__doc__)
+    return ArgumentParser([TuneConfig], prog=prog, description=__doc__, epilog=EXAMPLE)
 
 
 def main(args: TuneConfig) -> None:
@@ -13,5 +19,6 @@ def main(args: TuneConfig) -> None:
 
     from ..pipeline.tune import tune
 
+    announce_stages(args)
     datasets.disable_progress_bars()  # of every file; those of the stages stay
     print(f"\n{tune(args).summary()}")

@@ -95,7 +95,7 @@ def check_vllm(
     if load_adapter_config(expert, name, **hub_kwargs(kwargs)) is not None:
         raise ValueError(
             f"The {name} {expert!r} is an adapter, and vLLM beside the models needs a plain model. Merge it with "
-            f"`lightreasoner merge --model_name_or_path {expert} --output_dir MODEL`, and give MODEL as the {name}."
+            f"`lightreasoner merge --model {expert} --output_dir MODEL`, and give MODEL as the {name}."
         )
 
 

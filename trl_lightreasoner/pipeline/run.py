@@ -91,7 +91,7 @@ class RunResult:
         commands = [["lightreasoner", "eval", *compare]]
         if self.verdict != "worse":
             commands.append(
-                ["lightreasoner", "merge", "--model_name_or_path", adapter, "--output_dir", "MODEL"],
+                ["lightreasoner", "merge", "--model", adapter, "--output_dir", "MODEL"],
             )
             commands.append(["hf", "upload", "OWNER/NAME", adapter])
         return "\n".join([*lines, *(f"  {shlex.join(command)}" for command in commands)])

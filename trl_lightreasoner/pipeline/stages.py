@@ -23,6 +23,7 @@ from ..steps.prompt_format import PromptFormat
 from ..training.adapters import choose_target_modules, target_modules
 from ..training.lightreasoner_config import LightReasonerConfig
 from ..training.lightreasoner_trainer import LightReasonerTrainer
+from ..training.log_lines import log_in_lines
 from .folder import write_json
 from .run_config import RunConfig
 
@@ -186,6 +187,7 @@ def train_adapter(
     try:
         if training_args.disable_tqdm:
             trainer.remove_callback(PrinterCallback)
+        log_in_lines(trainer)
         trainer.train(resume_from_checkpoint=checkpoint)
         if measured is not None:
             trainer.evaluate(measured)

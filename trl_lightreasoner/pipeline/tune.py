@@ -115,10 +115,10 @@ class TuneResult:
         best, adapter = str(folder / "best.yaml"), str(folder / "trials" / str(self.best_trial))
         lines = [self.sentence, "", f"setting  {best}", f"adapter  {adapter}"]
         lines += [f"report   {folder / 'report' / 'report.html'}", f"numbers  {folder / 'result.json'}", "", "Next:"]
-        steps = ["--model_name_or_path", self.expert, "--dataset_name", str(folder / "steps")]
+        steps = ["--expert", self.expert, "--dataset_name", str(folder / "steps")]
         commands = [["lightreasoner", "train", "--config", best, *steps, "--output_dir", "ADAPTER"]]
         if self.verdict != "worse":
-            commands.append(["lightreasoner", "merge", "--model_name_or_path", adapter, "--output_dir", "MODEL"])
+            commands.append(["lightreasoner", "merge", "--model", adapter, "--output_dir", "MODEL"])
         return "\n".join([*lines, *(f"  {shlex.join(command)}" for command in commands)])
 
 

@@ -1,0 +1,50 @@
+"""How `--help` shows flags: in sections, with short names of values, and defaults where there are any."""
+
+import argparse
+from collections.abc import Sequence
+
+
+# By the name of its type, what stands for a flag's value
+_METAVARS = {"string_to_bool": "true|false", "int": "N", "float": "X"}
+# What has a section of its own: beginnings of names
+_SECTIONS = {
+    "LoRA": ("use_peft", "lora_", "use_rslora", "use_dora"),
+    "quantization": ("load_in_", "amateur_load_in_", "bnb_", "use_bnb_"),
+    "Hub": ("push_to_hub", "hub_"),
+}
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults, where there are any, and the lines of an example as they are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
+def metavar(action: argparse.Action) -> str:
+    """What stands for a flag's value."""
+    return _METAVARS.get(getattr(action.type, "__name__", ""), "TEXT")
+
+
+def make_sections(
+    actions: Sequence[argparse.Action], common: Sequence[str] | None
+) -> tuple[dict[str, list[argparse.Action]], list[argparse.Action]]:
+    """
+    The sections of a help, and the actions that are in none.
+
+    Args:
+        actions (`Sequence[argparse.Action]`): All that may be shown.
+        common (`Sequence[str]`, *optional*): Fields of the first section, in their order. If `None`, it has all that
+            no other section has.
+    """
+
+    def title_of(action: argparse.Action) -> str:
+        return next((title for title, names in _SECTIONS.items() if action.dest.startswith(names)), "settings")
+
+    sections = {title: [each for each in actions if title_of(each) == title] for title in ("settings", *_SECTIONS)}
+    if common is None:
+        return sections, []
+    names = ["help", "help_all", "config", *common]
+    others = [each for each in sections["settings"] if each.dest not in names]
+    sections["settings"] = [each for name in names for each in actions if each.dest == name]
+    return sections, others

@@ -1,0 +1,24 @@
+"""The command that comes next, which a command ends with."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+
+def flags_of(args: Any, without: Sequence[str] = ()) -> list[str]:
+    """The flags by which a dataclass is what it is, for a command that takes them as well."""
+    flags: list[str] = []
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if field.name in without or value is None or value == field.default:
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        flags += [f"--{field.name}", *(str(each).lower() if isinstance(each, bool) else str(each) for each in values)]
+    return flags
+
+
+def next_command(name: str, *flags: str) -> str:
+    """The line that tells which command comes next."""
+    return f"Next: {shlex.join(['lightreasoner', name, *flags])}"
