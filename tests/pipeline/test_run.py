@@ -280,7 +280,7 @@ def test_without_answers_it_trains_and_says_that_nothing_was_answered(args, ques
     rows = [{"question": json.loads(line)["question"]} for line in Path(questions).read_text().splitlines()]
     write(tmp_path / "plain.jsonl", rows)
     result = run_pipeline(dataclasses.replace(args, dataset_name=str(tmp_path / "plain.jsonl"), max_steps=2))
-    assert result.verdict == "not answered" and result.sentence.startswith("Nothing was answered")
+    assert result.verdict == "not answered" and result.sentence.startswith("The adapter was not evaluated")
     assert (Path(args.output_dir) / "adapter" / "adapter_model.safetensors").is_file()
     assert not (Path(args.output_dir) / "evaluation").exists()
     assert re.findall(r"^\d/4 ", capsys.readouterr().out, flags=re.MULTILINE) == ["1/4 ", "2/4 ", "3/4 ", "4/4 "]

@@ -24,7 +24,7 @@ class RunResult:
 
     Attributes:
         verdict (`str`):
-            `"better"`, `"not told"`, `"worse"`, or `"not answered"` where there was no question with an answer.
+            `"better"`, `"not significant"`, `"worse"`, or `"not answered"` if no question had an answer.
         sentence (`str`):
             The same with its numbers.
         accuracy_before (`float`, *optional*):

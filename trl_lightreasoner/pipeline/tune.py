@@ -47,7 +47,7 @@ class TuneResult:
 
     Attributes:
         verdict (`str`):
-            `"better"`, `"not told"` or `"worse"`: the best setting against the expert.
+            `"better"`, `"not significant"` or `"worse"`: the best setting compared with the expert.
         sentence (`str`):
             The same with its numbers, and the default setting beside it.
         setting (`dict[str, Any]`):

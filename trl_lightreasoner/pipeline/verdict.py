@@ -14,7 +14,7 @@ class Verdict(NamedTuple):
     What to do with an adapter.
 
     Attributes:
-        verdict (`str`): `"better"`, `"not told"`, `"worse"`, or `"not answered"`.
+        verdict (`str`): `"better"`, `"not significant"`, `"worse"`, or `"not answered"`.
         sentence (`str`): The same with its numbers.
     """
 
@@ -42,16 +42,18 @@ def judge(difference: dict[str, float] | None, asked: str = "") -> Verdict:
     if difference is None:
         return Verdict(
             "not answered",
-            "Nothing was answered, so that nobody knows what it is worth: give a column of answers "
-            "(`--answer_column`), or `--benchmarks`.",
+            "The adapter was not evaluated. Give a column of answers with `--answer_column`, or benchmarks with "
+            "`--benchmarks`.",
         )
     numbers = f"{write_difference(difference)} on {asked}"
     is_sure = difference.get("p_value", 0.0) <= _MAX_P
     if is_sure and difference["low"] > 0:
         return Verdict("better", f"{numbers}: keep it.")
     if is_sure and difference["high"] < 0:
-        return Verdict("worse", f"{numbers}: worse: do not use this adapter.")
-    return Verdict("not told", f"{numbers}: not told from 0; ask more questions before you use it.")
+        return Verdict("worse", f"{numbers}: worse. Do not use this adapter.")
+    return Verdict(
+        "not significant", f"{numbers}: not significantly different from 0. Ask more questions before you use it."
+    )
 
 
 def judge_search(
@@ -92,10 +94,15 @@ def judge_search(
         sentence += f"; the default setting {write_difference(default)}"
     sentence += "."
     if verdict != "better":
-        reason = "worse than the expert: do not use it" if verdict == "worse" else "not told from the expert"
+        is_worse = verdict == "worse"
+        reason = "worse than the expert: do not use it" if is_worse else "not significantly different from the expert"
         sentence += f" It is {reason}."
     elif not is_default:
-        against = {"better": "better than", "worse": "worse than", "not told": "not told from"}[judge(between).verdict]
+        against = {
+            "better": "better than",
+            "worse": "worse than",
+            "not significant": "not significantly different from",
+        }[judge(between).verdict]
         sentence += f" It is {against} the default setting: {write_difference(between)}."
     return Verdict(verdict, sentence)
 
