@@ -121,10 +121,10 @@ PROMPTS = {
     "no_list.yaml": "beta: [0.4]\n",
 }
 SKIPPED = (
-    r"Every prompt of the dataset had to be skipped \(1 {}; the models' context is 256 tokens\). Shorten the "
+    r"Every prompt of the dataset was skipped \(1 {}; the models' context is 256 tokens\). Shorten the "
     + (r"prompts, or {}\.")
 )
-EMPTY = r"Every row of the dataset is empty: `prompt` holds no text, or none of which the expert's tokenizer makes .*"
+EMPTY = r"Every row of the dataset is empty: `prompt` holds no text, or the expert's tokenizer makes .*"
 SPLITS = r".* Should be one of \['train'\]\. Rows of another split can be held out, such as .*"
 NO_DATASET = (
     r"It must be a file \(\.json, \.jsonl, \.parquet, \.csv, \.txt\), a folder, or the id of a dataset on the Hub; "
@@ -519,7 +519,7 @@ TRAIN = [
     setting(
         "label_smoothing_factor",
         "0.1",
-        r"`label_smoothing_factor` has no place in a loss whose labels are distributions; leave it out\.",
+        r"`label_smoothing_factor` cannot be used with labels that are distributions\. Remove it\.",
     ),
     setting("num_train_epochs", "0", r"`num_train_epochs` must be a finite number above 0, got 0\.0\."),
     setting(
@@ -585,15 +585,15 @@ TRAIN = [
     setting(
         "resume_from_checkpoint",
         "{folder}/nowhere",
-        r"'{folder}/nowhere' is no checkpoint: it has no trainer_state\.json\. Name a folder such as "
+        r"'{folder}/nowhere' is not a checkpoint: it has no trainer_state\.json\. Name a folder such as "
         r"'{out}/checkpoint-500'\.",
     ),
     setting("resume_from_checkpoint", "{folder}/no_files", r"'{folder}/no_files' is no checkpoint: .*"),
     setting(
         "resume_from_checkpoint",
         "true",
-        r"There is no complete checkpoint in '{out}' to resume from\. Leave `resume_from_checkpoint` out to begin "
-        r"anew\.",
+        r"There is no complete checkpoint in '{out}' to resume from\. Remove `resume_from_checkpoint` to start "
+        r"from the beginning\.",
     ),
     # Models
     *(

@@ -611,7 +611,7 @@ def test_questions_are_put_into_the_form_of_the_dataset(steps, questions_file):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ('{"question": "2+2?"}', "Questions need the columns `question` or `prompt`, and `answer`; there are"),
+        ('{"question": "2+2?"}', "Questions need the columns `question` or `prompt`, and `answer`. The columns are"),
         (None, "There is no file or folder"),
     ],
 )

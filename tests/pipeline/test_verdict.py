@@ -44,7 +44,7 @@ def test_nothing_answered_is_said():
         (["held_out"], "7 held-out questions"),
         (["held_out", "gsm8k"], "7 held-out questions"),
         (["gsm8k"], "7 problems of GSM8K"),
-        (["gsm8k", "svamp"], "2 benchmarks, each counted the same"),
+        (["gsm8k", "svamp"], "2 benchmarks, equally weighted"),
     ],
 )
 def test_held_out_questions_decide_before_benchmarks(names, what):

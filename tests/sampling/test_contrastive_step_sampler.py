@@ -208,7 +208,7 @@ def test_a_transform_of_the_users_makes_the_prompts(sample, prompts, loaded_toke
 )
 def test_a_transform_that_adds_or_drops_completions_is_refused(stored, seen, sample):
     dataset = Dataset.from_dict(dict.fromkeys(stored, QUESTIONS))
-    with pytest.raises(ValueError, match="The transform of the dataset makes .* Apply it by `dataset.map` first"):
+    with pytest.raises(ValueError, match="The transform of the dataset turns .* Apply it with `dataset.map` first"):
         sample(dataset.with_transform(lambda rows: dict.fromkeys(seen, rows["prompt"])))
 
 
@@ -308,7 +308,7 @@ def test_rows_without_text_alone_are_told_by_their_column(sample):
 
 @pytest.mark.parametrize("texts", [["$" * 300], ["What is 2+2?", ""]])
 def test_nothing_left_is_an_error(sample, tmp_path, texts):
-    with pytest.raises(ValueError, match="Every prompt of the dataset had to be skipped .*Shorten the prompts"):
+    with pytest.raises(ValueError, match="Every prompt of the dataset was skipped .*Shorten the prompts"):
         sample(prompts_of(*texts), max_prompt_length=3, output_dir=str(tmp_path / "folder"))
     assert not (tmp_path / "folder").exists()
 
@@ -609,7 +609,7 @@ def test_a_bad_row_is_found_first(sample, unloadable):
 
 
 def test_a_dataset_without_a_usable_prompt_is_found_first(sample, unloadable, prompts):
-    with pytest.raises(ValueError, match="Every prompt of the dataset had to be skipped"):
+    with pytest.raises(ValueError, match="Every prompt of the dataset was skipped"):
         sample(prompts, max_prompt_length=1)
 
 

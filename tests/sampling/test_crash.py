@@ -159,7 +159,7 @@ def test_what_is_there_is_not_sampled_again(stopped, sampler, many_prompts, monk
         lambda self, indices, *args: sampled.extend(indices) or run(self, indices, *args),
     )
     sampler().sample(many_prompts)
-    assert "10 of 40 prompts are sampled already." in caplog.text
+    assert "10 of 40 prompts are already sampled." in caplog.text
     assert len(sampled) == len(set(sampled)) == NUM_PROMPTS - 10
 
 

@@ -5,7 +5,8 @@ import torch
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler, sampling_metadata
 from trl_lightreasoner.hub.cards import dataset_card
-from trl_lightreasoner.report.shown_steps import add_probabilities, load_trajectories
+from trl_lightreasoner.report.model_reading import add_probabilities
+from trl_lightreasoner.report.shown_steps import load_trajectories
 
 
 STRENGTH, ANCHOR = 0.5, 1.0

@@ -193,7 +193,7 @@ def test_steps_that_cannot_be_read_are_counted(tmp_path, tokenizer, caplog):
     (row,) = sampler.sample(Dataset.from_dict({"prompt": QUESTIONS[:1], "completion": ["2<|im_start|>4+"]}))
     assert [value is None for value in row["kl_divergence"]] == [False, True, True, True]
     assert row["step_positions"] == []
-    said = "Of 4 steps 3 could not be read by the amateur and 1 would be kept, but are uncertain by more than 0.1 nats"
+    said = "Of 4 steps, 3 could not be read by the amateur and 1 would be kept but are uncertain by more than 0.1 nats"
     assert said in caplog.text
 
 

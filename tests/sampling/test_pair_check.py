@@ -225,7 +225,7 @@ def test_an_amateur_that_is_made_of_the_expert_is_doubtful_and_said_to_be(amateu
     }
     check = check_steps(pair(0.1, 0.3, **models))
     assert (check.verdict, check.is_of_expert) == ("doubtful", is_of_expert)
-    assert check.reasons[0].startswith("The amateur is made of the expert") == is_of_expert
+    assert check.reasons[0].startswith("The amateur is made from the expert") == is_of_expert
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_the_dictionary_is_json_and_holds_everything():
 def test_an_unknown_divergence_is_refused():
     rows = random_rows(2)
     rows[1]["kl_divergence"] = [None, *rows[1]["kl_divergence"][1:]]
-    with pytest.raises(ValueError, match="does not know the divergence of every step.*`lightreasoner sample`"):
+    with pytest.raises(ValueError, match="without the divergence of every step.*`lightreasoner sample`"):
         check_steps(as_dataset(rows))
 
 

@@ -24,7 +24,8 @@ from trl_lightreasoner.hub.cards import dataset_card
 from trl_lightreasoner.models.guises import skip_layers
 from trl_lightreasoner.pipeline.folder import RunFolder
 from trl_lightreasoner.pipeline.stages import open_pair
-from trl_lightreasoner.report.shown_steps import add_probabilities, load_trajectories
+from trl_lightreasoner.report.model_reading import add_probabilities
+from trl_lightreasoner.report.shown_steps import load_trajectories
 from trl_lightreasoner.report.statistics import made_with
 from trl_lightreasoner.sampling import model_pair
 from trl_lightreasoner.sampling.scoring import Trajectory, score_trajectories
@@ -365,7 +366,7 @@ def test_the_check_asks_the_amateur_as_it_reads(make_sampler, expert, tokenizer)
     assert check.amateur_answers[0] == tokenizer.decode(answer[0], skip_special_tokens=True)
 
 
-NOTHING_DIFFERS = "Let them differ by an adapter .* `amateur_skipped_layers`, or by an `amateur_system_prompt` or"
+NOTHING_DIFFERS = "so they never diverge. Name the base model .* `amateur_skipped_layers`, `amateur_system_prompt` or"
 
 
 def test_an_expert_that_is_its_own_amateur_without_a_difference_is_refused(make_sampler, expert_path):
@@ -378,7 +379,7 @@ def test_an_expert_that_is_its_own_amateur_without_a_difference_is_refused(make_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"amateur_skipped_layers": [2]}, "must be numbers from 0 to 1, .* got 2"),
+        ({"amateur_skipped_layers": [2]}, "must be indices .*, from 0 to 1, got 2"),
         ({"amateur_skipped_layers": [0, 1]}, "names all of the amateur's 2 layers"),
         ({"amateur_skipped_layers": []}, r"must be a list of numbers of layers, from 0, such as \[8, 9\], got \[\]"),
         ({"amateur_skipped_layers": [-1]}, "must be a list of numbers of layers"),
@@ -464,7 +465,7 @@ def test_an_amateur_of_the_expert_itself_is_read_without_the_adapter_too(
 
 
 def test_labels_of_the_base_need_an_adapter_and_another_amateur(make_sampler, adapter_path, expert_path, amateur_path):
-    with pytest.raises(ValueError, match="the expert has none. Leave it out, or name the adapter"):
+    with pytest.raises(ValueError, match="the expert has none. Remove it, or name the adapter"):
         make_sampler(expert_path, amateur_path, label_expert="base")
-    with pytest.raises(ValueError, match="they would diverge nowhere. Choose another amateur"):
+    with pytest.raises(ValueError, match="they would never diverge. Choose another amateur"):
         make_sampler(adapter_path, expert_path, label_expert="base")

@@ -166,7 +166,7 @@ def evaluate(
         baseline (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
             What the model is compared with, problem by problem.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The model's tokenizer. If `None`, it is loaded from beside the model.
+            The model's tokenizer. If `None`, it is loaded from the model's folder or repository.
         baseline_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The baseline's.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
@@ -280,8 +280,8 @@ class Candidate:
             plan = self.plans[name] = plan_answers(ids, args.max_new_tokens, context)
             if len(plan) < len(ids):
                 logger.warning(
-                    f"{len(ids) - len(plan):,} of {len(ids):,} prompts of {title_of(name)} leave no room in "
-                    f"the {role}'s context of {context} tokens. They count as wrong."
+                    f"{len(ids) - len(plan):,} of {len(ids):,} prompts of {title_of(name)} leave no room in the "
+                    f"{role}'s context of {context} tokens. They count as wrong."
                 )
             prompted = dataset.add_column("prompt", tokenizer.batch_decode(ids))
             self.writers[name] = StepWriter(folder, prompted, args.overwrite_output_dir, _ANSWER_FEATURES, date)
@@ -342,8 +342,8 @@ class Candidate:
             order = [item for item in plan if item[0] not in done]
             if len(order) < len(plan):
                 logger.warning(
-                    f"{len(plan) - len(order):,} of {len(plan):,} problems of {title_of(name)} are answered "
-                    f"already by the {self.role}."
+                    f"{len(plan) - len(order):,} of {len(plan):,} problems of {title_of(name)} are answered already "
+                    f"by the {self.role}."
                 )
             batch_size = self.processes.on_main(lambda: self._find_batch_size(name, order))
             run_in_batches(

@@ -77,7 +77,8 @@ class EvaluationConfig:
         > Parameters that control the generation
 
         max_new_tokens (`int`, *optional*, defaults to `2048`):
-            Longest answer. One that does not end before is cut there, counted, and graded as it stands.
+            Maximum number of tokens to generate per answer. Longer answers are cut off, counted, and graded as they
+            stand.
         per_device_batch_size (`int`, *optional*):
             Number of problems whose answers are generated together. If `None`, as many as the memory of a CUDA GPU
             allows, 1,024 at most, and 16 on other devices. It is halved when memory runs out.
@@ -92,7 +93,7 @@ class EvaluationConfig:
         vllm_server_base_url (`str`, *optional*, defaults to `"http://localhost:8000"`):
             Base URL of the vLLM server.
         vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
-            Seconds to wait for the vLLM server to be up.
+            Timeout in seconds for the vLLM server to be up.
         vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
             Share of the GPU's memory that vLLM takes in mode `"colocate"`, its copy of the model included.
 
@@ -183,7 +184,8 @@ class EvaluationConfig:
     max_new_tokens: int = field(
         default=2048,
         metadata={
-            "help": "Longest answer. One that does not end before is cut there, counted, and graded as it stands."
+            "help": "Maximum number of tokens to generate per answer. Longer answers are cut off, counted, and graded "
+            "as they stand."
         },
     )
     per_device_batch_size: int | None = field(
@@ -211,7 +213,7 @@ class EvaluationConfig:
     )
     vllm_server_timeout: float = field(
         default=240.0,
-        metadata={"help": "Seconds to wait for the vLLM server to be up."},
+        metadata={"help": "Timeout in seconds for the vLLM server to be up."},
     )
     vllm_gpu_memory_utilization: float = field(
         default=0.3,

@@ -87,7 +87,7 @@ def model_card(
         trainer ([`~transformers.Trainer`]): One of this package, before, while or after it trains.
         model_name (`str`): The title.
         dataset_name (`str`, *optional*): Id on the Hub of the rows that were trained on.
-        tags (`Iterable[str]`): Tags beside the method's own.
+        tags (`Iterable[str]`): Tags to add to the method's own.
         evaluation ([`~trl_lightreasoner.evaluation.evaluation.Evaluation`], *optional*): What the model scores.
         has_figure (`bool`): Whether training_curve.png lies beside the card.
     """
@@ -136,8 +136,8 @@ def add_evaluation(card: ModelCard, evaluation: "Evaluation") -> None:
     settings = evaluation.results["settings"]
     text = (
         "## Evaluation\n\nBy `lightreasoner eval`: zero-shot, greedy, one answer a problem, percent +- one standard "
-        f"error; {settings['prompt_style']} prompts, at most {settings['max_new_tokens']:,} tokens.\n\n"
-        f"{evaluation.table()}"
+        f"error; {settings['prompt_style']} prompts, at most {settings['max_new_tokens']:,} "
+        f"tokens.\n\n{evaluation.table()}"
     )
     card.text = _replace_part(card.text, "evaluation", text, before="\n## Licence")
     data: Any = card.data  # of a model

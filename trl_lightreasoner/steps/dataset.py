@@ -104,7 +104,7 @@ def raise_beta(dataset: Dataset, beta: float) -> Dataset:
     The Dataset that a higher `beta` would have given, without sampling again.
 
     Args:
-        dataset ([`~datasets.Dataset`]): Rows as [`ContrastiveStepSampler`] makes them.
+        dataset ([`~datasets.Dataset`]): Rows from [`ContrastiveStepSampler`].
         beta (`float`): Threshold in nats, at least the one that the dataset was sampled with.
 
     Raises:

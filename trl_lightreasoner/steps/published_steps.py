@@ -52,7 +52,7 @@ def import_published_steps(
         output_dir (`str`): Folder for the Dataset, as `lightreasoner sample` leaves it.
         expert (`str`): Id or path of the expert that sampled them, of which config and tokenizer are read.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The expert's tokenizer. If `None`, it is loaded from beside the expert.
+            The expert's tokenizer. If `None`, it is loaded from the expert's folder or repository.
         system_prompt (`str`, *optional*): System message before each question; the published scripts' by default.
         overwrite_output_dir (`bool`): Whether to delete steps that `output_dir` already holds.
         trust_remote_code (`bool`): Whether to allow loading a tokenizer that ships custom Python code.

@@ -158,8 +158,7 @@ def choose_beta(dataset: Dataset | IterableDataset) -> float | None:
     expert would: 1.6 nats if [`has_corrections`], and otherwise 0.8.
 
     Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows as [`ContrastiveStepSampler`] makes
-            them.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows from [`ContrastiveStepSampler`].
 
     Returns:
         `float` in nats, or `None` for all kept steps: because none reaches 0.8 nats, or the divergences are not known
@@ -177,8 +176,7 @@ def has_corrections(dataset: Dataset | IterableDataset) -> bool:
     more; False where that is not known before the rows are read. The defaults of the training follow from it.
 
     Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows as [`ContrastiveStepSampler`] makes
-            them.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows from [`ContrastiveStepSampler`].
     """
     return _has_corrections(_read_steps(dataset))
 
@@ -229,9 +227,8 @@ def prepare_rows(
     Rows that can be trained on.
 
     Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows as [`ContrastiveStepSampler`] makes
-            them.
-        name (`str`): What to call it in messages: "train", "eval".
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows from [`ContrastiveStepSampler`].
+        name (`str`): Its name in messages: "train", "eval".
         vocabulary ([`Vocabulary`]): The model's tokens.
         width (`int`): Number of the model's embeddings.
         max_length (`int`, *optional*): Steps with a longer context are dropped and counted.
