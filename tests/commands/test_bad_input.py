@@ -120,9 +120,8 @@ PROMPTS = {
     "type.yaml": "beta: high\n",
     "no_list.yaml": "beta: [0.4]\n",
 }
-SKIPPED = (
-    r"Every prompt of the dataset was skipped \(1 {}; the models' context is 256 tokens\). Shorten the "
-    + (r"prompts, or {}\.")
+SKIPPED = r"Every prompt of the dataset was skipped \(1 {}; the models' context is 256 tokens\). Shorten the " + (
+    r"prompts, or {}\."
 )
 EMPTY = r"Every row of the dataset is empty: `prompt` holds no text, or the expert's tokenizer makes .*"
 SPLITS = r".* Should be one of \['train'\]\. Rows of another split can be held out, such as .*"

@@ -145,7 +145,7 @@ def test_benchmarks_can_be_text_with_commas():
 def test_questions_that_choose_are_others_than_those_that_are_held_back_or_sampled(tmp_path, tokenizer):
     rows = [ROWS[9], ROWS[6], *ROWS[:6], ROWS[9], *ROWS[6:]]  # two that are held back or choose stand before, too
     write(tmp_path / "rows.jsonl", rows)
-    args = RunConfig(str(tmp_path / "out"), "expert", "amateur", str(tmp_path / "rows.jsonl"), num_held_out=2)
+    args = RunConfig(str(tmp_path / "out"), "expert", str(tmp_path / "rows.jsonl"), "amateur", num_held_out=2)
     prompts, problems, validation, _ = prepare_questions(args, tokenizer, num_validation=3)
     assert problems["held_out"]["question"][:] == [row["question"] for row in ROWS[8:]]
     assert texts(validation) == [row["question"] for row in ROWS[6:8]]
@@ -155,6 +155,6 @@ def test_questions_that_choose_are_others_than_those_that_are_held_back_or_sampl
 
 def test_never_more_than_a_third_choose_and_a_third_are_held_back(tmp_path, tokenizer):
     write(tmp_path / "rows.jsonl", ROWS)
-    args = RunConfig(str(tmp_path / "out"), "expert", "amateur", str(tmp_path / "rows.jsonl"))
+    args = RunConfig(str(tmp_path / "out"), "expert", str(tmp_path / "rows.jsonl"), "amateur")
     prompts, problems, validation, _ = prepare_questions(args, tokenizer, num_validation=300)
     assert (len(prompts), len(validation), len(problems["held_out"])) == (4, 3, 3)

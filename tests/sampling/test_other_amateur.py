@@ -115,7 +115,7 @@ def test_the_metadata_and_only_it_say_how_the_amateur_was_read(sampled):
     plain, covered = (sampling_metadata(each) for each in sampled)
     assert "amateur_reading" not in plain
     said = covered["amateur_reading"]["description"]
-    assert said.startswith("The amateur has another tokenizer") and "lower bound" in said
+    assert said.startswith("The amateur has a different tokenizer") and "lower bound" in said
     assert sampled[0].features == sampled[1].features
 
 
@@ -127,7 +127,7 @@ def test_a_report_says_why_it_shows_the_label_alone(tmp_path, sampled, renumbere
 
 def test_a_card_says_how_the_amateur_was_read(sampled):
     card = dataset_card({"train": sampled[1]}, "own/steps")
-    assert "| how the amateur was read | The amateur has another tokenizer" in str(card)
+    assert "| how the amateur was read | The amateur has a different tokenizer" in str(card)
 
 
 def test_completions_that_are_given_are_read_alike(tmp_path, sampled, renumbered):

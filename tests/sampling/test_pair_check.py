@@ -207,7 +207,7 @@ def test_swapped_sizes_are_noticed():
     check = check_steps(pair(0.1, 0.3, **sizes(500, 1500)))
     assert (check.verdict, check.promising) == ("swapped", False)
     assert check.reasons[0].startswith("The expert has 500 parameters, the amateur 1,500: exchange")
-    assert "the other numbers say: promising." in check.reasons[0]
+    assert "the other numbers give: promising." in check.reasons[0]
 
 
 @pytest.mark.parametrize(("amateur", "verdict"), [(1300, "promising"), (1400, "doubtful"), (1510, "doubtful")])
@@ -398,7 +398,7 @@ def test_the_sampler_can_sample_afterwards(make_sampler, prompts):
 
 
 def test_a_model_with_equal_weights_is_refused(make_sampler, prompts, expert, expert_path):
-    with pytest.raises(ValueError, match="Expert and amateur have equal weights.* Name a weaker model"):
+    with pytest.raises(ValueError, match="Expert and amateur have equal weights.* Choose a weaker model"):
         make_sampler(amateur=expert).check(prompts)
     with pytest.raises(ValueError, match="Expert and amateur have equal weights"):
         make_sampler(amateur=expert_path).check(prompts)

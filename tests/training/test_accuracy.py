@@ -447,7 +447,7 @@ def test_questions_do_not_go_with_zero_3(stage, is_refused, tmp_path, monkeypatc
     if not is_refused:
         check_answers(args, has_rows=False)
         return
-    with pytest.raises(ValueError, match="^`eval_questions` cannot be combined with DeepSpeed ZeRO-3: .* Launch with DDP"):
+    with pytest.raises(ValueError, match="`eval_questions` cannot be .* DeepSpeed ZeRO-3: .* Launch with DDP"):
         check_answers(args, has_rows=False)
 
 
@@ -470,5 +470,5 @@ def test_questions_are_put_into_the_form_of_the_prompts():
     messages = [{"role": "user", "content": "2+2?"}]
     made = as_questions(Dataset.from_dict({"prompt": [messages], "answer": ["4"]}), lambda question: question)
     assert made.to_list() == [{"prompt": messages, "answer": "4"}]
-    with pytest.raises(ValueError, match="Questions need the columns `question` or `prompt`, and `answer`. The columns are"):
+    with pytest.raises(ValueError, match="columns `question` or `prompt`, and `answer`. The columns are"):
         as_questions(Dataset.from_dict({"question": ["2+2?"]}), str)

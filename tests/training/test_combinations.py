@@ -37,7 +37,7 @@ INT8 = (
     r"`load_in_8bit` cannot be combined with FSDP, which cannot split 8-bit weights\. Launch with DDP, or set "
     r"`load_in_4bit`, and `bnb_4bit_quant_storage` to float32\."
 )
-HALF = r"`fp16` cannot be combined with training all weights in {}\. Remove `dtype` to train in float32, or set `bf16`\."
+HALF = r"cannot be combined with training all weights in {}\. Remove `dtype` to train in float32, or set `bf16`\."
 STORED = "--bnb_4bit_quant_storage"
 
 

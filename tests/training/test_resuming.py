@@ -73,9 +73,7 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_without_its_state_is_refused(name, halfway, resume):
     (halfway / name).unlink()
-    message = (
-        rf"^Training cannot resume exactly from '{halfway}': there is no {name}, for example because of `save_only_model`"
-    )
+    message = rf"Training cannot resume exactly from '{halfway}': there is no {name}, for example because of"
     for checkpoint in (True, str(halfway)):
         with pytest.raises(ValueError, match=message):
             resume(checkpoint)
@@ -135,7 +133,7 @@ def test_only_an_incomplete_checkpoint_is_none(halfway):
 )
 def test_what_differs_is_refused_unless_the_checkpoint_is_named(settings, said, halfway, resume):
     message = (
-        f"^The checkpoint '{halfway}' is from a different training: {said}. Restore the old value, or choose another `output_dir`. "
+        f"^The checkpoint '{halfway}' is from a different training: {said}. Restore the old value, or choose another "
     )
     with pytest.raises(ValueError, match=message):
         resume(**settings)
@@ -255,9 +253,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(name, halfw
     full.mkdir()
     (full / name).symlink_to("/dev/full")
     reason = r"\((No space left on device|a file could not be written completely, as on a full disk)\)"
-    kept = (
-        r"Earlier checkpoints are kept\. Free disk space or fix the permissions, and resume with `resume_from_check"
-    )
+    kept = r"Earlier checkpoints are kept\. Free disk space or fix the permissions, and resume with `resume_from_check"
     with pytest.raises(OSError, match=rf"^Cannot write the checkpoint '{full}' {reason}\. {kept}"):
         resume()
     assert [path.name for path in halfway.parent.glob("checkpoint-*")] == ["checkpoint-2"]
@@ -268,9 +264,7 @@ def test_a_model_that_does_not_fit_on_the_disk_need_not_be_trained_again(halfway
         pytest.skip("needs Linux")
     trainer = resume(save_strategy="no")
     (halfway.parent / "tokenizer.json").symlink_to("/dev/full")
-    with pytest.raises(
-        OSError, match=r"^Cannot write the model to .*, and resume from the last checkpoint"
-    ):
+    with pytest.raises(OSError, match=r"^Cannot write the model to .*, and resume from the last checkpoint"):
         trainer.save_model()
     shutil.rmtree(halfway)
     with pytest.raises(OSError, match=r"^Cannot write the model to .*, and train again\.$"):

@@ -71,7 +71,7 @@ def test_a_file_that_is_not_what_was_trained_is_an_error_that_keeps_it(peft_conf
         parameter.data.mul_(1.5)
 
     monkeypatch.setattr(type(made), "_save_beside", change_behind)
-    with pytest.raises(ValueError, match=f"^The files saved in '{tmp_path}/out' differ from the trained weights: .*The files"):
+    with pytest.raises(ValueError, match=f"^The files saved in '{tmp_path}/out' differ from .*The files"):
         made.save_model()
     monkeypatch.undo()
     torch.testing.assert_close(logits_of(load_model(str(tmp_path / "out"))), trained, rtol=0, atol=1e-4)
@@ -201,7 +201,7 @@ def test_a_model_that_cannot_be_saved_leaves_its_weights(peft_config, trainer, t
         raise TypeError("Nothing is saved today.")
 
     monkeypatch.setattr(type(made.model), "save_pretrained", fail)
-    with pytest.raises(ValueError, match="could not be saved in .*: Nothing is saved today. The trained weights are in"):
+    with pytest.raises(ValueError, match="could not be saved in .*: Nothing is saved today. The trained weights"):
         made.save_model()
     weights = load_file(tmp_path / "out" / "trained_weights.safetensors")
     trained = {name: each for name, each in made.model.named_parameters() if each.requires_grad}

@@ -132,8 +132,8 @@ def test_resuming_a_finished_run_says_so(peft_config, max_steps, streams, expert
         trainer.train(resume_from_checkpoint=checkpoint)
         (warning,) = [r.getMessage() for r in caplog.records if r.name.startswith("trl_lightreasoner")]
         assert warning == (
-            f"Training is complete: the checkpoint has {max(max_steps, 2)} of {max_steps} updates; raise `max_steps` "
-            "or `num_train_epochs` to go on."
+            f"Training is complete: the checkpoint has {max(max_steps, 2)} of {max_steps} updates. Raise `max_steps` "
+            "or `num_train_epochs` to continue."
         )
         assert trainer.state.global_step == max(max_steps, 2)
         assert same(trainer.model, weights_of(finished.model))
