@@ -126,11 +126,11 @@ SKIPPED = r"Every prompt of the dataset was skipped \(1 {}; the models' context 
 EMPTY = r"Every row of the dataset is empty: `prompt` holds no text, or the expert's tokenizer makes .*"
 SPLITS = r".* Should be one of \['train'\]\. Rows of another split can be held out, such as .*"
 NO_DATASET = (
-    r"It must be a file \(\.json, \.jsonl, \.parquet, \.csv, \.txt\), a folder, or the id of a dataset on the Hub; "
-    r"private and gated ones need `hf auth login`, offline ones must be in the cache\."
+    r"It must be a file \(\.json, \.jsonl, \.parquet, \.csv, \.txt\), a folder, or the id of a dataset on the Hub\. "
+    r"Private and gated ones need `hf auth login`, offline ones must be in the cache\."
 )
 NO_MODEL = (
-    r"cannot be found\. It must be a folder with a config\.json, or the id of a model on the Hub; private and gated "
+    r"cannot be found\. It must be a folder with a config\.json, or the id of a model on the Hub\. Private and gated "
     r"models need `hf auth login`, offline ones must be in the cache\."
 )
 NEEDS_CAUSAL = r"LightReasoner needs a causal language model, such as Qwen2\.5\."
@@ -239,7 +239,7 @@ SAMPLE = [
     prompts("empty.jsonl", r"The dataset '.*' cannot be read: it is empty\. Repair or replace the file\."),
     prompts(
         "cut.jsonl",
-        r"The dataset '.*' cannot be read: line 2 is no JSON \(Unterminated string starting at\)\. Mend or .*",
+        r"The dataset '.*' cannot be read: line 2 is not JSON \(Unterminated string starting at\)\. Mend or .*",
     ),
     prompts("empty.txt", r"The dataset '.*' cannot be read: it is empty\. Repair or replace the file\."),
     prompts(
@@ -261,7 +261,7 @@ SAMPLE = [
         r"The dataset '.*' cannot be read: line 12 has a column 'other', which line 1 has not\. Give all rows the "
         r"same columns, or remove it\.",
     ),
-    prompts("list.jsonl", r"The dataset '.*' cannot be read: line 1 must be an object, such as .*, got 7\. Mend it\."),
+    prompts("list.jsonl", r"The dataset '.*' cannot be read: line 1 must be an object, such as .*, got 7\. Fix it\."),
     prompts("latin_1.jsonl", r"The dataset '.*' cannot be read: line 2 is not in UTF-8\. Save the file as UTF-8\."),
     prompts(
         "latin_1", r"The dataset '.*' cannot be read: in 'a\.txt' line 2 is not in UTF-8\. Save the file as UTF-8\."
@@ -315,7 +315,7 @@ SAMPLE = [
     setting(
         "model_init_kwargs",
         '{"device_map": "cuda:0"}',
-        r"`device_map` asks for a CUDA GPU \('cuda:0'\), but PyTorch finds none here\. Leave it out, or see to the "
+        r"`device_map` asks for a CUDA GPU \('cuda:0'\), but PyTorch finds none here\. Remove it, or check the "
         r"driver and the build of PyTorch\.",
     ),
     setting("model_init_kwargs", '{"device_map": {"": "cuda"}}', r"`device_map` asks for a CUDA GPU .*"),
@@ -333,14 +333,14 @@ SAMPLE = [
     setting(
         "output_dir",
         "{folder}/file/steps",
-        r"Cannot write to '{folder}/file/steps' \(Not a directory\)\. Choose another `output_dir`, or see to the "
+        r"Cannot write to '{folder}/file/steps' \(Not a directory\)\. Choose another `output_dir`, or fix the "
         r"permissions\.",
         error=OSError,
     ),
     setting(
         "output_dir",
         "{folder}/other_data",
-        r"'{folder}/other_data' holds files that no run of this version left there\. Choose another `output_dir`, or "
+        r"'{folder}/other_data' holds files that are not from a run of this version\. Choose another `output_dir`, or "
         r"set `overwrite_output_dir=True` to delete them\.",
     ),
     # Models
@@ -373,7 +373,7 @@ SAMPLE = [
     model(
         "other_shape",
         rf"The weights of the model '{{folder}}/other_shape' do not fit its config\.json: {SHAPES} Save the model "
-        r"again with `save_pretrained`, or mend its config\.json\.",
+        r"again with `save_pretrained`, or fix its config\.json\.",
         loads=True,
     ),
     model(
@@ -399,7 +399,7 @@ SAMPLE = [
     # Vocabularies
     model(
         "no_tokenizer",
-        r"There is no tokenizer beside the expert: '{folder}/no_tokenizer' holds no tokenizer\.json\. Save the "
+        r"The expert has no tokenizer: '{folder}/no_tokenizer' holds no tokenizer\.json\. Save the "
         r"model's tokenizer there, or pass it as `processing_class`\.",
     ),
     model("no_tokenizer", r"There is no tokenizer .*, or pass it as `amateur_processing_class`\.", "amateur"),
@@ -407,13 +407,13 @@ SAMPLE = [
     model("empty_tokenizer", r"The tokenizer of the expert '{folder}/empty_tokenizer' cannot be loaded: .*\."),
     model(
         "other_tokenizer",
-        r"The bytes of the amateur's tokens cannot be told, so that no model with other tokens can be read beside "
-        r"it\. Choose two models of one family, or two with byte-level BPE or SentencePiece, .*\.",
+        r"The bytes of the amateur's tokens cannot be determined, so it cannot be paired with a model that has different "
+        r"tokens\. Choose two models of one family, or two with byte-level BPE or SentencePiece, .*\.",
         "amateur",
     ),
 ]
 
-ROW = r"Row 0 of the train dataset cannot be trained on: "
+ROW = r"Row 0 of the train dataset cannot be used for training: "
 MAKE = r"Make it with `ContrastiveStepSampler` or `lightreasoner sample`\."
 
 
@@ -494,13 +494,13 @@ TRAIN = [
     setting(
         "max_length",
         "1",
-        r"The train dataset has no step to train on: all 2 of its steps lie beyond max_length=1; raise it\.",
+        r"The train dataset has no step to train on: all 2 of its steps are beyond max_length=1; raise it\.",
     ),
     setting(
         "dataset_name",
         "{folder}/unfinished",
-        r"Sampling into '{folder}/unfinished' is not finished\. Run the same `lightreasoner sample` again to go on "
-        r"with it\.",
+        r"Sampling into '{folder}/unfinished' is not finished\. Rerun the same `lightreasoner sample` command to "
+        r"resume it\.",
     ),
     setting(
         "dataset_name",
@@ -577,7 +577,7 @@ TRAIN = [
     setting(
         "output_dir",
         "{folder}/file/adapter",
-        r"Cannot write to '{folder}/file/adapter' \(Not a directory\)\. Choose another `output_dir`, or see to the "
+        r"Cannot write to '{folder}/file/adapter' \(Not a directory\)\. Choose another `output_dir`, or fix the "
         r"permissions\.",
         error=OSError,
     ),

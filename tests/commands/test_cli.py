@@ -372,7 +372,7 @@ def test_two_columns_that_could_be_the_prompt_are_refused(refused, expert_path, 
     (tmp_path / "both.jsonl").write_text('{"prompt": "a", "question": "b"}\n')
     argv = ("--expert", expert_path, "--amateur", amateur_path, "--dataset_name", tmp_path / "both.jsonl")
     message = refused("sample", *argv, "--output_dir", tmp_path / "out", "--prompt_column", "question")
-    assert message == "The dataset has a column 'prompt' beside 'question'. Rename or remove one of them."
+    assert message == "The dataset has a column 'prompt' as well as 'question'. Rename or remove one of them."
 
 
 def test_a_system_prompt_for_messages_is_refused(refused, expert_path, amateur_path, tmp_path):
@@ -399,7 +399,7 @@ def test_a_name_with_brackets_is_no_pattern(tmp_path):
         assert load_split(str(tmp_path / path), None, "train")["prompt"][:] == ["p[1]"]
     shutil.rmtree(tmp_path / "p[1]" / "data")
     (tmp_path / "p[1]" / "train.jsonl").write_text('{"prompt": "a"}\n')
-    with pytest.raises(ValueError, match="would be taken for a pattern of names. Rename the folder"):
+    with pytest.raises(ValueError, match="would be read as a glob pattern. Rename the folder"):
         load_split(str(tmp_path / "p[1]"), None, "train")
 
 

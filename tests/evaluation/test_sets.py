@@ -149,7 +149,7 @@ def test_the_first_problems_only(data_dir):
             "math",
             {"problem": "a"},
             "MATH in '{file}' has no column 'answer or solution'. It needs problem | question, answer | solution, "
-            "and it has problem.",
+            "and has problem.",
         ),
         (
             "gsm8k",
@@ -219,5 +219,5 @@ def test_a_missing_file_is_told(tmp_path):
         f"There is no file of MATH in {str(tmp_path)!r}. It must be one of math.jsonl, benchmarks/math.jsonl, "
         "math/test.jsonl (or .json, .parquet)."
     )
-    with pytest.raises(ValueError, match="^There is no folder '.*nowhere', which `data_dir` names.$"):
+    with pytest.raises(ValueError, match="^The folder '.*nowhere' of `data_dir` does not exist.$"):
         load_benchmark("math", str(tmp_path / "nowhere"))

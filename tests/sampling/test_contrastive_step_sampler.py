@@ -599,7 +599,7 @@ def test_a_column_of_ours_is_found_first(sample, unloadable):
 
 def test_a_folder_that_is_taken_is_found_first(sample, unloadable, prompts, tmp_path):
     (tmp_path / "folder" / "data").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds files that no run of this version left there"):
+    with pytest.raises(ValueError, match="holds files that are not from a run of this version"):
         sample(prompts, output_dir=str(tmp_path / "folder"))
 
 

@@ -147,7 +147,7 @@ def test_a_damaged_shard_is_sampled_again_with_a_word(damage, stopped, sampler, 
     shard = sorted((stopped / "shards").iterdir())[2]
     shard.write_bytes(damage(shard.read_bytes()))
     made = sampler().sample(many_prompts)
-    assert f"{shard} is damaged; its rows are made again." in caplog.text
+    assert f"{shard} is damaged. Its rows are sampled again." in caplog.text
     assert equal(made, left_alone)
 
 
@@ -174,7 +174,7 @@ def test_a_damaged_result_is_sampled_again_with_a_word(sampler, many_prompts, le
     (path,) = (tmp_path / "steps" / "data").iterdir()
     path.write_bytes(flip(path.read_bytes()))
     assert equal(sampler().sample(many_prompts), left_alone)
-    assert "data is damaged; everything is made again." in caplog.text
+    assert "data is damaged. Everything is sampled again." in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def make_model_of(layers):
 def test_a_model_whose_layers_cannot_be_told_is_refused():
     model = make_model_of(torch.nn.ModuleList([torch.nn.Identity()]))
     model.others = torch.nn.ModuleList([torch.nn.Identity()])
-    with pytest.raises(ValueError, match="The layers of `Model` cannot be told from its other modules"):
+    with pytest.raises(ValueError, match="The layers of `Model` cannot be identified among its modules"):
         with skip_layers(model, [0]):
             pass
 
@@ -350,7 +350,7 @@ def test_a_report_does_not_show_the_expert_for_such_an_amateur(settings, make_sa
     sampler = make_sampler(expert_path, **settings)
     steps = sampler.sample(MESSAGES)
     reason = add_probabilities(load_trajectories(steps, [0]), made_with(steps), sampler.expert, sampler.amateur)
-    assert reason == "the amateur was read without some of its layers, or behind another prompt"
+    assert reason == "the amateur was read with skipped layers, or with a different prompt"
 
 
 def test_the_check_asks_the_amateur_as_it_reads(make_sampler, expert, tokenizer):

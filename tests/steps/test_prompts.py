@@ -166,7 +166,7 @@ def test_a_text_completion_ends_with_its_first_eos(tokenizer, behind):
 def test_a_completion_that_goes_on_behind_eos_is_refused(tokenizer, kind):
     text = "4<|im_end|>It is 4."
     completion = [{"role": "assistant", "content": text}] if kind == "message" else text
-    with pytest.raises(ValueError, match="^Row 0: `completion` goes on behind the token '<|im_end|>', which ends an"):
+    with pytest.raises(ValueError, match="^Row 0: `completion` continues after the token '<|im_end|>', which ends an"):
         encode(tokenizer, prompt=MESSAGES if kind == "message" else "What is 2+2?", completion=completion)
 
 

@@ -94,7 +94,7 @@ def test_so_it_is_where_text_is_tokenized_otherwise_than_it_was_generated(lossy,
     file = write_lines(tmp_path / "lossy.jsonl", lossy)
     dataset = import_published_steps(file, str(tmp_path / "steps"), expert_path)
     assert count_steps(dataset) == len(lossy)
-    assert f"of {len(lossy)} prefixes have another number of tokens than when they were sampled" in caplog.text
+    assert f"of {len(lossy)} prefixes have a different number of tokens than when they were sampled" in caplog.text
     assert trained_loss(dataset, expert_path, tmp_path) == pytest.approx(published_loss(lossy, expert_path), rel=1e-4)
 
 
@@ -129,7 +129,7 @@ def test_beta_can_be_raised_where_the_divergence_is_known(golden, expert_golden,
     assert sampling_metadata(raised)["settings"]["beta"] == 0.6
     without = [{name: value for name, value in golden[0].items() if name != "kl_divergence"}]
     dataset = import_published_steps(write_lines(tmp_path / "x.jsonl", without), str(tmp_path / "x"), expert_golden)
-    with pytest.raises(ValueError, match="Row 0 has a kept step whose divergence is not known"):
+    with pytest.raises(ValueError, match="Row 0 has a kept step of unknown divergence"):
         raise_beta(dataset, 0.6)
 
 

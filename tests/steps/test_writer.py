@@ -102,7 +102,7 @@ def test_what_a_left_over_process_wrote_all_the_same_is_not_taken(folder, monkey
     write(left_over, [6, 7], sign=-1)
     write(again, [0, 1, 4], [2, 3], [5, 6, 7])
     assert finish(again) == EXPECTED
-    assert "000000006-" in caplog.text and "is damaged or of another run; it is left out." in caplog.text
+    assert "000000006-" in caplog.text and "is damaged or from another run. It is skipped." in caplog.text
 
 
 def test_rows_that_two_shards_hold_at_the_start_count_once(folder, monkeypatch, caplog):
@@ -115,7 +115,7 @@ def test_rows_that_two_shards_hold_at_the_start_count_once(folder, monkeypatch, 
     write(killed, [5, 6])
     killed.close()
     again = open_run(folder, done=[5, 6])
-    assert "is there twice; its rows are made again." in caplog.text
+    assert "is there twice. Its rows are sampled again." in caplog.text
     write(again, [0, 1, 2, 3, 4, 7])
     assert finish(again) == EXPECTED
 
@@ -188,7 +188,7 @@ def test_a_shard_that_is_damaged_while_the_run_goes_on_is_missed_at_its_end(fold
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(ValueError, match="4 of 8 rows are missing .* first row 0.*run the same again to make them"):
+    with pytest.raises(ValueError, match="4 of 8 rows are missing .* first row 0.*rerun the same command to sample the missing rows"):
         writer.finish(ROWS)
 
 

@@ -93,7 +93,7 @@ def test_weights_alone_are_refused_before_any_are_loaded(expert_path, steps, tmp
 def test_a_cut_file_is_named(name, halfway, resume):
     cut(halfway / name)
     with pytest.raises(
-        ValueError, match=f"^The checkpoint '{halfway}' is damaged: {name} is cut. Resume from another"
+        ValueError, match=f"^The checkpoint '{halfway}' is damaged: {name} is truncated. Resume from another"
     ):
         resume(str(halfway))
 
@@ -162,7 +162,7 @@ def test_what_differs_is_said_where_the_checkpoint_is_named(straight, halfway, r
     ids=["r", "alpha", "layers", "full", "optim"],
 )
 def test_what_does_not_fit_is_refused_even_where_the_checkpoint_is_named(settings, said, halfway, resume):
-    with pytest.raises(ValueError, match=f"^Training cannot go on from '{halfway}': {said}"):
+    with pytest.raises(ValueError, match=f"^Training cannot resume from '{halfway}': {said}"):
         resume(str(halfway), **settings)
 
 
@@ -272,7 +272,7 @@ def test_a_model_that_does_not_fit_on_the_disk_need_not_be_trained_again(halfway
 
 
 def test_nothing_is_said_to_be_kept_where_nothing_is(tmp_path):
-    with pytest.raises(OSError, match=r"No such file or directory.*Make room, .* train again\.$"):
+    with pytest.raises(OSError, match=r"No such file or directory.*Free disk space .* train again\.$"):
         with saving(tmp_path / "gone" / "checkpoint-1"):
             (tmp_path / "gone" / "checkpoint-1" / "file").write_text("")
 

@@ -115,7 +115,7 @@ def test_adalora_prunes(trainer):
 
 def test_adalora_that_would_not_have_pruned_when_training_ends_is_refused(trainer):
     config = AdaLoraConfig(**LORA, init_r=4, target_r=1, total_step=100)
-    with pytest.raises(ValueError, match=r"prunes its ranks until update 100 .*, and training makes 4\. Set"):
+    with pytest.raises(ValueError, match=r"prunes its ranks until update 100 .*, but training makes 4\. Set"):
         trainer(peft_config=config).train()
 
 

@@ -161,5 +161,5 @@ def test_a_collator_that_leaves_the_demonstrations_out_is_refused(rows, expert, 
     trainer = LightReasonerTrainer(
         expert, config(tmp_path), data_collator=collate, train_dataset=rows, sft_dataset=DEMONSTRATIONS
     )
-    with pytest.raises(ValueError, match="^The `data_collator` leaves `sft_mask` out of its batches"):
+    with pytest.raises(ValueError, match="^The batches of the `data_collator` lack `sft_mask`"):
         trainer.train()

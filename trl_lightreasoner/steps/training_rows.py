@@ -78,7 +78,7 @@ def check_row(row: dict[str, Any], vocabulary: Container[int], width: int) -> No
         if not 0 <= position < len(completion):
             raise ValueError(f"step position {position} is outside the completion of {len(completion)} tokens")
         if position == 0 and not prompt:
-            raise ValueError("step position 0 has no context, since the prompt is empty")
+            raise ValueError("step position 0 has no context, because the prompt is empty")
         if not ids or len(ids) != len(probs):
             raise ValueError(f"the label at step {position} has {len(ids)} ids and {len(probs)} probabilities")
         if len(set(ids)) < len(ids):
@@ -137,7 +137,7 @@ def select_steps(row: dict[str, Any], max_length: int | None = None, beta: float
         return steps
     divergences = divergences_of(row)
     if None in divergences:
-        raise ValueError("it has a kept step whose divergence is not known; set `beta` to 0 to train on all of them")
+        raise ValueError("it has a kept step of unknown divergence; set `beta` to 0 to train on all steps")
     return [k for k in steps if divergences[k] >= beta]  # type: ignore[operator]  # numbers
 
 
@@ -275,7 +275,7 @@ def prepare_rows(
                 check_row(row, vocabulary, width)
                 steps = select_steps(row, max_length, beta)
             except ValueError as error:
-                raise ValueError(f"Row {index} of the {name} dataset cannot be trained on: {error}.") from None
+                raise ValueError(f"Row {index} of the {name} dataset cannot be used for training: {error}.") from None
             for group in [[k] for k in steps] if one_step_per_row else [steps] if steps else []:
                 for column, value in row.items():
                     per_step = column in PER_STEP_COLUMNS
@@ -296,7 +296,7 @@ def prepare_rows(
         if num_steps == 0:
             reason = "no row has one; sample with a lower `beta` or a weaker amateur"
         elif num_too_long == num_steps:
-            reason = f"all {num_steps:,} of its steps lie beyond {limit}; {remedy}"
+            reason = f"all {num_steps:,} of its steps are beyond {limit}; {remedy}"
         else:
             reason = f"none of its {num_steps:,} steps reaches beta={beta}; lower it"
         raise ValueError(f"The {name} dataset has no step to train on: {reason}.")

@@ -82,7 +82,7 @@ class EvalQuestions:
         if not self.is_raw and tokenizer.chat_template is None:
             raise ValueError(
                 "The prompts of `eval_questions` are messages, but the model's tokenizer has no chat template. Give "
-                "them as text, in the form in which the dataset was sampled."
+                "them as text, in the prompt format of the dataset."
             )
         self.tokenizer = tokenizer
         self.references = [_read_answer(row, answer) for row, answer in enumerate(dataset["answer"])]
