@@ -239,7 +239,7 @@ SAMPLE = [
     prompts("empty.jsonl", r"The dataset '.*' cannot be read: it is empty\. Repair or replace the file\."),
     prompts(
         "cut.jsonl",
-        r"The dataset '.*' cannot be read: line 2 is not JSON \(Unterminated string starting at\)\. Mend or .*",
+        r"The dataset '.*' cannot be read: line 2 is not JSON \(Unterminated string starting at\)\. Fix or .*",
     ),
     prompts("empty.txt", r"The dataset '.*' cannot be read: it is empty\. Repair or replace the file\."),
     prompts(
@@ -407,8 +407,8 @@ SAMPLE = [
     model("empty_tokenizer", r"The tokenizer of the expert '{folder}/empty_tokenizer' cannot be loaded: .*\."),
     model(
         "other_tokenizer",
-        r"The bytes of the amateur's tokens cannot be determined, so it cannot be paired with a model that has different "
-        r"tokens\. Choose two models of one family, or two with byte-level BPE or SentencePiece, .*\.",
+        r"The bytes of the amateur's tokens cannot be determined, so it cannot be paired with a model that has "
+        r"different tokens\. Choose two models of one family, or two with byte-level BPE or SentencePiece, .*\.",
         "amateur",
     ),
 ]

@@ -338,7 +338,7 @@ def test_an_empty_folder_is_no_dataset(refused, train, tmp_path):
         (
             "broken.jsonl",
             '{"prompt": "a"}\n{"prompt": \n',
-            "cannot be read: line 2 is no JSON (Expecting value). Mend or remove it.",
+            "cannot be read: line 2 is not JSON (Expecting value). Fix or remove it.",
         ),
         ("empty.jsonl", "", "cannot be read: it is empty. Repair or replace the file."),
         ("notes.docx", "text", "is not a dataset file. Known endings are .json, .jsonl, .parquet, .csv, .txt."),

@@ -136,8 +136,8 @@ def test_what_makes_the_same_function_is_no_difference(sampled, trained):
 
 def test_a_difference_is_one_sentence_with_both_values_and_why(warnings_of, expert_path, steps):
     assert warnings_of(expert_path, sampled_as(steps, quantization=NF4)) == [
-        "The expert was sampled in 4 bits (nf4) and is trained without quantization: the labels come from another "
-        "pi_E than the one that training starts from, so that the difference between the two is learned as well."
+        "The expert was sampled in 4 bits (nf4) and is trained without quantization. The labels come from a "
+        "different pi_E than the start of training, so training also learns the difference between the two."
     ]
 
 

@@ -454,7 +454,10 @@ def test_the_training_is_in_the_report(steps, training_dir, tmp_path):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, "is not the output folder of a training: neither it nor a checkpoint in it holds a trainer_state.json."),
+        (
+            None,
+            "is not the output folder of a training: neither it nor a checkpoint in it holds a trainer_state.json.",
+        ),
         ("{", "is damaged. Name another checkpoint, or remove `training_dir`."),
         ('{"log_history": [{"loss": 1.0}]}', "is damaged. Name another checkpoint, or remove `training_dir`."),
         ('{"log_history": []}', "is empty. Train with smaller `logging_steps`."),
@@ -495,7 +498,8 @@ def test_without_matplotlib_there_is_the_page_and_one_sentence(steps, tmp_path, 
     write_report(steps, str(tmp_path), load_models=False)
     assert {path.suffix for path in tmp_path.iterdir()} == {".html", ".csv"}
     assert sentences == [
-        "The PNG figures need matplotlib: `pip install 'trl-lightreasoner[report]'`. The page shows the figures without it."
+        "The PNG figures need matplotlib: `pip install 'trl-lightreasoner[report]'`. The page shows the figures "
+        "without it."
     ]
 
 

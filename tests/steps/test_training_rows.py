@@ -136,7 +136,9 @@ def test_weights_stay_with_their_steps(one_step_per_row):
 
 def test_a_malformed_row_of_an_iterable_dataset_is_refused_when_it_is_read():
     rows = prepare(dataset_of(*[ROW] * 1000, {**ROW, "step_positions": [0, 2, 4]}).to_iterable_dataset())
-    with pytest.raises(ValueError, match="^Row 1000 of the train dataset cannot be used for training: step position 4"):
+    with pytest.raises(
+        ValueError, match="^Row 1000 of the train dataset cannot be used for training: step position 4"
+    ):
         list(rows)
 
 
@@ -255,7 +257,9 @@ def test_a_missing_column_is_refused(column, iterable):
 
 def test_a_missing_column_of_an_iterable_dataset_that_does_not_name_its_columns_is_refused_when_it_is_read():
     rows = IterableDataset.from_generator(lambda: iter([{"prompt_ids": [1]}]))
-    with pytest.raises(ValueError, match="Row 0 of the train dataset cannot be used for training: completion_ids is missing"):
+    with pytest.raises(
+        ValueError, match="Row 0 of the train dataset cannot be used for training: completion_ids is missing"
+    ):
         list(prepare(rows))
 
 

@@ -188,7 +188,9 @@ def test_a_shard_that_is_damaged_while_the_run_goes_on_is_missed_at_its_end(fold
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(ValueError, match="4 of 8 rows are missing .* first row 0.*rerun the same command to sample the missing rows"):
+    with pytest.raises(
+        ValueError, match="4 of 8 rows are missing .* first row 0.*rerun the same command to sample the missing rows"
+    ):
         writer.finish(ROWS)
 
 
