@@ -258,7 +258,7 @@ SAMPLE = [
     ),
     prompts(
         "late_column.jsonl",
-        r"The dataset '.*' cannot be read: line 12 has a column 'other', which line 1 has not\. Give all rows the "
+        r"The dataset '.*' cannot be read: line 12 has a column 'other', which line 1 lacks\. Give all rows the "
         r"same columns, or remove it\.",
     ),
     prompts("list.jsonl", r"The dataset '.*' cannot be read: line 1 must be an object, such as .*, got 7\. Fix it\."),
@@ -587,7 +587,7 @@ TRAIN = [
         r"'{folder}/nowhere' is not a checkpoint: it has no trainer_state\.json\. Name a folder such as "
         r"'{out}/checkpoint-500'\.",
     ),
-    setting("resume_from_checkpoint", "{folder}/no_files", r"'{folder}/no_files' is no checkpoint: .*"),
+    setting("resume_from_checkpoint", "{folder}/no_files", r"'{folder}/no_files' is not a checkpoint: .*"),
     setting(
         "resume_from_checkpoint",
         "true",
@@ -607,7 +607,7 @@ TRAIN = [
     ),
     model(
         "nan",
-        r"The gradient was not finite 3 times in a row, so training stopped at update 3; .* NaN in the base .*",
+        r"The gradient was not finite 3 times in a row, so training stopped at update 3\. .* NaN in the base .*",
         "model_name_or_path",
         loads=True,
         error=FloatingPointError,
@@ -844,7 +844,7 @@ def test_wrong_settings_of_sampling(settings, sentence, tmp_path):
         ({"optim_args": "x=1"}, r"`optim_args` cannot be 'x=1' with `optim` 'adamw_.*': it does not know 'x'\."),
         ({"optim": "sgd", "optim_args": "momentum=x"}, r"`optim_args` cannot be 'momentum=x' with .*: could not .*"),
         ({"optim": "sgd", "optim_args": "momentum=0.9,x=1"}, r"`optim_args` cannot be .*: it does not know 'x'\."),
-        ({"activation_checkpointing_kwargs": {"x": 1}}, r"`activation_checkpointing_kwargs` has no 'x'\. There is .*"),
+        ({"activation_checkpointing_kwargs": {"x": 1}}, r"`activation_checkpointing_kwargs` does not support 'x', only .*"),
     ],
 )
 def test_wrong_settings_of_training(settings, sentence, tmp_path):
@@ -912,7 +912,7 @@ def test_a_folder_that_may_not_be_written(
     expert_path, amateur_path, steps, prompts, tmp_path, monkeypatch, unloadable
 ):
     monkeypatch.setattr(step_writer.os, "access", lambda path, mode: False)  # as root, permissions do not bite
-    sentence = rf"^Cannot write to '{tmp_path}/\w+' \(Permission denied\)\. Choose another `output_dir`, or see to .*$"
+    sentence = rf"^Cannot write to '{tmp_path}/\w+' \(Permission denied\)\. Choose another `output_dir`, or fix .*$"
     with pytest.raises(OSError, match=sentence):
         ContrastiveStepSampler(expert_path, amateur_path, make_args(tmp_path)).sample(prompts)
     args = LightReasonerConfig(str(tmp_path / "adapter"), use_cpu=True)

@@ -349,7 +349,7 @@ def test_another_model_or_setting_in_the_folder_is_refused(
         rows = [json.loads(line) for line in Path(data_dir, "gsm8k.jsonl").read_text().splitlines()]
         write(tmp_path / "other" / "gsm8k.jsonl", [*rows[:-1], {**rows[-1], "answer": "#### 0"}])
         settings = {"data_dir": str(tmp_path / "other")}
-    with pytest.raises(ValueError, match=f"was begun with {re.escape(name)}"):
+    with pytest.raises(ValueError, match=f"was started with {re.escape(name)}"):
         evaluate(model, config(**settings))
     evaluate(model, config(**settings, overwrite_output_dir=True))
 

@@ -231,5 +231,5 @@ def test_an_expert_sampled_in_4_bits_is_to_be_trained_in_4_bits(
     dataset = ContrastiveStepSampler(path, amateur_path, args, quantization_config=nf4).sample(prompts)
     messages = warnings_of(path, dataset, lora(), nf4 if in_4_bits else None)
     assert [message[:80] for message in messages] == (
-        [] if in_4_bits else ["The expert was sampled in 4 bits (nf4) and is trained without quantization: the "]
+        [] if in_4_bits else ["The expert was sampled in 4 bits (nf4) and is trained without quantization. The "]
     )

@@ -287,7 +287,7 @@ def test_models_that_are_not_here_are_no_mistake(steps, tmp_path):
     write_report(steps.map(moved), str(tmp_path))
     text, _, details = page_of(tmp_path)
     assert "/nowhere" not in text
-    assert "Tokens are shown by number" in text and "only the label is shown" in text
+    assert "Tokens are shown by number" in text and "Only the label is shown" in text
     assert QUESTIONS[1] in text and 'class="plain"' in text and 'title="' not in text.partition("</article>")[0]
     assert all(re.fullmatch(r"#\d+", token) for step in details.values() for token in step["tokens"])
 
@@ -304,7 +304,7 @@ def test_models_without_embeddings_for_the_tokens_are_not_shown(steps, amateur_p
 def test_models_that_do_not_read_that_far_are_not_shown(steps, amateur_path, expert_path):
     rows = steps.map(lambda row: {"prompt_ids": row["prompt_ids"] * 20})
     trajectories = load_trajectories(rows, list(range(len(rows))))
-    with pytest.raises(ValueError, match="holds steps beyond the 256 tokens that the expert reads at most"):
+    with pytest.raises(ValueError, match="holds steps beyond the expert's maximum of 256 tokens"):
         add_probabilities(trajectories, sampling_metadata(rows), expert_path, amateur_path)
 
 
@@ -567,7 +567,7 @@ def test_the_datasets_can_come_from_a_config_file(tmp_path):
         (["a", "--outputdir", "x"], "There is no flag `--outputdir`. Did you mean `--output_dir`?"),
         (["./nowhere"], "There is no file or folder './nowhere'."),
         (["{prompts}"], "The dataset has no column 'prompt_ids'; it has ['prompt']. Make it with"),
-        (["{steps}", "--training_dir", "nowhere"], "'nowhere' is no output folder of a training"),
+        (["{steps}", "--training_dir", "nowhere"], "'nowhere' is not the output folder of a training"),
         (["{steps}", "--output_dir", "{prompts}"], "'{prompts}' is a file. Choose another `output_dir`."),
         (["{steps}", "--expert", "nowhere"], "The tokenizer of the expert 'nowhere' cannot be loaded"),
     ],

@@ -434,17 +434,17 @@ def test_the_active_adapter_is_part_of_the_run(expert, prompts, amateur_path, lo
     model.add_adapter("other", LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
     args = ContrastiveSamplingConfig(str(tmp_path / "folder"), max_new_tokens=4)
     ContrastiveStepSampler(model, amateur_path, args, loaded_tokenizer).sample(prompts)
-    with model.disable_adapter(), pytest.raises(ValueError, match="was begun with expert weights = "):
+    with model.disable_adapter(), pytest.raises(ValueError, match="was started with expert weights = "):
         ContrastiveStepSampler(model, amateur_path, args, loaded_tokenizer).sample(prompts)
     model.set_adapter("other")
-    with pytest.raises(ValueError, match="was begun with expert weights = "):
+    with pytest.raises(ValueError, match="was started with expert weights = "):
         ContrastiveStepSampler(model, amateur_path, args, loaded_tokenizer).sample(prompts)
 
 
 def test_a_column_that_was_corrected_is_not_given_back_as_it_was(sample, tmp_path):
     folder = str(tmp_path / "folder")
     sample(prompts_of("2+2=", answer=["5"]), output_dir=folder)
-    with pytest.raises(ValueError, match=r"was begun with rows \(SHA-256\) = "):
+    with pytest.raises(ValueError, match=r"was started with rows \(SHA-256\) = "):
         sample(prompts_of("2+2=", answer=["4"]), output_dir=folder)
 
 

@@ -58,7 +58,7 @@ def test_the_metadata_holds_them_and_the_card_tells_them_where_they_are_not_the_
 
 def test_a_run_with_another_strength_does_not_go_on(sampled, expert_path, amateur_path, prompts):
     args = ContrastiveSamplingConfig(sampled[0], max_new_tokens=12, beta=1.95, expert_anchor=ANCHOR)
-    with pytest.raises(ValueError, match="was begun with contrast_strength = 0.5, but it is now 1.0"):
+    with pytest.raises(ValueError, match="was started with contrast_strength = 0.5, but it is now 1.0"):
         ContrastiveStepSampler(expert_path, amateur_path, args).sample(prompts)
 
 

@@ -204,7 +204,7 @@ def test_a_tokenizer_whose_bytes_cannot_be_told_is_refused_before_weights_are_lo
     backend = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
     words = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[UNK]")
-    with pytest.raises(ValueError, match="The bytes of the amateur's tokens cannot be told"):
+    with pytest.raises(ValueError, match="The bytes of the amateur's tokens cannot be determined"):
         ContrastiveStepSampler(expert_path, make_model(tokenizer), args(tmp_path), amateur_processing_class=words)
 
 

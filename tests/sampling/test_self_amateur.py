@@ -339,7 +339,7 @@ def test_what_the_amateur_is_goes_with_the_run(make_sampler, expert_path):
     made = make_sampler(expert_path, folder="one", amateur_system_prompt="").sample(MESSAGES)
     settings = sampling_metadata(made)["settings"]
     assert settings["amateur_system_prompt"] == "" and settings["amateur_skipped_layers"] is None
-    with pytest.raises(ValueError, match="was begun with amateur_skipped_layers = None, but it is now "):
+    with pytest.raises(ValueError, match="was started with amateur_skipped_layers = None, but it is now "):
         make_sampler(expert_path, folder="one", amateur_system_prompt="", amateur_skipped_layers=[1]).sample(MESSAGES)
     made = make_sampler(expert_path, amateur_skipped_layers=[1]).sample(MESSAGES)
     assert "| amateur_skipped_layers | [1] |" in str(dataset_card({"train": made}, "own/steps"))

@@ -241,7 +241,7 @@ def test_a_folder_that_holds_a_dataset_is_refused(tmp_path, folder):
 
 def test_a_refused_folder_is_left_as_it_was(made, tmp_path):
     before = (tmp_path / "steps" / "data" / "train-00000-of-00001.parquet").read_bytes()
-    with pytest.raises(ValueError, match="was begun with beta = None, but it is now 0.4"):
+    with pytest.raises(ValueError, match="was started with beta = None, but it is now 0.4"):
         StepWriter(str(tmp_path / "steps"), make_input()).open({"beta": 0.4}, METADATA)
     assert (tmp_path / "steps" / "data" / "train-00000-of-00001.parquet").read_bytes() == before
 

@@ -197,7 +197,7 @@ def test_a_shard_that_is_damaged_while_the_run_goes_on_is_missed_at_its_end(fold
 def test_rows_that_are_there_twice_are_refused(folder):
     writer = open_run(folder)
     write(writer, range(4), range(3, 8))
-    with pytest.raises(ValueError, match="1 rows are twice in .*shards'. Delete"):
+    with pytest.raises(ValueError, match="1 rows are duplicated in .*shards'. Delete"):
         writer.finish(ROWS)
     assert len(list((folder / "shards").iterdir())) == 2
 
@@ -228,7 +228,7 @@ def test_a_file_of_a_finished_dataset_that_is_gone_is_named(folder):
     finished(folder)
     (data,) = (folder / "data").iterdir()
     data.rename(folder / "data" / "moved.parquet")
-    with pytest.raises(ValueError, match=f"'{data}' is missing. Run the same again"):
+    with pytest.raises(ValueError, match=f"'{data}' is missing. Rerun the command"):
         load_split(str(folder), None, "train")
 
 
@@ -296,7 +296,7 @@ def test_too_little_room_is_said_beforehand(folder, monkeypatch):
     writer = write_all(open_run(folder))
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-        with pytest.raises(OSError, match="steps' together takes 0 MB, and 0 MB are free. All rows are kept"):
+        with pytest.raises(OSError, match="steps' takes 0 MB, but only 0 MB are free. All rows are kept"):
             writer.finish(ROWS)
     assert finish(writer) == EXPECTED
 
