@@ -402,7 +402,7 @@ SAMPLE = [
         r"The expert has no tokenizer: '{folder}/no_tokenizer' holds no tokenizer\.json\. Save the "
         r"model's tokenizer there, or pass it as `processing_class`\.",
     ),
-    model("no_tokenizer", r"There is no tokenizer .*, or pass it as `amateur_processing_class`\.", "amateur"),
+    model("no_tokenizer", r"The amateur has no tokenizer: .*, or pass it as `amateur_processing_class`\.", "amateur"),
     model("bad_tokenizer", r"The tokenizer of the expert '{folder}/bad_tokenizer' cannot be loaded: .*\."),
     model("empty_tokenizer", r"The tokenizer of the expert '{folder}/empty_tokenizer' cannot be loaded: .*\."),
     model(
