@@ -844,7 +844,10 @@ def test_wrong_settings_of_sampling(settings, sentence, tmp_path):
         ({"optim_args": "x=1"}, r"`optim_args` cannot be 'x=1' with `optim` 'adamw_.*': it does not know 'x'\."),
         ({"optim": "sgd", "optim_args": "momentum=x"}, r"`optim_args` cannot be 'momentum=x' with .*: could not .*"),
         ({"optim": "sgd", "optim_args": "momentum=0.9,x=1"}, r"`optim_args` cannot be .*: it does not know 'x'\."),
-        ({"activation_checkpointing_kwargs": {"x": 1}}, r"`activation_checkpointing_kwargs` does not support 'x', only .*"),
+        (
+            {"activation_checkpointing_kwargs": {"x": 1}},
+            r"`activation_checkpointing_kwargs` does not support 'x', only .*",
+        ),
     ],
 )
 def test_wrong_settings_of_training(settings, sentence, tmp_path):

@@ -311,7 +311,9 @@ def test_a_disk_that_takes_no_more_is_one_sentence_and_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        with pytest.raises(OSError, match=rf"Cannot write to .*shards' \({os.strerror(error)}\).*run the same again"):
+        with pytest.raises(
+            OSError, match=rf"Cannot write to .*shards' \({os.strerror(error)}\).*rerun the same command"
+        ):
             sampler().sample(many_prompts)
     assert len(shards(tmp_path / "steps")) == 5
     assert not list((tmp_path / "steps" / "shards").glob("*.tmp"))

@@ -68,4 +68,4 @@ def test_a_report_recognizes_the_models_by_such_labels(sampled):
     assert add_probabilities(trajectories, metadata, None, None) is None
     trajectories = load_trajectories(sampled[1], [0, 1, 2])
     metadata["settings"] |= {"contrast_strength": 100.0, "expert_anchor": 0.0}
-    assert "give another v_C" in add_probabilities(trajectories, metadata, None, None)
+    assert "give a v_C that differs" in add_probabilities(trajectories, metadata, None, None)
