@@ -550,7 +550,7 @@ def failures() -> list[Condition]:
         return Condition("Other amateurs", name, run, quick, paper)
 
     return [
-        add("pure skill gap: the expert's corpus, small, hardly trained", "skill gap", "not told from other gaps"),
+        add("pure skill gap: the expert's corpus, small, hardly trained", "skill gap", "not told apart from others"),
         add("as careful as the expert: trained on the expert's corpus", "as careful"),
         add("more careful: trained on careful solutions alone", "more careful"),
         add("too close: the expert with 5 % noise on its weights", "too close", "worse than the method"),

@@ -22,7 +22,7 @@ def test_a_family_is_exact(families, family, tmp_path):
 
 def test_a_family_that_reads_ahead_is_refused(families):
     result, reason = families.examine_in_time("cpmant")
-    assert result == "refused" and "change with the tokens behind it" in reason
+    assert result == "refused" and "depend on later tokens" in reason
 
 
 def test_a_sampling_that_is_wrong_is_told(families):

@@ -121,18 +121,17 @@ PROMPTS = {
     "type.yaml": "beta: high\n",
     "no_list.yaml": "beta: [0.4]\n",
 }
-SKIPPED = (
-    r"Every prompt of the dataset had to be skipped \(1 {}; the models' context is 256 tokens\). Shorten the "
-    + (r"prompts, or {}\.")
+SKIPPED = r"Every prompt of the dataset was skipped \(1 {}; the models' context is 256 tokens\). Shorten the " + (
+    r"prompts, or {}\."
 )
-EMPTY = r"Every row of the dataset is empty: `prompt` holds no text, or none of which the expert's tokenizer makes .*"
+EMPTY = r"Every row of the dataset is empty: `prompt` holds no text, or the expert's tokenizer makes .*"
 SPLITS = r".* Should be one of \['train'\]\. Rows of another split can be held out, such as .*"
 NO_DATASET = (
-    r"It must be a file \(\.json, \.jsonl, \.parquet, \.csv, \.txt\), a folder, or the id of a dataset on the Hub; "
-    r"private and gated ones need `hf auth login`, offline ones must be in the cache\."
+    r"It must be a file \(\.json, \.jsonl, \.parquet, \.csv, \.txt\), a folder, or the id of a dataset on the Hub\. "
+    r"Private and gated ones need `hf auth login`, offline ones must be in the cache\."
 )
 NO_MODEL = (
-    r"cannot be found\. It must be a folder with a config\.json, or the id of a model on the Hub; private and gated "
+    r"cannot be found\. It must be a folder with a config\.json, or the id of a model on the Hub\. Private and gated "
     r"models need `hf auth login`, offline ones must be in the cache\."
 )
 NEEDS_CAUSAL = r"LightReasoner needs a causal language model, such as Qwen2\.5\."
@@ -241,7 +240,7 @@ SAMPLE = [
     prompts("empty.jsonl", r"The dataset '.*' cannot be read: it is empty\. Repair or replace the file\."),
     prompts(
         "cut.jsonl",
-        r"The dataset '.*' cannot be read: line 2 is no JSON \(Unterminated string starting at\)\. Mend or .*",
+        r"The dataset '.*' cannot be read: line 2 is not JSON \(Unterminated string starting at\)\. Fix or .*",
     ),
     prompts("empty.txt", r"The dataset '.*' cannot be read: it is empty\. Repair or replace the file\."),
     prompts(
@@ -260,10 +259,10 @@ SAMPLE = [
     ),
     prompts(
         "late_column.jsonl",
-        r"The dataset '.*' cannot be read: line 12 has a column 'other', which line 1 has not\. Give all rows the "
+        r"The dataset '.*' cannot be read: line 12 has a column 'other', which line 1 lacks\. Give all rows the "
         r"same columns, or remove it\.",
     ),
-    prompts("list.jsonl", r"The dataset '.*' cannot be read: line 1 must be an object, such as .*, got 7\. Mend it\."),
+    prompts("list.jsonl", r"The dataset '.*' cannot be read: line 1 must be an object, such as .*, got 7\. Fix it\."),
     prompts("latin_1.jsonl", r"The dataset '.*' cannot be read: line 2 is not in UTF-8\. Save the file as UTF-8\."),
     prompts(
         "latin_1", r"The dataset '.*' cannot be read: in 'a\.txt' line 2 is not in UTF-8\. Save the file as UTF-8\."
@@ -317,7 +316,7 @@ SAMPLE = [
     setting(
         "model_init_kwargs",
         '{"device_map": "cuda:0"}',
-        r"`device_map` asks for a CUDA GPU \('cuda:0'\), but PyTorch finds none here\. Leave it out, or see to the "
+        r"`device_map` asks for a CUDA GPU \('cuda:0'\), but PyTorch finds none here\. Remove it, or check the "
         r"driver and the build of PyTorch\.",
     ),
     setting("model_init_kwargs", '{"device_map": {"": "cuda"}}', r"`device_map` asks for a CUDA GPU .*"),
@@ -335,14 +334,14 @@ SAMPLE = [
     setting(
         "output_dir",
         "{folder}/file/steps",
-        r"Cannot write to '{folder}/file/steps' \(Not a directory\)\. Choose another `output_dir`, or see to the "
+        r"Cannot write to '{folder}/file/steps' \(Not a directory\)\. Choose another `output_dir`, or fix the "
         r"permissions\.",
         error=OSError,
     ),
     setting(
         "output_dir",
         "{folder}/other_data",
-        r"'{folder}/other_data' holds files that no run of this version left there\. Choose another `output_dir`, or "
+        r"'{folder}/other_data' holds files that are not from a run of this version\. Choose another `output_dir`, or "
         r"set `overwrite_output_dir=True` to delete them\.",
     ),
     # Models
@@ -375,7 +374,7 @@ SAMPLE = [
     model(
         "other_shape",
         rf"The weights of the model '{{folder}}/other_shape' do not fit its config\.json: {SHAPES} Save the model "
-        r"again with `save_pretrained`, or mend its config\.json\.",
+        r"again with `save_pretrained`, or fix its config\.json\.",
         loads=True,
     ),
     model(
@@ -401,21 +400,21 @@ SAMPLE = [
     # Vocabularies
     model(
         "no_tokenizer",
-        r"There is no tokenizer beside the expert: '{folder}/no_tokenizer' holds no tokenizer\.json\. Save the "
+        r"The expert has no tokenizer: '{folder}/no_tokenizer' holds no tokenizer\.json\. Save the "
         r"model's tokenizer there, or pass it as `processing_class`\.",
     ),
-    model("no_tokenizer", r"There is no tokenizer .*, or pass it as `amateur_processing_class`\.", "amateur"),
+    model("no_tokenizer", r"The amateur has no tokenizer: .*, or pass it as `amateur_processing_class`\.", "amateur"),
     model("bad_tokenizer", r"The tokenizer of the expert '{folder}/bad_tokenizer' cannot be loaded: .*\."),
     model("empty_tokenizer", r"The tokenizer of the expert '{folder}/empty_tokenizer' cannot be loaded: .*\."),
     model(
         "other_tokenizer",
-        r"The bytes of the amateur's tokens cannot be told, so that no model with other tokens can be read beside "
-        r"it\. Choose two models of one family, or two with byte-level BPE or SentencePiece, .*\.",
+        r"The bytes of the amateur's tokens cannot be determined, so it cannot be paired with a model that has "
+        r"different tokens\. Choose two models of one family, or two with byte-level BPE or SentencePiece, .*\.",
         "amateur",
     ),
 ]
 
-ROW = r"Row 0 of the train dataset cannot be trained on: "
+ROW = r"Row 0 of the train dataset cannot be used for training: "
 MAKE = r"Make it with `ContrastiveStepSampler` or `lightreasoner sample`\."
 
 
@@ -496,13 +495,13 @@ TRAIN = [
     setting(
         "max_length",
         "1",
-        r"The train dataset has no step to train on: all 2 of its steps lie beyond max_length=1; raise it\.",
+        r"The train dataset has no step to train on: all 2 of its steps are beyond max_length=1; raise it\.",
     ),
     setting(
         "dataset_name",
         "{folder}/unfinished",
-        r"Sampling into '{folder}/unfinished' is not finished\. Run the same `lightreasoner sample` again to go on "
-        r"with it\.",
+        r"Sampling into '{folder}/unfinished' is not finished\. Rerun the same `lightreasoner sample` command to "
+        r"resume it\.",
     ),
     setting(
         "dataset_name",
@@ -520,7 +519,7 @@ TRAIN = [
     setting(
         "label_smoothing_factor",
         "0.1",
-        r"`label_smoothing_factor` has no place in a loss whose labels are distributions; leave it out\.",
+        r"`label_smoothing_factor` cannot be used with labels that are distributions\. Remove it\.",
     ),
     setting("num_train_epochs", "0", r"`num_train_epochs` must be a finite number above 0, got 0\.0\."),
     setting(
@@ -579,22 +578,22 @@ TRAIN = [
     setting(
         "output_dir",
         "{folder}/file/adapter",
-        r"Cannot write to '{folder}/file/adapter' \(Not a directory\)\. Choose another `output_dir`, or see to the "
+        r"Cannot write to '{folder}/file/adapter' \(Not a directory\)\. Choose another `output_dir`, or fix the "
         r"permissions\.",
         error=OSError,
     ),
     setting(
         "resume_from_checkpoint",
         "{folder}/nowhere",
-        r"'{folder}/nowhere' is no checkpoint: it has no trainer_state\.json\. Name a folder such as "
+        r"'{folder}/nowhere' is not a checkpoint: it has no trainer_state\.json\. Name a folder such as "
         r"'{out}/checkpoint-500'\.",
     ),
-    setting("resume_from_checkpoint", "{folder}/no_files", r"'{folder}/no_files' is no checkpoint: .*"),
+    setting("resume_from_checkpoint", "{folder}/no_files", r"'{folder}/no_files' is not a checkpoint: .*"),
     setting(
         "resume_from_checkpoint",
         "true",
-        r"There is no complete checkpoint in '{out}' to resume from\. Leave `resume_from_checkpoint` out to begin "
-        r"anew\.",
+        r"There is no complete checkpoint in '{out}' to resume from\. Remove `resume_from_checkpoint` to start "
+        r"from the beginning\.",
     ),
     # Models
     *(
@@ -609,7 +608,7 @@ TRAIN = [
     ),
     model(
         "nan",
-        r"The gradient was not finite 3 times in a row, so training stopped at update 3; .* NaN in the base .*",
+        r"The gradient was not finite 3 times in a row, so training stopped at update 3\. .* NaN in the base .*",
         "model_name_or_path",
         loads=True,
         error=FloatingPointError,
@@ -846,7 +845,10 @@ def test_wrong_settings_of_sampling(settings, sentence, tmp_path):
         ({"optim_args": "x=1"}, r"`optim_args` cannot be 'x=1' with `optim` 'adamw_.*': it does not know 'x'\."),
         ({"optim": "sgd", "optim_args": "momentum=x"}, r"`optim_args` cannot be 'momentum=x' with .*: could not .*"),
         ({"optim": "sgd", "optim_args": "momentum=0.9,x=1"}, r"`optim_args` cannot be .*: it does not know 'x'\."),
-        ({"activation_checkpointing_kwargs": {"x": 1}}, r"`activation_checkpointing_kwargs` has no 'x'\. There is .*"),
+        (
+            {"activation_checkpointing_kwargs": {"x": 1}},
+            r"`activation_checkpointing_kwargs` does not support 'x', only .*",
+        ),
     ],
 )
 def test_wrong_settings_of_training(settings, sentence, tmp_path):
@@ -914,7 +916,7 @@ def test_a_folder_that_may_not_be_written(
     expert_path, amateur_path, steps, prompts, tmp_path, monkeypatch, unloadable
 ):
     monkeypatch.setattr(step_writer.os, "access", lambda path, mode: False)  # as root, permissions do not bite
-    sentence = rf"^Cannot write to '{tmp_path}/\w+' \(Permission denied\)\. Choose another `output_dir`, or see to .*$"
+    sentence = rf"^Cannot write to '{tmp_path}/\w+' \(Permission denied\)\. Choose another `output_dir`, or fix .*$"
     with pytest.raises(OSError, match=sentence):
         ContrastiveStepSampler(expert_path, amateur_path, make_args(tmp_path)).sample(prompts)
     args = LightReasonerConfig(str(tmp_path / "adapter"), use_cpu=True)

@@ -88,7 +88,7 @@ def test_equal_weights_are_status_2(tiny, expert_path, capsys):
     assert main([*tiny, "--amateur", expert_path]) == 2
     stderr = capsys.readouterr().err.splitlines()[-1]
     assert stderr.startswith("lightreasoner check: error: Expert and amateur have equal weights")
-    assert stderr.endswith("Name a weaker model as the amateur.")
+    assert stderr.endswith("Choose a weaker model as the amateur.")
 
 
 def test_a_copy_under_another_name_is_refused_as_well(tiny, expert_path, tokenizer, tmp_path, capsys):

@@ -373,7 +373,7 @@ def test_an_empty_folder_is_no_dataset(refused, train, tmp_path):
         (
             "broken.jsonl",
             '{"prompt": "a"}\n{"prompt": \n',
-            "cannot be read: line 2 is no JSON (Expecting value). Mend or remove it.",
+            "cannot be read: line 2 is not JSON (Expecting value). Fix or remove it.",
         ),
         ("empty.jsonl", "", "cannot be read: it is empty. Repair or replace the file."),
         ("notes.docx", "text", "is not a dataset file. Known endings are .json, .jsonl, .parquet, .csv, .txt."),
@@ -407,7 +407,7 @@ def test_two_columns_that_could_be_the_prompt_are_refused(refused, expert_path, 
     (tmp_path / "both.jsonl").write_text('{"prompt": "a", "question": "b"}\n')
     argv = ("--expert", expert_path, "--amateur", amateur_path, "--dataset_name", tmp_path / "both.jsonl")
     message = refused("sample", *argv, "--output_dir", tmp_path / "out", "--prompt_column", "question")
-    assert message == "The dataset has a column 'prompt' beside 'question'. Rename or remove one of them."
+    assert message == "The dataset has a column 'prompt' as well as 'question'. Rename or remove one of them."
 
 
 def test_a_system_prompt_for_messages_is_refused(refused, expert_path, amateur_path, tmp_path):
@@ -434,7 +434,7 @@ def test_a_name_with_brackets_is_no_pattern(tmp_path):
         assert load_split(str(tmp_path / path), None, "train")["prompt"][:] == ["p[1]"]
     shutil.rmtree(tmp_path / "p[1]" / "data")
     (tmp_path / "p[1]" / "train.jsonl").write_text('{"prompt": "a"}\n')
-    with pytest.raises(ValueError, match="would be taken for a pattern of names. Rename the folder"):
+    with pytest.raises(ValueError, match="would be read as a glob pattern. Rename the folder"):
         load_split(str(tmp_path / "p[1]"), None, "train")
 
 
@@ -682,7 +682,7 @@ def test_questions_are_put_into_the_form_of_the_dataset(steps, questions_file):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ('{"question": "2+2?"}', "Questions need the columns `question` or `prompt`, and `answer`; there are"),
+        ('{"question": "2+2?"}', "Questions need the columns `question` or `prompt`, and `answer`. The columns are"),
         (None, "There is no file or folder"),
     ],
 )

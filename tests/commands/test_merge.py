@@ -260,7 +260,7 @@ def test_what_is_no_adapter_is_refused(adapter, refused, no_weights, tmp_path):
         ("base", "is not empty, and a model there would be overwritten. Choose another `--output_dir`."),
         ("adapter", "is the adapter's own folder. Choose another `--output_dir`."),
         ("base/../adapter/", "is the adapter's own folder. Choose another `--output_dir`."),
-        ("base/config.json/model", "(Not a directory). Choose another `--output_dir`, or see to the permissions."),
+        ("base/config.json/model", "(Not a directory). Choose another `--output_dir`, or fix the permissions."),
     ],
 )
 def test_a_folder_that_is_taken_is_refused(output_dir, message, refused, no_weights, tmp_path):

@@ -305,8 +305,8 @@ def test_a_run_that_was_broken_off_goes_on(config, expert_path, amateur_path, mo
         with pytest.raises(RuntimeError, match="power cut"):
             evaluate(expert_path, args, baseline=amateur_path)
     made = evaluate(expert_path, args, baseline=amateur_path)
-    assert "10 of 10 problems of GSM8K are answered already by the model." in caplog.text
-    assert "4 of 10 problems of GSM8K are answered already by the baseline." in caplog.text
+    assert "10 of 10 problems of GSM8K are already answered by the model." in caplog.text
+    assert "4 of 10 problems of GSM8K are already answered by the baseline." in caplog.text
     assert made.results == expected.results
     for role in ("model", "baseline"):
         assert answers_of(args.output_dir, role=role) == answers_of(left_alone.output_dir, role=role)
@@ -349,7 +349,7 @@ def test_another_model_or_setting_in_the_folder_is_refused(
         rows = [json.loads(line) for line in Path(data_dir, "gsm8k.jsonl").read_text().splitlines()]
         write(tmp_path / "other" / "gsm8k.jsonl", [*rows[:-1], {**rows[-1], "answer": "#### 0"}])
         settings = {"data_dir": str(tmp_path / "other")}
-    with pytest.raises(ValueError, match=f"was begun with {re.escape(name)}"):
+    with pytest.raises(ValueError, match=f"was started with {re.escape(name)}"):
         evaluate(model, config(**settings))
     evaluate(model, config(**settings, overwrite_output_dir=True))
 
@@ -421,7 +421,7 @@ def test_an_answer_that_cannot_be_graded_is_counted_and_shown(
     flags = ("--data_dir", data_dir, "--benchmarks", "gsm8k", "--output_dir", tmp_path / "out", "--max_new_tokens", 2)
     assert main([str(part) for part in ("eval", "--model", expert_path, *flags)]) == 0
     reasons = "over 5 seconds (2), RecursionError (1)"
-    assert f"Of 3 of 10 answers it is not known whether they are right: {reasons}. They count as wrong." in caplog.text
+    assert f"3 of 10 answers could not be graded: {reasons}. They count as wrong." in caplog.text
     said = "3 of 10 answers of the model could not be graded, and count as wrong; the column `failure` of"
     assert f"{said} {tmp_path / 'out' / 'model'} says why." in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -538,10 +538,10 @@ def unloadable(monkeypatch):
         (["--benchmarks", "gsm9k"], "There is no benchmark 'gsm9k'. There are gsm8k, math500, math, svamp, asdiv, "),
         (["--benchmarks", ","], "`--benchmarks` names none. There are gsm8k, "),
         (["--benchmarks", "svamp"], "There is no file of SVAMP in "),
-        (["--data_dir", "nowhere"], "There is no folder 'nowhere', which `--data_dir` names."),
+        (["--data_dir", "nowhere"], "The folder 'nowhere', which `--data_dir` names."),
         (
             ["--data_dir", "{bad}"],
-            "GSM8K in '{bad}/gsm8k.jsonl' has no column 'answer': expected are question, answer",
+            "GSM8K in '{bad}/gsm8k.jsonl' has no column 'answer'. It needs question, answer",
         ),
         (["--max_samples", "0"], "`--max_samples` must be a whole number, 1 or more, got 0."),
         (["--max_new_tokens", "0"], "`--max_new_tokens` must be a whole number, 1 or more, got 0."),

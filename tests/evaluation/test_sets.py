@@ -143,43 +143,42 @@ def test_the_first_problems_only(data_dir):
         (
             "svamp",
             {"Body": "a", "Question": "b"},
-            "SVAMP in '{file}' has no column 'Answer': expected are Body, Question, Answer, and it has Body, "
-            "Question.",
+            "SVAMP in '{file}' has no column 'Answer'. It needs Body, Question, Answer, and has Body, Question.",
         ),
         (
             "math",
             {"problem": "a"},
-            "MATH in '{file}' has no column 'answer or solution': expected are problem | question, answer | solution, "
-            "and it has problem.",
+            "MATH in '{file}' has no column 'answer or solution'. It needs problem | question, answer | solution, "
+            "and has problem.",
         ),
         (
             "gsm8k",
             {"question": "a", "answer": "7"},
-            "Row 0 of GSM8K in '{file}' is not as expected: its answer has no '####'. Mend or remove it.",
+            "Row 0 of GSM8K in '{file}' is invalid: its answer has no '####'. Fix or remove it.",
         ),
         (
             "math",
             {"problem": "a", "solution": "7"},
-            r"Row 0 of MATH in '{file}' is not as expected: its solution has no \boxed{} answer. Mend or remove it.",
+            r"Row 0 of MATH in '{file}' is invalid: its solution has no \boxed{} answer. Fix or remove it.",
         ),
         (
             "svamp",
             {"Body": "a", "Question": "b", "Answer": "many"},
-            "Row 0 of SVAMP in '{file}' is not as expected: its answer 'many' is not a number. Mend or remove it.",
+            "Row 0 of SVAMP in '{file}' is invalid: its answer 'many' is not a number. Fix or remove it.",
         ),
         (
             "mmlu_stem",
             {"question": "a", "choices": ["b"], "answer": 1},
-            "Row 0 of MMLU-STEM in '{file}' is not as expected: its answer 1 is not the index of one of 1 choices. "
-            "Mend or remove it.",
+            "Row 0 of MMLU-STEM in '{file}' is invalid: its answer 1 is not the index of one of 1 choices. "
+            "Fix or remove it.",
         ),
         (
             "gsm8k",
             {"question": " ", "answer": "#### 7"},
-            "Row 0 of GSM8K in '{file}' is not as expected: its question or its answer is empty. Mend or remove it.",
+            "Row 0 of GSM8K in '{file}' is invalid: its question or its answer is empty. Fix or remove it.",
         ),
         *(
-            (name, row, f"Row 0 of {title} in '{{file}}' is not as expected: {reason}. Mend or remove it.")
+            (name, row, f"Row 0 of {title} in '{{file}}' is invalid: {reason}. Fix or remove it.")
             for name, title, row, reason in [
                 ("math500", "MATH-500", {"problem": "a", "answer": None}, "its column 'answer' is empty"),
                 ("gsm8k", "GSM8K", {"question": None, "answer": "#### 7"}, "its column 'question' is empty"),
@@ -202,7 +201,7 @@ def test_the_first_problems_only(data_dir):
         (
             "asdiv",
             {"body": "a", "question": "b", "answer": "1; 2"},
-            "ASDiv in '{file}' has no row that can be used.",
+            "ASDiv in '{file}' has no usable row.",
         ),
     ],
 )
@@ -217,8 +216,8 @@ def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(ValueError) as error:
         load_benchmark("math", str(tmp_path))
     assert str(error.value) == (
-        f"There is no file of MATH in {str(tmp_path)!r}: expected is one of math.jsonl, benchmarks/math.jsonl, "
+        f"There is no file of MATH in {str(tmp_path)!r}. It must be one of math.jsonl, benchmarks/math.jsonl, "
         "math/test.jsonl (or .json, .parquet)."
     )
-    with pytest.raises(ValueError, match="^There is no folder '.*nowhere', which `data_dir` names.$"):
+    with pytest.raises(ValueError, match="^The folder '.*nowhere' of `data_dir` does not exist.$"):
         load_benchmark("math", str(tmp_path / "nowhere"))

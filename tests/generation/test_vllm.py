@@ -488,7 +488,7 @@ def test_processes_share_a_server_and_not_a_gpu(package, make_sampler, monkeypat
 
 def test_given_completions_leave_nothing_to_generate(server, make_sampler, unloadable):
     dataset = Dataset.from_dict({"prompt": ["2+2="], "completion": ["4"]})
-    with pytest.raises(ValueError, match="^The dataset has a column 'completion', so that there is nothing for vLLM"):
+    with pytest.raises(ValueError, match="^The dataset has a column 'completion', so there is nothing for vLLM"):
         make_sampler(server).sample(dataset)
 
 

@@ -93,5 +93,5 @@ def test_a_grader_that_cannot_work_is_an_error(call, tmp_path, monkeypatch):
     (tmp_path / "antlr4.py").write_text("raise ModuleNotFoundError(\"No module named 'antlr4'\")")
     monkeypatch.syspath_prepend(tmp_path)
     verdicts._graders.close()
-    with pytest.raises(ImportError, match="math-verify does not work here: No module named 'antlr4'. Install it anew"):
+    with pytest.raises(ImportError, match="math-verify does not work here: No module named 'antlr4'. Reinstall it"):
         call()

@@ -742,7 +742,7 @@ def test_bad_arguments():
         grade("#### 18", "")
     with pytest.raises(ValueError, match="no reference answer"):
         grade("#### 18", [])
-    with pytest.raises(ValueError, match='kind is "math" or "choice", not \'essay\''):
+    with pytest.raises(ValueError, match='`kind` must be "math" or "choice", got \'essay\''):
         grade("#### 18", "18", kind="essay")
 
 

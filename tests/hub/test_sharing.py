@@ -183,7 +183,7 @@ def test_checkpoints_are_pushed_with_a_card_of_ours(shared):
 
 
 def test_an_adapter_of_a_local_model_is_pushed_with_a_warning(shared):
-    assert "a folder of this machine, which its adapter_config.json names" in shared.said
+    assert "as the base model, a folder of this machine" in shared.said
 
 
 # The dataset card

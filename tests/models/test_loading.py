@@ -171,7 +171,8 @@ def test_a_tokenizer_beside_an_adapter_that_does_not_fit_gives_way(
 
 def test_a_model_without_a_name_asks_for_a_tokenizer(tokenizer):
     with pytest.raises(
-        ValueError, match="The amateur does not say .* Pass the tokenizer as `amateur_processing_class`"
+        ValueError,
+        match="The tokenizer of the amateur cannot be located. Pass the tokenizer as `amateur_processing_class`",
     ):
         load_tokenizer(make_model(tokenizer), "amateur", "amateur_processing_class")
 

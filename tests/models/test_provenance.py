@@ -136,8 +136,8 @@ def test_what_makes_the_same_function_is_no_difference(sampled, trained):
 
 def test_a_difference_is_one_sentence_with_both_values_and_why(warnings_of, expert_path, steps):
     assert warnings_of(expert_path, sampled_as(steps, quantization=NF4)) == [
-        "The expert was sampled in 4 bits (nf4) and is trained without quantization: the labels come from another "
-        "pi_E than the one that training starts from, so that the difference between the two is learned as well."
+        "The expert was sampled in 4 bits (nf4) and is trained without quantization. The labels come from a "
+        "different pi_E than the start of training, so training also learns the difference between the two."
     ]
 
 
@@ -231,5 +231,5 @@ def test_an_expert_sampled_in_4_bits_is_to_be_trained_in_4_bits(
     dataset = ContrastiveStepSampler(path, amateur_path, args, quantization_config=nf4).sample(prompts)
     messages = warnings_of(path, dataset, lora(), nf4 if in_4_bits else None)
     assert [message[:80] for message in messages] == (
-        [] if in_4_bits else ["The expert was sampled in 4 bits (nf4) and is trained without quantization: the "]
+        [] if in_4_bits else ["The expert was sampled in 4 bits (nf4) and is trained without quantization. The "]
     )

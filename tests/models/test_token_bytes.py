@@ -55,5 +55,5 @@ def test_a_tokenizer_that_does_not_give_text_back_is_refused():
     backend = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
-    with pytest.raises(ValueError, match="The bytes of the amateur's tokens cannot be told.* Choose two models"):
+    with pytest.raises(ValueError, match="The bytes of the amateur's tokens cannot be determined.* Choose two models"):
         TokenBytes(tokenizer, 3, "amateur")

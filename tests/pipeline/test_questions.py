@@ -114,7 +114,7 @@ def test_messages_are_taken_as_they_are(prepare):
     assert json.loads(json.dumps(prompts["prompt"][0])) == messages[0]
     assert problems["held_out"]["question"][1] == messages[9]
     assert prompt_format == PromptFormat("chat", system_prompt="Think.")
-    with pytest.raises(ValueError, match="The questions are messages already"):
+    with pytest.raises(ValueError, match="The questions are already messages"):
         prepare(rows, system_prompt="Think.")
 
 
@@ -125,7 +125,7 @@ def test_messages_are_taken_as_they_are(prepare):
         ({"num_held_out": -1}, "`num_held_out` must be a whole number, 0 or more, got -1"),
         ({"benchmarks": ["gsm9k"]}, "There is no benchmark 'gsm9k'. There are gsm8k"),
         ({"prompt_style": "poem"}, "`prompt_style` must be one of"),
-        ({"prompt_style": "raw", "system_prompt": "Think."}, "does not go with `system_prompt`"),
+        ({"prompt_style": "raw", "system_prompt": "Think."}, "cannot be combined with `system_prompt`"),
         ({"prompt_template": "no such file"}, "`prompt_template` must be text with"),
         ({"output_dir": ""}, "`output_dir` must name a folder"),
         ({"learning_rate": "fast"}, "`learning_rate` must be a number"),

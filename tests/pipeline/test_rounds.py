@@ -89,7 +89,7 @@ def test_the_best_round_is_kept(finished):
         for folder in ("adapter", f"rounds/{best['number']}/adapter")
     )
     assert all(torch.equal(kept[name], of_best[name]) for name in of_best)
-    assert f"by which round {best['number']} of 2 was chosen" in finished.sentence
+    assert f"which also chose round {best['number']} of 2" in finished.sentence
 
 
 def test_a_second_round_that_was_broken_off_ends_as_one_left_alone(finished, settings, tmp_path, monkeypatch):
@@ -138,9 +138,9 @@ def outcome(number=1, corrections=0.3, warned=(), accuracy=0.5, num_cut=0, again
     [
         (outcome(), None),
         (outcome(num_cut=3), None),
-        (outcome(num_cut=4), "4.0% of its answers were cut off, and 1.0% of the expert's"),
-        (outcome(against_last=-0.01), "fewer of the held-out questions were answered right than before it"),
-        (outcome(warned=["entropy"]), "the model has become surer than its labels"),
+        (outcome(num_cut=4), "4.0% of its answers were cut off, compared with 1.0% of the expert's"),
+        (outcome(against_last=-0.01), "it answered fewer of the held-out questions correctly"),
+        (outcome(warned=["entropy"]), "the model has become more certain than its labels"),
         (outcome(corrections=0.009), "v_C prefers another token at 0.9% of the kept steps"),
     ],
 )
@@ -163,11 +163,11 @@ def test_questions_are_split_without_rest(settings):
 
 def test_too_few_questions_for_the_rounds_are_refused(settings, tmp_path):
     args = RunConfig(output_dir=str(tmp_path / "run"), **{**settings, "num_rounds": 4})
-    with pytest.raises(ValueError, match=r"4 rounds sample 10 questions, and then 6 others each, and there are 22\."):
+    with pytest.raises(ValueError, match=r"samples 10 questions and each later one 6 others, but there are only 22\."):
         run_pipeline(args)
 
 
 def test_a_search_has_one_round(settings):
-    with pytest.raises(ValueError, match="A search tries settings of one round"):
+    with pytest.raises(ValueError, match="A search tries settings of a single round"):
         TuneConfig(output_dir="tuned", **settings)
     assert dataclasses.replace(TuneConfig(output_dir="tuned", **{**settings, "num_rounds": 1})).num_rounds == 1

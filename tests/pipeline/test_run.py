@@ -249,12 +249,12 @@ def test_another_setting_in_the_same_folder_is_refused_by_name(finished, setting
     folder, _, _ = finished
     assert main(["run", *flags({**settings, "num_prompts": 30}), "--output_dir", str(folder)]) == 2
     stderr = capsys.readouterr().err.splitlines()[-1]
-    assert "was begun with num_prompts = 24, but it is now 30. Set it back to go on" in stderr
+    assert "was started with num_prompts = 24, but it is now 30. Restore that value to resume" in stderr
 
 
 def test_what_no_run_left_is_refused(args):
     (Path(args.output_dir) / "adapter").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds files that no run left there"):
+    with pytest.raises(ValueError, match="holds files that are not from a run"):
         run_pipeline(args)
 
 
@@ -280,7 +280,7 @@ def test_without_answers_it_trains_and_says_that_nothing_was_answered(args, ques
     rows = [{"question": json.loads(line)["question"]} for line in Path(questions).read_text().splitlines()]
     write(tmp_path / "plain.jsonl", rows)
     result = run_pipeline(dataclasses.replace(args, dataset_name=str(tmp_path / "plain.jsonl"), max_steps=2))
-    assert result.verdict == "not answered" and result.sentence.startswith("Nothing was answered")
+    assert result.verdict == "not answered" and result.sentence.startswith("The adapter was not evaluated")
     assert (Path(args.output_dir) / "adapter" / "adapter_model.safetensors").is_file()
     assert not (Path(args.output_dir) / "evaluation").exists()
     assert re.findall(r"^\d/4 ", capsys.readouterr().out, flags=re.MULTILINE) == ["1/4 ", "2/4 ", "3/4 ", "4/4 "]
@@ -307,7 +307,7 @@ def test_a_pair_that_does_not_look_promising_is_a_warning(args, capsys):
         ({"expert": "no-such/model"}, "The expert 'no-such/model' cannot be found"),
         ({"dataset_name": "nothing.jsonl"}, "There is no file or folder 'nothing.jsonl'"),
         ({"prompt_column": "problem"}, "The dataset has no column 'problem'"),
-        ({"answer_column": "gold"}, "it has ['question', 'answer']. Name the one that holds the answers with"),
+        ({"answer_column": "gold"}, "it has ['question', 'answer']. Name the column of answers with"),
         ({"alpha": 2.0}, "`--alpha` must be in (0, 1]"),
         ({"beta": -1.0}, "`--beta` must be a finite number of nats"),
         ({"beta": 1e6}, "lower it"),
@@ -326,19 +326,19 @@ def test_a_refused_pair_leaves_the_folder_to_another(args):
 
 
 def test_an_adapter_is_no_expert(finished, args):
-    with pytest.raises(ValueError, match="is an adapter. Make a plain model of it with `lightreasoner merge`"):
+    with pytest.raises(ValueError, match="is an adapter. Merge it into a full model with `lightreasoner merge`"):
         run_pipeline(dataclasses.replace(args, expert=str(finished[0] / "adapter")))
 
 
 def test_several_processes_are_refused(args, monkeypatch):
     monkeypatch.setattr(stages, "Processes", lambda: SimpleNamespace(count=2))
-    with pytest.raises(ValueError, match="`lightreasoner run` is one process"):
+    with pytest.raises(ValueError, match="`lightreasoner run` runs in a single process"):
         run_pipeline(args)
 
 
 def test_several_gpus_are_refused(args, monkeypatch):
     monkeypatch.setattr(stages.LightReasonerConfig, "n_gpu", 2)
-    with pytest.raises(ValueError, match="takes one GPU, and several are visible.*`CUDA_VISIBLE_DEVICES=0`"):
+    with pytest.raises(ValueError, match="uses a single GPU, but several are visible.*`CUDA_VISIBLE_DEVICES=0`"):
         run_pipeline(args)
 
 

@@ -111,7 +111,7 @@ def test_the_numbers_are_those_of_questions_that_chose_nothing(finished):
     assert result.difference == compare(best, expert)._asdict()
     assert result.default_difference == compare(default, expert)._asdict()
     assert result.difference_to_default == compare(best, default)._asdict()
-    assert f"on {NUM_HELD_OUT} questions that chose nothing" in result.sentence
+    assert f"on {NUM_HELD_OUT} held-out questions" in result.sentence
     assert json.loads((folder / "result.json").read_text())["sentence"] == result.sentence
 
 
@@ -159,14 +159,14 @@ def test_a_finished_search_does_nothing_again(finished, settings, monkeypatch, c
     monkeypatch.setattr("trl_lightreasoner.report.write_report.save_pictures", lambda *args: [])
     assert main(["tune", *flags(settings), "--output_dir", str(folder)]) == 0
     stdout = capsys.readouterr().out
-    assert "2 are done already" in stdout and result.sentence in stdout
+    assert "2 are already done" in stdout and result.sentence in stdout
 
 
 def test_another_setting_in_the_same_folder_is_refused_by_name_but_more_trials_are_not(finished, settings):
     folder, _, _ = finished
     pipeline.TuneFolder(TuneConfig(output_dir=str(folder), **{**settings, "num_trials": 30}))
     for name, value in (("max_steps", 7), ("space", {"beta": [0.4, 0.8]})):
-        with pytest.raises(ValueError, match=f"was begun with {name} = "):
+        with pytest.raises(ValueError, match=f"was started with {name} = "):
             pipeline.TuneFolder(TuneConfig(output_dir=str(folder), **{**settings, name: value}))
 
 

@@ -15,11 +15,11 @@ def difference(gained: int, lost: int, count: int) -> dict:
     ("gained", "lost", "count", "verdict", "sentence"),
     [
         (40, 10, 500, "better", "+6.0 points (3.3 to 8.7) on them: keep it."),
-        (12, 10, 500, "not told", "+0.4 points (-1.4 to 2.2) on them: not told from 0; ask more questions before you"),
-        (0, 0, 500, "not told", "+0.0 points (0.0 to 0.0) on them: not told from 0;"),
-        (10, 40, 500, "worse", "-6.0 points (-8.7 to -3.3) on them: worse: do not use this adapter."),
+        (12, 10, 500, "not significant", "+0.4 points (-1.4 to 2.2) on them: not significantly different from 0. Ask"),
+        (0, 0, 500, "not significant", "+0.0 points (0.0 to 0.0) on them: not significantly different from 0."),
+        (10, 40, 500, "worse", "-6.0 points (-8.7 to -3.3) on them: worse. Do not use this adapter."),
         # The interval of so few says too much
-        (3, 0, 3, "not told", "+100.0 points (100.0 to 100.0) on them: not told from 0;"),
+        (3, 0, 3, "not significant", "+100.0 points (100.0 to 100.0) on them: not significantly different from 0."),
     ],
 )
 def test_a_difference_is_one_sentence(gained, lost, count, verdict, sentence):
@@ -35,7 +35,7 @@ def test_a_difference_of_averages_has_no_p():
 def test_nothing_answered_is_said():
     judged = judge(None)
     assert judged.verdict == "not answered"
-    assert judged.sentence.startswith("Nothing was answered") and "`--answer_column`" in judged.sentence
+    assert judged.sentence.startswith("The adapter was not evaluated") and "`--answer_column`" in judged.sentence
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_nothing_answered_is_said():
         (["held_out"], "7 held-out questions"),
         (["held_out", "gsm8k"], "7 held-out questions"),
         (["gsm8k"], "7 problems of GSM8K"),
-        (["gsm8k", "svamp"], "2 benchmarks, each counted the same"),
+        (["gsm8k", "svamp"], "2 benchmarks, equally weighted"),
     ],
 )
 def test_held_out_questions_decide_before_benchmarks(names, what):

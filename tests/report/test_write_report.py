@@ -274,7 +274,7 @@ def test_two_datasets_of_different_prompts_show_their_own(steps):
 def test_without_the_models_the_label_and_the_ratio_are_shown(steps, tmp_path):
     write_report(steps, str(tmp_path), load_models=False)
     text, _, details = page_of(tmp_path)
-    assert "Of expert and amateur only the label is shown" in text
+    assert "Only the label is shown, without the probabilities of expert and amateur" in text
     for detail in details.values():
         assert "e" not in detail and "a" not in detail
         assert detail["r"] == pytest.approx([p / max(detail["v"]) for p in detail["v"]], abs=1e-4)
@@ -287,7 +287,7 @@ def test_models_that_are_not_here_are_no_mistake(steps, tmp_path):
     write_report(steps.map(moved), str(tmp_path))
     text, _, details = page_of(tmp_path)
     assert "/nowhere" not in text
-    assert "Tokens are shown by number" in text and "only the label is shown" in text
+    assert "Tokens are shown by number" in text and "Only the label is shown" in text
     assert QUESTIONS[1] in text and 'class="plain"' in text and 'title="' not in text.partition("</article>")[0]
     assert all(re.fullmatch(r"#\d+", token) for step in details.values() for token in step["tokens"])
 
@@ -304,7 +304,7 @@ def test_models_without_embeddings_for_the_tokens_are_not_shown(steps, amateur_p
 def test_models_that_do_not_read_that_far_are_not_shown(steps, amateur_path, expert_path):
     rows = steps.map(lambda row: {"prompt_ids": row["prompt_ids"] * 20})
     trajectories = load_trajectories(rows, list(range(len(rows))))
-    with pytest.raises(ValueError, match="holds steps beyond the 256 tokens that the expert reads at most"):
+    with pytest.raises(ValueError, match="holds steps beyond the expert's maximum of 256 tokens"):
         add_probabilities(trajectories, sampling_metadata(rows), expert_path, amateur_path)
 
 
@@ -312,9 +312,9 @@ def test_models_that_give_another_label_are_not_shown(steps, amateur_path, exper
     trajectories = load_trajectories(steps, list(range(len(steps))))
     metadata = sampling_metadata(steps)
     metadata["expert"], metadata["amateur"] = metadata["amateur"], metadata["expert"]
-    assert "give another v_C than the dataset holds" in add_probabilities(trajectories, metadata, None, None)
+    assert "give a v_C that differs from the dataset's" in add_probabilities(trajectories, metadata, None, None)
     assert all(step.expert_probs is None for trajectory in trajectories for step in trajectory.steps)
-    with pytest.raises(ValueError, match="The models cannot be the ones that were sampled: .* Name those"):
+    with pytest.raises(ValueError, match="These cannot be the sampled models: .* Name the"):
         add_probabilities(trajectories, sampling_metadata(steps), amateur_path, expert_path)
 
 
@@ -366,7 +366,7 @@ def test_an_adapter_reads_on_a_loaded_expert_and_leaves_it_as_it_was(steps, adap
 def test_a_trained_model_that_is_named_must_be_readable(steps, tmp_path):
     make_tokenizer(290).save_pretrained(tmp_path / "other")
     make_model(make_tokenizer(290)).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="The trained model cannot be read: it has other tokens than the expert."):
+    with pytest.raises(ValueError, match="The trained model cannot be read: its tokens differ from the expert's."):
         write_report(steps, str(tmp_path / "out"), model=str(tmp_path / "other"), load_models=False)
 
 
@@ -454,9 +454,12 @@ def test_the_training_is_in_the_report(steps, training_dir, tmp_path):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, "is no output folder of a training: there is no trainer_state.json in it or in a checkpoint of it."),
-        ("{", "is damaged. Name another checkpoint, or leave `training_dir` out."),
-        ('{"log_history": [{"loss": 1.0}]}', "is damaged. Name another checkpoint, or leave `training_dir` out."),
+        (
+            None,
+            "is not the output folder of a training: neither it nor a checkpoint in it holds a trainer_state.json.",
+        ),
+        ("{", "is damaged. Name another checkpoint, or remove `training_dir`."),
+        ('{"log_history": [{"loss": 1.0}]}', "is damaged. Name another checkpoint, or remove `training_dir`."),
         ('{"log_history": []}', "is empty. Train with smaller `logging_steps`."),
     ],
 )
@@ -495,7 +498,8 @@ def test_without_matplotlib_there_is_the_page_and_one_sentence(steps, tmp_path, 
     write_report(steps, str(tmp_path), load_models=False)
     assert {path.suffix for path in tmp_path.iterdir()} == {".html", ".csv"}
     assert sentences == [
-        "The PNG figures need matplotlib: `pip install 'trl-lightreasoner[report]'`. The page has them without it."
+        "The PNG figures need matplotlib: `pip install 'trl-lightreasoner[report]'`. The page shows the figures "
+        "without it."
     ]
 
 
@@ -566,7 +570,7 @@ def test_the_datasets_can_come_from_a_config_file(tmp_path):
         (["a", "--outputdir", "x"], "There is no flag `--outputdir`. Did you mean `--output_dir`?"),
         (["./nowhere"], "There is no file or folder './nowhere'."),
         (["{prompts}"], "The dataset has no column 'prompt_ids'; it has ['prompt']. Make it with"),
-        (["{steps}", "--training_dir", "nowhere"], "'nowhere' is no output folder of a training"),
+        (["{steps}", "--training_dir", "nowhere"], "'nowhere' is not the output folder of a training"),
         (["{steps}", "--output_dir", "{prompts}"], "'{prompts}' is a file. Choose another `--output_dir`."),
         (["{steps}", "--expert", "nowhere"], "The tokenizer of the expert 'nowhere' cannot be loaded"),
     ],

@@ -208,7 +208,7 @@ def test_a_transform_of_the_users_makes_the_prompts(sample, prompts, loaded_toke
 )
 def test_a_transform_that_adds_or_drops_completions_is_refused(stored, seen, sample):
     dataset = Dataset.from_dict(dict.fromkeys(stored, QUESTIONS))
-    with pytest.raises(ValueError, match="The transform of the dataset makes .* Apply it by `dataset.map` first"):
+    with pytest.raises(ValueError, match="The transform of the dataset turns .* Apply it with `dataset.map` first"):
         sample(dataset.with_transform(lambda rows: dict.fromkeys(seen, rows["prompt"])))
 
 
@@ -308,7 +308,7 @@ def test_rows_without_text_alone_are_told_by_their_column(sample):
 
 @pytest.mark.parametrize("texts", [["$" * 300], ["What is 2+2?", ""]])
 def test_nothing_left_is_an_error(sample, tmp_path, texts):
-    with pytest.raises(ValueError, match="Every prompt of the dataset had to be skipped .*Shorten the prompts"):
+    with pytest.raises(ValueError, match="Every prompt of the dataset was skipped .*Shorten the prompts"):
         sample(prompts_of(*texts), max_prompt_length=3, output_dir=str(tmp_path / "folder"))
     assert not (tmp_path / "folder").exists()
 
@@ -434,17 +434,17 @@ def test_the_active_adapter_is_part_of_the_run(expert, prompts, amateur_path, lo
     model.add_adapter("other", LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
     args = ContrastiveSamplingConfig(str(tmp_path / "folder"), max_new_tokens=4)
     ContrastiveStepSampler(model, amateur_path, args, loaded_tokenizer).sample(prompts)
-    with model.disable_adapter(), pytest.raises(ValueError, match="was begun with expert weights = "):
+    with model.disable_adapter(), pytest.raises(ValueError, match="was started with expert weights = "):
         ContrastiveStepSampler(model, amateur_path, args, loaded_tokenizer).sample(prompts)
     model.set_adapter("other")
-    with pytest.raises(ValueError, match="was begun with expert weights = "):
+    with pytest.raises(ValueError, match="was started with expert weights = "):
         ContrastiveStepSampler(model, amateur_path, args, loaded_tokenizer).sample(prompts)
 
 
 def test_a_column_that_was_corrected_is_not_given_back_as_it_was(sample, tmp_path):
     folder = str(tmp_path / "folder")
     sample(prompts_of("2+2=", answer=["5"]), output_dir=folder)
-    with pytest.raises(ValueError, match=r"was begun with rows \(SHA-256\) = "):
+    with pytest.raises(ValueError, match=r"was started with rows \(SHA-256\) = "):
         sample(prompts_of("2+2=", answer=["4"]), output_dir=folder)
 
 
@@ -600,7 +600,7 @@ def test_a_column_of_ours_is_found_first(sample, unloadable):
 
 def test_a_folder_that_is_taken_is_found_first(sample, unloadable, prompts, tmp_path):
     (tmp_path / "folder" / "data").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds files that no run of this version left there"):
+    with pytest.raises(ValueError, match="holds files that are not from a run of this version"):
         sample(prompts, output_dir=str(tmp_path / "folder"))
 
 
@@ -610,7 +610,7 @@ def test_a_bad_row_is_found_first(sample, unloadable):
 
 
 def test_a_dataset_without_a_usable_prompt_is_found_first(sample, unloadable, prompts):
-    with pytest.raises(ValueError, match="Every prompt of the dataset had to be skipped"):
+    with pytest.raises(ValueError, match="Every prompt of the dataset was skipped"):
         sample(prompts, max_prompt_length=1)
 
 

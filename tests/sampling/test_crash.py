@@ -147,7 +147,7 @@ def test_a_damaged_shard_is_sampled_again_with_a_word(damage, stopped, sampler, 
     shard = sorted((stopped / "shards").iterdir())[2]
     shard.write_bytes(damage(shard.read_bytes()))
     made = sampler().sample(many_prompts)
-    assert f"{shard} is damaged; its rows are made again." in caplog.text
+    assert f"{shard} is damaged. Its rows are sampled again." in caplog.text
     assert equal(made, left_alone)
 
 
@@ -159,7 +159,7 @@ def test_what_is_there_is_not_sampled_again(stopped, sampler, many_prompts, monk
         lambda self, indices, *args: sampled.extend(indices) or run(self, indices, *args),
     )
     sampler().sample(many_prompts)
-    assert "10 of 40 prompts are sampled already." in caplog.text
+    assert "10 of 40 prompts are already sampled." in caplog.text
     assert len(sampled) == len(set(sampled)) == NUM_PROMPTS - 10
 
 
@@ -174,18 +174,18 @@ def test_a_damaged_result_is_sampled_again_with_a_word(sampler, many_prompts, le
     (path,) = (tmp_path / "steps" / "data").iterdir()
     path.write_bytes(flip(path.read_bytes()))
     assert equal(sampler().sample(many_prompts), left_alone)
-    assert "data is damaged; everything is made again." in caplog.text
+    assert "data is damaged. Everything is sampled again." in caplog.text
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"alpha": 0.3}, "begun with alpha = 0.2, but it is now 0.3"),
-        ({"beta": 2.5}, "begun with beta = 1.95, but it is now 2.5"),
-        ({"max_new_tokens": 9}, "begun with max_new_tokens = 8, but it is now 9"),
-        ({"max_prompt_length": 50}, "begun with max_prompt_length = None, but it is now 50"),
-        ({"include_first_step": True}, "begun with include_first_step = False, but it is now True"),
-        ({"dtype": "bfloat16"}, "begun with expert dtype = 'torch.float32', but it is now 'torch.bfloat16'"),
+        ({"alpha": 0.3}, "started with alpha = 0.2, but it is now 0.3"),
+        ({"beta": 2.5}, "started with beta = 1.95, but it is now 2.5"),
+        ({"max_new_tokens": 9}, "started with max_new_tokens = 8, but it is now 9"),
+        ({"max_prompt_length": 50}, "started with max_prompt_length = None, but it is now 50"),
+        ({"include_first_step": True}, "started with include_first_step = False, but it is now True"),
+        ({"dtype": "bfloat16"}, "started with expert dtype = 'torch.float32', but it is now 'torch.bfloat16'"),
     ],
 )
 def test_another_setting_is_refused_by_its_name(kwargs, message, stopped, sampler, many_prompts):
@@ -197,17 +197,17 @@ def test_another_setting_is_refused_by_its_name(kwargs, message, stopped, sample
 
 
 def test_other_prompts_are_refused(stopped, sampler, many_prompts):
-    with pytest.raises(ValueError, match=r"begun with prompts \(tokens\) = "):
+    with pytest.raises(ValueError, match=r"started with prompts \(tokens\) = "):
         sampler().sample(many_prompts.select(range(NUM_PROMPTS - 1, -1, -1)))
 
 
 def test_other_columns_are_refused(stopped, sampler, many_prompts):
-    with pytest.raises(ValueError, match="begun with columns = .*but it is now .*'id'"):
+    with pytest.raises(ValueError, match="started with columns = .*but it is now .*'id'"):
         sampler().sample(many_prompts.add_column("id", list(range(NUM_PROMPTS))))
 
 
 def test_a_refused_run_does_not_keep_the_folder(stopped, sampler, many_prompts, left_alone):
-    with pytest.raises(ValueError, match="begun with alpha") as error:
+    with pytest.raises(ValueError, match="started with alpha") as error:
         sampler(alpha=0.3).sample(many_prompts)
     assert equal(sampler().sample(many_prompts), left_alone)
     assert error.value.__traceback__ is not None  # as a notebook keeps it, and with it all that the run held
@@ -222,7 +222,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(sampler, many_prompts, tmp
 
 
 def test_fewer_prompts_are_refused(stopped, sampler, many_prompts):
-    with pytest.raises(ValueError, match="begun with number of prompts = 40, but it is now 39"):
+    with pytest.raises(ValueError, match="started with number of prompts = 40, but it is now 39"):
         sampler().sample(many_prompts.select(range(NUM_PROMPTS - 1)))
 
 
@@ -233,7 +233,7 @@ def test_other_weights_are_refused(side, stopped, sampler, many_prompts, expert,
         changed.model.layers[1].self_attn.v_proj.weight[3, 3] += 1e-3
     other = sampler()
     setattr(other._pair, side, changed)
-    with pytest.raises(ValueError, match=f"begun with {side} weights = "):
+    with pytest.raises(ValueError, match=f"started with {side} weights = "):
         other.sample(many_prompts)
 
 
@@ -311,7 +311,9 @@ def test_a_disk_that_takes_no_more_is_one_sentence_and_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        with pytest.raises(OSError, match=rf"Cannot write to .*shards' \({os.strerror(error)}\).*run the same again"):
+        with pytest.raises(
+            OSError, match=rf"Cannot write to .*shards' \({os.strerror(error)}\).*rerun the same command"
+        ):
             sampler().sample(many_prompts)
     assert len(shards(tmp_path / "steps")) == 5
     assert not list((tmp_path / "steps" / "shards").glob("*.tmp"))

@@ -58,7 +58,7 @@ def test_the_metadata_holds_them_and_the_card_tells_them_where_they_are_not_the_
 
 def test_a_run_with_another_strength_does_not_go_on(sampled, expert_path, amateur_path, prompts):
     args = ContrastiveSamplingConfig(sampled[0], max_new_tokens=12, beta=1.95, expert_anchor=ANCHOR)
-    with pytest.raises(ValueError, match="was begun with contrast_strength = 0.5, but it is now 1.0"):
+    with pytest.raises(ValueError, match="was started with contrast_strength = 0.5, but it is now 1.0"):
         ContrastiveStepSampler(expert_path, amateur_path, args).sample(prompts)
 
 
@@ -68,4 +68,4 @@ def test_a_report_recognizes_the_models_by_such_labels(sampled):
     assert add_probabilities(trajectories, metadata, None, None) is None
     trajectories = load_trajectories(sampled[1], [0, 1, 2])
     metadata["settings"] |= {"contrast_strength": 100.0, "expert_anchor": 0.0}
-    assert "give another v_C" in add_probabilities(trajectories, metadata, None, None)
+    assert "give a v_C that differs" in add_probabilities(trajectories, metadata, None, None)

@@ -115,19 +115,19 @@ def test_the_metadata_and_only_it_say_how_the_amateur_was_read(sampled):
     plain, covered = (sampling_metadata(each) for each in sampled)
     assert "amateur_reading" not in plain
     said = covered["amateur_reading"]["description"]
-    assert said.startswith("The amateur has another tokenizer") and "lower bound" in said
+    assert said.startswith("The amateur has a different tokenizer") and "lower bound" in said
     assert sampled[0].features == sampled[1].features
 
 
 def test_a_report_says_why_it_shows_the_label_alone(tmp_path, sampled, renumbered):
     write_report({"steps": sampled[1]}, str(tmp_path), expert=str(PAIR / "expert"), amateur=renumbered)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "only the label is shown: the amateur has another tokenizer than the expert" in page
+    assert "Only the label is shown, without the probabilities of expert and amateur: the amateur" in page
 
 
 def test_a_card_says_how_the_amateur_was_read(sampled):
     card = dataset_card({"train": sampled[1]}, "own/steps")
-    assert "| how the amateur was read | The amateur has another tokenizer" in str(card)
+    assert "| how the amateur was read | The amateur has a different tokenizer" in str(card)
 
 
 def test_completions_that_are_given_are_read_alike(tmp_path, sampled, renumbered):
@@ -193,7 +193,7 @@ def test_steps_that_cannot_be_read_are_counted(tmp_path, tokenizer, caplog):
     (row,) = sampler.sample(Dataset.from_dict({"prompt": QUESTIONS[:1], "completion": ["2<|im_start|>4+"]}))
     assert [value is None for value in row["kl_divergence"]] == [False, True, True, True]
     assert row["step_positions"] == []
-    said = "Of 4 steps 3 could not be read by the amateur and 1 would be kept, but are uncertain by more than 0.1 nats"
+    said = "Of 4 steps, 3 could not be read by the amateur and 1 would be kept but are uncertain by more than 0.1 nats"
     assert said in caplog.text
 
 
@@ -201,7 +201,7 @@ def test_a_tokenizer_whose_bytes_cannot_be_told_is_refused_before_weights_are_lo
     backend = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
     words = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[UNK]")
-    with pytest.raises(ValueError, match="The bytes of the amateur's tokens cannot be told"):
+    with pytest.raises(ValueError, match="The bytes of the amateur's tokens cannot be determined"):
         ContrastiveStepSampler(expert_path, make_model(tokenizer), args(tmp_path), amateur_processing_class=words)
 
 

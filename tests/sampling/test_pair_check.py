@@ -207,7 +207,7 @@ def test_swapped_sizes_are_noticed():
     check = check_steps(pair(0.1, 0.3, **sizes(500, 1500)))
     assert (check.verdict, check.promising) == ("swapped", False)
     assert check.reasons[0].startswith("The expert has 500 parameters, the amateur 1,500: exchange")
-    assert "the other numbers say: promising." in check.reasons[0]
+    assert "the other numbers give: promising." in check.reasons[0]
 
 
 @pytest.mark.parametrize(("amateur", "verdict"), [(1300, "promising"), (1400, "doubtful"), (1510, "doubtful")])
@@ -225,7 +225,7 @@ def test_an_amateur_that_is_made_of_the_expert_is_doubtful_and_said_to_be(amateu
     }
     check = check_steps(pair(0.1, 0.3, **models))
     assert (check.verdict, check.is_of_expert) == ("doubtful", is_of_expert)
-    assert check.reasons[0].startswith("The amateur is made of the expert") == is_of_expert
+    assert check.reasons[0].startswith("The amateur is made from the expert") == is_of_expert
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_the_dictionary_is_json_and_holds_everything():
 def test_an_unknown_divergence_is_refused():
     rows = random_rows(2)
     rows[1]["kl_divergence"] = [None, *rows[1]["kl_divergence"][1:]]
-    with pytest.raises(ValueError, match="does not know the divergence of every step.*`lightreasoner sample`"):
+    with pytest.raises(ValueError, match="without the divergence of every step.*`lightreasoner sample`"):
         check_steps(as_dataset(rows))
 
 
@@ -398,7 +398,7 @@ def test_the_sampler_can_sample_afterwards(make_sampler, prompts):
 
 
 def test_a_model_with_equal_weights_is_refused(make_sampler, prompts, expert, expert_path):
-    with pytest.raises(ValueError, match="Expert and amateur have equal weights.* Name a weaker model"):
+    with pytest.raises(ValueError, match="Expert and amateur have equal weights.* Choose a weaker model"):
         make_sampler(amateur=expert).check(prompts)
     with pytest.raises(ValueError, match="Expert and amateur have equal weights"):
         make_sampler(amateur=expert_path).check(prompts)

@@ -114,12 +114,14 @@ def test_what_the_main_process_refuses_ends_all(start, tmp_path):
     assert start(questions(4), 2, beta=2.5) == [1, 1]
     for rank in range(2):
         message = (tmp_path / f"steps-{rank}.log").read_text()
-        assert "ValueError: " in message and "was begun with beta = 1.95, but it is now 2.5." in message
+        assert "ValueError: " in message and "was started with beta = 1.95, but it is now 2.5." in message
 
 
 def test_processes_that_share_no_folder_are_told_so(start, tmp_path):
     assert start(questions(4), 2, {1: {"folder": str(tmp_path / "other disk")}}) == [1, 1]
-    message = "other disk/run.json', which the main process has made. Choose an `output_dir` that all processes share."
+    message = (
+        "other disk/run.json' of the main process is not visible. Choose an `output_dir` that all processes share."
+    )
     assert message in (tmp_path / "other disk-1.log").read_text()
     message = "ConnectionError: Process 0 waited for another one, which has ended. Run the same again to go on."
     assert message in (tmp_path / "steps-0.log").read_text()

@@ -163,7 +163,7 @@ def make_model_of(layers):
 def test_a_model_whose_layers_cannot_be_told_is_refused():
     model = make_model_of(torch.nn.ModuleList([torch.nn.Identity()]))
     model.others = torch.nn.ModuleList([torch.nn.Identity()])
-    with pytest.raises(ValueError, match="The layers of `Model` cannot be told from its other modules"):
+    with pytest.raises(ValueError, match="The layers of `Model` cannot be identified among its modules"):
         with skip_layers(model, [0]):
             pass
 
@@ -339,7 +339,7 @@ def test_what_the_amateur_is_goes_with_the_run(make_sampler, expert_path):
     made = make_sampler(expert_path, folder="one", amateur_system_prompt="").sample(MESSAGES)
     settings = sampling_metadata(made)["settings"]
     assert settings["amateur_system_prompt"] == "" and settings["amateur_skipped_layers"] is None
-    with pytest.raises(ValueError, match="was begun with amateur_skipped_layers = None, but it is now "):
+    with pytest.raises(ValueError, match="was started with amateur_skipped_layers = None, but it is now "):
         make_sampler(expert_path, folder="one", amateur_system_prompt="", amateur_skipped_layers=[1]).sample(MESSAGES)
     made = make_sampler(expert_path, amateur_skipped_layers=[1]).sample(MESSAGES)
     assert "| amateur_skipped_layers | [1] |" in str(dataset_card({"train": made}, "own/steps"))
@@ -350,7 +350,7 @@ def test_a_report_does_not_show_the_expert_for_such_an_amateur(settings, make_sa
     sampler = make_sampler(expert_path, **settings)
     steps = sampler.sample(MESSAGES)
     reason = add_probabilities(load_trajectories(steps, [0]), made_with(steps), sampler.expert, sampler.amateur)
-    assert reason == "the amateur was read without some of its layers, or behind another prompt"
+    assert reason == "the amateur was read with skipped layers, or with a different prompt"
 
 
 def test_the_check_asks_the_amateur_as_it_reads(make_sampler, expert, tokenizer):
@@ -366,7 +366,7 @@ def test_the_check_asks_the_amateur_as_it_reads(make_sampler, expert, tokenizer)
     assert check.amateur_answers[0] == tokenizer.decode(answer[0], skip_special_tokens=True)
 
 
-NOTHING_DIFFERS = "Let them differ by an adapter .* `amateur_skipped_layers`, or by an `amateur_system_prompt` or"
+NOTHING_DIFFERS = "so they never diverge. Name the base model .* `amateur_skipped_layers`, `amateur_system_prompt` or"
 
 
 def test_an_expert_that_is_its_own_amateur_without_a_difference_is_refused(make_sampler, expert_path):
@@ -379,7 +379,7 @@ def test_an_expert_that_is_its_own_amateur_without_a_difference_is_refused(make_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"amateur_skipped_layers": [2]}, "must be numbers from 0 to 1, .* got 2"),
+        ({"amateur_skipped_layers": [2]}, "must be indices .*, from 0 to 1, got 2"),
         ({"amateur_skipped_layers": [0, 1]}, "names all of the amateur's 2 layers"),
         ({"amateur_skipped_layers": []}, r"must be a list of numbers of layers, from 0, such as \[8, 9\], got \[\]"),
         ({"amateur_skipped_layers": [-1]}, "must be a list of numbers of layers"),
@@ -465,7 +465,7 @@ def test_an_amateur_of_the_expert_itself_is_read_without_the_adapter_too(
 
 
 def test_labels_of_the_base_need_an_adapter_and_another_amateur(make_sampler, adapter_path, expert_path, amateur_path):
-    with pytest.raises(ValueError, match="the expert has none. Leave it out, or name the adapter"):
+    with pytest.raises(ValueError, match="the expert has none. Remove it, or name the adapter"):
         make_sampler(expert_path, amateur_path, label_expert="base")
-    with pytest.raises(ValueError, match="they would diverge nowhere. Choose another amateur"):
+    with pytest.raises(ValueError, match="they would never diverge. Choose another amateur"):
         make_sampler(adapter_path, expert_path, label_expert="base")

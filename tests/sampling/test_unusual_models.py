@@ -116,7 +116,7 @@ def test_a_run_goes_on_only_with_a_model_that_is_loaded_alike(
     if setting is None:
         assert sampler.sample(prompts).to_list() == expected.to_list()
     else:
-        with pytest.raises(ValueError, match=f"was begun with {re.escape(setting)}"):
+        with pytest.raises(ValueError, match=f"was started with {re.escape(setting)}"):
             sampler.sample(prompts)
 
 

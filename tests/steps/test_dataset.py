@@ -235,13 +235,13 @@ def test_metadata_is_one_json_text_in_every_row(made):
 @pytest.mark.parametrize("folder", ["data", "shards"])
 def test_a_folder_that_holds_a_dataset_is_refused(tmp_path, folder):
     (tmp_path / "steps" / folder).mkdir(parents=True)
-    with pytest.raises(ValueError, match="steps' holds files that no run.*overwrite_output_dir=True"):
+    with pytest.raises(ValueError, match="steps' holds files that are not from a run.*overwrite_output_dir=True"):
         StepWriter(str(tmp_path / "steps"), make_input())
 
 
 def test_a_refused_folder_is_left_as_it_was(made, tmp_path):
     before = (tmp_path / "steps" / "data" / "train-00000-of-00001.parquet").read_bytes()
-    with pytest.raises(ValueError, match="was begun with beta = None, but it is now 0.4"):
+    with pytest.raises(ValueError, match="was started with beta = None, but it is now 0.4"):
         StepWriter(str(tmp_path / "steps"), make_input()).open({"beta": 0.4}, METADATA)
     assert (tmp_path / "steps" / "data" / "train-00000-of-00001.parquet").read_bytes() == before
 
@@ -327,7 +327,7 @@ def test_a_batch_that_breaks_off_leaves_no_half_written_file(tmp_path, monkeypat
     writer.write([4, 1], columns_of([4, 1]))
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", break_off)
-        with pytest.raises(OSError, match="shards' \\(No space left on device\\). What was written before is kept"):
+        with pytest.raises(OSError, match="shards' \\(No space left on device\\). Everything written before is kept"):
             writer.write([0], columns_of([0]))
     (shard,) = (tmp_path / "steps" / "shards").glob("*.parquet")
     assert pq.read_table(shard)["completion"].to_pylist() == ["answer 4", "answer 1"]
@@ -347,7 +347,7 @@ def test_rows_that_are_missing_at_the_end_are_refused(tmp_path):
 
 
 def test_a_folder_that_the_main_process_did_not_open_cannot_be_joined(tmp_path):
-    with pytest.raises(ValueError, match="There is no .*run.json', which the main process has made"):
+    with pytest.raises(ValueError, match="The file .*run.json' of the main process is not visible"):
         StepWriter(str(tmp_path / "steps"), make_input()).join()
 
 

@@ -178,14 +178,14 @@ def test_an_adapter_is_asked_in_the_form_in_which_it_was_trained(asked):
 def test_another_form_is_a_warning_that_names_both(asked):
     settings, said = asked(system_prompt="Guess.")
     assert settings["system_prompt"] == "Guess."
-    assert "trained on prompts by the chat template and the system prompt 'Think.'" in said
-    assert "is asked by the chat template and the system prompt 'Guess.'" in said
+    assert "trained on prompts with the chat template and the system prompt 'Think.'" in said
+    assert "is evaluated with the chat template and the system prompt 'Guess.'" in said
 
 
 def test_another_style_has_the_template_of_its_own(asked):
     settings, said = asked(prompt_style="raw")
     assert settings == PromptFormat("raw").to_dict()
-    assert "is asked by plain text 'Question: {question}\\nAnswer:'" in said
+    assert "is evaluated with plain text 'Question: {question}\\nAnswer:'" in said
 
 
 def test_a_conversation_that_ends_with_its_answer_is_no_prompt():

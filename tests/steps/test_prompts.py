@@ -166,7 +166,7 @@ def test_a_text_completion_ends_with_its_first_eos(tokenizer, behind):
 def test_a_completion_that_goes_on_behind_eos_is_refused(tokenizer, kind):
     text = "4<|im_end|>It is 4."
     completion = [{"role": "assistant", "content": text}] if kind == "message" else text
-    with pytest.raises(ValueError, match="^Row 0: `completion` goes on behind the token '<|im_end|>', which ends an"):
+    with pytest.raises(ValueError, match="^Row 0: `completion` continues after the token '<|im_end|>', which ends an"):
         encode(tokenizer, prompt=MESSAGES if kind == "message" else "What is 2+2?", completion=completion)
 
 
@@ -291,7 +291,7 @@ def test_a_part_that_is_not_text_is_refused(tokenizer, part):
 def test_what_a_template_leaves_out_of_a_prompt_is_refused(tokenizer):
     tokenizer.chat_template = "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}"
     tokenizer.chat_template += "{% endif %}{% endfor %}"
-    with pytest.raises(ValueError, match="^Row 0: The chat template leaves 'Please reason step by step.' out of"):
+    with pytest.raises(ValueError, match="^Row 0: The chat template omits 'Please reason step by step.' of"):
         encode(tokenizer, prompt=MESSAGES)
 
 
@@ -299,7 +299,7 @@ def test_what_a_template_leaves_out_of_a_prompt_is_refused(tokenizer):
     "tools", [[{"name": "calculator"}], [{"type": "function", "function": {"name": "calculator"}}]]
 )
 def test_tools_that_a_template_leaves_out_are_refused(tokenizer, tools):
-    with pytest.raises(ValueError, match="leaves 'calculator' out of `prompt`"):
+    with pytest.raises(ValueError, match="omits 'calculator' of `prompt`"):
         encode(tokenizer, prompt=MESSAGES, tools=tools)
 
 
@@ -330,7 +330,7 @@ def test_a_completion_that_comes_out_of_the_template_whole_is_scored_whole(token
 @pytest.mark.parametrize("message", REASONED, ids=["in the content", "beside it"])
 def test_a_completion_whose_reasoning_the_template_drops_is_refused(tokenizer, message):
     tokenizer.chat_template = template_of("deepseek_r1_distill")
-    with pytest.raises(ValueError, match="^Row 0: The chat template leaves .*Two and two.* out of `completion`"):
+    with pytest.raises(ValueError, match="^Row 0: The chat template omits .*Two and two.* of `completion`"):
         encode(tokenizer, prompt=MESSAGES, completion=[message])
 
 

@@ -94,7 +94,7 @@ def test_so_it_is_where_text_is_tokenized_otherwise_than_it_was_generated(lossy,
     file = write_lines(tmp_path / "lossy.jsonl", lossy)
     dataset = import_published_steps(file, str(tmp_path / "steps"), expert_path)
     assert count_steps(dataset) == len(lossy)
-    assert f"of {len(lossy)} prefixes have another number of tokens than when they were sampled" in caplog.text
+    assert f"of {len(lossy)} prefixes have a different number of tokens than when they were sampled" in caplog.text
     assert trained_loss(dataset, expert_path, tmp_path) == pytest.approx(published_loss(lossy, expert_path), rel=1e-4)
 
 
@@ -129,7 +129,7 @@ def test_beta_can_be_raised_where_the_divergence_is_known(golden, expert_golden,
     assert sampling_metadata(raised)["settings"]["beta"] == 0.6
     without = [{name: value for name, value in golden[0].items() if name != "kl_divergence"}]
     dataset = import_published_steps(write_lines(tmp_path / "x.jsonl", without), str(tmp_path / "x"), expert_golden)
-    with pytest.raises(ValueError, match="Row 0 has a kept step whose divergence is not known"):
+    with pytest.raises(ValueError, match="Row 0 has a kept step of unknown divergence"):
         raise_beta(dataset, 0.6)
 
 
@@ -178,7 +178,7 @@ BAD_LINES = {
     "out of range": (changed(tokens=..., token_ids=[38, 5000]), "label id 5000 at step 2 is outside the model's"),
     "another tokenizer": (
         changed(tokens=["C", "b"]),
-        "token 68 is 'b' in the file, and 'a' for this tokenizer; name the expert that the file was sampled with",
+        "token 68 is 'b' in the file, but 'a' for this tokenizer; name the expert that the file was sampled with",
     ),
     "unknown": (changed(tokens=["C", "xyz"], token_ids=...), "no tokens of this tokenizer read 'xyz'"),
 }
@@ -215,7 +215,7 @@ def test_another_chat_template_is_another_import(expert_golden, tmp_path):
     file = str(GOLDEN / "samples.jsonl")
     import_published_steps(file, str(tmp_path / "steps"), expert_golden, processing_class=tokenizer)
     tokenizer.chat_template = "! " + tokenizer.chat_template
-    with pytest.raises(ValueError, match="was begun with tokens = "):
+    with pytest.raises(ValueError, match="was started with tokens = "):
         import_published_steps(file, str(tmp_path / "steps"), expert_golden, processing_class=tokenizer)
 
 
@@ -227,7 +227,7 @@ def test_the_program_leaves_a_folder_that_can_be_trained_on(golden, expert_golde
         assert f"trajectories with {len(golden):,} kept steps are in {steps}." in capsys.readouterr().out
     assert count_steps(load_split(steps, None, "train")) == len(golden)
     assert main([*argv, "--system_prompt", "Think."]) == 2
-    assert "was begun with system_prompt = 'Please reason" in capsys.readouterr().err
+    assert "was started with system_prompt = 'Please reason" in capsys.readouterr().err
     train = ["train", "--model_name_or_path", expert_golden, "--dataset_name", steps, "--use_cpu", "--max_steps", "1"]
     assert main([*train, "--output_dir", str(tmp_path / "adapter")]) == 0
 

@@ -62,7 +62,7 @@ def test_conversations_without_an_answer_are_refused_by_row(row, sentence, token
         ({"prompt": "", "completion": "4"}, "Row 1: the prompt is empty"),
         ({"prompt": None, "completion": "4"}, "Row 1: `prompt` must be text or a list of messages"),
         ({"prompt": "2+2=", "completion": None}, "Row 1: `completion` must be text or a list"),
-        ({"prompt": "2+2=", "completion": "4<|im_end|>5"}, "Row 1: `completion` goes on behind the token"),
+        ({"prompt": "2+2=", "completion": "4<|im_end|>5"}, "Row 1: `completion` continues after the token"),
     ],
 )
 def test_text_that_is_no_demonstration_is_refused_by_row(row, sentence, tokenizer):

@@ -80,7 +80,7 @@ MALFORMED = {
     "a prompt outside the embeddings": ({"prompt_ids": [1, 12, 3]}, "token id 12 is outside the model's 12 embedd"),
     "a completion outside the embeddings": ({"completion_ids": [4, 5, 6, 99]}, "token id 99 is outside"),
     "a negative token": ({"completion_ids": [4, 5, 6, -1]}, "token id -1 is outside"),
-    "step 0 without a prompt": ({"prompt_ids": []}, "step position 0 has no context, since the prompt is empty"),
+    "step 0 without a prompt": ({"prompt_ids": []}, "step position 0 has no context, because the prompt is empty"),
     **{f"no {column}": ({column: None}, f"{column} is missing") for column in ROW},
     "a token missing": ({"prompt_ids": [1, None, 3]}, "prompt_ids has a gap"),
     "a position missing": ({"step_positions": [0, None, 3]}, "step_positions has a gap"),
@@ -92,7 +92,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize(("changes", "reason"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_row_is_refused_by_number_and_reason(changes, reason):
-    with pytest.raises(ValueError, match=f"^Row 1 of the train dataset cannot be trained on: .*{reason}"):
+    with pytest.raises(ValueError, match=f"^Row 1 of the train dataset cannot be used for training: .*{reason}"):
         prepare(dataset_of(ROW, {**ROW, **changes}, ROW))
 
 
@@ -110,7 +110,7 @@ def test_a_malformed_row_is_refused_by_number_and_reason(changes, reason):
 def test_weights_that_cannot_be_meant_are_refused_by_row(weights, reason):
     rows = [{**ROW, "step_weights": [1.0, 0.0, 2.5]}, {**ROW, "step_weights": weights}]
     features = Features({**FEATURES, "step_weights": List(Value("float32"))})
-    with pytest.raises(ValueError, match=f"^Row 1 of the train dataset cannot be trained on: {reason}"):
+    with pytest.raises(ValueError, match=f"^Row 1 of the train dataset cannot be used for training: {reason}"):
         prepare(Dataset.from_list(rows, features=features))
 
 
@@ -136,7 +136,9 @@ def test_weights_stay_with_their_steps(one_step_per_row):
 
 def test_a_malformed_row_of_an_iterable_dataset_is_refused_when_it_is_read():
     rows = prepare(dataset_of(*[ROW] * 1000, {**ROW, "step_positions": [0, 2, 4]}).to_iterable_dataset())
-    with pytest.raises(ValueError, match="^Row 1000 of the train dataset cannot be trained on: step position 4"):
+    with pytest.raises(
+        ValueError, match="^Row 1000 of the train dataset cannot be used for training: step position 4"
+    ):
         list(rows)
 
 
@@ -169,7 +171,7 @@ def test_streamed_rows_without_a_step_to_train_on_are_refused(beta):
 )
 def test_streamed_rows_without_types_are_checked_by_their_values(changes, reason):
     rows = IterableDataset.from_generator(lambda: iter([{**with_divergence([2.0] * 4), **changes}]))
-    with pytest.raises(ValueError, match=f"^Row 0 of the train dataset cannot be trained on: {reason}"):
+    with pytest.raises(ValueError, match=f"^Row 0 of the train dataset cannot be used for training: {reason}"):
         prepare(rows, beta=0.5)
 
 
@@ -179,7 +181,7 @@ def test_steps_beyond_the_models_context_are_dropped_as_those_beyond_max_length(
     assert (
         caplog.text.count("Dropped 1 of 3 steps of the train dataset, which lie beyond the model's context of 5") == 2
     )
-    with pytest.raises(ValueError, match="all 3 of its steps lie beyond the model's context of 2 tokens; sample with"):
+    with pytest.raises(ValueError, match="all 3 of its steps are beyond the model's context of 2 tokens; sample with"):
         prepare(dataset_of(ROW), context=2)
 
 
@@ -241,7 +243,7 @@ def test_a_dataset_without_a_kept_step_is_refused_with_the_remedy():
 
 
 def test_a_dataset_whose_steps_are_all_too_long_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match="all 3 of its steps lie beyond max_length=2; raise it"):
+    with pytest.raises(ValueError, match="all 3 of its steps are beyond max_length=2; raise it"):
         prepare(dataset_of(ROW), max_length=2)
 
 
@@ -255,7 +257,9 @@ def test_a_missing_column_is_refused(column, iterable):
 
 def test_a_missing_column_of_an_iterable_dataset_that_does_not_name_its_columns_is_refused_when_it_is_read():
     rows = IterableDataset.from_generator(lambda: iter([{"prompt_ids": [1]}]))
-    with pytest.raises(ValueError, match="Row 0 of the train dataset cannot be trained on: completion_ids is missing"):
+    with pytest.raises(
+        ValueError, match="Row 0 of the train dataset cannot be used for training: completion_ids is missing"
+    ):
         list(prepare(rows))
 
 
@@ -383,7 +387,7 @@ def test_steps_below_beta_are_left_out(iterable):
 
 
 def test_beta_needs_the_divergence_of_every_step():
-    message = "Row 0 .* divergence is not known; set `beta` to 0 to train on all of them"
+    message = "Row 0 .* unknown divergence; set `beta` to 0 to train on all steps"
     with pytest.raises(ValueError, match=message):
         prepare(Dataset.from_list([with_divergence([2.0, 2.0, None, 2.0])]), beta=0.8)
 

@@ -102,7 +102,7 @@ def test_what_a_left_over_process_wrote_all_the_same_is_not_taken(folder, monkey
     write(left_over, [6, 7], sign=-1)
     write(again, [0, 1, 4], [2, 3], [5, 6, 7])
     assert finish(again) == EXPECTED
-    assert "000000006-" in caplog.text and "is damaged or of another run; it is left out." in caplog.text
+    assert "000000006-" in caplog.text and "is damaged or from another run. It is skipped." in caplog.text
 
 
 def test_rows_that_two_shards_hold_at_the_start_count_once(folder, monkeypatch, caplog):
@@ -115,7 +115,7 @@ def test_rows_that_two_shards_hold_at_the_start_count_once(folder, monkeypatch, 
     write(killed, [5, 6])
     killed.close()
     again = open_run(folder, done=[5, 6])
-    assert "is there twice; its rows are made again." in caplog.text
+    assert "is there twice. Its rows are sampled again." in caplog.text
     write(again, [0, 1, 2, 3, 4, 7])
     assert finish(again) == EXPECTED
 
@@ -188,14 +188,16 @@ def test_a_shard_that_is_damaged_while_the_run_goes_on_is_missed_at_its_end(fold
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(ValueError, match="4 of 8 rows are missing .* first row 0.*run the same again to make them"):
+    with pytest.raises(
+        ValueError, match="4 of 8 rows are missing .* first row 0.*rerun the same command to sample the missing rows"
+    ):
         writer.finish(ROWS)
 
 
 def test_rows_that_are_there_twice_are_refused(folder):
     writer = open_run(folder)
     write(writer, range(4), range(3, 8))
-    with pytest.raises(ValueError, match="1 rows are twice in .*shards'. Delete"):
+    with pytest.raises(ValueError, match="1 rows are duplicated in .*shards'. Delete"):
         writer.finish(ROWS)
     assert len(list((folder / "shards").iterdir())) == 2
 
@@ -226,7 +228,7 @@ def test_a_file_of_a_finished_dataset_that_is_gone_is_named(folder):
     finished(folder)
     (data,) = (folder / "data").iterdir()
     data.rename(folder / "data" / "moved.parquet")
-    with pytest.raises(ValueError, match=f"'{data}' is missing. Run the same again"):
+    with pytest.raises(ValueError, match=f"'{data}' is missing. Rerun the command"):
         load_split(str(folder), None, "train")
 
 
@@ -294,7 +296,7 @@ def test_too_little_room_is_said_beforehand(folder, monkeypatch):
     writer = write_all(open_run(folder))
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-        with pytest.raises(OSError, match="steps' together takes 0 MB, and 0 MB are free. All rows are kept"):
+        with pytest.raises(OSError, match="steps' takes 0 MB, but only 0 MB are free. All rows are kept"):
             writer.finish(ROWS)
     assert finish(writer) == EXPECTED
 

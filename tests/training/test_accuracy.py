@@ -373,11 +373,11 @@ def unloadable(monkeypatch):
     [
         (
             {"prompt": ["2+2?"]},
-            r"`eval_questions` must have the columns `prompt` and `answer`; it has 'prompt'\.",
+            r"`eval_questions` must have the columns `prompt` and `answer`, got 'prompt'\.",
         ),
         (
             {"question": ["2+2?"], "answer": ["4"]},
-            r"`eval_questions` must have the columns `prompt` and `answer`; it has 'question', 'answer'\.",
+            r"`eval_questions` must have the columns `prompt` and `answer`, got 'question', 'answer'\.",
         ),
         ({"prompt": [], "answer": []}, r"`eval_questions` holds no question\."),
         (
@@ -421,14 +421,14 @@ def test_messages_without_a_chat_template_are_refused(unloadable, questions, ste
 
 def test_the_loss_of_no_rows_cannot_choose_the_best_model(unloadable, questions, steps, expert_path, tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    with pytest.raises(ValueError, match="Set `metric_for_best_model='accuracy'`, or hold kept steps out"):
+    with pytest.raises(ValueError, match="Set `metric_for_best_model='accuracy'`, or hold out kept steps"):
         make_trainer(steps, questions, tmp_path, model=expert_path, load_best_model_at_end=True, **settings)
 
 
 def test_questions_do_not_go_with_fsdp(unloadable, questions, steps, expert_path, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(
-        ValueError, match="^`eval_questions` do not go with FSDP: a model whose weights are split does"
+        ValueError, match="^`eval_questions` cannot be combined with FSDP: a model with split weights cannot"
     ):
         make_trainer(steps, questions, tmp_path, model=expert_path)
 
@@ -447,7 +447,7 @@ def test_questions_do_not_go_with_zero_3(stage, is_refused, tmp_path, monkeypatc
     if not is_refused:
         check_answers(args, has_rows=False)
         return
-    with pytest.raises(ValueError, match="^`eval_questions` do not go with DeepSpeed ZeRO-3: .* Launch with DDP"):
+    with pytest.raises(ValueError, match="`eval_questions` cannot be .* DeepSpeed ZeRO-3: .* Launch with DDP"):
         check_answers(args, has_rows=False)
 
 
@@ -470,5 +470,5 @@ def test_questions_are_put_into_the_form_of_the_prompts():
     messages = [{"role": "user", "content": "2+2?"}]
     made = as_questions(Dataset.from_dict({"prompt": [messages], "answer": ["4"]}), lambda question: question)
     assert made.to_list() == [{"prompt": messages, "answer": "4"}]
-    with pytest.raises(ValueError, match="Questions need the columns `question` or `prompt`, and `answer`; there are"):
+    with pytest.raises(ValueError, match="columns `question` or `prompt`, and `answer`. The columns are"):
         as_questions(Dataset.from_dict({"question": ["2+2?"]}), str)

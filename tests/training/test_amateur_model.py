@@ -37,7 +37,7 @@ def test_the_settings_of_the_sampling_can_be_given(expert, amateur, prompts, tmp
 
 
 def test_steps_are_not_sampled_again(expert, amateur_path, steps, tmp_path):
-    with pytest.raises(ValueError, match="^`amateur_model` is for a `train_dataset` of prompts, and this one"):
+    with pytest.raises(ValueError, match="^`amateur_model` needs a `train_dataset` of prompts, but this one"):
         LightReasonerTrainer(expert, config(tmp_path), train_dataset=steps, amateur_model=amateur_path)
 
 

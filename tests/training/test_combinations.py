@@ -25,19 +25,19 @@ from ..conftest import make_model
 FSDP1 = {"ACCELERATE_USE_FSDP": "true"}
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ALL_WEIGHTS = (
-    r"`load_in_{}bit` does not go with training all weights, since quantized weights cannot be updated\. Train an "
+    r"`load_in_{}bit` cannot be combined with training all weights: quantized weights cannot be updated\. Train an "
     r"adapter \(`peft_config`; `--use_peft true` on the command line\), or load the model unquantized\."
 )
-FP16 = r"`fp16` does not go with `load_in_{}bit`, whose adapter is trained in bfloat16\. Set `bf16` instead\."
+FP16 = r"`fp16` cannot be combined with `load_in_{}bit`, whose adapter is trained in bfloat16\. Set `bf16` instead\."
 STORAGE = (
-    r"`load_in_4bit` goes with FSDP{0} only if `bnb_4bit_quant_storage` is {1}, got {2}\. Set it so, or launch with "
+    r"`load_in_4bit` works with FSDP{0} only if `bnb_4bit_quant_storage` is {1}, got {2}\. Change it, or launch with "
     r"DDP\."
 )
 INT8 = (
-    r"`load_in_8bit` does not go with FSDP, which cannot split 8-bit weights\. Launch with DDP, or set "
+    r"`load_in_8bit` cannot be combined with FSDP, which cannot split 8-bit weights\. Launch with DDP, or set "
     r"`load_in_4bit`, and `bnb_4bit_quant_storage` to float32\."
 )
-HALF = r"`fp16` does not go with training all weights in {}\. Leave `dtype` out, for float32, or set `bf16`\."
+HALF = r".* cannot be combined with training all weights in {}\. Remove `dtype` to train in float32, or set `bf16`\."
 STORED = "--bnb_4bit_quant_storage"
 
 
@@ -78,7 +78,7 @@ def unloadable(monkeypatch):
         (
             ["--use_liger_kernel"],
             {},
-            "`use_liger_kernel` needs a GPU, on which alone Liger's kernels run. Leave it out.",
+            "`use_liger_kernel` needs a GPU. Remove it.",
         ),
     ],
 )
@@ -153,7 +153,7 @@ def test_fp16_takes_trained_weights_in_float32_only(adapter, weight, dtype, expe
         adapter |= {} if casts else {"autocast_adapter_dtype": False}
     name = str(dtype).removeprefix("torch.")
     with pytest.raises(
-        ValueError, match=rf"^`fp16` does not go with trained weights in {name}, such as {weight}\. Load"
+        ValueError, match=rf"^`fp16` cannot be combined with trained weights in {name}, such as {weight}\. Load"
     ):
         args = LightReasonerConfig(str(tmp_path), use_cpu=True, fp16=True)
         LightReasonerTrainer(model, args, train_dataset=steps)
@@ -167,7 +167,7 @@ def test_fsdp2_takes_trained_weights_of_one_dtype_unless_accelerate_casts_them(e
     check_trained_weights(cast, model)
     for args, is_quantized in ((plain, False), (cast, True)):  # as DoRA's magnitudes on 4 bits
         model.is_loaded_in_4bit = is_quantized
-        with pytest.raises(ValueError, match="^FSDP2 takes trained weights of one dtype only, and .* Leave out"):
+        with pytest.raises(ValueError, match="^FSDP2 needs all trained weights in one dtype, but .* Remove"):
             check_trained_weights(args, model)
 
 
@@ -177,7 +177,7 @@ def test_fsdp2_takes_trained_weights_of_one_dtype_unless_accelerate_casts_them(e
 )
 def test_a_metric_that_is_not_evaluated_is_refused(metric, sets, has_questions, tmp_path):
     args = LightReasonerConfig(str(tmp_path), use_cpu=True, eval_strategy="steps", metric_for_best_model=metric)
-    with pytest.raises(ValueError, match=f"^`metric_for_best_model` must be .* got '{metric}'. There are .*"):
+    with pytest.raises(ValueError, match=f"^`metric_for_best_model` must be .* got '{metric}'. Choose from .*"):
         check_metric(args, sets, has_questions, adapter=True)
 
 

@@ -78,7 +78,7 @@ def test_a_metric_under_a_name_that_is_taken_is_refused(rows, expert, tmp_path):
     trainer = LightReasonerTrainer(
         expert, config(tmp_path), train_dataset=rows, compute_metrics=lambda prediction: {"entropy": 1.0}
     )
-    with pytest.raises(ValueError, match="^`compute_metrics` returns 'entropy', by which something else is logged"):
+    with pytest.raises(ValueError, match="^`compute_metrics` returns 'entropy', a name that is already logged"):
         trainer.evaluate(rows)
 
 

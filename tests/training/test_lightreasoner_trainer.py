@@ -472,7 +472,7 @@ def test_an_update_that_is_not_finite_is_left_out(poison, max_grad_norm, optim, 
     logged = [log["num_nonfinite_updates"] for log in trainer.state.log_history if "loss" in log]
     assert logged == [0, 1, 2, 2, 2]
     assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
-    assert "The gradient of update 2 is not finite; the update is left out (1 so far)." in caplog.messages
+    assert "The gradient of update 2 is not finite. The update is skipped (1 so far)." in caplog.messages
 
 
 def test_the_last_update_is_told_of_as_well(expert, steps, tmp_path, caplog):
@@ -480,7 +480,7 @@ def test_the_last_update_is_told_of_as_well(expert, steps, tmp_path, caplog):
     trainer.updates = (1,)
     with caplog.at_level(logging.WARNING, logger="trl_lightreasoner.training.nonfinite_updates"):
         trainer.train()
-    assert "The gradient of update 2 is not finite; the update is left out (1 so far)." in caplog.messages
+    assert "The gradient of update 2 is not finite. The update is skipped (1 so far)." in caplog.messages
     assert not hasattr(trainer.optimizer.optimizer, "found_inf")  # or it would leave out what others do with it
 
 

@@ -73,9 +73,7 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_without_its_state_is_refused(name, halfway, resume):
     (halfway / name).unlink()
-    message = (
-        rf"^Training cannot go on from '{halfway}' as it was: there is no {name}, as where `save_only_model` is set"
-    )
+    message = rf"Training cannot resume exactly from '{halfway}': there is no {name}, for example because of"
     for checkpoint in (True, str(halfway)):
         with pytest.raises(ValueError, match=message):
             resume(checkpoint)
@@ -86,7 +84,7 @@ def test_weights_alone_are_refused_before_any_are_loaded(expert_path, steps, tmp
     LightReasonerTrainer(expert_path, args, train_dataset=steps, peft_config=copy.copy(LORA)).train()
     flags = ["--output_dir", str(tmp_path / "out"), "--dataset_name", "none", "--resume_from_checkpoint", "true"]
     assert main(["train", "--model_name_or_path", expert_path, "--use_cpu", *flags]) == 2
-    assert "as where `--save_only_model` is set. Resume from another checkpoint, or" in capsys.readouterr().err
+    assert "for example because of `--save_only_model`. Resume from another checkpoint, or" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -95,7 +93,7 @@ def test_weights_alone_are_refused_before_any_are_loaded(expert_path, steps, tmp
 def test_a_cut_file_is_named(name, halfway, resume):
     cut(halfway / name)
     with pytest.raises(
-        ValueError, match=f"^The checkpoint '{halfway}' is damaged: {name} is cut. Resume from another"
+        ValueError, match=f"^The checkpoint '{halfway}' is damaged: {name} is truncated. Resume from another"
     ):
         resume(str(halfway))
 
@@ -107,7 +105,7 @@ def test_the_newest_complete_checkpoint_is_gone_on_from(break_off, name, straigh
     broken = Path(shutil.copytree(straight / "checkpoint-4", halfway.parent / "checkpoint-4"))
     break_off(broken / name)
     assert find_checkpoint("true", str(halfway.parent)) == last_checkpoint(str(halfway.parent)) == str(halfway)
-    assert caplog.text.count(f"Resuming from '{halfway}', since a newer checkpoint is left out. ") == 2
+    assert caplog.text.count(f"Resuming from '{halfway}', because a newer checkpoint is skipped. ") == 2
     if (break_off, name) == (Path.unlink, "trainer_state.json"):
         resume().save_model()
         trained, expected = (load_file(f / "adapter_model.safetensors") for f in (halfway.parent, straight))
@@ -117,15 +115,15 @@ def test_the_newest_complete_checkpoint_is_gone_on_from(break_off, name, straigh
 
 def test_only_an_incomplete_checkpoint_is_none(halfway):
     (halfway / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match="^There is no complete checkpoint in .* out to begin anew.$"):
+    with pytest.raises(ValueError, match="^There is no complete checkpoint in .* to start from the beginning.$"):
         find_checkpoint(True, str(halfway.parent))
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"learning_rate": 1e-3}, r"learning_rate was 0\.01 and is now 0\.001 \(what it was counts\)"),
-        ({"weight_decay": 0.1}, r"weight_decay was 0\.0 and is now 0\.1 \(what it was counts\)"),
+        ({"learning_rate": 1e-3}, r"learning_rate was 0\.01 and is now 0\.001 \(the old value is used\)"),
+        ({"weight_decay": 0.1}, r"weight_decay was 0\.0 and is now 0\.1 \(the old value is used\)"),
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type was 'linear' and is now 'cosine'"),
         ({"seed": 7}, "seed was 42 and is now 7"),
         ({"model_init_kwargs": {"dtype": "bfloat16"}}, "dtype was 'float32' and is now 'bfloat16'"),
@@ -135,7 +133,7 @@ def test_only_an_incomplete_checkpoint_is_none(halfway):
 )
 def test_what_differs_is_refused_unless_the_checkpoint_is_named(settings, said, halfway, resume):
     message = (
-        f"^The checkpoint '{halfway}' is of another training: {said}. Set it back or choose another `output_dir`; "
+        f"^The checkpoint '{halfway}' is from a different training: {said}. Restore the old value, or choose another "
     )
     with pytest.raises(ValueError, match=message):
         resume(**settings)
@@ -144,8 +142,8 @@ def test_what_differs_is_refused_unless_the_checkpoint_is_named(settings, said, 
 def test_what_differs_is_said_where_the_checkpoint_is_named(straight, halfway, resume, caplog):
     trainer = resume(str(halfway), learning_rate=1e-3, weight_decay=0.1)
     (warning,) = [r.getMessage() for r in caplog.records if r.name.startswith("trl_lightreasoner")]
-    assert "learning_rate was 0.01 and is now 0.001 (what it was counts); weight_decay was" in warning
-    assert warning.endswith("The weights will not be those of a run that was never stopped.")
+    assert "learning_rate was 0.01 and is now 0.001 (the old value is used); weight_decay was" in warning
+    assert warning.endswith("The weights will differ from those of an uninterrupted run.")
     # What is said is what is done
     expected = json.loads((straight / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     rates = [[log["learning_rate"] for log in logs if "loss" in log] for logs in (trainer.state.log_history, expected)]
@@ -158,18 +156,18 @@ def test_what_differs_is_said_where_the_checkpoint_is_named(straight, halfway, r
         ({"lora": replace(LORA, r=2)}, r"peft_config\.r was 4 and is now 2"),
         ({"lora": replace(LORA, lora_alpha=16)}, r"peft_config\.lora_alpha was 8 and is now 16"),
         ({"lora": replace(LORA, target_modules=["q_proj"])}, r"peft_config\.target_modules was .*"),
-        ({"lora": None}, r"adapter was 'default' and is now None\. Set it back"),
+        ({"lora": None}, r"adapter was 'default' and is now None\. Restore the old value"),
         ({"optim": "sgd"}, "optim was 'adamw_torch_fused' and is now 'sgd'"),
     ],
     ids=["r", "alpha", "layers", "full", "optim"],
 )
 def test_what_does_not_fit_is_refused_even_where_the_checkpoint_is_named(settings, said, halfway, resume):
-    with pytest.raises(ValueError, match=f"^Training cannot go on from '{halfway}': {said}"):
+    with pytest.raises(ValueError, match=f"^Training cannot resume from '{halfway}': {said}"):
         resume(str(halfway), **settings)
 
 
 def test_another_dataset_is_said(halfway, steps, resume, caplog):
-    message = "the rows of the dataset, or their order, are others"
+    message = "the rows of the dataset, or their order, have changed"
     for rows in (steps.select([1, 0, 2, 3, 4, 5]), steps.select(range(5))):
         with pytest.raises(ValueError, match=message):
             resume(rows=rows)
@@ -197,7 +195,7 @@ def test_the_same_rows_in_other_types_are_the_same(halfway, steps, resume, caplo
 
 def test_another_trainings_checkpoint_is_not_saved_under_ones_own_name(straight, steps, resume, tmp_path):
     shutil.copytree(straight, tmp_path / "out")
-    with pytest.raises(ValueError, match="is of another training: the rows of the dataset"):
+    with pytest.raises(ValueError, match="is from a different training: the rows of the dataset"):
         resume(rows=steps.select(range(4)), max_steps=2)
 
 
@@ -205,7 +203,7 @@ def test_a_checkpoint_that_says_nothing_of_its_training_must_fit_all_the_same(ha
     state = json.loads((halfway / "trainer_state.json").read_text())
     del state["stateful_callbacks"]["RememberTraining"]
     (halfway / "trainer_state.json").write_text(json.dumps(state))
-    with pytest.raises(ValueError, match=f"^The checkpoint '{halfway}' does not fit what is trained, or is damaged: "):
+    with pytest.raises(ValueError, match=f"^The checkpoint '{halfway}' does not fit the model, or is damaged: "):
         resume(lora=replace(LORA, r=2))
     with pytest.raises(ValueError, match="it holds no weights of the whole model"):
         resume(lora=None)
@@ -235,7 +233,7 @@ def test_memory_that_runs_out_is_one_sentence(halfway, resume, monkeypatch):
 
     monkeypatch.setattr(LightReasonerTrainer, "compute_loss", run_out)
     with pytest.raises(
-        ValueError, match="^Memory ran out with 8 rows a batch. Lower `per_device_train_batch_size` and"
+        ValueError, match="^Memory ran out with 8 rows per batch. Lower `per_device_train_batch_size` and"
     ):
         resume()
 
@@ -254,10 +252,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(name, halfw
     full = halfway.parent / "checkpoint-4"
     full.mkdir()
     (full / name).symlink_to("/dev/full")
-    reason = r"\((No space left on device|a file could not be written to its end, as on a full disk)\)"
-    kept = (
-        r"The checkpoints before it are kept: make room, or see to the permissions, and go on with `resume_from_check"
-    )
+    reason = r"\((No space left on device|a file could not be written completely, as on a full disk)\)"
+    kept = r"Earlier checkpoints are kept\. Free disk space or fix the permissions, and resume with `resume_from_check"
     with pytest.raises(OSError, match=rf"^Cannot write the checkpoint '{full}' {reason}\. {kept}"):
         resume()
     assert [path.name for path in halfway.parent.glob("checkpoint-*")] == ["checkpoint-2"]
@@ -268,9 +264,7 @@ def test_a_model_that_does_not_fit_on_the_disk_need_not_be_trained_again(halfway
         pytest.skip("needs Linux")
     trainer = resume(save_strategy="no")
     (halfway.parent / "tokenizer.json").symlink_to("/dev/full")
-    with pytest.raises(
-        OSError, match=r"^Cannot write the model to .*, and set `resume_from_checkpoint`, which goes on"
-    ):
+    with pytest.raises(OSError, match=r"^Cannot write the model to .*, and resume from the last checkpoint"):
         trainer.save_model()
     shutil.rmtree(halfway)
     with pytest.raises(OSError, match=r"^Cannot write the model to .*, and train again\.$"):
@@ -278,7 +272,7 @@ def test_a_model_that_does_not_fit_on_the_disk_need_not_be_trained_again(halfway
 
 
 def test_nothing_is_said_to_be_kept_where_nothing_is(tmp_path):
-    with pytest.raises(OSError, match=r"No such file or directory.*Make room, .* train again\.$"):
+    with pytest.raises(OSError, match=r"No such file or directory.*Free disk space .* train again\.$"):
         with saving(tmp_path / "gone" / "checkpoint-1"):
             (tmp_path / "gone" / "checkpoint-1" / "file").write_text("")
 

@@ -71,7 +71,7 @@ def test_a_file_that_is_not_what_was_trained_is_an_error_that_keeps_it(peft_conf
         parameter.data.mul_(1.5)
 
     monkeypatch.setattr(type(made), "_save_beside", change_behind)
-    with pytest.raises(ValueError, match=f"^What was saved in '{tmp_path}/out' is not what was trained: .*The files"):
+    with pytest.raises(ValueError, match=f"^The files saved in '{tmp_path}/out' differ from .*The files"):
         made.save_model()
     monkeypatch.undo()
     torch.testing.assert_close(logits_of(load_model(str(tmp_path / "out"))), trained, rtol=0, atol=1e-4)
@@ -80,7 +80,7 @@ def test_a_file_that_is_not_what_was_trained_is_an_error_that_keeps_it(peft_conf
 def test_a_trained_tensor_that_is_not_on_the_disk_is_an_error(trainer, expert, tmp_path):
     model = get_peft_model(expert, LoraConfig(**LORA))
     model.get_base_model().model.norm.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"'base_model\.model\.model\.norm\.weight' was trained, and is not there"):
+    with pytest.raises(ValueError, match=r"'base_model\.model\.model\.norm\.weight' was trained, but is missing"):
         trainer(model, processing_class=AutoTokenizer.from_pretrained(expert.config._name_or_path)).train()
 
 
@@ -115,7 +115,7 @@ def test_adalora_prunes(trainer):
 
 def test_adalora_that_would_not_have_pruned_when_training_ends_is_refused(trainer):
     config = AdaLoraConfig(**LORA, init_r=4, target_r=1, total_step=100)
-    with pytest.raises(ValueError, match=r"prunes its ranks until update 100 .*, and training makes 4\. Set"):
+    with pytest.raises(ValueError, match=r"prunes its ranks until update 100 .*, but training makes 4\. Set"):
         trainer(peft_config=config).train()
 
 
@@ -187,7 +187,7 @@ def test_all_weights_are_saved_with_a_generation_config_that_transformers_would_
 def test_what_saving_refuses_is_refused_before_training(trainer):
     made = trainer()
     made.model.config.answer = {1, 2}  # no JSON
-    with pytest.raises(ValueError, match="could not be saved afterwards: .* not JSON serializable"):
+    with pytest.raises(ValueError, match="The trained model could not be saved: .* not JSON serializable"):
         made.train()
     assert made.state.global_step == 0
 
@@ -201,7 +201,7 @@ def test_a_model_that_cannot_be_saved_leaves_its_weights(peft_config, trainer, t
         raise TypeError("Nothing is saved today.")
 
     monkeypatch.setattr(type(made.model), "save_pretrained", fail)
-    with pytest.raises(ValueError, match="could not be saved in .*: Nothing is saved today. What was trained is in"):
+    with pytest.raises(ValueError, match="could not be saved in .*: Nothing is saved today. The trained weights"):
         made.save_model()
     weights = load_file(tmp_path / "out" / "trained_weights.safetensors")
     trained = {name: each for name, each in made.model.named_parameters() if each.requires_grad}

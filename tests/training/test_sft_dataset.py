@@ -120,7 +120,7 @@ def test_packed_batches_with_demonstrations_have_the_gradient_of_padded_ones(
 def test_demonstrations_that_are_not_all_read_are_told(rows, expert, tmp_path, caplog, propagated_logs):
     args = config(tmp_path)
     trainer = LightReasonerTrainer(expert, args, train_dataset=rows.select([0, 1]), sft_dataset=DEMONSTRATIONS)
-    assert "Of the 5 rows of `sft_dataset` the first 2 are read, one beside each row" in caplog.text
+    assert "Only the first 2 of the 5 rows of `sft_dataset` are used, one for each row" in caplog.text
     assert trainer.args.sft_weight == 1.0 and args.sft_weight is None
 
 
@@ -133,7 +133,7 @@ def test_tokens_beyond_max_length_are_left_out(rows, expert, tokenizer, tmp_path
 
 
 def test_demonstrations_beside_streamed_rows_are_refused(rows, expert, tmp_path):
-    with pytest.raises(ValueError, match="^`sft_dataset` does not go with a streamed `train_dataset`"):
+    with pytest.raises(ValueError, match="^`sft_dataset` cannot be combined with a streamed `train_dataset`"):
         LightReasonerTrainer(
             expert,
             config(tmp_path, max_steps=1),
@@ -161,5 +161,5 @@ def test_a_collator_that_leaves_the_demonstrations_out_is_refused(rows, expert, 
     trainer = LightReasonerTrainer(
         expert, config(tmp_path), data_collator=collate, train_dataset=rows, sft_dataset=DEMONSTRATIONS
     )
-    with pytest.raises(ValueError, match="^The `data_collator` leaves `sft_mask` out of its batches"):
+    with pytest.raises(ValueError, match="^The batches of the `data_collator` lack `sft_mask`"):
         trainer.train()

@@ -94,5 +94,5 @@ def test_a_collator_that_leaves_the_weights_out_is_refused(weighted, expert, tmp
         return {name: tensor for name, tensor in batch.items() if name != "step_weights"}
 
     trainer = LightReasonerTrainer(expert, config(tmp_path), data_collator=collate, train_dataset=weighted)
-    with pytest.raises(ValueError, match="^The `data_collator` leaves `step_weights` out of its batches"):
+    with pytest.raises(ValueError, match="^The batches of the `data_collator` lack `step_weights`"):
         trainer.train()

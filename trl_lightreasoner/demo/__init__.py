@@ -1,5 +1,5 @@
 """The bundled pair and its word problems.
 
-In: a seed. Out: problems without end, two models small enough for a wheel, and a grader for them. Nothing but the
-demo, the examples and the studies knows it.
+Input: a seed. Output: any number of problems, two models small enough for a wheel, and a grader. Only the demo, the
+examples and the studies use it.
 """

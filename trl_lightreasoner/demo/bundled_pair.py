@@ -1,4 +1,4 @@
-"""The bundled pair: where it lies, what it is asked, and how a model's answers to that are graded."""
+"""The bundled pair: its folder, its prompts, and the grading of a model's answers."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def as_prompt(problem: dict) -> list[dict[str, str]]:
 
 
 def solve(model, tokenizer, problems: list[dict]) -> list[tuple[str, bool]]:
-    """The model's greedy answer to each problem, and whether it is right."""
+    """The model's greedy answer to each problem, and whether it is correct."""
     vocabulary = model_vocabulary(tokenizer, get_base_model(model).config.vocab_size)
     eos_ids = find_eos_ids(model, tokenizer)
     rows = [{"prompt": as_prompt(problem)} for problem in problems]

@@ -1,5 +1,5 @@
 """Benchmarks, answered and graded.
 
-In: a model, perhaps a baseline, and problems. Out: accuracies with their errors, compared problem by problem. Knows
-nothing of steps or of training.
+Input: a model, optionally a baseline, and problems. Output: accuracies with their standard errors, compared problem by
+problem.
 """

@@ -1,8 +1,8 @@
-"""Questions to graded answers: what the benchmarks' evaluation and the accuracy while training do alike.
+"""From questions to graded answers, for the evaluation on benchmarks and the accuracy during training.
 
-Answers are made piece by piece, so that rows that have come to an end leave the batch. An answer to a prompt of plain
-text, as base models read it, ends with its first finished answer and is graded up to there: a base model would fill
-its room with questions of its own. An answer to messages ends with an EOS token and is graded whole.
+Answers are generated in pieces, and finished rows leave the batch. An answer to a plain text prompt, as for base
+models, is graded up to its first finished answer, because a base model would continue with its own questions. An
+answer to messages ends with an EOS token and is graded as a whole.
 """
 
 import sys
@@ -26,14 +26,15 @@ TOKENS_A_PIECE = 256
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """How many tokens a model reads at most."""
+    """Maximum number of tokens that a model can read."""
     length = getattr(config, "max_position_embeddings", None) or 0
     return length if length > 0 else sys.maxsize  # XLNet says -1
 
 
 def plan_answers(prompt_ids: list[list[int]], max_new_tokens: int, context: int) -> list[tuple[int, int]]:
     """
-    Rows and the room for their answers in tokens, longest prompts first, without those that have no prompt or no room.
+    Rows and the maximum lengths of their answers in tokens, longest prompts first, without rows that have no prompt or
+    no room.
 
     Example:
 
@@ -59,7 +60,7 @@ class Answering:
         eos_ids (`list[int]`): Tokens that end an answer.
         is_raw (`bool`): Whether prompts are plain text.
         batch_size (`int`, *optional*): Rows together. If `None`, as many as the memory holds.
-        in_pieces (`bool`, *optional*, defaults to `True`): Whether rows that have ended have to be let go, which vLLM
+        in_pieces (`bool`, *optional*, defaults to `True`): Whether to remove finished rows from the batch, which vLLM
             does by itself.
     """
 
@@ -77,12 +78,12 @@ class Answering:
         self.is_raw, self.batch_size, self.in_pieces = is_raw, batch_size, in_pieces
 
     def rows_together(self, num_tokens: int, room: int, num_rows: int, num_processes: int = 1) -> int:
-        """How many of `num_rows` rows are answered together, whose longest prompt has `num_tokens` tokens."""
+        """Batch size for `num_rows` rows whose longest prompt has `num_tokens` tokens."""
         longest = num_tokens + self._piece(room)
         return self.batch_size or find_batch_size(self.model, longest, num_rows, num_processes)
 
     def complete(self, prompt_ids: list[list[int]], room: int) -> tuple[list[list[int]], list[bool]]:
-        """The completion of each prompt, of `room` tokens at most, and whether it came to an end."""
+        """The completion of each prompt, of at most `room` tokens, and whether it is finished."""
         completions: list[list[int]] = [[] for _ in prompt_ids]
         ended = [False] * len(prompt_ids)
         for start in range(0, room, self._piece(room)):
@@ -117,13 +118,13 @@ def grade_answers(
     answers: list[str], references: list[dict[str, Any]], is_raw: bool, num_workers: int | None = None
 ) -> list[Verdict]:
     """
-    Verdicts on answers, with a warning of those that were not reached.
+    Verdicts on answers, with a warning for answers that could not be graded.
 
     Args:
-        answers (`list[str]`): What the model wrote.
-        references (`list[dict]`): The other arguments of [`grade`], one dictionary an answer.
+        answers (`list[str]`): Text of the model.
+        references (`list[dict]`): The other arguments of [`grade`], one dictionary per answer.
         is_raw (`bool`): Whether the prompts were plain text.
-        num_workers (`int`, *optional*): Processes that grade.
+        num_workers (`int`, *optional*): Number of grading processes.
 
     Example:
 
@@ -141,7 +142,6 @@ def grade_answers(
     if failures:
         reasons = ", ".join(f"{failure} ({count:,})" for failure, count in failures.most_common())
         logger.warning(
-            f"Of {failures.total():,} of {len(verdicts):,} answers it is not known whether they are right: {reasons}. "
-            "They count as wrong."
+            f"{failures.total():,} of {len(verdicts):,} answers could not be graded: {reasons}. They count as wrong."
         )
     return verdicts

@@ -1,13 +1,13 @@
-"""Benchmarks answered by a model, and by a baseline beside it: zero-shot, greedy, one answer a problem.
+"""Benchmarks answered by a model, and optionally by a baseline: zero-shot, greedy, one answer per problem.
 
     output_dir/model/gsm8k/           the answers while and after they are made, as of `StepWriter`
     output_dir/model/gsm8k.parquet    the same with their verdicts
     output_dir/baseline/...           of the baseline
     output_dir/results.json           accuracies, differences, settings, versions
 
-A run that was broken off goes on behind the last complete batch, and one that has ended can be run again to grade anew
-or to add benchmarks. Another model or setting in the same folder is refused by name. Nothing is loaded before all that
-can be refused has been: settings, files, columns, tokenizers, configs.
+An interrupted run resumes after the last complete batch. Rerunning a finished run only grades again, or adds
+benchmarks. A different model or setting in the same folder is refused by name. Settings, files, columns, tokenizers
+and configs are checked before any model is loaded.
 """
 
 import dataclasses
@@ -65,20 +65,20 @@ _BATCHES_TOGETHER = 4
 @dataclass
 class Evaluation:
     """
-    What came out.
+    The result of an evaluation.
 
     Attributes:
         results (`dict[str, Any]`):
             What results.json holds. Under `"benchmarks"` and the name of each: `num_problems`, and for `"model"` and
             `"baseline"` `accuracy`, `standard_error`, `mean_tokens`, `num_cut` and `num_undecided`; `"difference"` as
-            of [`PairedDifference`]. Shares are between 0 and 1.
+            of [`PairedDifference`]. Fractions are between 0 and 1.
     """
 
     results: dict[str, Any]
 
     def summary(self) -> dict[str, float]:
         """
-        Every number under a flat name, as trackers take them.
+        Every number under a flat name, as trackers expect.
 
         Example:
 
@@ -115,7 +115,7 @@ class Evaluation:
         ]
 
     def table(self) -> str:
-        """A table in Markdown, in percent, with standard errors; of a pair in one cell, the baseline's comes first."""
+        """A table in Markdown, in percent, with standard errors. In a cell with a pair, the baseline comes first."""
         benchmarks = self.results["benchmarks"]
         roles = [role for role in ("baseline", "model") if role in next(iter(benchmarks.values()))]
         both = len(roles) == 2
@@ -155,8 +155,8 @@ def evaluate(
     quantization_config: BitsAndBytesConfig | None = None,
 ) -> Evaluation:
     r"""
-    Let a model answer benchmarks, and grade it. Under `accelerate launch` or `torchrun` the processes share the
-    problems, and each returns the whole.
+    Evaluate a model on benchmarks. Under `accelerate launch` or `torchrun` the processes share the problems, and each
+    returns the complete result.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -164,22 +164,20 @@ def evaluate(
         args ([`EvaluationConfig`]):
             Settings.
         baseline (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
-            What the model is compared with, problem by problem.
+            Model to compare with, problem by problem.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The model's tokenizer. If `None`, it is loaded from beside the model.
+            The model's tokenizer. If `None`, it is loaded from the model's folder or repository.
         baseline_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The baseline's.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            With which both are loaded, if they are given by id or path.
+            Quantization configuration used when loading both from strings.
 
     Returns:
         [`Evaluation`]
 
     Raises:
-        `ValueError`: If a benchmark, a tokenizer or a setting is not what it must be, or `args.output_dir` holds
-            another run.
-        `ImportError`: If math-verify, or bitsandbytes or vLLM where they are asked for, is not installed, or does not
-            work.
+        `ValueError`: If a benchmark, a tokenizer or a setting is invalid, or `args.output_dir` holds another run.
+        `ImportError`: If math-verify, or a requested bitsandbytes or vLLM, is not installed or does not work.
 
     Example:
 
@@ -206,31 +204,34 @@ def evaluate(
 
 
 def _in_the_form_of_training(args: EvaluationConfig, model: "str | PreTrainedModel | PeftModel") -> EvaluationConfig:
-    """The settings with the form of the prompts filled in, and a warning where the model was trained in another."""
+    """The settings with the prompt format filled in, with a warning if the model was trained in a different one."""
     trained = None
     if isinstance(model, str):
         trained = load_prompt_format(model, **hub_kwargs(args.model_init_kwargs or {}))  # type: ignore[arg-type]
     chosen = args.prompt_format(trained)
     if trained is not None and chosen != trained:
         logger.warning(
-            f"The model was trained on prompts by {trained}, and is asked by {chosen}: answers in another form say "
-            "little of what was learned. Leave out the settings of the prompts to ask in the trained form."
+            f"The model was trained on prompts with {trained}, but is evaluated with {chosen}. Answers to a different "
+            "prompt format say little about the training. Remove the prompt settings to evaluate in the trained "
+            "format."
         )
     return dataclasses.replace(args, **chosen.to_dict())
 
 
 class Candidate:
     """
-    A model, its prompts and the files with its answers. What can be refused is, before any weights are loaded.
+    A model, its prompts and the files with its answers. Invalid input is refused before any weights are loaded.
 
     Args:
         role (`str`): `"model"` or `"baseline"`.
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer, if not the one beside it.
-        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*): With which it is loaded.
-        args ([`EvaluationConfig`]): Settings, the form of the prompts filled in.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer, if it is not in the model's
+            folder.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*): Quantization configuration used when
+            loading it.
+        args ([`EvaluationConfig`]): Settings, with the prompt format filled in.
         problems (`dict[str, Dataset]`): By name, rows of `ROW_FEATURES`, whose `question` can be messages as well.
-        processes ([`~trl_lightreasoner.processes.Processes`]): They share the problems.
+        processes ([`~trl_lightreasoner.processes.Processes`]): The processes that share the problems.
     """
 
     def __init__(
@@ -280,14 +281,14 @@ class Candidate:
             plan = self.plans[name] = plan_answers(ids, args.max_new_tokens, context)
             if len(plan) < len(ids):
                 logger.warning(
-                    f"{len(ids) - len(plan):,} of {len(ids):,} prompts of {title_of(name)} leave no room in "
-                    f"the {role}'s context of {context} tokens. They count as wrong."
+                    f"{len(ids) - len(plan):,} of {len(ids):,} prompts of {title_of(name)} leave no room in the "
+                    f"{role}'s context of {context} tokens. They count as wrong."
                 )
             prompted = dataset.add_column("prompt", tokenizer.batch_decode(ids))
             self.writers[name] = StepWriter(folder, prompted, args.overwrite_output_dir, _ANSWER_FEATURES, date)
 
     def answer(self, loaded: "PreTrainedModel | PeftModel | None" = None) -> None:
-        """Write down the answers that are not there yet, by a model that may be `loaded` already, and let it go."""
+        """Generate and save the missing answers, with a model that may be `loaded` already, and release it."""
         lengths = [len(self.prompt_ids[name][row]) + room for name, plan in self.plans.items() for row, room in plan]
         vllm = None
         if self.args.use_vllm and lengths:
@@ -328,7 +329,7 @@ class Candidate:
             texts = self.answering.texts(completion_ids)
             columns = {"completion": texts, "num_tokens": num_tokens[-len(indices) :], "ended": ended}
             writer.write(indices, columns)
-            return f"{sum(num_tokens) / len(num_tokens):.0f} tokens an answer"
+            return f"{sum(num_tokens) / len(num_tokens):.0f} tokens per answer"
 
         num_tokens: list[int] = []
         try:
@@ -342,8 +343,8 @@ class Candidate:
             order = [item for item in plan if item[0] not in done]
             if len(order) < len(plan):
                 logger.warning(
-                    f"{len(plan) - len(order):,} of {len(plan):,} problems of {title_of(name)} are answered "
-                    f"already by the {self.role}."
+                    f"{len(plan) - len(order):,} of {len(plan):,} problems of {title_of(name)} are already answered "
+                    f"by the {self.role}."
                 )
             batch_size = self.processes.on_main(lambda: self._find_batch_size(name, order))
             run_in_batches(
@@ -370,7 +371,7 @@ class Candidate:
         return min(_BATCHES_TOGETHER * size, math.ceil(len(order) / count))
 
     def describe_form(self) -> dict[str, Any]:
-        """Which tokens end an answer, and the template by which questions are asked, if they are."""
+        """The tokens that end an answer, and the chat template of the prompts, if any."""
         is_raw = self.args.prompt_style == "raw"
         return {
             "eos_tokens": self.tokenizer.convert_ids_to_tokens(self.eos_ids),
@@ -378,7 +379,7 @@ class Candidate:
         }
 
     def _identity(self, name: str) -> dict[str, Any]:
-        """Everything that the answers depend on, by the names that a user knows."""
+        """Everything that the answers depend on, by the user's names."""
         return {
             **{setting: getattr(self.args, setting) for setting in _SETTINGS},
             f"{self.role} dtype": self.description["dtype"],
@@ -392,7 +393,7 @@ class Candidate:
 
 
 def grade_candidates(candidates: list[Candidate], args: EvaluationConfig) -> dict[str, Any]:
-    """Grade what was answered, and write results.json."""
+    """Grade the answers and write results.json."""
     benchmarks: dict[str, dict[str, Any]] = {}
     for name in candidates[0].writers:
         scores = benchmarks[name] = {}
@@ -444,7 +445,7 @@ def _grade_answers(answers: Dataset, args: EvaluationConfig) -> Dataset:
 
 
 def _average(benchmarks: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The mean over the benchmarks, each of which counts the same, as papers report it."""
+    """The unweighted mean over the benchmarks, as papers report it."""
     count = len(benchmarks)
     average = {}
     for key in ("model", "baseline", "difference"):

@@ -19,7 +19,7 @@ from .sets import BENCHMARKS
 @dataclass
 class EvaluationConfig:
     r"""
-    Configuration class for [`evaluate`]. Defaults are those of Qwen2.5-Math's evaluation: zero-shot, greedy, 2,048
+    Configuration class for [`evaluate`]. The defaults are those of Qwen2.5-Math's evaluation: zero-shot, greedy, 2,048
     tokens.
 
     Using [`~transformers.HfArgumentParser`] we can turn this class into
@@ -30,36 +30,36 @@ class EvaluationConfig:
         > Parameters that control the output
 
         output_dir (`str`):
-            Folder for the answers and results.json. Answers are written there as they are made. A run that was broken
-            off goes on there.
+            Folder for the answers and results.json. Answers are saved as they are generated, and an interrupted run
+            resumes from this folder.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
-            Whether to delete answers that `output_dir` already holds. Otherwise they are kept, and only a run with the
-            same models, settings and problems may go on.
+            Whether to delete the answers in `output_dir`. Otherwise they are kept, and a run resumes only with the
+            same models, settings and problems.
 
         > Parameters that control the problems
 
         benchmarks (`list[str]`, *optional*):
-            Names, with blanks or commas between: gsm8k, math500, math, svamp, asdiv, minerva_math, olympiadbench,
-            mmlu_stem. If `None`, all but math, of which math500 is a part.
+            Names, separated by spaces or commas: gsm8k, math500, math, svamp, asdiv, minerva_math, olympiadbench,
+            mmlu_stem. If `None`, all except math, which includes math500.
         data_dir (`str`, *optional*):
-            Folder with files of the benchmarks: NAME.jsonl there or in a folder benchmarks, or NAME/test.jsonl. If
-            `None`, they come from the Hub.
+            Folder that holds the benchmarks' files: NAME.jsonl, benchmarks/NAME.jsonl or NAME/test.jsonl. If `None`,
+            they are loaded from the Hub.
         max_samples (`int`, *optional*):
-            Number of problems of each benchmark, from the first. If `None`, all of them.
+            Number of problems to use of each benchmark, from its start. If `None`, all of them.
 
         > Parameters that control the prompts
 
         prompt_style (`str`, *optional*):
-            `"chat"`: each problem is a user's message, through the tokenizer's chat template. `"raw"`: plain text, for
-            base models, whose answers are graded up to the end of the first. If `None`, as the model was trained,
-            where its prompt_format.json says so, and otherwise `"chat"`.
+            `"chat"`: each problem is a user message in the tokenizer's chat template. `"raw"`: plain text, for base
+            models, and only the first answer of a completion is graded. If `None`, it is the format in the model's
+            prompt_format.json, and without that file `"chat"`.
         system_prompt (`str`, *optional*):
-            System message of the style `"chat"`, empty for none. If `None`, as the model was trained, or that of
+            System message of the style `"chat"`, empty for none. If `None`, it is the one of the training, or that of
             Qwen2.5-Math: Please reason step by step, and put your final answer within \boxed{}.
         prompt_template (`str`, *optional*):
-            Text with {question} in it, or a file with such text, in which the problem is put. If `None`, as the model
-            was trained, or the problem alone for `"chat"`, and for `"raw"` `"Question: {question}"` with a line
-            `"Answer:"` below.
+            Prompt template: text that contains {question}, or a file that holds such text. If `None`, it is the one of
+            the training, or the problem alone for `"chat"`, and for `"raw"` `"Question: {question}"` followed by a
+            line `"Answer:"`.
 
         > Parameters that control the models
 
@@ -77,7 +77,8 @@ class EvaluationConfig:
         > Parameters that control the generation
 
         max_new_tokens (`int`, *optional*, defaults to `2048`):
-            Longest answer. One that does not end before is cut there, counted, and graded as it stands.
+            Maximum number of tokens to generate per answer. Longer answers are cut off, counted, and graded as they
+            stand.
         per_device_batch_size (`int`, *optional*):
             Number of problems whose answers are generated together. If `None`, as many as the memory of a CUDA GPU
             allows, 1,024 at most, and 16 on other devices. It is halved when memory runs out.
@@ -87,74 +88,74 @@ class EvaluationConfig:
         use_vllm (`bool`, *optional*, defaults to `False`):
             Whether vLLM generates the answers. Models must be given by id or path.
         vllm_mode (`str`, *optional*, defaults to `"colocate"`):
-            `"colocate"`: vLLM runs on this machine, beside the model, and needs the `vllm` package here. `"server"`:
-            answers come from a server (`vllm serve`) that runs already, here or elsewhere.
+            `"colocate"`: vLLM runs on this machine, together with the model, and needs the `vllm` package. `"server"`:
+            answers come from a running server (`vllm serve`), local or remote.
         vllm_server_base_url (`str`, *optional*, defaults to `"http://localhost:8000"`):
             Base URL of the vLLM server.
         vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
-            Seconds to wait for the vLLM server to be up.
+            Timeout in seconds for the vLLM server to be up.
         vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
-            Share of the GPU's memory that vLLM takes in mode `"colocate"`, its copy of the model included.
+            Fraction of the GPU's memory that vLLM uses in mode `"colocate"`, including its copy of the model.
 
         > Parameters that control the grading
 
         num_workers (`int`, *optional*):
-            Number of processes that grade. If `None`, as many as there are processors.
+            Number of grading processes. If `None`, the number of processors.
     """
 
     output_dir: str = field(
         metadata={
-            "help": "Folder for the answers and results.json. Answers are written there as they are made. A run that "
-            "was broken off goes on there."
+            "help": "Folder for the answers and results.json. Answers are saved as they are generated, and an "
+            "interrupted run resumes from this folder."
         },
     )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Whether to delete answers that `output_dir` already holds. Otherwise they are kept, and only a "
-            "run with the same models, settings and problems may go on."
+            "help": "Whether to delete the answers in `output_dir`. Otherwise they are kept, and a run resumes only "
+            "with the same models, settings and problems."
         },
     )
     benchmarks: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names, with blanks or commas between: gsm8k, math500, math, svamp, asdiv, minerva_math, "
-            "olympiadbench, mmlu_stem. If `None`, all but math, of which math500 is a part."
+            "help": "Names, separated by spaces or commas: gsm8k, math500, math, svamp, asdiv, minerva_math, "
+            "olympiadbench, mmlu_stem. If `None`, all except math, which includes math500."
         },
     )
     data_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder with files of the benchmarks: NAME.jsonl there or in a folder benchmarks, or "
-            "NAME/test.jsonl. If `None`, they come from the Hub."
+            "help": "Folder that holds the benchmarks' files: NAME.jsonl, benchmarks/NAME.jsonl or NAME/test.jsonl. "
+            "If `None`, they are loaded from the Hub."
         },
     )
     max_samples: int | None = field(
         default=None,
-        metadata={"help": "Number of problems of each benchmark, from the first. If `None`, all of them."},
+        metadata={"help": "Number of problems to use of each benchmark, from its start. If `None`, all of them."},
     )
     prompt_style: str | None = field(
         default=None,
         metadata={
-            "help": "'chat': each problem is a user's message, through the tokenizer's chat template. 'raw': plain "
-            "text, for base models, whose answers are graded up to the end of the first. If `None`, as the model was "
-            "trained, where its prompt_format.json says so, and otherwise 'chat'.",
+            "help": "'chat': each problem is a user message in the tokenizer's chat template. 'raw': plain text, for "
+            "base models, and only the first answer of a completion is graded. If `None`, it is the format in the "
+            "model's prompt_format.json, and without that file 'chat'.",
             "choices": list(STYLES),
         },
     )
     system_prompt: str | None = field(
         default=None,
         metadata={
-            "help": "System message of the style 'chat', empty for none. If `None`, as the model was trained, or that "
-            "of Qwen2.5-Math: Please reason step by step, and put your final answer within \\boxed{}."
+            "help": "System message of the style 'chat', empty for none. If `None`, it is the one of the training, or "
+            "that of Qwen2.5-Math: Please reason step by step, and put your final answer within \\boxed{}."
         },
     )
     prompt_template: str | None = field(
         default=None,
         metadata={
-            "help": "Text with {question} in it, or a file with such text, in which the problem is put. If `None`, as "
-            "the model was trained, or the problem alone for 'chat', and for 'raw' 'Question: {question}' with a line "
-            "'Answer:' below."
+            "help": "Prompt template: text that contains {question}, or a file that holds such text. If `None`, it is "
+            "the one of the training, or the problem alone for 'chat', and for 'raw' 'Question: {question}' followed "
+            "by a line 'Answer:'."
         },
     )
     dtype: str = field(
@@ -183,7 +184,8 @@ class EvaluationConfig:
     max_new_tokens: int = field(
         default=2048,
         metadata={
-            "help": "Longest answer. One that does not end before is cut there, counted, and graded as it stands."
+            "help": "Maximum number of tokens to generate per answer. Longer answers are cut off, counted, and graded "
+            "as they stand."
         },
     )
     per_device_batch_size: int | None = field(
@@ -200,8 +202,8 @@ class EvaluationConfig:
     vllm_mode: str = field(
         default="colocate",
         metadata={
-            "help": "'colocate': vLLM runs on this machine, beside the model, and needs the `vllm` package here. "
-            "'server': answers come from a server (`vllm serve`) that runs already, here or elsewhere.",
+            "help": "'colocate': vLLM runs on this machine, together with the model, and needs the `vllm` package. "
+            "'server': answers come from a running server (`vllm serve`), local or remote.",
             "choices": ["colocate", "server"],
         },
     )
@@ -211,17 +213,17 @@ class EvaluationConfig:
     )
     vllm_server_timeout: float = field(
         default=240.0,
-        metadata={"help": "Seconds to wait for the vLLM server to be up."},
+        metadata={"help": "Timeout in seconds for the vLLM server to be up."},
     )
     vllm_gpu_memory_utilization: float = field(
         default=0.3,
         metadata={
-            "help": "Share of the GPU's memory that vLLM takes in mode 'colocate', its copy of the model included."
+            "help": "Fraction of the GPU's memory that vLLM uses in mode 'colocate', including its copy of the model."
         },
     )
     num_workers: int | None = field(
         default=None,
-        metadata={"help": "Number of processes that grade. If `None`, as many as there are processors."},
+        metadata={"help": "Number of grading processes. If `None`, the number of processors."},
     )
 
     def __post_init__(self):
@@ -247,11 +249,11 @@ class EvaluationConfig:
 
     def prompt_format(self, trained: PromptFormat | None = None) -> PromptFormat:
         """
-        The form in which problems are put.
+        The format of the prompts.
 
         Args:
-            trained ([`PromptFormat`], *optional*): The form of the prompts that the model was trained on, if that is
-                known; it fills in what these settings leave open.
+            trained ([`PromptFormat`], *optional*): The prompt format of the model's training, if known. It fills in
+                whatever these settings leave open.
         """
         style = self.prompt_style or (trained.prompt_style if trained else "chat")
         if trained is None or trained.prompt_style != style:

@@ -1,4 +1,4 @@
-"""The seven benchmarks (MATH in two sizes), each read into rows of one form.
+"""The seven benchmarks (MATH in two sizes), each read into rows with the same columns.
 
 | column | type | meaning |
 |---|---|---|
@@ -8,8 +8,8 @@
 | tolerance | float or none | how far off a number may be, as a share of the answer |
 | unit | text or none | what the number counts or measures |
 
-They come from the Hub or from files on the disk, whose columns may differ. A column that may have one of two names is
-written "one | other"; what a benchmark needs and does not find is said in one sentence.
+They come from the Hub or from local files, whose columns may differ. A column that may have one of two names is
+written "one | other".
 """
 
 import re
@@ -44,13 +44,13 @@ _ENDINGS = (".jsonl", ".json", ".parquet")
 
 class Benchmark(NamedTuple):
     """
-    What is known of a benchmark.
+    Facts about a benchmark.
 
     Attributes:
         title (`str`): Its name in tables.
         dataset (`tuple[str, str | None, str]`): Id on the Hub, configuration, split.
-        columns (`tuple[str, ...]`): What its rows must have.
-        read (`Callable`): From such a row to one of ours, or to `None` for one that is left out.
+        columns (`tuple[str, ...]`): Columns that its rows must have.
+        read (`Callable`): From such a row to one with our columns, or to `None` to skip it.
     """
 
     title: str
@@ -111,7 +111,7 @@ def _read_olympiadbench(row: dict[str, Any]) -> dict[str, Any]:
     tolerance = None
     if error:  # how far off the number may be, such as "1e-1"
         if not (number := float(answers[0].strip("$ "))):
-            raise ValueError("its answer 0 can be off by no share of itself, which an `error` allows")
+            raise ValueError("its answer is 0, for which a relative `error` has no meaning")
         tolerance = float(error) / abs(number)
     return _row(context + row["question"], *answers, tolerance=tolerance, unit=row["unit"])
 
@@ -161,7 +161,7 @@ BENCHMARKS = {
 
 
 def title_of(name: str) -> str:
-    """What a set of problems is called where people read it."""
+    """Display name of a set of problems."""
     return BENCHMARKS[name].title if name in BENCHMARKS else name.replace("_", " ").capitalize()
 
 
@@ -172,15 +172,15 @@ def read_problems(dataset: Dataset, question_column: str, answer_column: str, fi
     Args:
         dataset ([`~datasets.Dataset`]): The rows.
         question_column (`str`): Text or messages.
-        answer_column (`str`): Text, a number, or a list of them, all of which must be given. Of GSM8K's solutions what
-            follows `####` counts, of others the last `\boxed{}`.
+        answer_column (`str`): Text, a number, or a list of these that must all be given. In GSM8K's solutions the text
+            after `####` counts, in others the last `\boxed{}`.
         first_row (`int`, *optional*, defaults to `0`): Number of the first row, for error messages.
 
     Returns:
-        [`~datasets.Dataset`] with the columns of `ROW_FEATURES`, where `question` is as it was.
+        [`~datasets.Dataset`] with the columns of `ROW_FEATURES`, and `question` unchanged.
 
     Raises:
-        `ValueError`: If a row has no question, or no answer to grade by; names the row.
+        `ValueError`: If a row has no question, or no answer to grade by. The message names the row.
     """
     rows = []
     pairs = zip(dataset[question_column], dataset[answer_column], strict=True)
@@ -191,7 +191,7 @@ def read_problems(dataset: Dataset, question_column: str, answer_column: str, fi
             shown = repr(answer) if len(repr(answer)) <= _MAX_UNMARKED else f"{repr(answer)[:_MAX_UNMARKED]}..."
             raise ValueError(
                 f"Row {number} of the dataset has no answer to grade by in its column {answer_column!r}: it must be "
-                f"the answer alone, or a solution with it behind '####' or in \\boxed{{}}, got {shown}."
+                f"the answer alone, or a solution that has it after '####' or in \\boxed{{}}, got {shown}."
             )
         if not question:
             raise ValueError(f"Row {number} of the dataset is empty in its column {question_column!r}.")
@@ -206,15 +206,15 @@ def load_benchmark(name: str, data_dir: str | None = None, max_samples: int | No
 
     Args:
         name (`str`): A key of `BENCHMARKS`.
-        data_dir (`str`, *optional*): Folder with its file: `NAME.jsonl` there or in a folder `benchmarks`, or
-            `NAME/test.jsonl`; also `.json` or `.parquet`. If `None`, it comes from the Hub.
-        max_samples (`int`, *optional*): The first so many only.
+        data_dir (`str`, *optional*): Folder with its file: `NAME.jsonl`, `benchmarks/NAME.jsonl` or `NAME/test.jsonl`,
+            also with `.json` or `.parquet`. If `None`, it is loaded from the Hub.
+        max_samples (`int`, *optional*): Number of problems to use, from the start.
 
     Returns:
         [`~datasets.Dataset`] with the columns of `ROW_FEATURES`.
 
     Raises:
-        `ValueError`: If there is no such file, or a column is missing, or a row is not as expected.
+        `ValueError`: If there is no such file, a column is missing, or a row is invalid.
     """
     benchmark = BENCHMARKS[name]
     if data_dir is None:
@@ -227,8 +227,8 @@ def load_benchmark(name: str, data_dir: str | None = None, max_samples: int | No
         if not set(column.split(" | ")) & set(dataset.column_names):
             expected = ", ".join(benchmark.columns)
             raise ValueError(
-                f"{benchmark.title} in {source!r} has no column {column.replace(' | ', ' or ')!r}: expected are "
-                f"{expected}, and it has {', '.join(dataset.column_names)}."
+                f"{benchmark.title} in {source!r} has no column {column.replace(' | ', ' or ')!r}. It needs "
+                f"{expected}, and has {', '.join(dataset.column_names)}."
             )
     rows: list[dict[str, Any]] = []
     for number, row in enumerate(dataset):
@@ -240,12 +240,11 @@ def load_benchmark(name: str, data_dir: str | None = None, max_samples: int | No
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"Row {number} of {benchmark.title} in {source!r} is not as expected: {reason.rstrip('.')}. Mend or "
-                "remove it."
+                f"Row {number} of {benchmark.title} in {source!r} is invalid: {reason.rstrip('.')}. Fix or remove it."
             ) from error
         rows += [] if read is None else [read]
     if not rows:
-        raise ValueError(f"{benchmark.title} in {source!r} has no row that can be used.")
+        raise ValueError(f"{benchmark.title} in {source!r} has no usable row.")
     return Dataset.from_list(rows, features=ROW_FEATURES)
 
 
@@ -259,7 +258,7 @@ def _check_filled(row: dict[str, Any], columns: tuple[str, ...]) -> None:
 
 def _find_file(name: str, data_dir: str) -> str:
     if not Path(data_dir).is_dir():
-        raise ValueError(f"There is no folder {data_dir!r}, which `data_dir` names.")
+        raise ValueError(f"The folder {data_dir!r} of `data_dir` does not exist.")
     for place in _PLACES:
         for ending in _ENDINGS:
             path = Path(data_dir, place.format(name) + ending)
@@ -267,6 +266,6 @@ def _find_file(name: str, data_dir: str) -> str:
                 return str(path)
     places = ", ".join(f"{place.format(name)}.jsonl" for place in _PLACES)
     raise ValueError(
-        f"There is no file of {BENCHMARKS[name].title} in {data_dir!r}: expected is one of {places} (or .json, "
+        f"There is no file of {BENCHMARKS[name].title} in {data_dir!r}. It must be one of {places} (or .json, "
         ".parquet)."
     )

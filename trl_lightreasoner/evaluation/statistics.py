@@ -1,4 +1,4 @@
-"""How sure an accuracy is, and a difference of two on the same problems. Counts in, plain numbers out."""
+"""Standard errors of accuracies, and differences of two accuracies on the same problems."""
 
 import math
 from typing import NamedTuple
@@ -10,14 +10,14 @@ Z_95 = 1.959963984540054
 
 class PairedDifference(NamedTuple):
     """
-    A model against its baseline on the same problems.
+    A model compared with its baseline on the same problems.
 
     Attributes:
-        difference (`float`): Accuracy of the model less that of the baseline.
-        standard_error (`float`): Of the difference.
+        difference (`float`): Accuracy of the model minus that of the baseline.
+        standard_error (`float`): Standard error of the difference.
         low, high (`float`): Its 95 % interval, by the normal approximation.
-        gained (`int`): Problems that the model alone solves.
-        lost (`int`): Problems that the baseline alone solves.
+        gained (`int`): Number of problems that only the model solves.
+        lost (`int`): Number of problems that only the baseline solves.
         p_value (`float`): McNemar's, see [`mcnemar`].
     """
 
@@ -32,7 +32,7 @@ class PairedDifference(NamedTuple):
 
 def standard_error(accuracy: float, count: int) -> float:
     """
-    Of an accuracy on `count` problems, which are taken for a sample of more of their kind.
+    Standard error of an accuracy on `count` problems, as a sample of similar problems.
 
     Example:
 
@@ -47,8 +47,8 @@ def standard_error(accuracy: float, count: int) -> float:
 
 def mcnemar(gained: int, lost: int) -> float:
     """
-    McNemar's exact p, two-sided: how often a fair coin, thrown once for every problem on which the two disagree, falls
-    at least as unevenly.
+    McNemar's exact two-sided p: the probability that a fair coin, thrown once for every problem on which the two
+    disagree, falls at least as unevenly.
 
     Example:
 
@@ -64,7 +64,7 @@ def mcnemar(gained: int, lost: int) -> float:
 
 def compare(correct: list[bool], baseline_correct: list[bool]) -> PairedDifference:
     """
-    The difference of two accuracies, from what was right of the same problems in the same order.
+    The difference of two accuracies, from the correctness of the same problems in the same order.
 
     Example:
 

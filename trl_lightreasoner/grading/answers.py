@@ -1,4 +1,4 @@
-r"""Finds the answer in a completion: what a model marked as its answer, and where its first finished answer ends.
+r"""Finds the answer that a completion marks, and where its first finished answer ends.
 
 A marked answer is, in this order,
 
@@ -68,7 +68,7 @@ _FRACTION = re.compile(r"-?\\[dt]?frac\{[^{}]+\}\{[^{}]+\}")
 
 
 def find_answer(completion: str) -> Answer | None:
-    r"""Read the answer that counts out of a completion; the rules are in the docstring of the module.
+    r"""Extract the answer that counts from a completion. The rules are in the docstring of the module.
 
     Example:
 
@@ -91,7 +91,7 @@ def find_answer(completion: str) -> Answer | None:
 
 
 def _marked_answers(completion: str) -> Iterator[str]:
-    """What a completion marks as its answer; first the one that counts."""
+    """The marked answers of a completion, the one that counts first."""
     boxes, unfinished = _find_boxes(completion)
     if unfinished is not None:
         completion = completion[:unfinished]
@@ -103,7 +103,7 @@ def _marked_answers(completion: str) -> Iterator[str]:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last complete `\boxed{}`, as the reference solutions of MATH and Minerva Math hold it.
+    r"""The content of the last complete `\boxed{}`, as in the reference solutions of MATH and Minerva Math.
 
     Example:
 
@@ -118,7 +118,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def read_reference(text: str) -> str:
-    r"""The answer in a reference: behind `####` as GSM8K has it, in the last `\boxed{}` as MATH, or else all of it.
+    r"""The answer in a reference: after `####` as in GSM8K, in the last `\boxed{}` as in MATH, or else the whole text.
 
     Example:
 
@@ -165,7 +165,7 @@ def last_sentence(text: str) -> str:
 
 
 def first_answer(completion: str) -> str:
-    r"""Cut a completion behind its first finished answer, for base models that run on into questions of their own.
+    r"""Cut a completion after its first finished answer, for base models that continue with their own questions.
 
     The text ends before the first sign of a new turn or question (`<|im_end|>`, a line that starts with "Question:",
     "Q:", "Problem:", "Human:" and the like), and behind the sentence of the first complete `\boxed{}`, line of `####`
@@ -198,7 +198,7 @@ def first_answer(completion: str) -> str:
 
 
 def find_letter(completion: str, letters: str = "ABCDEFGHIJ") -> str | None:
-    r"""Read the letter of a multiple-choice answer; several letters come back as they are, joined by commas.
+    r"""Extract the letter of a multiple-choice answer. Several letters are joined by commas.
 
     Of what is marked as an answer, the first in the order of this module that begins with a letter counts: a box may
     hold the value, and a line below it the letter.

@@ -35,17 +35,17 @@ def equal_answers(
     unit: str | None = None,
     symbolic: Symbolic = equal_by_math_verify,
 ) -> bool:
-    r"""Whether an answer says the same as the reference answer, however it is written.
+    r"""Whether an answer equals the reference answer, however it is written.
 
     Args:
         gold (`str`):
             Reference answer.
         answer (`str`):
-            Answer to compare with it.
+            Answer to compare.
         tolerance (`float`, *optional*):
-            How far a number may be from the reference answer, as a share of it.
+            Relative tolerance of numbers.
         unit (`str`, *optional*):
-            Unit of the reference answer where that does not say it.
+            Unit of the reference answer, if its text has none.
         symbolic (`Callable`, *optional*, defaults to math-verify):
             Compares two formulas, the reference first, within the tolerance.
 

@@ -1,8 +1,8 @@
-"""Processes that grade, one completion at a time, so that computer algebra can be stopped.
+"""Grading processes, one completion at a time, which allows stopping computer algebra.
 
-They are started by a command rather than by multiprocessing, which would import the caller's script again, and import
-nothing from the folder that they are started in. They end with the process that started them, and each limits its own
-processor time, so that none is left at work when that one was killed.
+They are started by a command, because multiprocessing would import the caller's script again. They import nothing from
+the current folder. They end with the process that started them, and each limits its own processor time in case that
+process was killed.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ _READY = "ready"
 
 class Graders:
     """
-    Processes that grade, as many as are asked at once; each is kept for the next completion.
+    A pool of grading processes that grows with demand. Each is kept for the next completion.
 
-    A process that is over the time, or has died, is replaced. What it was asked has no reply.
+    A process that exceeds the time limit, or has died, is replaced. Its completion gets no reply.
     """
 
     def __init__(self):
@@ -42,14 +42,14 @@ class Graders:
 
     def ask(self, item: dict[str, Any], timeout: float) -> tuple[Any, str | None]:
         """
-        The reply of a grader, and why there is none.
+        The reply of a grader, or the reason why there is none.
 
         Args:
             item (`dict`): What to grade. JSON.
-            timeout (`float`): Seconds that it may take. The start of a process is not counted.
+            timeout (`float`): Time limit in seconds, without the start of a process.
 
         Raises:
-            `ImportError`: If no grader can work here; says why.
+            `ImportError`: If no grader can work here. The message gives the reason.
         """
         grader = self._take()
         expired = threading.Event()
@@ -130,8 +130,8 @@ class Graders:
             self._end(grader)
             reason = json.loads(line) if line.endswith("\n") else "the grading process ended at its start"
             raise ImportError(
-                f"math-verify does not work here: {str(reason).rstrip('.')}. Install it anew, with what it needs: "
-                "`pip install --force-reinstall 'trl-lightreasoner[eval]'`."
+                f"math-verify does not work here: {str(reason).rstrip('.')}. Reinstall it with its dependencies: `pip "
+                "install --force-reinstall 'trl-lightreasoner[eval]'`."
             )
         return grader
 

@@ -1,12 +1,12 @@
-r"""Grades completions: is the answer that a completion gives the reference answer?
+r"""Grades completions against reference answers.
 
-`grade` reads the answer out of one completion (`answers`) and compares it, within a limit of time; `grade_all` does so
-for many. Nothing here loads a model.
+`grade` extracts the answer of one completion (`answers`) and compares it, within a time limit. `grade_all` does so for
+many. Nothing here loads a model.
 
 Numbers that can be written as a fraction are compared exactly: 2^100 is not 2^100 + 1. Text, times, ratios, units,
-bases, lists, pairs and intervals are compared by the rules of docs/grading.md. What is left, formulas, is decided by
-math-verify, which always gets the reference answer first because its verdict depends on the order. It may take
-forever: it works in processes of its own (`graders`), which are ended at the limit. So do long answers and references.
+bases, lists, pairs and intervals are compared by the rules of docs/grading.md. math-verify decides the rest, formulas.
+It always gets the reference answer first, because its verdict depends on the order. It may take forever, so it works
+in separate processes (`graders`), which are ended at the limit. Long answers and references are handled there, too.
 """
 
 import atexit
@@ -41,8 +41,8 @@ if hasattr(os, "register_at_fork"):
 
 class Verdict(NamedTuple):
     """
-    What was read out of a completion (`None` if there was no answer), and whether it is right. Where no verdict was
-    reached, it counts as wrong, and `failure` says why: "over 5 seconds", or the error of computer algebra.
+    The answer of a completion (`None` if there is none), and whether it is correct. Without a verdict it counts as
+    wrong, and `failure` gives the reason: "over 5 seconds", or the error of computer algebra.
     """
 
     answer: str | None
@@ -57,30 +57,31 @@ def grade(
     tolerance: float | None = None,
     unit: str | None = None,
 ) -> Verdict:
-    r"""Read the answer out of a completion and compare it with the reference answer.
+    r"""Extract the answer of a completion and compare it with the reference answer.
 
-    It takes five seconds at most, wherever it is called; what takes longer has a `failure` instead of a verdict. A
-    formula goes to a process of its own, whose start at the first one takes a second or two.
+    Grading takes at most five seconds. If it would take longer, the result has a `failure` instead of a verdict.
+    Formulas go to a separate process, which takes a second or two to start.
 
     Args:
         completion (`str`):
-            What the model wrote.
+            Text of the model.
         gold (`str` or `list[str]`):
-            Reference answer. Of a list, as OlympiadBench has them, all must be given, in any order, and nothing else.
-            For multiple choice the letter.
+            Reference answer, or the letter for multiple choice. For a list, as in OlympiadBench, the completion must
+            give all answers, in any order, and nothing else.
         kind (`str`, *optional*, defaults to `"math"`):
             `"math"` or `"choice"`.
         tolerance (`float`, *optional*):
-            How far a number may be from the reference answer, as a share of it: 0.01 allows one percent.
+            Relative tolerance of numbers: 0.01 allows a deviation of one percent of the reference answer.
         unit (`str`, *optional*):
-            Unit of the reference answer where that does not say it. An answer without a unit is taken to be in it.
+            Unit of the reference answer, if its text has none. An answer without a unit is read in this unit.
 
     Returns:
-        [`Verdict`]: the answer as it is written in the completion, whether it is right, and if that is not known, why.
+        [`Verdict`]: the answer as written in the completion, whether it is correct, and why it could not be graded, if
+        so.
 
     Raises:
         `ImportError`: if math-verify is not installed, or does not work.
-        `ValueError`: if there is no reference answer, or no such kind.
+        `ValueError`: if there is no reference answer, or `kind` is unknown.
 
     Example:
 
@@ -100,22 +101,23 @@ def grade(
 
 
 def grade_all(items: Iterable[dict], num_workers: int | None = None, timeout: float = TIMEOUT) -> list[Verdict]:
-    """Grade many completions, each within a limit of time.
+    """Grade many completions, each within a time limit.
 
-    What is short and needs no computer algebra, most word problems, is decided at once in this process. The rest goes
-    to processes of its own, which are started anew rather than forked, so this may be called from anywhere: a script
-    without `if __name__ == "__main__"`, a thread, a process that has used CUDA.
+    Short answers without computer algebra, such as most word problems, are graded in this process. The rest goes to
+    separate processes, which are started afresh instead of forked. So you can call this from anywhere: a script
+    without `if __name__ == "__main__"`, a thread, or a process that has used CUDA.
 
     Args:
         items (`Iterable[dict]`):
-            The arguments of [`grade`], one dictionary a completion.
+            The arguments of [`grade`], one dictionary per completion.
         num_workers (`int`, *optional*):
-            How many processes; by default one a CPU core, at most 8.
+            Number of processes. If `None`, one per CPU core, at most 8.
         timeout (`float`, *optional*, defaults to `5.0`):
-            Seconds that one completion may take. One that takes longer has a `failure`, and its process is replaced.
+            Time limit per completion in seconds. A completion that exceeds it has a `failure`, and its process is
+            replaced.
 
     Returns:
-        `list[Verdict]`: one for each item, in their order.
+        `list[Verdict]`: one per item, in order.
 
     Raises:
         `ImportError`: if math-verify is not installed, or does not work.
@@ -148,7 +150,7 @@ def grade_all(items: Iterable[dict], num_workers: int | None = None, timeout: fl
 
 def check_math_verify() -> None:
     """
-    Refuse to grade where it cannot be done, before hours of work are spent on answers.
+    Check that grading works, before hours are spent on answers.
 
     Raises:
         `ImportError`: if math-verify is not installed, or does not work.
@@ -176,9 +178,9 @@ def _grade(
 ) -> Verdict:
     golds = [gold] if isinstance(gold, str) else list(gold)
     if not golds or not all(golds):
-        raise ValueError(f"There is no reference answer to grade by: {gold!r}.")
+        raise ValueError(f"There is no reference answer: {gold!r}.")
     if kind not in ("math", "choice"):
-        raise ValueError(f'kind is "math" or "choice", not {kind!r}.')
+        raise ValueError(f'`kind` must be "math" or "choice", got {kind!r}.')
     if symbolic is _undecided and len(completion) > _MAX_LENGTH_HERE:
         raise _Undecided
     if kind == "choice":

@@ -1,5 +1,5 @@
 """What is shared, and its cards.
 
-In: a Dataset of steps, a trainer, accuracies. Out: cards, and what is on the Hub, without a path of the machine. Knows
-the trainer as a `transformers.Trainer` only.
+Input: a Dataset of steps, a trainer, accuracies. Output: cards and repositories on the Hub, without paths of the
+machine. The trainer is known only as a `transformers.Trainer`.
 """

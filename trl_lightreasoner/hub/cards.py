@@ -49,14 +49,14 @@ TAGS = ["trl", "light-reasoner"]
 
 _MEANINGS = {
     "prompt": "what was asked",
-    "completion": "what the expert answered",
-    "prompt_ids": "tokens of the prompt, as the models saw them",
+    "completion": "the expert's answer",
+    "prompt_ids": "tokens of the prompt, as read by the models",
     "completion_ids": "tokens of the completion, EOS kept",
     "kl_divergence": "D_KL(pi_E, pi_A) in nats at every completion token, kept or not",
     "step_positions": "t of each kept step: its context is `prompt_ids + completion_ids[:t]`",
     "label_ids": "support of v_C at each kept step, most probable first",
     "label_probs": "v_C there, sums to 1",
-    "step_weights": "what each kept step counts in the mean of the loss",
+    "step_weights": "weight of each kept step in the mean of the loss",
     "sampling_metadata": "JSON: models, revisions, settings and versions",
 }
 # Of the label; they are told where they are others than the paper's
@@ -81,15 +81,15 @@ def model_card(
     has_figure: bool = False,
 ) -> ModelCard:
     """
-    The card of the model of a trainer.
+    The model card of a trainer.
 
     Args:
         trainer ([`~transformers.Trainer`]): One of this package, before, while or after it trains.
         model_name (`str`): The title.
         dataset_name (`str`, *optional*): Id on the Hub of the rows that were trained on.
-        tags (`Iterable[str]`): Tags beside the method's own.
+        tags (`Iterable[str]`): Tags to add to the method's own.
         evaluation ([`~trl_lightreasoner.evaluation.evaluation.Evaluation`], *optional*): What the model scores.
-        has_figure (`bool`): Whether training_curve.png lies beside the card.
+        has_figure (`bool`): Whether training_curve.png is next to the card.
     """
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     is_adapter = is_peft_model(model)
@@ -135,9 +135,9 @@ def add_evaluation(card: ModelCard, evaluation: "Evaluation") -> None:
     """Put accuracies into a model card: a table in its text, and `model-index` in its metadata."""
     settings = evaluation.results["settings"]
     text = (
-        "## Evaluation\n\nBy `lightreasoner eval`: zero-shot, greedy, one answer a problem, percent +- one standard "
-        f"error; {settings['prompt_style']} prompts, at most {settings['max_new_tokens']:,} tokens.\n\n"
-        f"{evaluation.table()}"
+        "## Evaluation\n\nMeasured with `lightreasoner eval`: zero-shot, greedy, one answer per problem, percent +- "
+        f"one standard error; {settings['prompt_style']} prompts, at most {settings['max_new_tokens']:,} "
+        f"tokens.\n\n{evaluation.table()}"
     )
     card.text = _replace_part(card.text, "evaluation", text, before="\n## Licence")
     data: Any = card.data  # of a model
@@ -150,7 +150,7 @@ def dataset_card(splits: dict[str, Dataset], repo_id: str, existing: DatasetCard
     The card of a Dataset of steps.
 
     Args:
-        splits (`dict[str, Dataset]`): Rows as [`ContrastiveStepSampler`] makes them, with the same columns.
+        splits (`dict[str, Dataset]`): Rows from [`ContrastiveStepSampler`], with the same columns.
         repo_id (`str`): Where they are, as owner/name.
         existing ([`~huggingface_hub.DatasetCard`], *optional*):
             The card that is there. Its metadata, of which `datasets` takes care, and what people wrote are kept.

@@ -29,16 +29,16 @@ def push_dataset_to_hub(
     token: str | None = None,
 ) -> str:
     """
-    Upload a Dataset of steps as Parquet, with a card that tells its columns, its making and its size.
+    Upload a Dataset of steps as Parquet, with a card that documents its columns, its sampling and its size.
 
-    Pushing again replaces the rows of the same split, or all splits if they are given, and brings the card up to date;
-    text that people wrote into it stays. In `sampling_metadata`, folders are named by their last part only.
+    Pushing again replaces the rows of the same split, or of all given splits, and updates the card. Text that people
+    wrote into the card is kept. In `sampling_metadata`, folders are named by their last part only.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.DatasetDict`]):
-            Rows as [`ContrastiveStepSampler`] makes them, or splits of such.
-        repo_id (`str`): Repository, as owner/name, or a name alone for the user's own. Made if it is missing.
-        private (`bool`, *optional*): Whether to make the repository private, if it is made.
+            Rows from [`ContrastiveStepSampler`], or splits of such rows.
+        repo_id (`str`): Repository, as owner/name, or a name alone for the user's own. It is created if missing.
+        private (`bool`, *optional*): Whether to make a new repository private.
         token (`str`, *optional*): Token with write permission. If `None`, the one of `hf auth login`.
 
     Returns:
@@ -66,7 +66,7 @@ def push_dataset_to_hub(
             )
     repo_id = open_repo(repo_id, "dataset", private, token)
     splits = {name.partition("[")[0]: _without_paths(split.with_format(None)) for name, split in splits.items()}
-    with hub_errors("Nothing is lost; push it again, all splits as a `DatasetDict` if their columns have changed."):
+    with hub_errors("Nothing is lost. Push it again, all splits as a `DatasetDict` if their columns have changed."):
         if isinstance(dataset, DatasetDict):
             DatasetDict(splits).push_to_hub(repo_id, token=token)
         else:  # beside other splits that are there
@@ -79,18 +79,18 @@ def push_dataset_to_hub(
 
 def push_evaluation_to_hub(evaluation: "Evaluation", repo_id: str, token: str | None = None) -> None:
     """
-    Write accuracies into a model card on the Hub: a table, and the metadata that the Hub shows beside the model.
+    Write accuracies into a model card on the Hub: a table, and the metadata that the Hub shows with the model.
 
     Args:
         evaluation ([`~trl_lightreasoner.evaluation.evaluation.Evaluation`]):
-            What [`~trl_lightreasoner.evaluate`] returned.
+            Result of [`~trl_lightreasoner.evaluate`].
         repo_id (`str`): Repository of the model, as owner/name.
         token (`str`, *optional*): Token with write permission. If `None`, the one of `hf auth login`.
 
     Raises:
         `ValueError`: If the Hub refuses.
     """
-    with hub_errors("The accuracies are in results.json; run the same again to push them."):
+    with hub_errors("The accuracies are in results.json. Rerun the same command to push them."):
         try:
             card = ModelCard.load(repo_id, token=token)
         except EntryNotFoundError:
@@ -108,8 +108,8 @@ def open_repo(repo_id: str, repo_type: str = "model", private: bool | None = Non
         `ValueError`: If the Hub refuses, or cannot be reached.
     """
     with hub_errors(
-        f"Check the id {repo_id!r} and the network, log in by `hf auth login` or pass a token that may write, or "
-        "leave out `push_to_hub`."
+        f"Check the id {repo_id!r} and the network, log in with `hf auth login` or pass a token with write "
+        "permission, or remove `push_to_hub`."
     ):
         return HfApi(token=token).create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
 

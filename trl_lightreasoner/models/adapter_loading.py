@@ -51,8 +51,8 @@ def check_adapter(config: "PeftConfig", name: str) -> None:
     # Virtual tokens shift the positions at which logits are read, and the base model that generates does not see them
     if config.is_prompt_learning:
         raise ValueError(
-            f"The {name} is an adapter of virtual tokens (`{config.peft_type.value}`), which is not supported. Use "
-            "one that changes the weights, such as LoRA."
+            f"The {name} is an adapter of virtual tokens (`{config.peft_type.value}`), which is not supported. Use an "
+            "adapter that changes the weights, such as LoRA."
         )
     kind = "aLoRA" if getattr(config, "alora_invocation_tokens", None) else config.peft_type.value
     if kind in _FORWARD_TYPES:
@@ -63,9 +63,9 @@ def check_adapter(config: "PeftConfig", name: str) -> None:
     init = getattr(config, "init_lora_weights", None)
     if isinstance(init, str) and init.startswith("pissa_niter"):
         raise ValueError(
-            f"The {name} is an adapter with `init_lora_weights={init!r}`, whose random decomposition is drawn anew "
-            "whenever it is loaded, so that it is never the one that was trained. Use `init_lora_weights='pissa'`, or "
-            "convert the adapter with PEFT's `path_initial_model_for_weight_conversion`."
+            f"The {name} is an adapter with `init_lora_weights={init!r}`, whose random decomposition changes with "
+            "every loading, so it never matches the training. Use `init_lora_weights='pissa'`, or convert the adapter "
+            "with PEFT's `path_initial_model_for_weight_conversion`."
         )
 
 

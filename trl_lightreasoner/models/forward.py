@@ -177,9 +177,9 @@ def check_causal(model: torch.nn.Module, name: str, ids: list[int]) -> None:
         return
     if not all(same_logits(model, each, alone) for each in (logits[:length], logits[length:])):
         raise ValueError(
-            f"The logits of the {name} (`{type(get_base_model(model)).__name__}`) at a token change with the tokens "
-            "behind it, so that a pass over a completion does not give the distributions of its steps. Choose a model "
-            "that reads from left to right."
+            f"The logits of the {name} (`{type(get_base_model(model)).__name__}`) at a token depend on later tokens, "
+            "so a pass over a completion does not give the distributions of its steps. Choose a model that reads from "
+            "left to right."
         )
 
 

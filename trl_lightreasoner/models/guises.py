@@ -66,8 +66,8 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     lists = [each for each in lists if len(each) == count]
     if len(lists) != 1:
         raise ValueError(
-            f"The layers of `{type(base).__name__}` cannot be told from its other modules, so that none can be left "
-            "out. Choose another amateur."
+            f"The layers of `{type(base).__name__}` cannot be identified among its modules, so none can be skipped. "
+            "Choose another amateur."
         )
     return lists[0]
 

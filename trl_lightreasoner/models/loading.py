@@ -75,7 +75,7 @@ def load_model(
     except UnpicklingError as error:
         raise ValueError(
             f"The model {model!r} cannot be loaded: its weights are damaged, or hold Python objects, which could run "
-            "code when they are read. Use a copy with *.safetensors files."
+            "code when loaded. Use a copy with *.safetensors files."
         ) from error
     # What a wrong file or argument sets off, by PyTorch, safetensors, PEFT and transformers
     except (RuntimeError, TypeError, AttributeError, KeyError, SafetensorError) as error:
@@ -103,8 +103,8 @@ def _load_model(model: str, is_trainable: bool, **kwargs: Any) -> "PreTrainedMod
     }
     if any(misfits.values()):
         raise ValueError(
-            f"The weights of the model {source!r} do not fit its config.json: {name_tensors(misfits)}. Save the "
-            "model again with `save_pretrained`, or mend its config.json."
+            f"The weights of the model {source!r} do not fit its config.json: {name_tensors(misfits)}. Save the model "
+            "again with `save_pretrained`, or fix its config.json."
         )
     settle_4bit_layers(loaded)
     if source == model:
@@ -185,7 +185,7 @@ def load_config(model: "str | PreTrainedModel | PeftModel", name: str = "model",
                 ) from error
             raise ValueError(
                 f"The {name} {source!r} cannot be found. It must be a folder with a config.json, or the id of a model "
-                "on the Hub; private and gated models need `hf auth login`, offline ones must be in the cache."
+                "on the Hub. Private and gated models need `hf auth login`, offline ones must be in the cache."
             ) from error
         _check_bitsandbytes(kwargs.get("quantization_config") or getattr(config, "quantization_config", None), name)
         is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
@@ -218,8 +218,8 @@ def _check_device_map(device_map: Any) -> None:
     devices = device_map.values() if isinstance(device_map, dict) else [device_map]
     if any(str(device).startswith("cuda") for device in devices) and not torch.cuda.is_available():
         raise ValueError(
-            f"`device_map` asks for a CUDA GPU ({device_map!r}), but PyTorch finds none here. Leave it out, or see to "
-            "the driver and the build of PyTorch."
+            f"`device_map` asks for a CUDA GPU ({device_map!r}), but PyTorch finds none here. Remove it, or check the "
+            "driver and the build of PyTorch."
         )
 
 
@@ -266,18 +266,18 @@ def load_tokenizer(
             if max(own.get_vocab().values()) < rows:
                 return own
             logger.warning(
-                f"The tokenizer beside the {name} {model!r} has more tokens than the base model has logits. That of "
-                "the base model is used."
+                f"The tokenizer of the {name} {model!r} has more tokens than the base model has logits. The base "
+                "model's tokenizer is used."
             )
     else:
         source, repository = get_base_model(model).config._name_or_path, hub_kwargs(kwargs)
     if not source:
-        raise ValueError(f"The {name} does not say where its tokenizer is. Pass the tokenizer as `{argument}`.")
+        raise ValueError(f"The tokenizer of the {name} cannot be located. Pass the tokenizer as `{argument}`.")
     folder = Path(source)
     if folder.is_dir() and not _has_tokenizer(source, repository):  # transformers would make an empty one
         raise ValueError(
-            f"There is no tokenizer beside the {name}: {source!r} holds no tokenizer.json. Save the model's tokenizer "
-            f"there, or pass it as `{argument}`."
+            f"The {name} has no tokenizer: {source!r} holds no tokenizer.json. Save the model's tokenizer there, or "
+            f"pass it as `{argument}`."
         )
     return _load_tokenizer(source, name, repository)
 

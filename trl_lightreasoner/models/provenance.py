@@ -45,8 +45,8 @@ def warn_of_another_expert(
     pairs = [pair for expert in experts for pair in differences(expert, trained, adapts and is_told)]
     for sampled_as, trained_as in dict.fromkeys(pairs):
         logger.warning(
-            f"The expert was sampled {sampled_as} and is trained {trained_as}: the labels come from another pi_E than "
-            "the one that training starts from, so that the difference between the two is learned as well."
+            f"The expert was sampled {sampled_as} and is trained {trained_as}. The labels come from a different pi_E "
+            "than the start of training, so training also learns the difference between the two."
         )
 
 

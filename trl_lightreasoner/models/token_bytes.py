@@ -150,6 +150,7 @@ def _decoders_of(backend: Tokenizer) -> set[str]:
 
 def _refusal(name: str) -> str:
     return (
-        f"The bytes of the {name}'s tokens cannot be told, so that no model with other tokens can be read beside it. "
-        "Choose two models of one family, or two with byte-level BPE or SentencePiece, whose tokens give a text back."
+        f"The bytes of the {name}'s tokens cannot be determined, so it cannot be paired with a model that has "
+        "different tokens. Choose two models of one family, or two with byte-level BPE or SentencePiece, whose tokens "
+        "reproduce a text."
     )

@@ -36,8 +36,8 @@ def settle_4bit_layers(model: torch.nn.Module) -> torch.nn.Module:
             continue
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(
-                "The 4-bit weights of the model were repacked for inference on this CPU by a forward pass; it can no "
-                "longer be trained or saved. Load it again and pass it before its first use, or give its path."
+                "The 4-bit weights of the model were repacked for inference on this CPU by a forward pass, so it can "
+                "no longer be trained or saved. Load it again and pass it before its first use, or give its path."
             )
         module.support_avx512bf16_for_cpu = False
         if module.bias is not None and module.compute_dtype is not None:

@@ -1,6 +1,6 @@
-"""The folders of `run` and `tune`: what lies where, and that no two runs share one.
+"""The folders of `run` and `tune`: what each file is, and a check that no two runs share a folder.
 
-output_dir/check.json         what the check said of the pair
+output_dir/check.json         the check of the pair
 output_dir/steps/             as of `lightreasoner sample`
 output_dir/report/            as of `lightreasoner report`
 output_dir/evaluation/        as of `lightreasoner eval`
@@ -34,13 +34,13 @@ from .run_config import RunConfig
 
 class Folder:
     """
-    Takes a folder for one command with one set of settings, by `with`.
+    Reserves a folder for one command with one set of settings. Use it in a `with` statement.
 
     Args:
-        args ([`RunConfig`]): Settings, of which `output_dir` names the folder.
+        args ([`RunConfig`]): Settings. `output_dir` names the folder.
 
     Raises:
-        `ValueError`: If it holds another run, or something else; names the setting that differs.
+        `ValueError`: If the folder holds another run or something else. The message names the setting that differs.
     """
 
     # What is said of it, its file of settings, and what else is made in it
@@ -92,32 +92,32 @@ class Folder:
         if not self._settings_path.is_file():
             if any(path.exists() for path in self._made):
                 raise ValueError(
-                    f"{str(self.path)!r} holds files that no {self._noun} left there. Choose another `output_dir`, or "
-                    "set `overwrite_output_dir=True` to delete them."
+                    f"{str(self.path)!r} holds files that are not from a {self._noun}. Choose another `output_dir`, "
+                    "or set `overwrite_output_dir=True` to delete them."
                 )
             return
         try:
             begun = json.loads(self._settings_path.read_text(encoding="utf-8"))["settings"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f"{str(self._settings_path)!r} is not of a {self._noun}. Choose another `output_dir`, or set "
+                f"{str(self._settings_path)!r} is not from a {self._noun}. Choose another `output_dir`, or set "
                 "`overwrite_output_dir=True`."
             ) from None
         for name, value in json.loads(json.dumps(self._settings)).items():
             if name not in self._free and begun.get(name) != value:
                 raise ValueError(
-                    f"{str(self.path)!r} was begun with {name} = {begun.get(name)!r}, but it is now {value!r}. Set it "
-                    "back to go on, choose another `output_dir`, or set `overwrite_output_dir=True` to delete what is "
-                    "there."
+                    f"{str(self.path)!r} was started with {name} = {begun.get(name)!r}, but it is now {value!r}. "
+                    "Restore that value to resume, choose another `output_dir`, or set `overwrite_output_dir=True` to "
+                    "delete the existing files."
                 )
 
 
 class RoundFolder:
     """
-    What one round leaves.
+    The files of one round.
 
     Args:
-        path (`Path`): The folder of the run, if it has one round, and otherwise one of the round's own.
+        path (`Path`): The folder of the run if it has a single round, and otherwise the round's own folder.
     """
 
     def __init__(self, path: Path):
@@ -127,11 +127,11 @@ class RoundFolder:
 
     @property
     def is_trained(self) -> bool:
-        """Whether the adapter is complete: the log is written last."""
+        """Whether the adapter is complete. The log is written last."""
         return all((self.adapter / name).is_file() for name in ("adapter_model.safetensors", "trainer_state.json"))
 
     def find_checkpoint(self) -> str | None:
-        """The last complete checkpoint of a training that was broken off, or `None`."""
+        """The last complete checkpoint of an interrupted training, or `None`."""
         return last_checkpoint(str(self.adapter))
 
 
@@ -152,7 +152,7 @@ class RunFolder(Folder):
         return RoundFolder(self.path / "rounds" / str(number) if self._has_rounds else self.path)
 
     def keep(self, number: int) -> None:
-        """Make the adapter of a round that of the run."""
+        """Make the adapter of a round the adapter of the run."""
         if not self._has_rounds or self.adapter.is_dir():
             return
         kept, temporary = self.round(number), self.path / "adapter.tmp"
@@ -181,12 +181,12 @@ class TuneFolder(Folder):
         )
 
     def trial(self, number: int) -> Path:
-        """What the trial of this number has trained."""
+        """The folder of a trial."""
         return self.trials / str(number)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is complete or not there at all."""
+    """Write a file atomically."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)

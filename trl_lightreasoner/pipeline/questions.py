@@ -1,4 +1,4 @@
-"""From the rows of a dataset to prompts that are sampled and problems that are held back."""
+"""From the rows of a dataset to prompts to sample and held-out problems."""
 
 import json
 from typing import NamedTuple
@@ -22,14 +22,16 @@ from .run_config import RunConfig
 
 class Questions(NamedTuple):
     """
-    What is asked.
+    The questions of a run and their uses.
 
     Attributes:
         prompts ([`~datasets.Dataset`]): The rows to be sampled, with a column `prompt`.
-        problems (`dict[str, Dataset]`): By name, what is answered before and after training: rows of `ROW_FEATURES`.
-        validation ([`~datasets.Dataset`]): Rows with `prompt` and `answer`, as a trainer takes them for its
-            `eval_questions`, by which a setting is chosen.
-        prompt_format ([`PromptFormat`]): The form of the prompts; of messages, that in which benchmarks are asked.
+        problems (`dict[str, Dataset]`): By name, the problems to answer before and after training: rows of
+            `ROW_FEATURES`.
+        validation ([`~datasets.Dataset`]): Rows with `prompt` and `answer` that choose a setting, in the form of a
+            trainer's `eval_questions`.
+        prompt_format ([`PromptFormat`]): The format of the prompts. For questions that are messages, the format of the
+            benchmarks.
     """
 
     prompts: Dataset
@@ -40,23 +42,23 @@ class Questions(NamedTuple):
 
 def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_validation: int = 0) -> Questions:
     """
-    Load what is asked. No question has two uses, even if several rows hold it: one that is held back neither chooses a
-    setting nor is sampled, and one that chooses is not sampled.
+    Load the questions. No question has two uses, even if several rows hold it: a held-out question is neither sampled
+    nor used for validation, and a validation question is not sampled.
 
     Args:
         args ([`RunConfig`]): Settings.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's.
-        num_validation (`int`, *optional*, defaults to `0`): How many questions, before those that are held back,
-            choose a setting. With them, at most a third of the rows have each of these two uses.
+        num_validation (`int`, *optional*, defaults to `0`): Number of validation questions, taken before the held-out
+            ones. With them, each of these two uses takes at most a third of the rows.
 
     Raises:
-        `ValueError`: If a column is missing, the form does not fit, or an answer cannot be read.
+        `ValueError`: If a column is missing, the prompt format does not fit, or an answer cannot be read.
     """
     dataset = load_split(args.dataset_name, args.dataset_config, args.dataset_split)
     if args.answer_column is not None and args.answer_column not in dataset.column_names:
         raise ValueError(
-            f"The dataset has no column {args.answer_column!r}; it has {dataset.column_names}. Name the one that "
-            "holds the answers with `--answer_column`."
+            f"The dataset has no column {args.answer_column!r}; it has {dataset.column_names}. Name the column of "
+            "answers with `--answer_column`."
         )
     column = args.prompt_column or ("prompt" if "prompt" in dataset.column_names else "question")
     dataset = name_prompts(dataset, column)
@@ -73,12 +75,13 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_v
     taken |= {texts[row] for row in choosing}
     rows = [row for row in range(start) if texts[row] not in taken]
     if not rows:
-        raise ValueError("The dataset has no question that could be sampled beside those that are held back.")
+        raise ValueError("The dataset has no question left to sample after the held-out ones.")
     rows = rows[: args.num_prompts + (args.num_rounds - 1) * args.num_prompts_later]
     if len(rows) <= args.num_prompts + (args.num_rounds - 2) * args.num_prompts_later and args.num_rounds > 1:
         raise ValueError(
-            f"{args.num_rounds} rounds sample {args.num_prompts:,} questions, and then {args.num_prompts_later:,} "
-            f"others each, and there are {len(rows):,}. Lower `num_prompts` or `prompts_per_round`, or give more rows."
+            f"The first of {args.num_rounds} rounds samples {args.num_prompts:,} questions and each later one "
+            f"{args.num_prompts_later:,} others, but there are only {len(rows):,}. Lower `num_prompts` or "
+            "`prompts_per_round`, or give more rows."
         )
     prompts = dataset.select(rows)
     if is_text:
@@ -100,10 +103,10 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_v
 
 
 def choose_format(args: RunConfig, tokenizer: PreTrainedTokenizerBase, is_text: bool) -> PromptFormat:
-    """The form that the settings ask for, or the one that fits the expert."""
+    """The format that the settings ask for, or the one that fits the expert."""
     asked_for = (args.prompt_style, args.system_prompt, args.prompt_template)
     if not is_text and any(each is not None for each in asked_for):
-        raise ValueError("The questions are messages already: put the system prompt into them, or give them as text.")
+        raise ValueError("The questions are already messages. Put the system prompt into them, or give them as text.")
     has_template = tokenizer.chat_template is not None
     style = args.prompt_style or ("chat" if has_template or args.system_prompt or not is_text else "raw")
     if style == "chat" and not has_template:

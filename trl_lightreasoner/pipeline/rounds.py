@@ -1,4 +1,4 @@
-"""Several rounds of a run: what each has brought, when there is no use in another, and which is kept.
+"""Several rounds of a run: the outcome of each, when to stop, and which one is kept.
 
 The trajectories of a later round are those of the adapter of the round before, and its labels, by default, those of
 the expert as it was at first. They amplify nothing that a round has taught, and show states that the trained model
@@ -32,23 +32,23 @@ _MAX_CUT = 0.02
 # Rows on which entropy and drift are measured
 _NUM_MEASURED = 100
 _WARNED = {
-    "entropy": "the model has become surer than its labels",
-    "drift": "the model has gone further from the expert than its labels ask for",
+    "entropy": "the model has become more certain than its labels",
+    "drift": "the model has moved further from the expert than its labels ask for",
 }
 
 
 class Round(NamedTuple):
     """
-    What a round has brought, as round.json holds it.
+    Outcome of a round, as stored in round.json.
 
     Attributes:
         number (`int`): From 1.
         num_prompts, num_steps, num_kept (`int`): What was sampled.
-        corrections (`float`): Share of the kept steps at which v_C prefers another token than the one that was taken.
-        warned (`list[str]`): Of `"entropy"` and `"drift"`, what was warned of.
+        corrections (`float`): Fraction of the kept steps at which v_C prefers a token other than the sampled one.
+        warned (`list[str]`): The warnings given: `"entropy"`, `"drift"`, both or neither.
         results (`dict[str, Any]`, *optional*): What results.json holds, if anything was answered.
-        against_last (`dict[str, float]`, *optional*): On the held-out questions against the round before, or the
-            expert, as of [`PairedDifference`].
+        against_last (`dict[str, float]`, *optional*): Difference on the held-out questions from the previous round, or
+            from the expert, in the form of [`PairedDifference`].
     """
 
     number: int
@@ -62,7 +62,7 @@ class Round(NamedTuple):
 
 
 def split_prompts(prompts: Dataset, args: RunConfig) -> list[Dataset]:
-    """The questions of each round, none of which has two."""
+    """The questions of each round. No question is in two rounds."""
     edges = [0, *(args.num_prompts + i * args.num_prompts_later for i in range(args.num_rounds))]
     ends = [min(edge, len(prompts)) for edge in edges]
     return [prompts.select(range(*pair)) for pair in zip(ends, ends[1:], strict=False)]
@@ -70,18 +70,18 @@ def split_prompts(prompts: Dataset, args: RunConfig) -> list[Dataset]:
 
 class Rounds:
     """
-    What the rounds of a run share. Each continues from the adapter of the one before.
+    State that the rounds of a run share. Each round continues from the adapter of the previous one.
 
     Args:
         args ([`RunConfig`]): Settings.
         folder ([`RunFolder`]): Where everything goes.
-        stages ([`Stages`]): Says what is done.
-        sampler ([`ContrastiveStepSampler`]): That of the first round.
-        prompt_format ([`PromptFormat`]): The form of the prompts.
+        stages ([`Stages`]): Prints the progress.
+        sampler ([`ContrastiveStepSampler`]): Sampler of the first round.
+        prompt_format ([`PromptFormat`]): The format of the prompts.
         problems (`dict[str, Dataset]`): What is answered.
 
     Attributes:
-        expert, amateur: The models of the round that was played last; the expert without an adapter.
+        expert, amateur: The models of the last round that was played. The expert has no adapter.
         sampled (`list[Dataset]`): The steps of every round so far.
     """
 
@@ -115,7 +115,7 @@ class Rounds:
         self.amateur: Any = None
 
     def play(self, number: int, prompts: Dataset) -> Round:
-        """Sample, train and answer; what is there already is not done again."""
+        """Sample, train and answer. Work that is already saved is not repeated."""
         place, before = self.folder.round(number), self.folder.round(number - 1) if number > 1 else None
         suffix, what = ("", "") if before is None else (f"_{number}", f"Round {number}: ")
         with self.stages(f"sample{suffix}", f"{what}Expert and amateur read {len(prompts):,} questions"):
@@ -209,40 +209,38 @@ def _first_rows(steps: Dataset) -> Dataset:
 
 
 def read_verdicts(path: Path) -> list[bool]:
-    """Which of the held-out questions were answered right."""
+    """Which of the held-out questions were answered correctly."""
     file = str(path / f"{HELD_OUT}.parquet")
     return load_dataset("parquet", data_files=file, split="train")["correct"][:]
 
 
 def why_stop(last: Round) -> str | None:
     """
-    Why there is no use in another round behind this one, or `None`.
+    Why the run stops after this round, or `None` if it continues.
 
     Example:
 
     ```python
     >>> why_stop(Round(2, 1000, 90000, 8000, 0.002, [], None, None))
-    'v_C prefers another token at 0.2% of the kept steps, so that little is left to learn'
+    'v_C prefers another token at 0.2% of the kept steps, which leaves little to learn'
 
     ```
     """
     if last.warned:
         return _WARNED[last.warned[0]]
     if last.against_last is not None and last.against_last["difference"] < 0:
-        return "fewer of the held-out questions were answered right than before it"
+        return "it answered fewer of the held-out questions correctly than the model before it"
     if last.results is not None:
         after, before = (_share_cut(last.results["benchmarks"], role) for role in ("model", "baseline"))
         if after > before + _MAX_CUT:
-            return f"{after:.1%} of its answers were cut off, and {before:.1%} of the expert's"
+            return f"{after:.1%} of its answers were cut off, compared with {before:.1%} of the expert's"
     if last.corrections < _MIN_CORRECTIONS:
-        return (
-            f"v_C prefers another token at {last.corrections:.1%} of the kept steps, so that little is left to learn"
-        )
+        return f"v_C prefers another token at {last.corrections:.1%} of the kept steps, which leaves little to learn"
     return None
 
 
 def choose_round(rounds: list[Round]) -> Round:
-    """The round with most answers right, of equal ones the first; without answers the last."""
+    """The round with the most correct answers, the first of equals. Without answers, the last round."""
     if rounds[-1].results is None:
         return rounds[-1]
     return max(rounds, key=lambda each: (_accuracy(each), -each.number))

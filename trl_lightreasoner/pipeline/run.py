@@ -1,4 +1,4 @@
-"""`run_pipeline`: check, sample, train, answer and report, each model loaded once, and a verdict at the end."""
+"""`run_pipeline`: check, sample, train, answer and report with each model loaded once, then a verdict."""
 
 import json
 import shlex
@@ -20,36 +20,36 @@ from .verdict import deciding, judge
 @dataclass
 class RunResult:
     """
-    What [`run_pipeline`] did. Text by `result.summary()`, numbers by `result.to_dict()`, as verdict.json holds them.
+    Result of [`run_pipeline`]. `result.summary()` gives the text, `result.to_dict()` the numbers of verdict.json.
 
     Attributes:
         verdict (`str`):
-            `"better"`, `"not told"`, `"worse"`, or `"not answered"` where there was no question with an answer.
+            `"better"`, `"not significant"`, `"worse"`, or `"not answered"` if no question had an answer.
         sentence (`str`):
             The same with its numbers.
         accuracy_before (`float`, *optional*):
-            Accuracy of the expert, between 0 and 1: on the questions that were held back, or else the mean over the
+            Accuracy of the expert, between 0 and 1: on the held-out questions, or without them the mean over the
             benchmarks.
         accuracy_after (`float`, *optional*):
             The same with the adapter.
         difference (`dict[str, float]`, *optional*):
-            Of the two, as of [`PairedDifference`].
+            Difference between the two, in the form of [`PairedDifference`].
         num_held_out (`int`):
-            Questions that were held back.
+            Number of held-out questions.
         num_prompts (`int`):
-            Questions that were sampled.
+            Number of sampled questions.
         num_steps (`int`):
-            Steps of their completions.
+            Number of steps in their completions.
         num_kept (`int`):
             Kept steps.
         num_updates (`int`):
-            Updates of the training.
+            Number of training updates.
         pair (`str`):
             Verdict of the check of the pair, such as `"promising"`.
         best_round (`int`):
             The round whose adapter is kept, from 1.
         seconds (`dict[str, float]`):
-            By stage, and `"total"`, of this call.
+            Duration of each stage of this call, and their `"total"`.
         results (`dict[str, Any]`, *optional*):
             What evaluation/results.json holds.
         output_dir (`str`):
@@ -76,11 +76,11 @@ class RunResult:
     expert: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but `results`, which has a file of its own, in values that JSON can hold."""
+        """Everything except `results`, which has its own file, as JSON-serializable values."""
         return {name: value for name, value in asdict(self).items() if name != "results"}
 
     def summary(self) -> str:
-        """The accuracies, where everything is, what can be done next, and the verdict in one sentence."""
+        """The accuracies, the verdict in one sentence, the output paths and the next commands."""
         folder = Path(self.output_dir)
         adapter = str(folder / "adapter")
         lines = [] if self.results is None else [Evaluation(self.results).table(), ""]
@@ -99,10 +99,10 @@ class RunResult:
 
 def run_pipeline(args: RunConfig) -> RunResult:
     """
-    Check a pair, sample, train an adapter, answer questions before and after, and say whether to keep the adapter.
+    Check a pair, sample it, train an adapter, evaluate before and after training, and say whether to keep the adapter.
 
-    Each stage leaves what the single command would leave, under `args.output_dir`: steps, adapter, evaluation, report.
-    A run that was broken off goes on where it was. One line a stage is printed.
+    Each stage writes the output of its single command to a folder in `args.output_dir`: steps, adapter, evaluation,
+    report. An interrupted run resumes. One line per stage is printed.
 
     Args:
         args ([`RunConfig`]): Settings.
@@ -111,9 +111,9 @@ def run_pipeline(args: RunConfig) -> RunResult:
         [`RunResult`]
 
     Raises:
-        `ValueError`: If a setting, a model or the dataset is not what it must be, the two models have equal weights,
-            no step is kept, or `args.output_dir` holds another run.
-        `ImportError`: If questions are to be answered and math-verify is not installed.
+        `ValueError`: If a setting, a model or the dataset is invalid, the two models have equal weights, no step is
+            kept, or `args.output_dir` holds another run.
+        `ImportError`: If there are questions to answer and math-verify is not installed.
 
     Example:
 
@@ -159,7 +159,7 @@ def run_pipeline(args: RunConfig) -> RunResult:
         results = best.results
         scores, what = ({}, "") if results is None else deciding(results["benchmarks"], results.get("average"))
         if len(rounds) > 1 and results is not None:
-            what += f", by which round {best.number} of {len(rounds)} was chosen"
+            what += f", which also chose round {best.number} of {len(rounds)}"
         verdict = judge(scores.get("difference"), what)
         state = json.loads((folder.adapter / "trainer_state.json").read_text(encoding="utf-8"))
         result = RunResult(

@@ -10,96 +10,99 @@ from ..steps.prompt_format import STYLES, read_template
 @dataclass
 class RunConfig:
     r"""
-    Configuration class for [`run_pipeline`] and `lightreasoner run`. Defaults are those of the single commands.
+    Configuration class for [`run_pipeline`] and `lightreasoner run`. The defaults are those of the single commands.
 
     Parameters:
         > Parameters that control the output
 
         output_dir (`str`):
-            Folder for everything: steps, adapter, evaluation, report and verdict.json. A run that was broken off goes
-            on there.
+            Folder for all output: steps, adapter, evaluation, report and verdict.json. An interrupted run resumes from
+            this folder.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
-            Whether to delete what a run left in `output_dir`. Otherwise it is kept, and only a run with the same
-            settings may go on.
+            Whether to delete what an earlier run left in `output_dir`. Otherwise the files are kept, and a run resumes
+            only with the same settings.
 
         > Parameters that control the models
 
         expert (`str`):
-            Id or path of the stronger model, which is fine-tuned.
+            Hub id or path of the stronger model, which is fine-tuned.
         amateur (`str`, *optional*):
-            Id or path of the weaker model, of any vocabulary. If `None`, it is the expert itself, with
-            `amateur_skipped_layers`, or behind an `amateur_system_prompt` or `amateur_prompt_template`.
+            Hub id or path of the weaker model, which may have any vocabulary. If `None`, the amateur is the expert
+            itself, with `amateur_skipped_layers`, `amateur_system_prompt` or `amateur_prompt_template`.
         amateur_chat_template (`str`, *optional*):
-            Chat template of an amateur with another tokenizer than the expert's: Jinja text, a file with it, or
-            `"plain"` for the messages' bare text, an empty line behind each. If `None`, the amateur's own.
+            Chat template of an amateur whose tokenizer differs from the expert's: Jinja text, a file that holds it, or
+            `"plain"` for the bare text of the messages, each followed by an empty line. If `None`, the amateur's own
+            template is used.
         amateur_skipped_layers (`list[int]`, *optional*):
-            Numbers, from 0, of the amateur's decoder layers that its passes leave out.
+            Indices, from 0, of the decoder layers that the amateur skips.
         amateur_system_prompt (`str`, *optional*):
-            System message behind which the amateur reads the completion, empty for none. If `None`, the expert's.
+            System message of the amateur's prompt, empty for none. If `None`, it is the expert's.
         amateur_prompt_template (`str`, *optional*):
-            Text with {question} in it, or a file with such text, in which the amateur reads the question. If `None`,
-            the expert's.
+            Prompt template of the amateur: text that contains {question}, or a file that holds such text. If `None`,
+            it is the expert's.
         dtype (`str`, *optional*):
             Data type of the models' weights: `"auto"` (the checkpoint's own), `"bfloat16"`, `"float16"` or
-            `"float32"`. If `None`, `"float32"` on a CPU, which is slow in half precision, and elsewhere `"auto"`.
+            `"float32"`. If `None`, it is `"float32"` on a CPU, which is slow in half precision, and otherwise
+            `"auto"`.
 
         > Parameters that control the questions
 
         dataset_name (`str`):
-            Questions: a dataset on the Hub, a folder, or a file (JSON lines, Parquet, CSV).
+            Dataset of questions: on the Hub, a folder, or a file (JSON lines, Parquet, CSV).
         dataset_config (`str`, *optional*):
             Configuration of the dataset.
         dataset_split (`str`, *optional*, defaults to `"train"`):
             Split to use.
         prompt_column (`str`, *optional*):
-            Column that holds the questions, as text or as lists of messages. If `None`, it is `prompt`, or else
-            `question`.
+            Column that holds the questions, as text or as lists of messages. If `None`, it is `prompt` if there is
+            one, and otherwise `question`.
         answer_column (`str`, *optional*):
-            Column that holds the answers to questions that are held back: the answer alone, or a solution with it
-            behind #### or in \boxed{}. If `None`, it is `answer`, if there is one; without it nothing is held back.
+            Column that holds the answers to the held-out questions: the answer alone, or a solution that has it after
+            #### or in \boxed{}. If `None`, it is `answer` if there is one. Without answers no question is held out.
         num_prompts (`int`, *optional*, defaults to `1000`):
-            How many questions are sampled, from the first. Their answers are not looked at.
+            Number of questions to sample, from the start of the dataset. Their answers are not used.
         num_held_out (`int`, *optional*, defaults to `500`):
-            How many questions, from the last, are held back, never sampled, and answered before and after training; at
-            most half of the rows. `0` holds none back.
+            Number of questions to hold out, from the end of the dataset, at most half of the rows. They are never
+            sampled, and they are answered before and after training. `0` holds out none.
         benchmarks (`list[str]`, *optional*):
-            Benchmarks that are answered as well, as of `lightreasoner eval`, with blanks or commas between: gsm8k,
-            math500, math, svamp, asdiv, minerva_math, olympiadbench, mmlu_stem.
+            Benchmarks to answer as well, as `lightreasoner eval` does, separated by spaces or commas: gsm8k, math500,
+            math, svamp, asdiv, minerva_math, olympiadbench, mmlu_stem.
         data_dir (`str`, *optional*):
-            Folder with files of the benchmarks. If `None`, they come from the Hub.
+            Folder that holds the benchmarks' files. If `None`, they are loaded from the Hub.
 
         > Parameters that control the prompts
 
         prompt_style (`str`, *optional*):
-            What is made of questions that are text: `"chat"`: a user's message, through the expert's chat template.
-            `"raw"`: plain text, for base models. If `None`, `"chat"` if the expert has a chat template.
+            How to prompt with questions that are text. `"chat"`: as a user message, in the expert's chat template.
+            `"raw"`: as plain text, for base models. If `None`, it is `"chat"` if the expert has a chat template, and
+            otherwise `"raw"`.
         system_prompt (`str`, *optional*):
-            System message of the style `"chat"`, empty for none. If `None`, that of Qwen2.5-Math: Please reason step
-            by step, and put your final answer within \boxed{}.
+            System message of the style `"chat"`, empty for none. If `None`, it is that of Qwen2.5-Math: Please reason
+            step by step, and put your final answer within \boxed{}.
         prompt_template (`str`, *optional*):
-            Text with {question} in it, or a file with such text, in which the question is put. If `None`, the question
-            alone for `"chat"`, and for `"raw"` `"Question: {question}"` with a line `"Answer:"` below.
+            Prompt template: text that contains {question}, or a file that holds such text. If `None`, it is the
+            question alone for `"chat"`, and for `"raw"` it is `"Question: {question}"` followed by a line `"Answer:"`.
 
         > Parameters that control the sampling
 
         alpha (`float`, *optional*, defaults to `0.2`):
-            Plausibility threshold in (0, 1]: a token can be in a label if the expert holds it at least `alpha` times
-            as probable as its favourite.
+            Plausibility threshold in (0, 1]: a token is plausible if its expert probability is at least `alpha` times
+            that of the expert's most probable token. Only plausible tokens are in a label.
         contrast_strength (`float`, *optional*, defaults to `1.0`):
-            gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100; the paper's is 1. At 0 the amateur
-            chooses the steps alone, and the label is pi_E^lambda over the plausible tokens.
+            gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100. The paper uses 1. At 0 the amateur only
+            selects the steps, and the label is pi_E^lambda over the plausible tokens.
         expert_anchor (`float`, *optional*, defaults to `0.0`):
-            lambda of the label, from 0 to 100; the paper's is 0. At 1 the label goes on from the expert, as
-            contrastive decoding does with a `contrast_strength` of 0.5.
+            lambda of the label, from 0 to 100. The paper uses 0. At 1 the label starts from the expert's distribution,
+            as in contrastive decoding with a `contrast_strength` of 0.5.
         max_new_tokens (`int`, *optional*, defaults to `128`):
-            Longest completion that is sampled.
+            Maximum number of tokens to sample per completion.
 
         > Parameters that control the training
 
         beta (`float`, *optional*):
-            Threshold in nats: steps whose divergence is below it are not trained on; those of 0.4 nats or more are
-            stored. If `None`, it is 1.6 where v_C prefers another token than the expert's at a tenth of those steps or
-            more, and otherwise 0.8.
+            Divergence threshold in nats: training uses only the steps at or above it. Steps of 0.4 nats or more are
+            stored. If `None`, it is 1.6 if v_C prefers a token other than the expert's at 10% or more of the steps of
+            1.6 nats or more, and otherwise 0.8.
         learning_rate (`float`, *optional*, defaults to `0.0001`):
             The initial learning rate for AdamW.
         max_steps (`int`, *optional*, defaults to `125`):
@@ -109,87 +112,86 @@ class RunConfig:
         lora_alpha (`int`, *optional*, defaults to `16`):
             LoRA alpha.
         lora_target_modules (`list[str]`, *optional*):
-            LoRA target modules. If `None`, they are those that PEFT names for the architecture, such as q_proj and
-            v_proj, if v_C prefers another token than the expert's at a tenth or more of the steps of 1.6 nats or more,
-            and otherwise all linear layers.
+            LoRA target modules. If `None`, they depend on the steps of 1.6 nats or more. If v_C prefers a token other
+            than the expert's at 10% or more of them, PEFT's defaults for the architecture are used, such as q_proj and
+            v_proj. Otherwise all linear layers are used.
         seed (`int`, *optional*, defaults to `42`):
-            Seed of the training.
+            Random seed of the training.
 
         > Parameters that control the rounds
 
         num_rounds (`int`, *optional*, defaults to `1`):
-            How often questions are sampled and trained on. Each later round samples fresh ones with the adapter of the
-            round before, and trains it further. It ends before where a round does harm, and the best round is kept.
+            Number of rounds of sampling and training. Each later round samples new questions with the adapter of the
+            previous round and trains it further. The run stops early if a round does harm, and the best round is kept.
         prompts_per_round (`int`, *optional*):
-            How many fresh questions a later round samples. If `None`, `num_prompts`.
+            Number of new questions that each later round samples. If `None`, it is `num_prompts`.
         label_expert (`str`, *optional*, defaults to `"base"`):
-            What labels the answers of a later round: `"base"`: the expert as it was at first, so that no round
-            amplifies what the one before has taught. `"live"`: the expert with its adapter.
+            Model that labels the completions of later rounds. `"base"`: the original expert, which keeps a round from
+            amplifying what the previous one taught. `"live"`: the expert with its adapter.
         keep_earlier_steps (`bool`, *optional*, defaults to `True`):
-            Whether a later round is trained on the steps of the rounds before, too.
+            Whether a later round also trains on the steps of earlier rounds.
 
         > Parameters that control the answers
 
         eval_max_new_tokens (`int`, *optional*, defaults to `512`):
-            Longest answer. One that does not end before is cut there, counted, and graded as it stands.
+            Maximum number of tokens to generate per answer. Longer answers are cut off, counted, and graded as they
+            stand.
     """
 
     output_dir: str = field(
         metadata={
-            "help": "Folder for everything: steps, adapter, evaluation, report and verdict.json. A run that was "
-            "broken off goes on there."
+            "help": "Folder for all output: steps, adapter, evaluation, report and verdict.json. An interrupted run "
+            "resumes from this folder."
         },
     )
     expert: str = field(
-        metadata={"help": "Id or path of the stronger model, which is fine-tuned."},
+        metadata={"help": "Hub id or path of the stronger model, which is fine-tuned."},
     )
     dataset_name: str = field(
-        metadata={"help": "Questions: a dataset on the Hub, a folder, or a file (JSON lines, Parquet, CSV)."},
+        metadata={"help": "Dataset of questions: on the Hub, a folder, or a file (JSON lines, Parquet, CSV)."},
     )
     amateur: str | None = field(
         default=None,
         metadata={
-            "help": "Id or path of the weaker model, of any vocabulary. If `None`, it is the expert itself, with "
-            "`amateur_skipped_layers`, or behind an `amateur_system_prompt` or `amateur_prompt_template`."
+            "help": "Hub id or path of the weaker model, which may have any vocabulary. If `None`, the amateur is the "
+            "expert itself, with `amateur_skipped_layers`, `amateur_system_prompt` or `amateur_prompt_template`."
         },
     )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Whether to delete what a run left in `output_dir`. Otherwise it is kept, and only a run with "
-            "the same settings may go on."
+            "help": "Whether to delete what an earlier run left in `output_dir`. Otherwise the files are kept, and a "
+            "run resumes only with the same settings."
         },
     )
     amateur_chat_template: str | None = field(
         default=None,
         metadata={
-            "help": "Chat template of an amateur with another tokenizer than the expert's: Jinja text, a file with "
-            "it, or 'plain' for the messages' bare text, an empty line behind each. If `None`, the amateur's own."
+            "help": "Chat template of an amateur whose tokenizer differs from the expert's: Jinja text, a file that "
+            "holds it, or 'plain' for the bare text of the messages, each followed by an empty line. If `None`, the "
+            "amateur's own template is used."
         },
     )
     amateur_skipped_layers: list[int] | None = field(
         default=None,
-        metadata={"help": "Numbers, from 0, of the amateur's decoder layers that its passes leave out."},
+        metadata={"help": "Indices, from 0, of the decoder layers that the amateur skips."},
     )
     amateur_system_prompt: str | None = field(
         default=None,
-        metadata={
-            "help": "System message behind which the amateur reads the completion, empty for none. If `None`, the "
-            "expert's."
-        },
+        metadata={"help": "System message of the amateur's prompt, empty for none. If `None`, it is the expert's."},
     )
     amateur_prompt_template: str | None = field(
         default=None,
         metadata={
-            "help": "Text with {question} in it, or a file with such text, in which the amateur reads the question. "
-            "If `None`, the expert's."
+            "help": "Prompt template of the amateur: text that contains {question}, or a file that holds such text. "
+            "If `None`, it is the expert's."
         },
     )
     dtype: str | None = field(
         default=None,
         metadata={
             "help": "Data type of the models' weights: 'auto' (the checkpoint's own), 'bfloat16', 'float16' or "
-            "'float32'. If `None`, 'float32' on a CPU, which is slow in half precision, and elsewhere 'auto'.",
+            "'float32'. If `None`, it is 'float32' on a CPU, which is slow in half precision, and otherwise 'auto'.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
@@ -204,94 +206,94 @@ class RunConfig:
     prompt_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column that holds the questions, as text or as lists of messages. If `None`, it is `prompt`, "
-            "or else `question`."
+            "help": "Column that holds the questions, as text or as lists of messages. If `None`, it is `prompt` if "
+            "there is one, and otherwise `question`."
         },
     )
     answer_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column that holds the answers to questions that are held back: the answer alone, or a "
-            "solution with it behind #### or in \\boxed{}. If `None`, it is `answer`, if there is one; without it "
-            "nothing is held back."
+            "help": "Column that holds the answers to the held-out questions: the answer alone, or a solution that "
+            "has it after #### or in \\boxed{}. If `None`, it is `answer` if there is one. Without answers no "
+            "question is held out."
         },
     )
     num_prompts: int = field(
         default=1000,
-        metadata={"help": "How many questions are sampled, from the first. Their answers are not looked at."},
+        metadata={"help": "Number of questions to sample, from the start of the dataset. Their answers are not used."},
     )
     num_held_out: int = field(
         default=500,
         metadata={
-            "help": "How many questions, from the last, are held back, never sampled, and answered before and "
-            "after training; at most half of the rows. `0` holds none back."
+            "help": "Number of questions to hold out, from the end of the dataset, at most half of the rows. They are "
+            "never sampled, and they are answered before and after training. `0` holds out none."
         },
     )
     benchmarks: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Benchmarks that are answered as well, as of `lightreasoner eval`, with blanks or commas "
-            "between: gsm8k, math500, math, svamp, asdiv, minerva_math, olympiadbench, mmlu_stem."
+            "help": "Benchmarks to answer as well, as `lightreasoner eval` does, separated by spaces or commas: "
+            "gsm8k, math500, math, svamp, asdiv, minerva_math, olympiadbench, mmlu_stem."
         },
     )
     data_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder with files of the benchmarks. If `None`, they come from the Hub."},
+        metadata={"help": "Folder that holds the benchmarks' files. If `None`, they are loaded from the Hub."},
     )
     prompt_style: str | None = field(
         default=None,
         metadata={
-            "help": "What is made of questions that are text: 'chat': a user's message, through the expert's chat "
-            "template. 'raw': plain text, for base models. If `None`, 'chat' if the expert has a chat template.",
+            "help": "How to prompt with questions that are text. 'chat': as a user message, in the expert's chat "
+            "template. 'raw': as plain text, for base models. If `None`, it is 'chat' if the expert has a chat "
+            "template, and otherwise 'raw'.",
             "choices": list(STYLES),
         },
     )
     system_prompt: str | None = field(
         default=None,
         metadata={
-            "help": "System message of the style 'chat', empty for none. If `None`, that of Qwen2.5-Math: Please "
-            "reason step by step, and put your final answer within \\boxed{}."
+            "help": "System message of the style 'chat', empty for none. If `None`, it is that of Qwen2.5-Math: "
+            "Please reason step by step, and put your final answer within \\boxed{}."
         },
     )
     prompt_template: str | None = field(
         default=None,
         metadata={
-            "help": "Text with {question} in it, or a file with such text, in which the question is put. If "
-            "`None`, the question alone for 'chat', and for 'raw' 'Question: {question}' with a line 'Answer:' "
-            "below."
+            "help": "Prompt template: text that contains {question}, or a file that holds such text. If `None`, it is "
+            "the question alone for 'chat', and for 'raw' it is 'Question: {question}' followed by a line 'Answer:'."
         },
     )
     alpha: float = field(
         default=0.2,
         metadata={
-            "help": "Plausibility threshold in (0, 1]: a token can be in a label if the expert holds it at least "
-            "`alpha` times as probable as its favourite."
+            "help": "Plausibility threshold in (0, 1]: a token is plausible if its expert probability is at least "
+            "`alpha` times that of the expert's most probable token. Only plausible tokens are in a label."
         },
     )
     contrast_strength: float = field(
         default=1.0,
         metadata={
-            "help": "gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100; the paper's is 1. At 0 the "
-            "amateur chooses the steps alone, and the label is pi_E^lambda over the plausible tokens."
+            "help": "gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100. The paper uses 1. At 0 the "
+            "amateur only selects the steps, and the label is pi_E^lambda over the plausible tokens."
         },
     )
     expert_anchor: float = field(
         default=0.0,
         metadata={
-            "help": "lambda of the label, from 0 to 100; the paper's is 0. At 1 the label goes on from the expert, as "
-            "contrastive decoding does with a `contrast_strength` of 0.5."
+            "help": "lambda of the label, from 0 to 100. The paper uses 0. At 1 the label starts from the expert's "
+            "distribution, as in contrastive decoding with a `contrast_strength` of 0.5."
         },
     )
     max_new_tokens: int = field(
         default=128,
-        metadata={"help": "Longest completion that is sampled."},
+        metadata={"help": "Maximum number of tokens to sample per completion."},
     )
     beta: float | None = field(
         default=None,
         metadata={
-            "help": "Threshold in nats: steps whose divergence is below it are not trained on; those of 0.4 nats "
-            "or more are stored. If `None`, it is 1.6 where v_C prefers another token than the expert's at a tenth "
-            "of those steps or more, and otherwise 0.8."
+            "help": "Divergence threshold in nats: training uses only the steps at or above it. Steps of 0.4 nats or "
+            "more are stored. If `None`, it is 1.6 if v_C prefers a token other than the expert's at 10% or more of "
+            "the steps of 1.6 nats or more, and otherwise 0.8."
         },
     )
     learning_rate: float = field(
@@ -313,43 +315,44 @@ class RunConfig:
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "LoRA target modules. If `None`, they are those that PEFT names for the architecture, such as "
-            "q_proj and v_proj, if v_C prefers another token than the expert's at a tenth or more of the steps of 1.6 "
-            "nats or more, and otherwise all linear layers."
+            "help": "LoRA target modules. If `None`, they depend on the steps of 1.6 nats or more. If v_C prefers a "
+            "token other than the expert's at 10% or more of them, PEFT's defaults for the architecture are used, "
+            "such as q_proj and v_proj. Otherwise all linear layers are used."
         },
     )
     seed: int = field(
         default=42,
-        metadata={"help": "Seed of the training."},
+        metadata={"help": "Random seed of the training."},
     )
     num_rounds: int = field(
         default=1,
         metadata={
-            "help": "How often questions are sampled and trained on. Each later round samples fresh ones with the "
-            "adapter of the round before, and trains it further. It ends before where a round does harm, and the best "
-            "round is kept."
+            "help": "Number of rounds of sampling and training. Each later round samples new questions with the "
+            "adapter of the previous round and trains it further. The run stops early if a round does harm, and the "
+            "best round is kept."
         },
     )
     prompts_per_round: int | None = field(
         default=None,
-        metadata={"help": "How many fresh questions a later round samples. If `None`, `num_prompts`."},
+        metadata={"help": "Number of new questions that each later round samples. If `None`, it is `num_prompts`."},
     )
     label_expert: str = field(
         default="base",
         metadata={
-            "help": "What labels the answers of a later round: 'base': the expert as it was at first, so that no "
-            "round amplifies what the one before has taught. 'live': the expert with its adapter.",
+            "help": "Model that labels the completions of later rounds. 'base': the original expert, which keeps a "
+            "round from amplifying what the previous one taught. 'live': the expert with its adapter.",
             "choices": ["base", "live"],
         },
     )
     keep_earlier_steps: bool = field(
         default=True,
-        metadata={"help": "Whether a later round is trained on the steps of the rounds before, too."},
+        metadata={"help": "Whether a later round also trains on the steps of earlier rounds."},
     )
     eval_max_new_tokens: int = field(
         default=512,
         metadata={
-            "help": "Longest answer. One that does not end before is cut there, counted, and graded as it stands."
+            "help": "Maximum number of tokens to generate per answer. Longer answers are cut off, counted, and graded "
+            "as they stand."
         },
     )
 
@@ -370,7 +373,9 @@ class RunConfig:
         if self.prompt_style is not None:
             check_choices(self, ("prompt_style",))
         if self.prompt_style == "raw" and self.system_prompt:
-            raise ValueError("`prompt_style='raw'` does not go with `system_prompt`: put its text into the template.")
+            raise ValueError(
+                "`prompt_style='raw'` cannot be combined with `system_prompt`: put its text into the template."
+            )
         if self.prompt_template is not None:
             self.prompt_template = read_template(self.prompt_template)
         # The other numbers are checked by the settings of the stages, which are made of them before anything is done
@@ -385,5 +390,5 @@ class RunConfig:
 
     @property
     def num_prompts_later(self) -> int:
-        """How many questions each round behind the first samples."""
+        """Number of questions that each round after the first samples."""
         return self.num_prompts if self.prompts_per_round is None else self.prompts_per_round

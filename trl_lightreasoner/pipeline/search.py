@@ -43,16 +43,16 @@ def import_optuna() -> ModuleType:
 
 
 class UnfitSetting(Exception):
-    """A setting by which nothing can be trained, for a reason of its own."""
+    """A setting with which nothing can be trained."""
 
 
 class AccuracyReporter(TrainerCallback):
     """
-    Lets a training answer its questions at equal parts of its length and tells Optuna, which may prune it.
+    Evaluates a training at equal intervals and reports to Optuna, which may prune it.
 
     Args:
         trial ([`~optuna.Trial`]): The trial.
-        max_steps (`int`): Updates of the training.
+        max_steps (`int`): Number of training updates.
     """
 
     def __init__(self, trial: "OptunaTrial", max_steps: int):
@@ -90,14 +90,14 @@ def search(
     seed: int,
 ) -> SearchResult:
     """
-    Try settings until `num_trials` are finished, those of an earlier call included.
+    Try settings until `num_trials` are finished, including those of an earlier call.
 
     Args:
         parameters (`list[Parameter]`): The space.
-        default (`dict[str, Any]`): The first setting that is tried; the others differ from it in the parameters.
-        train (`Callable`): Trains an adapter by a setting into a folder, with a callback, and answers the questions
-            before training as well if the fourth argument says so.
-        folder ([`TuneFolder`]): Where trials are kept: the weights of the default and the best alone.
+        default (`dict[str, Any]`): The setting to try first. The others differ from it in the parameters.
+        train (`Callable`): Trains an adapter with a setting into a folder, with a callback. The fourth argument says
+            whether to answer the questions before training as well.
+        folder ([`TuneFolder`]): Where trials are kept. Only the default and the best trial keep their weights.
         num_trials (`int`): How many.
         seed (`int`): Of the suggestions.
 
@@ -152,7 +152,7 @@ def search(
         )
 
     if done:
-        print(f"  {done} are done already", flush=True)
+        print(f"  {done} are already done", flush=True)
     study.optimize(objective, n_trials=max(0, num_trials - done), callbacks=[look_back])
     return _read(study, parameters)
 
@@ -173,7 +173,7 @@ def _open_study(optuna: ModuleType, path: Path) -> "Study":
 
 
 def _repeat_broken_trials(optuna: ModuleType, study: "Study", folder: TuneFolder) -> None:
-    """Trials that a kill or an error broke off are tried again; what they have left is deleted."""
+    """Repeat the trials that were interrupted by a kill or an error, after deleting their files."""
     states = optuna.trial.TrialState
     repeated = {trial.user_attrs.get(_REPEATS) for trial in study.trials}
     for trial in study.get_trials(states=(states.RUNNING, states.FAIL)):

@@ -53,7 +53,7 @@ class Parameter:
     log: bool = False
 
     def suggest(self, trial: "Trial") -> Any:
-        """A value for a trial; of a fraction three digits, as people write it."""
+        """A value for a trial. Fractions have three significant digits."""
         if self.choices is not None:
             return trial.suggest_categorical(self.name, self.choices)
         if FIELDS[self.name] is int:
@@ -65,23 +65,23 @@ class Parameter:
         return value in self.choices if self.choices is not None else self.low <= value <= self.high
 
     def ends(self) -> list:
-        """All values that are named: what can be refused of the others can be refused of one of these."""
+        """All values that are named. If any value of the range is invalid, one of these is."""
         return [FIELDS[self.name](value) for value in self.choices or (self.low, self.high)]
 
 
 def read_space(space: Mapping[str, Any] | str | None) -> list[Parameter]:
     """
-    A space that can be searched.
+    Read a search space.
 
     Args:
-        space (`dict[str, Any]` or `str`, *optional*): By field, a list of values or the keys `low`, `high` and `log`;
-            or the path of a YAML file with that. If `None`, it is `DEFAULT_SPACE`.
+        space (`dict[str, Any]` or `str`, *optional*): For each field, a list of values or the keys `low`, `high` and
+            `log`, or else the path of a YAML file that holds this. If `None`, it is `DEFAULT_SPACE`.
 
     Returns:
         `list[Parameter]`
 
     Raises:
-        `ValueError`: If there is no such file or field, or its values are not what they must be.
+        `ValueError`: If there is no such file or field, or its values are invalid.
 
     Example:
 
@@ -101,7 +101,7 @@ def read_space(space: Mapping[str, Any] | str | None) -> list[Parameter]:
 
 
 def load_space(space: Mapping[str, Any] | str | None) -> Any:
-    """What a YAML file holds, or the default space; anything else as it is."""
+    """The content of a YAML file, or the default space. Anything else is returned unchanged."""
     if not isinstance(space, str):
         return DEFAULT_SPACE if space is None else space
     file = Path(space).expanduser()
@@ -121,7 +121,7 @@ def _example() -> str:
 def _read_parameter(name: Any, values: Any) -> Parameter:
     if name not in FIELDS:
         close = difflib.get_close_matches(str(name), FIELDS)[:1]
-        hint = f"Did you mean `{close[0]}`?" if close else f"What can be are {', '.join(FIELDS)}."
+        hint = f"Did you mean `{close[0]}`?" if close else f"Choose from {', '.join(FIELDS)}."
         raise ValueError(f"`{name}` cannot be searched. {hint}")
     if isinstance(values, list) and values:
         choices = [_read_value(name, value) for value in values]
@@ -130,7 +130,7 @@ def _read_parameter(name: Any, values: Any) -> Parameter:
         return Parameter(name, choices)
     if not isinstance(values, Mapping) or not {"low", "high"} <= set(values) <= {"low", "high", "log"}:
         raise ValueError(
-            f"`{name}` in the search space must be a list of values or have `low`, `high` and perhaps `log`, "
+            f"`{name}` in the search space must be a list of values, or have `low`, `high` and optionally `log`, "
             f"{_example()}, got {values!r}."
         )
     if FIELDS[name] is str:
@@ -165,7 +165,7 @@ def _read_value(name: str, value: Any) -> Any:
         raise ValueError(f"`{name}` in the search space must hold {what}, got {value!r}.")
     if name == "beta" and 0 < number < _MIN_BETA:
         raise ValueError(
-            f"`beta` in the search space must be 0 or at least {_MIN_BETA} nats, from which on steps are sampled, got "
+            f"`beta` in the search space must be 0 or at least {_MIN_BETA} nats, the sampling threshold, got "
             f"{value!r}."
         )
     return kind(number)

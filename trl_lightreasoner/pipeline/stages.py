@@ -1,4 +1,4 @@
-"""What `run` and `tune` do alike: open a pair, check it, sample it, train an adapter, and say what goes on."""
+"""Stages that `run` and `tune` share: open a pair, check it, sample it, train an adapter, and print the progress."""
 
 import json
 import time
@@ -29,7 +29,7 @@ from .run_config import RunConfig
 
 
 class Stages:
-    """Says which stage begins, and measures how long each takes."""
+    """Prints each stage as it begins, and measures its duration."""
 
     def __init__(self):
         self.total = 0
@@ -50,7 +50,7 @@ class Stages:
 
 def open_pair(args: RunConfig, path: Path, command: str) -> ContrastiveStepSampler:
     """
-    The two models, checked and not yet loaded.
+    The two models, checked but not yet loaded.
 
     Args:
         args ([`RunConfig`]): Settings.
@@ -58,23 +58,23 @@ def open_pair(args: RunConfig, path: Path, command: str) -> ContrastiveStepSampl
         command (`str`): What to call it in messages.
 
     Raises:
-        `ValueError`: If there are several processes or GPUs, the expert is an adapter, or a setting or a model is not
-            what it must be.
+        `ValueError`: If there are several processes or GPUs, the expert is an adapter, or a setting or a model is
+            invalid.
     """
     if Processes().count > 1:
         raise ValueError(
-            f"`lightreasoner {command}` is one process. Start it without `accelerate launch`, or use `sample`, "
-            "`train` and `eval`, which several processes share."
+            f"`lightreasoner {command}` runs in a single process. Start it without `accelerate launch`, or use "
+            "`sample`, `train` and `eval`, which support several processes."
         )
     if load_adapter_config(args.expert, "expert") is not None:
         raise ValueError(
-            f"The expert {args.expert!r} is an adapter. Make a plain model of it with `lightreasoner merge`, or use "
+            f"The expert {args.expert!r} is an adapter. Merge it into a full model with `lightreasoner merge`, or use "
             "`sample` and `train`, which trains it further."
         )
     if training_config(args, path).n_gpu > 1:
         raise ValueError(
-            f"`lightreasoner {command}` takes one GPU, and several are visible. Make a single one visible with "
-            "`CUDA_VISIBLE_DEVICES=0`, or use `sample`, `train` and `eval`, which several processes share."
+            f"`lightreasoner {command}` uses a single GPU, but several are visible. Make only one visible with "
+            "`CUDA_VISIBLE_DEVICES=0`, or use `sample`, `train` and `eval`, which support several processes."
         )
     return make_sampler(args, args.expert, path)
 
@@ -105,7 +105,7 @@ def choose_dtype(args: RunConfig) -> str:
 def check_pair(
     sampler: ContrastiveStepSampler, prompts: Dataset, prompt_format: PromptFormat, path: Path
 ) -> dict[str, Any]:
-    """What the check says of the pair, kept in a file, and a warning where it is not promising."""
+    """Check the pair, save the result to a file, and warn if the pair is not promising."""
     if not path.is_file():
         check = sampler.check(prompts, prompt_format=prompt_format)
         write_json(path, {"headline": check.headline, **check.to_dict()})
@@ -122,12 +122,12 @@ def sample_steps(
     steps = sampler.sample(prompts, prompt_format)
     num_kept = count_steps(steps)
     if not num_kept:
-        raise ValueError("No step is kept, so that there is nothing to train on: choose a weaker amateur.")
+        raise ValueError("No step is kept, so there is nothing to train on. Choose a weaker amateur.")
     return steps, sum(map(len, steps["completion_ids"])), num_kept
 
 
 def evaluation_config(args: RunConfig, path: Path, prompt_format: PromptFormat) -> EvaluationConfig:
-    """The settings of the answers to questions that were held back."""
+    """The settings of the evaluation on the held-out questions."""
     return EvaluationConfig(
         str(path),
         dtype=choose_dtype(args),
@@ -138,7 +138,7 @@ def evaluation_config(args: RunConfig, path: Path, prompt_format: PromptFormat) 
 
 
 def training_config(args: RunConfig, output_dir: Path, **kwargs: Any) -> LightReasonerConfig:
-    """The settings of a training, of which `kwargs` are those that a run does not have."""
+    """The settings of a training. `kwargs` are settings that a run does not have."""
     return LightReasonerConfig(
         str(output_dir),
         beta=args.beta,
@@ -162,8 +162,8 @@ def train_adapter(
     measured: Dataset | None = None,
 ) -> None:
     """
-    Train and save an adapter, the expert's own if it has one, and leave the expert without an adapter. Where rows are
-    `measured` at the end, warnings.json beside the adapter names what was warned of.
+    Train and save an adapter, the expert's own if it has one, and leave the expert without an adapter. If `measured`
+    rows are given, warnings.json next to the adapter names the warnings.
     """
     peft_config = None
     if not isinstance(expert, PeftModel):

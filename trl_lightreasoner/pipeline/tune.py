@@ -1,4 +1,4 @@
-"""`tune`: one sampling, a search over settings of the training, and the best of them on other questions."""
+"""`tune`: sample once, search over training settings, and confirm the best one on other questions."""
 
 import os
 import shlex
@@ -43,40 +43,40 @@ from .verdict import judge_search
 @dataclass
 class TuneResult:
     """
-    What [`tune`] found. Text by `result.summary()`, numbers by `result.to_dict()`, as result.json holds them.
+    Result of [`tune`]. `result.summary()` gives the text, `result.to_dict()` the numbers of result.json.
 
     Attributes:
         verdict (`str`):
-            `"better"`, `"not told"` or `"worse"`: the best setting against the expert.
+            `"better"`, `"not significant"` or `"worse"`: the best setting compared with the expert.
         sentence (`str`):
-            The same with its numbers, and the default setting beside it.
+            The same with its numbers, and those of the default setting.
         setting (`dict[str, Any]`):
-            The best setting, as best.yaml holds it.
+            The best setting, as stored in best.yaml.
         default_setting (`dict[str, Any]`):
-            The default one.
+            The default setting.
         accuracy_before (`float`):
-            Accuracy of the expert on the questions that chose nothing, between 0 and 1.
+            Accuracy of the expert on the held-out questions, between 0 and 1.
         accuracy_default (`float`):
             The same with the adapter of the default setting.
         accuracy_after (`float`):
-            The same with the adapter of the best one.
+            The same with the adapter of the best setting.
         difference, default_difference, difference_to_default (`dict[str, float]`):
-            The best setting against the expert, the default one against the expert, and the best against the default,
-            as of [`PairedDifference`].
+            The best setting compared with the expert, the default with the expert, and the best with the default, in
+            the form of [`PairedDifference`].
         trials (`list[dict[str, Any]]`):
-            Every setting, its accuracies on the questions that chose, and whether it was broken off.
+            Every setting, its accuracies on the validation questions, and whether it was stopped early.
         best_trial (`int`):
-            Number of the best one.
+            Number of the best trial.
         num_validation (`int`):
-            Questions that chose.
+            Number of validation questions.
         num_held_out (`int`):
-            Questions that chose nothing.
+            Number of held-out questions.
         num_prompts, num_steps, num_kept (`int`):
-            Questions that were sampled, steps of their completions, kept steps.
+            Numbers of sampled questions, of steps in their completions, and of kept steps.
         pair (`str`):
             Verdict of the check of the pair, such as `"promising"`.
         seconds (`dict[str, float]`):
-            By stage, and `"total"`, of this call.
+            Duration of each stage of this call, and their `"total"`.
         output_dir (`str`):
             The folder.
         expert (`str`):
@@ -106,11 +106,11 @@ class TuneResult:
     expert: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, in values that JSON can hold."""
+        """Everything, as JSON-serializable values."""
         return asdict(self)
 
     def summary(self) -> str:
-        """Where everything is, what can be done next, and what was found in one sentence."""
+        """The finding in one sentence, the output paths and the next commands."""
         folder = Path(self.output_dir)
         best, adapter = str(folder / "best.yaml"), str(folder / "trials" / str(self.best_trial))
         lines = [self.sentence, "", f"setting  {best}", f"adapter  {adapter}"]
@@ -124,10 +124,10 @@ class TuneResult:
 
 def tune(args: TuneConfig) -> TuneResult:
     """
-    Sample a pair once, try settings of the training on it, and confirm the best on questions that chose nothing.
+    Sample a pair once, try training settings on it, and confirm the best one on held-out questions.
 
-    The first setting is the default one, so that the best is never worse on the questions that choose. A search that
-    was broken off goes on where it was: finished trials stay, one that was broken off is tried again.
+    The default setting is tried first, so the best one is never worse on the validation questions. An interrupted
+    search resumes: finished trials are kept, and an interrupted trial is repeated.
 
     Args:
         args ([`TuneConfig`]): Settings.
@@ -136,8 +136,8 @@ def tune(args: TuneConfig) -> TuneResult:
         [`TuneResult`]
 
     Raises:
-        `ValueError`: If a setting, the search space, a model or the dataset is not what it must be, there are no
-            answers to choose by, no step is kept, or `args.output_dir` holds something else.
+        `ValueError`: If a setting, the search space, a model or the dataset is invalid, there are no answers, no step
+            is kept, or `args.output_dir` holds something else.
         `ImportError`: If Optuna or math-verify is not installed.
 
     Example:
@@ -169,8 +169,8 @@ def tune(args: TuneConfig) -> TuneResult:
     prompts, problems, validation, prompt_format = prepare_questions(args, tokenizer, args.num_validation)
     if HELD_OUT not in problems or not len(validation):
         raise ValueError(
-            "A search needs questions with answers, some that choose and some that confirm the choice: name the "
-            "column of the answers with `--answer_column`, or give more rows."
+            "A search needs questions with answers: some to choose a setting, and others to confirm the choice. Name "
+            "the column of answers with `--answer_column`, or give more rows."
         )
     eval_args = evaluation_config(args, folder.evaluation, prompt_format)
     baseline = Candidate("baseline", args.expert, tokenizer, None, eval_args, problems, Processes())
@@ -255,7 +255,9 @@ def tune(args: TuneConfig) -> TuneResult:
 
 
 def default_setting(args: TuneConfig, steps: Dataset, model_type: str) -> Setting:
-    """What a run by these settings would train with, threshold and layers filled in; layers as one text."""
+    """
+    The training settings of a run with these arguments, threshold and layers filled in. The layers are one string.
+    """
     beta = args.beta if args.beta is not None else choose_beta(steps) or 0.0
     values = {name: getattr(args, name) for name in FIELDS}
     layers = args.lora_target_modules or choose_target_modules(steps, model_type)
@@ -263,7 +265,7 @@ def default_setting(args: TuneConfig, steps: Dataset, model_type: str) -> Settin
 
 
 def as_fields(setting: Setting, args: TuneConfig) -> dict[str, Any]:
-    """A setting as `lightreasoner run` and `train` take it."""
+    """A setting in the form that `lightreasoner run` and `train` accept."""
     fields = {**setting, "seed": args.seed}
     if "lora_target_modules" in fields:
         fields["lora_target_modules"] = fields["lora_target_modules"].split()
@@ -281,7 +283,7 @@ def write_setting_file(path: Path, fields: dict[str, Any], comment: str) -> None
 
 
 def _check_layers(args: TuneConfig) -> None:
-    """Refuse names of layers that the expert does not have before one of the trials would."""
+    """Refuse layer names that the expert does not have, before a trial would."""
     named = [value for each in args.parameters if each.name == "lora_target_modules" for value in each.ends()]
     if not named:
         return
@@ -306,8 +308,8 @@ def _confirm(
     problems: dict[str, Dataset],
 ) -> list[dict[str, Any]]:
     """
-    Scores on the questions that chose nothing, `"model"` against `"baseline"`: of the best setting against the expert,
-    of the default against the expert, and of the best against the default.
+    Scores on the held-out questions, `"model"` compared with `"baseline"`: the best setting with the expert, the
+    default with the expert, and the best with the default.
     """
     baseline.answer(expert)
     candidates = {}

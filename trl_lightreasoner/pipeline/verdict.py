@@ -1,4 +1,4 @@
-"""From a difference of accuracies to one sentence. Numbers in, text out."""
+"""From a difference of accuracies to a verdict in one sentence."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ class Verdict(NamedTuple):
     What to do with an adapter.
 
     Attributes:
-        verdict (`str`): `"better"`, `"not told"`, `"worse"`, or `"not answered"`.
+        verdict (`str`): `"better"`, `"not significant"`, `"worse"`, or `"not answered"`.
         sentence (`str`): The same with its numbers.
     """
 
@@ -24,12 +24,12 @@ class Verdict(NamedTuple):
 
 def judge(difference: dict[str, float] | None, asked: str = "") -> Verdict:
     """
-    What a difference says.
+    The verdict on a difference.
 
     Args:
-        difference (`dict[str, float]`, *optional*): As of [`PairedDifference`], `p_value` where there is one. `None`
-            if nothing was answered.
-        asked (`str`): What was answered, such as "500 held-out questions".
+        difference (`dict[str, float]`, *optional*): In the form of [`PairedDifference`], with a `p_value` if there is
+            one. `None` if nothing was answered.
+        asked (`str`): The questions that were answered, such as "500 held-out questions".
 
     Example:
 
@@ -42,16 +42,18 @@ def judge(difference: dict[str, float] | None, asked: str = "") -> Verdict:
     if difference is None:
         return Verdict(
             "not answered",
-            "Nothing was answered, so that nobody knows what it is worth: give a column of answers "
-            "(`--answer_column`), or `--benchmarks`.",
+            "The adapter was not evaluated. Give a column of answers with `--answer_column`, or benchmarks with "
+            "`--benchmarks`.",
         )
     numbers = f"{write_difference(difference)} on {asked}"
     is_sure = difference.get("p_value", 0.0) <= _MAX_P
     if is_sure and difference["low"] > 0:
         return Verdict("better", f"{numbers}: keep it.")
     if is_sure and difference["high"] < 0:
-        return Verdict("worse", f"{numbers}: worse: do not use this adapter.")
-    return Verdict("not told", f"{numbers}: not told from 0; ask more questions before you use it.")
+        return Verdict("worse", f"{numbers}: worse. Do not use this adapter.")
+    return Verdict(
+        "not significant", f"{numbers}: not significantly different from 0. Ask more questions before you use it."
+    )
 
 
 def judge_search(
@@ -64,38 +66,44 @@ def judge_search(
     count: int,
 ) -> Verdict:
     """
-    What a search has found, by questions that chose nothing.
+    The verdict of a search, on its held-out questions.
 
     Args:
-        num_settings (`int`): How many settings were tried.
-        setting (`str`): The best one, in words.
-        is_default (`bool`): Whether that is the default one.
-        best, default (`dict[str, float]`): The two settings against the expert, as of [`PairedDifference`].
-        between (`dict[str, float]`): The best against the default.
-        count (`int`): How many questions.
+        num_settings (`int`): Number of settings that were tried.
+        setting (`str`): The best setting, in words.
+        is_default (`bool`): Whether the best setting is the default one.
+        best, default (`dict[str, float]`): The two settings compared with the expert, in the form of
+            [`PairedDifference`].
+        between (`dict[str, float]`): The best setting compared with the default.
+        count (`int`): Number of held-out questions.
 
     Example:
 
     ```python
     >>> best = {"difference": 0.63, "low": 0.58, "high": 0.68}
     >>> judge_search(20, "beta 0.8", True, best, best, {}, 500).sentence
-    'Best of 20 settings: the default one (beta 0.8): +63.0 points (58.0 to 68.0) on 500 questions that chose nothing.'
+    'Best of 20 settings: the default one (beta 0.8): +63.0 points (58.0 to 68.0) on 500 held-out questions.'
 
     ```
     """
     verdict = judge(best).verdict
     name = f"the default one ({setting})" if is_default else setting
     settings = f"{num_settings} setting{'s' if num_settings > 1 else ''}"
-    questions = f"{count:,} question{'s' if count > 1 else ''} that chose nothing"
+    questions = f"{count:,} held-out question{'s' if count > 1 else ''}"
     sentence = f"Best of {settings}: {name}: {write_difference(best)} on {questions}"
     if not is_default:
         sentence += f"; the default setting {write_difference(default)}"
     sentence += "."
     if verdict != "better":
-        reason = "worse than the expert: do not use it" if verdict == "worse" else "not told from the expert"
+        is_worse = verdict == "worse"
+        reason = "worse than the expert: do not use it" if is_worse else "not significantly different from the expert"
         sentence += f" It is {reason}."
     elif not is_default:
-        against = {"better": "better than", "worse": "worse than", "not told": "not told from"}[judge(between).verdict]
+        against = {
+            "better": "better than",
+            "worse": "worse than",
+            "not significant": "not significantly different from",
+        }[judge(between).verdict]
         sentence += f" It is {against} the default setting: {write_difference(between)}."
     return Verdict(verdict, sentence)
 
@@ -108,8 +116,8 @@ def write_difference(difference: dict[str, float]) -> str:
 
 def deciding(benchmarks: dict[str, Any], average: dict[str, Any] | None) -> tuple[dict[str, Any], str]:
     """
-    The scores that decide, and what was asked for them: of the questions that were held back, or else of the benchmark
-    or of the mean over several.
+    The scores that decide, and a description of their questions: the held-out questions, or without them the benchmark
+    or the mean over several.
 
     Args:
         benchmarks (`dict[str, Any]`): Of results.json.
@@ -120,7 +128,7 @@ def deciding(benchmarks: dict[str, Any], average: dict[str, Any] | None) -> tupl
         count = scores["num_problems"]
         return scores, f"{count:,} held-out question{'s' if count > 1 else ''}"
     if average is not None:
-        return average, f"{len(benchmarks)} benchmarks, each counted the same"
+        return average, f"{len(benchmarks)} benchmarks, equally weighted"
     ((name, scores),) = benchmarks.items()
     return scores, f"{scores['num_problems']:,} problems of {title_of(name)}"
 

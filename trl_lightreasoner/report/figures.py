@@ -24,20 +24,21 @@ CURVE_TITLES = {
     "mean_token_accuracy": "Agreement",
     "grad_norm": "Gradient norm",
     "learning_rate": "Learning rate",
-    "num_nonfinite_updates": "Updates left out",
+    "num_nonfinite_updates": "Skipped updates",
     "accuracy_num_cut": "Answers cut",
     "accuracy_num_undecided": "Answers without a verdict",
 }
 CURVE_TEXTS = {
-    "accuracy": "Share of the questions that the model answers rightly, with one standard error to both sides.",
+    "accuracy": "Fraction of the questions that the model answers correctly, with one standard error to both sides.",
     "loss": f"D<sub>KL</sub>({V_C} ‖ π<sub>θ</sub>) at the kept steps, in nats.",
     "entropy": "Of π<sub>θ</sub> at the kept steps, in nats. A fall to 0 is a collapse.",
-    "mean_token_accuracy": f"Share of the kept steps at which π<sub>θ</sub> and {V_C} have the same favourite.",
+    "mean_token_accuracy": f"Fraction of the kept steps at which π<sub>θ</sub> and {V_C} have the same most probable "
+    "token.",
     "grad_norm": "Before clipping.",
     "learning_rate": "As the schedule sets it.",
-    "num_nonfinite_updates": "Their gradient was not finite.",
-    "accuracy_num_cut": "They did not end within <code>eval_max_new_tokens</code>.",
-    "accuracy_num_undecided": "They could not be graded, and count as wrong.",
+    "num_nonfinite_updates": "Updates skipped because of NaN or Inf gradients.",
+    "accuracy_num_cut": "Answers longer than <code>eval_max_new_tokens</code>.",
+    "accuracy_num_undecided": "Answers that could not be graded. They count as wrong.",
 }
 _ERROR = "_standard_error"
 # Counts of what should not happen
@@ -291,7 +292,7 @@ def _mass(datasets: list[ReportedDataset]) -> str:
 
     def say(numbers: StepStatistics) -> str:
         share = write_share(numbers.mass_counts[-1] / max(numbers.num_kept, 1))
-        return f"At {share} of the kept steps the favourite holds 90\u00a0% or more."
+        return f"At {share} of the kept steps the most probable token has 90\u00a0% or more."
 
     text = _sentences(datasets, say)
     probabilities = [
@@ -359,8 +360,8 @@ def _tokens(dataset: ReportedDataset, style: str) -> str:
         )
     name = f'<span class="swatch {style}"></span>{escape(dataset.name)}: ' if style else ""
     return (
-        f'<div class="card"><h3>{name}Tokens that gain and lose under {V_C}</h3><p>Against an even split among the '
-        f"plausible tokens, summed over the kept steps: {V_C} − 1/|support|. A token gains where the expert prefers "
+        f'<div class="card"><h3>{name}Tokens that gain and lose under {V_C}</h3><p>Compared with an even split among '
+        f"the plausible tokens, summed over the kept steps: {V_C} − 1/|support|. A token gains if the expert prefers "
         "it to the others more than the amateur does.</p>"
         f'<div class="columns three">{moved("Gain", up)}{moved("Lose", down)}{changes}</div></div>'
     )

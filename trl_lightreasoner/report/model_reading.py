@@ -75,10 +75,10 @@ def add_probabilities(
     if not any(trajectory.steps for trajectory in trajectories):
         return None
     if "amateur_reading" in metadata:
-        return "the amateur has another tokenizer than the expert"
+        return "the amateur's tokenizer differs from the expert's"
     settings = metadata.get("settings") or {}
     if any(settings.get(name) is not None for name in AMATEUR_SETTINGS):
-        return "the amateur was read without some of its layers, or behind another prompt"
+        return "the amateur was read with skipped layers, or with a different prompt"
     roles, named = ("expert", "amateur"), (expert, amateur)
     sources = [_source(metadata, role, name) for role, name in zip(roles, named, strict=True)]
     for role, name, (source, kwargs) in zip(roles, named, sources, strict=True):
@@ -104,11 +104,11 @@ def add_probabilities(
     variation = _variation(trajectories, experts, amateurs, settings)
     if not variation <= _MAX_VARIATION:
         reason = (
-            f"expert and amateur, as they are here, give another v_C than the dataset holds (total variation "
+            "expert and amateur, as loaded here, give a v_C that differs from the dataset's (total variation "
             f"{variation:.2f})"
         )
         if expert is not None or amateur is not None:
-            raise ValueError(f"The models cannot be the ones that were sampled: {reason}. Name those.")
+            raise ValueError(f"These cannot be the sampled models: {reason}. Name the sampled models.")
         return reason
     for trajectory, experts, amateurs in zip(trajectories, *probabilities, strict=True):
         trajectory.steps = [
@@ -147,7 +147,7 @@ def add_trained(
     kwargs |= {"local_files_only": True} if local_files_only else {}
     try:
         if load_tokenizer(trained, "trained model", **kwargs).get_vocab() != tokenizer.get_vocab():
-            raise ValueError("it has other tokens than the expert")
+            raise ValueError("its tokens differ from the expert's")
         if isinstance(trained, str) and isinstance(expert, PreTrainedModel) and load_adapter_config(trained):
             generation_config = expert.generation_config
             adapted = load_adapter(expert, trained).eval()
@@ -200,7 +200,7 @@ def _read(
         raise ValueError(f"the dataset holds tokens beyond the {width} that the {role} has embeddings for")
     context = context_length(get_base_model(model).config.get_text_config())
     if any(len(each.prompt_ids) + each.steps[-1].position > context for each in trajectories if each.steps):
-        raise ValueError(f"the dataset holds steps beyond the {context} tokens that the {role} reads at most")
+        raise ValueError(f"the dataset holds steps beyond the {role}'s maximum of {context} tokens")
     probabilities: list[list[list[float]]] = []
     for trajectory in tqdm(trajectories, f"Reading the {role}", leave=False, disable=None):
         if not trajectory.steps:
@@ -217,7 +217,7 @@ def _read(
         for step, step_logps in zip(trajectory.steps, logps, strict=True):
             step_ids = torch.tensor(step.token_ids)
             if not vocabulary.contains(step_ids).all():
-                raise ValueError(f"a label of the dataset holds a token that the {role} has not")
+                raise ValueError(f"a label of the dataset holds a token that the {role} lacks")
             of_steps.append(step_logps[vocabulary.columns_of(step_ids)].exp().tolist())
         probabilities.append(of_steps)
     return probabilities

@@ -132,12 +132,12 @@ def _summary(dataset: ReportedDataset, style: str) -> str:
     if numbers.num_rows > numbers.num_trajectories:
         rows = (
             f"<p>The {numbers.num_rows:,} rows hold {numbers.num_trajectories:,} different trajectories. Divergences "
-            "count once a trajectory, labels once a row.</p>"
+            "count once per trajectory, labels once per row.</p>"
         )
     if numbers.num_known < numbers.num_steps:
         rows += (
-            f"<p>Divergences are known at {numbers.num_known:,} of the {numbers.num_steps:,} steps. What is said of "
-            "them is said of these alone.</p>"
+            f"<p>Divergences are known at {numbers.num_known:,} of the {numbers.num_steps:,} steps. All figures of "
+            "divergence cover only these steps.</p>"
         )
     heading = f'<h3><span class="swatch {style}"></span>{escape(dataset.name)}</h3>' if style else ""
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in dataset.notes)
@@ -187,8 +187,8 @@ def _trajectories(datasets: list[ReportedDataset], paired: bool, details: dict[s
         for i in range(len(HEAT_EDGES) + 1)
     )
     intro = (
-        f"<p>Shown are {which}; every number elsewhere on this page is over all rows, and the search opens each. "
-        "<span class='how'>Choose a framed token to see what the models say there; the arrow keys go from one to the "
+        f"<p>Shown here: {which}. All other numbers on this page cover all rows, and the search can open each row. "
+        "<span class='how'>Choose a framed token to see the models' predictions. The arrow keys move from one to the "
         "next. Other tokens open too.</span></p>"
         f'<p class="legend" aria-hidden="true"><b>Divergence in nats</b> {legend}<span class="kept">kept</span></p>'
     )
@@ -221,7 +221,7 @@ def _trajectories(datasets: list[ReportedDataset], paired: bool, details: dict[s
         rest = f'<details class="more"><summary>Show {len(cards) - _NUM_OPEN} more</summary>{rest}</details>'
     panel = (
         '<aside id="panel" class="card empty" aria-label="Kept step"><div id="panel-body">'
-        "<p>What expert and amateur say at a kept step, and the label that the contrast makes of it, appear here.</p>"
+        "<p>The predictions of expert and amateur at a kept step, and the contrastive label, appear here.</p>"
         '</div></aside><p id="status" class="visually-hidden" role="status"></p>'
     )
     texts = f"{search_form(datasets)}{first}{rest}"

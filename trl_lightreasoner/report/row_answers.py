@@ -20,7 +20,7 @@ def grade_rows(
     Whether the completion of each row gives its reference answer, as `lightreasoner eval` would judge it.
 
     Args:
-        dataset ([`~datasets.Dataset`]): Rows as [`ContrastiveStepSampler`] makes them.
+        dataset ([`~datasets.Dataset`]): Rows from [`ContrastiveStepSampler`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The expert's. Without it the column
             `completion` is graded.
         answer_column (`str`, *optional*): Where the answers are. If not set, `answer`, if there is such a column.

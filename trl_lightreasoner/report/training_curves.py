@@ -49,8 +49,8 @@ def _load_history(folder: Path) -> list[dict[str, Any]]:
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise ValueError(
-            f"{str(folder)!r} is no output folder of a training: there is no trainer_state.json in it or in a "
-            "checkpoint of it."
+            f"{str(folder)!r} is not the output folder of a training: neither it nor a checkpoint in it holds a "
+            "trainer_state.json."
         )
     try:
         history = json.loads(file.read_text(encoding="utf-8"))["log_history"]
@@ -58,4 +58,4 @@ def _load_history(folder: Path) -> list[dict[str, Any]]:
             return history
     except (ValueError, KeyError, TypeError):
         pass
-    raise ValueError(f"{str(file)!r} is damaged. Name another checkpoint, or leave `training_dir` out.")
+    raise ValueError(f"{str(file)!r} is damaged. Name another checkpoint, or remove `training_dir`.")

@@ -124,10 +124,10 @@ def trial_figures(search: SearchResult) -> str:
         ]
         for trial in trials
     ]
-    pruned = f" {num_pruned} of them did worse than the others and went no further." if num_pruned else ""
+    pruned = f" {num_pruned} of them were stopped early because others were better." if num_pruned else ""
     text = (
-        f"<p>{len(trials)} settings were trained on the same steps and answered the same questions.{pruned} The best "
-        "one was chosen by these accuracies, which flatters its own.</p>"
+        f"<p>{len(trials)} settings were trained on the same steps and answered the same questions.{pruned} These "
+        "accuracies chose the best setting, so its own accuracy here is optimistic.</p>"
     )
     head = ["Trial", *names, "Accuracy", ""]
     charts = [_over_trials(search), *(_against(name, search) for name in names)]
@@ -151,7 +151,7 @@ def _over_trials(search: SearchResult) -> str:
         for trial in trials
     ]
     text = (
-        "A point is a setting, hollow if it was broken off.<br>"
+        "A point is a setting, hollow if it was stopped early.<br>"
         '<span class="key"><i class="swatch s1"></i>best so far</span>'
     )
     head = ["Trial", *(f"part {part} of {parts[-1]}" for part in parts)]

@@ -47,35 +47,34 @@ def write_report(
     """
     Write report.html, the numbers behind it as CSV, and its figures as PNG, if matplotlib is installed.
 
-    Numbers are over all rows, and every row can be opened; where the rows take more than 2 MB, they are in
-    `rows-000.js` and so on beside the page. The tokenizer is that of the expert. A Dataset holds v_C, but not pi_E and
-    pi_A: at the kept steps of the trajectories that are drawn they are read from the models, where these are at hand
-    and give v_C again.
+    Numbers cover all rows, and every row can be opened. Rows of more than 2 MB in total are in `rows-000.js` and so on
+    next to the page. The tokenizer is the expert's. A Dataset holds v_C, but not pi_E and pi_A. The models compute
+    these at the kept steps of the drawn trajectories, if they are available and reproduce v_C.
 
     Args:
-        dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`): Rows as [`ContrastiveStepSampler`] makes them; or two
-            such Datasets by name, side by side.
-        output_dir (`str`): Folder for the files; made if it is missing.
-        training_dir (`str`, *optional*): `output_dir` of a training, whose curves are shown.
+        dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`): Rows from [`ContrastiveStepSampler`], or two such
+            Datasets by name, to compare side by side.
+        output_dir (`str`): Folder for the files, created if missing.
+        training_dir (`str`, *optional*): `output_dir` of a training, to show its curves.
         expert, amateur (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*): Ids or paths of
             the models, or the models. By default they are those that each Dataset names, if they are on this machine.
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*): The trained model, or its
-            adapter, whose probabilities at the kept steps stand beside those of expert and amateur. By default it is
-            the one in `training_dir`, if there is one.
+            adapter, to show its probabilities at the kept steps with those of expert and amateur. By default it is the
+            one in `training_dir`, if any.
         load_models (`bool`, *optional*, defaults to `True`): Whether to load expert, amateur and the model in
             `training_dir`.
-        num_trajectories (`int`, *optional*, defaults to `24`): How many trajectories of each Dataset are shown.
-        seed (`int`, *optional*, defaults to `0`): Of the draw of those trajectories.
-        answer_column (`str`, *optional*): Column with the answers, by which rows are told right or wrong. By default
-            `answer`, if there is such a column.
-        search ([`SearchResult`], *optional*): The trials of a search, which are shown as well.
+        num_trajectories (`int`, *optional*, defaults to `24`): Number of trajectories to show of each Dataset.
+        seed (`int`, *optional*, defaults to `0`): Seed of the draw of those trajectories.
+        answer_column (`str`, *optional*): Column with the reference answers, to mark rows as right or wrong. By
+            default it is `answer`, if there is such a column.
+        search ([`SearchResult`], *optional*): The trials of a search, to show as well.
 
     Returns:
         `Path`: report.html.
 
     Raises:
-        `ValueError`: If there are more than two, one is not a Dataset of kept steps or a row of it does not add up,
-            `training_dir` is not the output of a training, or a model that is named cannot be used.
+        `ValueError`: If there are more than two Datasets, one of them does not hold valid kept steps, `training_dir`
+            is not the output of a training, or a named model cannot be used.
 
     Example:
 
@@ -111,14 +110,14 @@ def write_report(
             reason = add_probabilities(trajectories, metadata, expert, amateur)
         if reason is not None and any(trajectory.steps for trajectory in trajectories):
             notes.append(
-                f"Of expert and amateur only the label is shown: {reason}. A dataset does not hold their "
-                "probabilities; they are read from the two models, which can be named with --expert and --amateur."
+                f"Only the label is shown, without the probabilities of expert and amateur: {reason}. A dataset does "
+                "not hold these. To compute them, name the two models with --expert and --amateur."
             )
         trained = model or (_find_trained(training_dir) if load_models else None)
         if trained is not None:
             try:
                 if tokenizer is None:
-                    raise ValueError("The trained model cannot be read: the expert's tokenizer is not at hand.")
+                    raise ValueError("The trained model cannot be read: the expert's tokenizer is not available.")
                 add_trained(trajectories, metadata, trained, expert, tokenizer, local_files_only=model is None)
             except ValueError as error:
                 if model is not None:
@@ -128,7 +127,7 @@ def write_report(
             answers = grade_rows(each, tokenizer, answer_column)
         except ImportError as error:
             answers = None
-            notes.append(f"Whether rows end in the right answer is not shown. {error}")
+            notes.append(f"The correctness of the rows' answers is not shown. {error}")
         notes = [_without_paths(note, metadata) for note in notes]
         is_known = numbers.num_known == numbers.num_steps or "amateur_reading" in metadata  # as far as it was read
         # On the answers of a trained model the labels of the expert say little of the pair
@@ -151,7 +150,7 @@ def write_report(
     try:
         save_pictures(reported, curves, folder, search)
     except ImportError as error:
-        logger.warning(f"{error} The page has them without it.")
+        logger.warning(f"{error} The page shows the figures without it.")
     return path
 
 

@@ -1,4 +1,4 @@
-"""The prompts as the amateur reads them: by its own tokenizer, or behind other words than the expert's."""
+"""The amateur's prompts: with its own tokenizer, or with words other than the expert's."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,16 +13,16 @@ from ..steps.prompts import encode_rows
 @dataclass
 class AmateurPrompts:
     """
-    Makes the amateur's prompts of the expert's.
+    Makes the amateur's prompts from the expert's.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The amateur's, or the expert's where they have the same
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The amateur's, or the expert's if they have the same
             tokens.
-        system_prompt (`str`, *optional*): System message in place of the expert's, empty for none. If `None`, the
-            expert's.
-        template (`str`, *optional*): Text with {question} in it, in place of the expert's.
-        prompt_format ([`PromptFormat`], *optional*): Of the expert's prompts, by which the question is found in them.
-            If `None`, a text, and the last message, is a question.
+        system_prompt (`str`, *optional*): System message that replaces the expert's, empty for none. If `None`, it is
+            the expert's.
+        template (`str`, *optional*): Text that contains {question} and replaces the expert's template.
+        prompt_format ([`PromptFormat`], *optional*): Format of the expert's prompts, used to find the question in
+            them. If `None`, a text is the question, and so is the last message.
 
     Example:
 
@@ -41,10 +41,10 @@ class AmateurPrompts:
 
     def make(self, prompt: Any) -> Any:
         """
-        The amateur's prompt, text or messages as the expert's.
+        The amateur's prompt, text or messages like the expert's.
 
         Raises:
-            `ValueError`: If plain text is to have a system message, or the question cannot be found.
+            `ValueError`: If plain text would need a system message, or the question cannot be found.
         """
         if not prompt:
             return prompt
@@ -63,8 +63,8 @@ class AmateurPrompts:
         if self.template is not None:
             if not messages or messages[-1].get("role") != "user" or not isinstance(messages[-1]["content"], str):
                 raise ValueError(
-                    "`amateur_prompt_template` is for prompts whose last message is the user's, of text. Leave it "
-                    "out, or convert the messages."
+                    "`amateur_prompt_template` needs prompts whose last message is the user's and holds text. Remove "
+                    "it, or convert the messages."
                 )
             messages[-1] = {**messages[-1], "content": self._put(messages[-1]["content"])}
         return messages
@@ -77,10 +77,10 @@ class AmateurPrompts:
 
     def encode(self, rows: list[dict[str, Any]], first_row: int = 0, date: datetime | None = None) -> list[list[int]]:
         """
-        Token ids of the amateur's prompts of rows, by the chat template of `tokenizer`.
+        Token ids of the amateur's prompts of some rows, in the chat template of `tokenizer`.
 
         Raises:
-            `ValueError`: If a prompt cannot be made, or the template refuses it; names the row.
+            `ValueError`: If a prompt cannot be made, or the template refuses it. The message names the row.
         """
         prompts = []
         for number, row in enumerate(rows, first_row):

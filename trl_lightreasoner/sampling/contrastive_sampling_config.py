@@ -20,8 +20,8 @@ from ..steps.prompt_format import read_template
 @dataclass
 class ContrastiveSamplingConfig:
     r"""
-    Configuration class for the [`ContrastiveStepSampler`]. Defaults are the paper's (arXiv 2510.07962) where it has
-    one.
+    Configuration class for the [`ContrastiveStepSampler`]. The defaults are the paper's (arXiv 2510.07962) where it
+    gives them.
 
     Using [`~transformers.HfArgumentParser`] we can turn this class into
     [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
@@ -31,10 +31,11 @@ class ContrastiveSamplingConfig:
         > Parameters that control the output
 
         output_dir (`str`):
-            Folder for the Dataset. Rows are written there as they are made. A run that was broken off goes on there.
+            Folder for the Dataset. Rows are saved as they are sampled, and an interrupted run resumes from this
+            folder.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
-            Whether to delete sampled steps that `output_dir` already holds. Otherwise they are kept, and only a run
-            with the same models, settings and prompts may go on.
+            Whether to delete the sampled steps in `output_dir`. Otherwise they are kept, and a run resumes only with
+            the same models, settings and prompts.
 
         > Parameters that control the models
 
@@ -47,35 +48,37 @@ class ContrastiveSamplingConfig:
         amateur_model_init_kwargs (`dict[str, Any]`, *optional*):
             The same for the amateur.
         amateur_chat_template (`str`, *optional*):
-            Chat template of an amateur with another tokenizer than the expert's: Jinja text, a file with it, or
-            `"plain"` for the messages' bare text, an empty line behind each. If `None`, the amateur's own.
+            Chat template of an amateur whose tokenizer differs from the expert's: Jinja text, a file that holds it, or
+            `"plain"` for the bare text of the messages, each followed by an empty line. If `None`, the amateur's own
+            template is used.
         amateur_skipped_layers (`list[int]`, *optional*):
-            Numbers, from 0, of the amateur's decoder layers that its passes leave out.
+            Indices, from 0, of the decoder layers that the amateur skips.
         amateur_system_prompt (`str`, *optional*):
-            System message behind which the amateur reads the completion, empty for none. If `None`, the expert's.
+            System message of the amateur's prompt, empty for none. If `None`, it is the expert's.
         amateur_prompt_template (`str`, *optional*):
-            Text with {question} in it, or a file with such text, in which the amateur reads the question. If `None`,
-            the expert's.
+            Prompt template of the amateur: text that contains {question}, or a file that holds such text. If `None`,
+            it is the expert's.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to allow loading models and tokenizers that ship custom Python code.
 
         > Parameters that control the contrast
 
         alpha (`float`, *optional*, defaults to `0.2`):
-            Plausibility threshold in (0, 1]: a token can be in a label if the expert holds it at least `alpha` times
-            as probable as its favourite.
+            Plausibility threshold in (0, 1]: a token is plausible if its expert probability is at least `alpha` times
+            that of the expert's most probable token. Only plausible tokens are in a label.
         beta (`float`, *optional*, defaults to `0.4`):
             Informativeness threshold in nats: a step is kept if the expert's distribution diverges from the amateur's
             by at least this much.
         contrast_strength (`float`, *optional*, defaults to `1.0`):
-            gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100; the paper's is 1. At 0 the amateur
-            chooses the steps alone, and the label is pi_E^lambda over the plausible tokens.
+            gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100. The paper uses 1. At 0 the amateur only
+            selects the steps, and the label is pi_E^lambda over the plausible tokens.
         expert_anchor (`float`, *optional*, defaults to `0.0`):
-            lambda of the label, from 0 to 100; the paper's is 0. At 1 the label goes on from the expert, as
-            contrastive decoding does with a `contrast_strength` of 0.5.
+            lambda of the label, from 0 to 100. The paper uses 0. At 1 the label starts from the expert's distribution,
+            as in contrastive decoding with a `contrast_strength` of 0.5.
         label_expert (`str`, *optional*, defaults to `"live"`):
-            Of an expert with an adapter, what is contrasted with the amateur: `"live"`: the expert as it answers.
-            `"base"`: the expert without its adapter, as for a later round, whose labels then stay those of the first.
+            For an expert with an adapter, the model to contrast with the amateur. `"live"`: the expert with its
+            adapter. `"base"`: the expert without its adapter, which keeps the labels of later rounds those of the
+            original expert.
         include_first_step (`bool`, *optional*, defaults to `False`):
             Whether the first token of a completion can be a kept step. The published scripts skip it, and with a plain
             prompt its label costs accuracy.
@@ -83,10 +86,10 @@ class ContrastiveSamplingConfig:
         > Parameters that control the generation
 
         max_new_tokens (`int`, *optional*, defaults to `128`):
-            Longest completion to generate. Unused for datasets with a `completion` column.
+            Maximum number of tokens to generate per completion. Ignored for datasets with a `completion` column.
         max_prompt_length (`int`, *optional*):
-            Prompts of more tokens than this are skipped and counted; none is ever cut. If `None`, only prompts that
-            leave no room in the models' context are skipped.
+            Maximum number of tokens per prompt. Longer prompts are skipped and counted, never truncated. If `None`,
+            only prompts that leave no room in the models' context are skipped.
         per_device_batch_size (`int`, *optional*):
             Number of prompts processed together. If `None`, as many as the memory of a CUDA GPU
             allows, 1,024 at most, and 16 on other devices. It is halved when memory runs out.
@@ -96,27 +99,27 @@ class ContrastiveSamplingConfig:
         use_vllm (`bool`, *optional*, defaults to `False`):
             Whether vLLM generates the completions. The expert must be given by id or path.
         vllm_mode (`str`, *optional*, defaults to `"colocate"`):
-            `"colocate"`: vLLM runs on this machine, beside the models, and needs the `vllm` package here. `"server"`:
-            completions come from a server (`vllm serve`) that runs already, here or elsewhere.
+            `"colocate"`: vLLM runs on this machine, together with the models, and needs the `vllm` package.
+            `"server"`: completions come from a running server (`vllm serve`), local or remote.
         vllm_server_base_url (`str`, *optional*, defaults to `"http://localhost:8000"`):
             Base URL of the vLLM server.
         vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
-            Seconds to wait for the vLLM server to be up.
+            Timeout in seconds for the vLLM server to be up.
         vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
-            Share of the GPU's memory that vLLM takes in mode `"colocate"`, its copy of the expert included.
+            Fraction of the GPU's memory that vLLM uses in mode `"colocate"`, including its copy of the expert.
     """
 
     output_dir: str = field(
         metadata={
-            "help": "Folder for the Dataset. Rows are written there as they are made. A run that was broken off goes "
-            "on there."
+            "help": "Folder for the Dataset. Rows are saved as they are sampled, and an interrupted run resumes from "
+            "this folder."
         },
     )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Whether to delete sampled steps that `output_dir` already holds. Otherwise they are kept, and "
-            "only a run with the same models, settings and prompts may go on."
+            "help": "Whether to delete the sampled steps in `output_dir`. Otherwise they are kept, and a run resumes "
+            "only with the same models, settings and prompts."
         },
     )
     dtype: str = field(
@@ -141,26 +144,24 @@ class ContrastiveSamplingConfig:
     amateur_chat_template: str | None = field(
         default=None,
         metadata={
-            "help": "Chat template of an amateur with another tokenizer than the expert's: Jinja text, a file with "
-            "it, or 'plain' for the messages' bare text, an empty line behind each. If `None`, the amateur's own."
+            "help": "Chat template of an amateur whose tokenizer differs from the expert's: Jinja text, a file that "
+            "holds it, or 'plain' for the bare text of the messages, each followed by an empty line. If `None`, the "
+            "amateur's own template is used."
         },
     )
     amateur_skipped_layers: list[int] | None = field(
         default=None,
-        metadata={"help": "Numbers, from 0, of the amateur's decoder layers that its passes leave out."},
+        metadata={"help": "Indices, from 0, of the decoder layers that the amateur skips."},
     )
     amateur_system_prompt: str | None = field(
         default=None,
-        metadata={
-            "help": "System message behind which the amateur reads the completion, empty for none. If `None`, the "
-            "expert's."
-        },
+        metadata={"help": "System message of the amateur's prompt, empty for none. If `None`, it is the expert's."},
     )
     amateur_prompt_template: str | None = field(
         default=None,
         metadata={
-            "help": "Text with {question} in it, or a file with such text, in which the amateur reads the question. "
-            "If `None`, the expert's."
+            "help": "Prompt template of the amateur: text that contains {question}, or a file that holds such text. "
+            "If `None`, it is the expert's."
         },
     )
     trust_remote_code: bool = field(
@@ -170,8 +171,8 @@ class ContrastiveSamplingConfig:
     alpha: float = field(
         default=0.2,
         metadata={
-            "help": "Plausibility threshold in (0, 1]: a token can be in a label if the expert holds it at least "
-            "`alpha` times as probable as its favourite."
+            "help": "Plausibility threshold in (0, 1]: a token is plausible if its expert probability is at least "
+            "`alpha` times that of the expert's most probable token. Only plausible tokens are in a label."
         },
     )
     beta: float = field(
@@ -184,23 +185,23 @@ class ContrastiveSamplingConfig:
     contrast_strength: float = field(
         default=1.0,
         metadata={
-            "help": "gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100; the paper's is 1. At 0 the "
-            "amateur chooses the steps alone, and the label is pi_E^lambda over the plausible tokens."
+            "help": "gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100. The paper uses 1. At 0 the "
+            "amateur only selects the steps, and the label is pi_E^lambda over the plausible tokens."
         },
     )
     expert_anchor: float = field(
         default=0.0,
         metadata={
-            "help": "lambda of the label, from 0 to 100; the paper's is 0. At 1 the label goes on from the expert, as "
-            "contrastive decoding does with a `contrast_strength` of 0.5."
+            "help": "lambda of the label, from 0 to 100. The paper uses 0. At 1 the label starts from the expert's "
+            "distribution, as in contrastive decoding with a `contrast_strength` of 0.5."
         },
     )
     label_expert: str = field(
         default="live",
         metadata={
-            "help": "Of an expert with an adapter, what is contrasted with the amateur: 'live': the expert as it "
-            "answers. 'base': the expert without its adapter, as for a later round, whose labels then stay those of "
-            "the first.",
+            "help": "For an expert with an adapter, the model to contrast with the amateur. 'live': the expert with "
+            "its adapter. 'base': the expert without its adapter, which keeps the labels of later rounds those of the "
+            "original expert.",
             "choices": ["live", "base"],
         },
     )
@@ -213,20 +214,23 @@ class ContrastiveSamplingConfig:
     )
     max_new_tokens: int = field(
         default=128,
-        metadata={"help": "Longest completion to generate. Unused for datasets with a `completion` column."},
+        metadata={
+            "help": "Maximum number of tokens to generate per completion. Ignored for datasets with a `completion` "
+            "column."
+        },
     )
     max_prompt_length: int | None = field(
         default=None,
         metadata={
-            "help": "Prompts of more tokens than this are skipped and counted; none is ever cut. If `None`, only "
-            "prompts that leave no room in the models' context are skipped."
+            "help": "Maximum number of tokens per prompt. Longer prompts are skipped and counted, never truncated. If "
+            "`None`, only prompts that leave no room in the models' context are skipped."
         },
     )
     per_device_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Number of prompts processed together. If `None`, as many as the memory of "
-            "a CUDA GPU allows, 1,024 at most, and 16 on other devices. It is halved when memory runs out."
+            "help": "Number of prompts processed together. If `None`, as many as the memory of a CUDA GPU allows, "
+            "1,024 at most, and 16 on other devices. It is halved when memory runs out."
         },
     )
     use_vllm: bool = field(
@@ -236,8 +240,8 @@ class ContrastiveSamplingConfig:
     vllm_mode: str = field(
         default="colocate",
         metadata={
-            "help": "'colocate': vLLM runs on this machine, beside the models, and needs the `vllm` package here. "
-            "'server': completions come from a server (`vllm serve`) that runs already, here or elsewhere.",
+            "help": "'colocate': vLLM runs on this machine, together with the models, and needs the `vllm` package. "
+            "'server': completions come from a running server (`vllm serve`), local or remote.",
             "choices": ["colocate", "server"],
         },
     )
@@ -247,12 +251,12 @@ class ContrastiveSamplingConfig:
     )
     vllm_server_timeout: float = field(
         default=240.0,
-        metadata={"help": "Seconds to wait for the vLLM server to be up."},
+        metadata={"help": "Timeout in seconds for the vLLM server to be up."},
     )
     vllm_gpu_memory_utilization: float = field(
         default=0.3,
         metadata={
-            "help": "Share of the GPU's memory that vLLM takes in mode 'colocate', its copy of the expert included."
+            "help": "Fraction of the GPU's memory that vLLM uses in mode 'colocate', including its copy of the expert."
         },
     )
 

@@ -44,7 +44,7 @@ logger = get_logger(__name__)
 
 _NUM_ANSWERS = 3
 _EQUAL_WEIGHTS = (
-    "Expert and amateur have equal weights, so that they diverge nowhere and there is nothing to learn. Name a weaker "
+    "Expert and amateur have equal weights, so they never diverge and there is nothing to learn. Choose a weaker "
     "model as the amateur."
 )
 _LABEL_SETTINGS = ("alpha", "beta", "contrast_strength", "expert_anchor", "include_first_step")
@@ -55,36 +55,36 @@ class ContrastiveStepSampler:
     """
     Finds the steps at which an expert knows what an amateur does not (LightReasoner, arXiv 2510.07962, section 3).
 
-    For every prompt the expert decodes greedily; the amateur then reads prompt and completion once, and so does the
-    expert, unless its distributions are kept from the decoding; the steps whose distributions diverge by at least
+    For every prompt the expert decodes greedily. The amateur then reads prompt and completion once. The expert reads
+    them again only if its distributions were not kept from the decoding. Steps whose distributions diverge by at least
     `args.beta` are kept, each with its contrastive label.
 
     Args:
         expert (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The stronger model, which is to be fine-tuned afterwards: a model id on the Hub, a path, or a model. PEFT
-            adapters are loaded on their base model.
+            The stronger model, to be fine-tuned afterwards: a model id on the Hub, a path, or a model. PEFT adapters
+            are loaded on their base model.
         amateur (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
-            The weaker model. With another tokenizer than the expert's it is read in the expert's tokens, by a covering
-            over their bytes. If `None`, it is the expert itself, with `args.amateur_skipped_layers`, or behind an
-            `args.amateur_system_prompt` or `args.amateur_prompt_template`. A base model and its adapter, in either
-            order, are loaded as one model.
+            The weaker model. If its tokenizer differs from the expert's, its probabilities are converted to the
+            expert's tokens by a covering over bytes. If `None`, the amateur is the expert itself, with
+            `args.amateur_skipped_layers`, `args.amateur_system_prompt` or `args.amateur_prompt_template`. A base model
+            and its adapter, in either order, are loaded as one model.
         args ([`ContrastiveSamplingConfig`]):
             Settings.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The expert's tokenizer, which also applies the chat template. If `None`, it is loaded from beside the
-            expert.
+            The expert's tokenizer, which also applies the chat template. If `None`, it is loaded from the expert's
+            folder or repository.
         amateur_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The amateur's tokenizer. If `None`, it is loaded from beside the amateur.
+            The amateur's tokenizer. If `None`, it is loaded from the amateur's folder or repository.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             Quantization configuration used when loading the expert from a string.
         amateur_quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             The same for the amateur.
 
     Raises:
-        `ValueError`: If the amateur is the expert itself and reads as the expert does, the bytes of two different
-            tokenizers' tokens cannot be told, or a model has no next-token distribution.
-        `ImportError`: If a model is to be loaded in 4 or 8 bits and bitsandbytes is not installed, or completions are
-            to come from vLLM and it is not.
+        `ValueError`: If the amateur is the expert itself without any difference, the bytes of two different
+            tokenizers' tokens cannot be determined, or a model has no next-token distribution.
+        `ImportError`: If loading in 4 or 8 bits needs bitsandbytes, or generating with vLLM needs vLLM, and it is not
+            installed.
 
     Example:
 
@@ -175,8 +175,8 @@ class ContrastiveStepSampler:
             return
         if args.amateur_chat_template is not None:
             logger.warning(
-                "`amateur_chat_template` has no effect: the two models have the same tokens, and the amateur reads "
-                "what the expert reads."
+                "`amateur_chat_template` has no effect: the two models have the same tokens, so the amateur reads the "
+                "expert's prompts."
             )
         if len(self.shared_vocabulary) == len(processing_class):  # the usual case
             self.expert_vocabulary = self.shared_vocabulary
@@ -187,35 +187,35 @@ class ContrastiveStepSampler:
 
     @property
     def expert(self) -> Any:
-        """The expert: its id or path until [`~ContrastiveStepSampler.sample`] loads it, then the model."""
+        """The expert: the model, or its id or path until [`~ContrastiveStepSampler.sample`] loads it."""
         return self._pair.expert
 
     @property
     def amateur(self) -> Any:
-        """The amateur, likewise; `None` until then if it is the expert itself."""
+        """The amateur, likewise. `None` until then if it is the expert itself."""
         return self._pair.amateur
 
     def sample(self, dataset: Dataset, prompt_format: PromptFormat | None = None) -> Dataset:
         """
         Sample and score every prompt of a dataset. Under `accelerate launch` or `torchrun` the processes share the
-        prompts, and each returns the whole.
+        prompts, and each returns the complete Dataset.
 
         Args:
             dataset ([`~datasets.Dataset`]):
                 A prompt-only dataset, standard (`"prompt": text`) or conversational (`"prompt": [messages]`); or a
-                prompt-completion dataset, whose completions are scored instead of generated. Other columns are carried
-                along. A transform (`dataset.with_transform`) is applied before tokenizing, and must leave `prompt` and
-                `completion` where they are; what is carried along is what is stored.
+                prompt-completion dataset, whose completions are scored instead of generated. Other columns are copied
+                as stored. A transform (`dataset.with_transform`) is applied before tokenizing, and must keep the
+                columns `prompt` and `completion`.
             prompt_format ([`PromptFormat`], *optional*):
-                How the prompts were made of questions, which is stored with the Dataset and beside a model that is
-                trained on it. If `None`, it is what messages show: the system message that all of them begin with.
+                How the prompts were made from questions. It is stored with the Dataset and with models trained on it.
+                If `None`, it is inferred from messages: the system message that all of them begin with.
 
         Returns:
-            [`~datasets.Dataset`] with one row a trajectory, in the order of the prompts, memory-mapped from the
-            Parquet files under `args.output_dir`; for the columns see `trl_lightreasoner.steps.dataset`.
+            [`~datasets.Dataset`] with one row per trajectory, in the order of the prompts, memory-mapped from the
+            Parquet files in `args.output_dir`. For the columns see `trl_lightreasoner.steps.dataset`.
 
         Raises:
-            `ValueError`: If the dataset is malformed or every prompt has to be skipped.
+            `ValueError`: If the dataset is malformed or every prompt is skipped.
         """
         check_prompts(dataset, self.processing_class)
         if self.other_amateur is not None:
@@ -229,8 +229,8 @@ class ContrastiveStepSampler:
         scoring_only = "completion" in dataset.column_names
         if scoring_only and self.args.use_vllm:
             raise ValueError(
-                "The dataset has a column 'completion', so that there is nothing for vLLM to generate. Leave out "
-                "`use_vllm`, or remove the column."
+                "The dataset has a column 'completion', so there is nothing for vLLM to generate. Remove `use_vllm`, "
+                "or remove the column."
             )
         encoded = encode_dataset(dataset, self.processing_class, self.eos_ids, date, self._amateur_prompts())
         self._reads_otherwise = bool(self.args.amateur_skipped_layers)
@@ -254,13 +254,13 @@ class ContrastiveStepSampler:
         low, high, tenth = kl_quantiles(sampled, [0.5, 0.99, 0.9])
         if low is None:
             raise ValueError(
-                "The amateur could read no step: the expert's answers are not what its own tokenizer makes of their "
-                "text, or the amateur's tokenizer does not give that text back. Choose another amateur."
+                "The amateur could not read any step: the expert's answers change when its own tokenizer encodes "
+                "their text, or the amateur's tokenizer cannot reproduce that text. Choose another amateur."
             )
         if self._checks_in is None and not any(sampled["step_positions"]):
             logger.warning(
                 f"No step reached beta = {self.args.beta}: half of the divergences are at most {low:.3g} and 99 % at "
-                f"most {high:.3g} nats. beta = {tenth:.3g} would keep 10 %; if that is near 0, the amateur is too "
+                f"most {high:.3g} nats. beta = {tenth:.3g} would keep 10 %. If that is near 0, the amateur is too "
                 "close to the expert: choose a weaker one."
             )
         return sampled
@@ -268,7 +268,7 @@ class ContrastiveStepSampler:
     def _sample_plan(
         self, dataset: Dataset, encoded: Dataset, plan: list[tuple[int, int]], writer: StepWriter
     ) -> Dataset:
-        """What [`~ContrastiveStepSampler.sample`] does when the models are in memory."""
+        """[`~ContrastiveStepSampler.sample`] with the models in memory."""
         if self._checks_in is not None and not self._reads_otherwise:
             if weight_fingerprint(self.expert) == weight_fingerprint(self.amateur):
                 raise ValueError(_EQUAL_WEIGHTS)
@@ -295,7 +295,7 @@ class ContrastiveStepSampler:
                 writer.join()
             order = [item for item in plan if item[0] not in done]
             if len(order) < len(plan):
-                logger.warning(f"{len(plan) - len(order):,} of {len(plan):,} prompts are sampled already.")
+                logger.warning(f"{len(plan) - len(order):,} of {len(plan):,} prompts are already sampled.")
             self._sample(encoded, share_batches(order, self.batch_size, self.processes), writer, scoring_only)
             self.processes.on_main(lambda: writer.finish({index for index, _ in plan}))
             return writer.load(None if self._checks_in is None else str(self._checks_in / "cache"))
@@ -306,14 +306,14 @@ class ContrastiveStepSampler:
 
     def check(self, dataset: Dataset, num_prompts: int = 50, prompt_format: PromptFormat | None = None) -> PairCheck:
         """
-        Sample some prompts, and judge by them whether the pair is worth it. Nothing is left behind: `args.output_dir`
-        is not used. Under several processes, all of one machine, each returns the same.
+        Sample some prompts and judge whether the pair is worth training. Nothing is saved, and `args.output_dir` is
+        not used. Under several processes, which must be on one machine, each returns the same result.
 
         Args:
             dataset ([`~datasets.Dataset`]):
                 Prompts as for [`~ContrastiveStepSampler.sample`].
             num_prompts (`int`, *optional*, defaults to `50`):
-                How many of them are looked at, from the first.
+                Number of prompts to check, from the start of the dataset.
             prompt_format ([`PromptFormat`], *optional*):
                 As for [`~ContrastiveStepSampler.sample`].
 
@@ -410,7 +410,7 @@ class ContrastiveStepSampler:
             logger.warning(said, main_process_only=False)  # each process says it for itself
 
     def _amateur_prompts(self) -> AmateurPrompts | None:
-        """What makes the amateur's prompts, where they are not the expert's."""
+        """The maker of the amateur's prompts, if they differ from the expert's."""
         system_prompt, template = self.args.amateur_system_prompt, self.args.amateur_prompt_template
         if self.other_amateur is None and system_prompt is None and template is None:
             return None
@@ -418,7 +418,10 @@ class ContrastiveStepSampler:
         return AmateurPrompts(tokenizer, system_prompt, template, self._prompt_format)
 
     def _amateur_room(self, row: dict[str, Any], index: int) -> int | None:
-        """Tokens of a completion that the amateur has room for, `None` for any; refuses what a model cannot read."""
+        """
+        Number of completion tokens that fit in the amateur's context, `None` for any. Refuses rows that a model cannot
+        read.
+        """
         prompt_ids, completion_ids = row["prompt_ids"], row.get("completion_ids") or []
         check_embedded([*prompt_ids, *completion_ids], self.processing_class, self._widths[0], index, "expert")
         if self.other_amateur is not None:
@@ -434,8 +437,8 @@ class ContrastiveStepSampler:
         for token_id in set(ids) & set(self._unreadable_ids):
             raise ValueError(
                 f"Row {index} has the token {self.processing_class.convert_ids_to_tokens(token_id)!r}, for which the "
-                f"amateur has no embedding: its id is {token_id}. Choose another amateur, leave the token out, or "
-                "resize the amateur's embeddings and pass it as a model."
+                f"amateur has no embedding: its id is {token_id}. Choose another amateur, remove the token, or resize "
+                "the amateur's embeddings and pass it as a model."
             )
 
     def _run(
@@ -474,7 +477,7 @@ class ContrastiveStepSampler:
         return columns
 
     def _identity(self, encoded: Dataset) -> dict[str, Any]:
-        """Everything that the rows depend on, by the names that a user knows."""
+        """Everything that the rows depend on, by the user's names."""
         args = self.args
         return {
             **{name: getattr(args, name) for name in _SETTINGS},

@@ -62,7 +62,7 @@ class Bounds:
     pi_A^E of some expert tokens.
 
     Attributes:
-        estimate (`list[float]`): As if every text that is not settled ended where it is not.
+        estimate (`list[float]`): The estimate, as if every unsettled text ended where it is.
         low, high (`list[float]`): Where the true value lies.
     """
 

@@ -35,14 +35,15 @@ class _ExpertStep(NamedTuple):
 
 class CrossScoring:
     """
-    Scores trajectories of an expert by an amateur with another tokenizer.
+    Scores an expert's trajectories against an amateur with a different tokenizer.
 
     Args:
         covering ([`Covering`]): The two tokenizers.
         vocabulary ([`Vocabulary`]): The expert's tokens.
         amateur_vocabulary ([`Vocabulary`]): The amateur's.
-        eos_ids (`list[int]`): Tokens that end the expert's answer: one event, which is the amateur's end.
-        max_length (`int`, *optional*): Tokens that the amateur reads at most.
+        eos_ids (`list[int]`): Tokens that end the expert's answer. Together they are one event, which is the end of
+            the amateur's answer.
+        max_length (`int`, *optional*): Maximum number of tokens that the amateur reads.
 
     Attributes:
         dropped (`Counter[str]`): Steps that could not be kept, by reason.
@@ -81,7 +82,7 @@ class CrossScoring:
         Args:
             expert, amateur, trajectories, alpha, beta, include_first_step, names, expert_hidden_states,
             contrast_strength, expert_anchor, as_amateur, as_expert: As of [`score_trajectories`].
-            amateur_prompts (`list[list[int]]`): Each prompt as the amateur reads it.
+            amateur_prompts (`list[list[int]]`): Each prompt in the amateur's form.
         """
         self._as_amateur, self._as_expert = as_amateur, as_expert
         names = names or [f"trajectory {i}" for i in range(len(trajectories))]
@@ -145,7 +146,7 @@ class CrossScoring:
         experts: list[list[_ExpertStep]],
         names: list[str],
     ) -> list[list[CoveredStep | None]]:
-        """The steps of some completions, with the amateur read wherever they ask for it."""
+        """The steps of some completions, with the amateur read wherever needed."""
         covered: list[list[CoveredStep | None]] = []
         # Logits behind the amateur's own tokens of the completion, the first k of them in row k
         trunks: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""From a dataset of prompts to the token ids that the two models read."""
+"""From a dataset of prompts to the token ids of the two models."""
 
 import uuid
 from datetime import datetime
@@ -19,25 +19,25 @@ def encode_dataset(
 ) -> Dataset:
     """
     Token ids of every row: `prompt_ids`, `completion_ids` if there are completions to score, and `amateur_prompt_ids`
-    where the amateur reads other ones.
+    if the amateur's prompts differ.
 
     Args:
         dataset ([`~datasets.Dataset`]): Of prompts, and of completions if there are any to score.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's.
         eos_ids (`list[int]`): Tokens that end a completion.
         date ([`~datetime.datetime`]): Of the run.
-        amateur_prompts ([`AmateurPrompts`], *optional*): If `None`, the amateur reads what the expert reads.
+        amateur_prompts ([`AmateurPrompts`], *optional*): If `None`, the amateur reads the expert's prompts.
 
     Raises:
-        `ValueError`: If a row is not as TRL's conventions say, or a transform of the user's changes the columns.
+        `ValueError`: If a row breaks TRL's conventions, or a transform of the user changes the columns.
     """
     columns = ["prompt_ids"] + (["completion_ids"] if "completion" in dataset.column_names else [])
     # A transform of the user's is applied; any other format only costs time
     prompts = dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
     if set(columns) != {f"{name}_ids" for name in prompts[0] if name in ("prompt", "completion")}:
         raise ValueError(
-            f"The transform of the dataset makes the columns {list(prompts[0])} of {dataset.column_names}. Apply "
-            "it by `dataset.map` first."
+            f"The transform of the dataset turns the columns {dataset.column_names} into {list(prompts[0])}. Apply it "
+            "with `dataset.map` first."
         )
     columns += [] if amateur_prompts is None else ["amateur_prompt_ids"]
     # With a fingerprint of ours `map` need not hash what it is given, which for a tokenizer takes seconds

@@ -1,4 +1,4 @@
-"""What goes with sampled rows: how they were made."""
+"""Metadata of sampled rows: how they were made."""
 
 import hashlib
 import importlib.metadata
@@ -28,17 +28,17 @@ def make_metadata(
     vllm_version: str | None,
 ) -> dict[str, Any]:
     """
-    What [`sampling_metadata`] is to return, in values that JSON can hold.
+    The metadata that [`sampling_metadata`] returns, as JSON-serializable values.
 
     Args:
         models (`dict[str, tuple]`): By role, the model, and its id or path if the user named one.
         settings (`dict[str, Any]`): Those that the rows depend on.
-        batch_size (`int`): Prompts that were worked on together.
-        shared (`dict[str, Any]`): What is known of the tokens that the two models share.
+        batch_size (`int`): Number of prompts processed together.
+        shared (`dict[str, Any]`): Facts about the tokens that the two models share.
         eos_ids (`list[int]`): Tokens that end an answer.
-        prompt_format ([`PromptFormat`], *optional*): How the prompts were made of questions.
+        prompt_format ([`PromptFormat`], *optional*): How the prompts were made from questions.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's.
-        vllm_version (`str`, *optional*): Of the vLLM that made the completions.
+        vllm_version (`str`, *optional*): Version of the vLLM that generated the completions.
     """
     return {
         "method": "LightReasoner (arXiv 2510.07962)",

@@ -1,4 +1,4 @@
-"""Expert and amateur in memory: two models, or one that is read as both."""
+"""Expert and amateur in memory: two models, or one that serves as both."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,19 +17,19 @@ from .contrastive_sampling_config import ContrastiveSamplingConfig
 # In which an amateur can differ from the expert, beside its weights
 AMATEUR_SETTINGS = ("amateur_skipped_layers", "amateur_system_prompt", "amateur_prompt_template")
 SAME_READING = (
-    "The amateur is the expert itself, and reads what the expert reads, so that they diverge nowhere. Let them differ "
-    "by an adapter that one of them has (name the base model, or the adapter, as the amateur), by "
-    "`amateur_skipped_layers`, or by an `amateur_system_prompt` or `amateur_prompt_template`."
+    "The amateur is the expert itself and reads the same prompts, so they never diverge. Name the base model or an "
+    "adapter of it as the amateur, or set `amateur_skipped_layers`, `amateur_system_prompt` or "
+    "`amateur_prompt_template`."
 )
 
 
 def check_own_amateur(args: ContrastiveSamplingConfig, *of_amateur: Any) -> None:
     """
-    Refuse an expert that is to be its own amateur without a difference, or with settings of another model.
+    Refuse an expert as its own amateur if nothing makes them differ, or if the settings are for another model.
 
     Args:
-        args ([`ContrastiveSamplingConfig`]): Settings.
-        of_amateur: What the user passed for the amateur beside them.
+        args ([`ContrastiveSamplingConfig`]): Settings. of_amateur: Other arguments of the amateur that the user
+            passed.
 
     Raises:
         `ValueError`
@@ -38,27 +38,27 @@ def check_own_amateur(args: ContrastiveSamplingConfig, *of_amateur: Any) -> None
         raise ValueError(SAME_READING)
     if any(each is not None for each in (*of_amateur, args.amateur_model_init_kwargs)):
         raise ValueError(
-            "The amateur is the expert itself, which is loaded once, as the expert: leave out "
+            "The amateur is the expert itself, which is loaded once, as the expert. Remove "
             "`amateur_model_init_kwargs`, `amateur_processing_class` and `amateur_quantization_config`."
         )
 
 
 class ModelPair:
     """
-    Expert and amateur, as the user names them until they are loaded.
+    Expert and amateur, under the user's names until they are loaded.
 
-    Where the amateur is the expert itself, or one of the two an adapter on the other, one model is loaded. It is the
-    expert, but for the passes of the amateur: these run within [`~ModelPair.as_amateur`].
+    If the amateur is the expert itself, or one is an adapter on the other, one model is loaded. It serves as the
+    expert, except within [`~ModelPair.as_amateur`].
 
     Args:
         expert, amateur (`str` or model): Ids, paths or models. An amateur of `None` is the expert itself.
         expert_kwargs, amateur_kwargs (`dict[str, Any]`): As for [`load_model`].
-        skipped_layers (`Sequence[int]`): Numbers of the amateur's layers that are left out.
-        label_expert (`str`): `"live"`, or `"base"` for labels of the expert without its adapter.
+        skipped_layers (`Sequence[int]`): Indices of the layers that the amateur skips.
+        label_expert (`str`): `"live"`, or `"base"` for labels from the expert without its adapter.
 
     Attributes:
-        expert, amateur: What was given; within [`~ModelPair.loaded`] the models. An expert, and an amateur of its own,
-            stay loaded behind it.
+        expert, amateur: What was given, and within [`~ModelPair.loaded`] the models. An expert, and an amateur made
+        from it, stay loaded afterwards.
     """
 
     def __init__(
@@ -81,44 +81,44 @@ class ModelPair:
             self._check_base()
 
     def _check_base(self) -> None:
-        """Refuse labels of the expert without its adapter where there is none, or where that is the amateur."""
+        """Refuse labels from the expert without its adapter if it has none, or if the amateur is the same."""
         if isinstance(self.expert, str):
             is_adapter = load_adapter_config(self.expert, "expert", **hub_kwargs(self._kwargs[0])) is not None
         else:
             is_adapter = is_peft_model(self.expert)
         if not is_adapter:
             raise ValueError(
-                "`label_expert='base'` reads the expert without its adapter, and the expert has none. Leave it out, "
-                "or name the adapter of an earlier round as the expert."
+                "`label_expert='base'` reads the expert without its adapter, but the expert has none. Remove it, or "
+                "name the adapter of an earlier round as the expert."
             )
         is_amateur = self._adapter == "expert" or (
             not isinstance(self.expert, str) and self.amateur is get_base_model(self.expert)
         )
         if is_amateur and not self.skipped_layers:
             raise ValueError(
-                "`label_expert='base'` reads the expert without its adapter, and so is the amateur read: they would "
-                "diverge nowhere. Choose another amateur, or `label_expert='live'`."
+                "`label_expert='base'` reads the expert without its adapter, and the amateur is the same model, so "
+                "they would never diverge. Choose another amateur, or `label_expert='live'`."
             )
 
     def check_layers(self, config: PretrainedConfig) -> None:
         """
-        Refuse layers that the amateur does not have, before it is loaded.
+        Refuse layers that the amateur does not have, before loading it.
 
         Raises:
-            `ValueError`: If there is such a layer, or none would be left.
+            `ValueError`: If a layer does not exist, or no layer would be left.
         """
         count = config.get_text_config().num_hidden_layers
         if wrong := [layer for layer in self.skipped_layers if layer >= count]:
             raise ValueError(
-                f"`amateur_skipped_layers` must be numbers from 0 to {count - 1}, which the amateur's {count} layers "
-                f"have, got {wrong[0]}."
+                f"`amateur_skipped_layers` must be indices of the amateur's {count} layers, from 0 to {count - 1}, "
+                f"got {wrong[0]}."
             )
         if len(self.skipped_layers) == count:
-            raise ValueError(f"`amateur_skipped_layers` names all of the amateur's {count} layers. Leave it some.")
+            raise ValueError(f"`amateur_skipped_layers` names all of the amateur's {count} layers. Keep at least one.")
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
-        """Both models in memory, in eval mode, and read as the expert. Behind it the expert is as it was."""
+        """Both models in memory, in eval mode. On exit the expert is restored."""
         given = self.amateur
         self.expert = load_model(self.expert, **self._kwargs[0])
         trainable = {id(parameter) for parameter in self.expert.parameters() if parameter.requires_grad}
@@ -155,12 +155,12 @@ class ModelPair:
         return nullcontext()
 
     def as_labeller(self) -> AbstractContextManager:
-        """For a pass that labels are made of: the expert, without its adapter if its base model's are asked for."""
+        """Context of a pass that makes labels: the expert, without its adapter for `"base"`."""
         return switch_adapter(self.expert, on=False) if self.labels_are_of_base else nullcontext()
 
     @contextmanager
     def as_amateur(self) -> Iterator[None]:
-        """For a pass of the amateur: without the layers that it lacks, with the adapter as it has it."""
+        """Context of a pass of the amateur: without its skipped layers, and with or without the adapter."""
         switched: AbstractContextManager = nullcontext()
         if self._switched is not None:
             switched = switch_adapter(self._switched, on=is_peft_model(self.amateur))

@@ -1,4 +1,4 @@
-"""An amateur with another tokenizer than the expert's: its own prompts, and what the sampler asks of it."""
+"""An amateur whose tokenizer differs from the expert's: its prompts, and its part in the sampling."""
 
 import copy
 import hashlib
@@ -23,17 +23,17 @@ PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n\n{% en
 
 class OtherAmateur:
     """
-    What a sampler does differently for such an amateur.
+    The sampler's work for an amateur with a different tokenizer.
 
     Args:
         expert_tokenizer, tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Of the two models.
         widths (`tuple[int, int]`): Numbers of columns of their logits.
         end_ids (`list[int]`): Tokens that end the amateur's answer.
-        chat_template (`str`, *optional*): What the user wants instead of the amateur's own.
-        max_length (`int`, *optional*): Tokens that the amateur reads at most.
+        chat_template (`str`, *optional*): The user's template, to replace the amateur's own.
+        max_length (`int`, *optional*): Maximum number of tokens that the amateur reads.
 
     Raises:
-        `ValueError`: If the bytes of a tokenizer's tokens cannot be told.
+        `ValueError`: If the bytes of a tokenizer's tokens cannot be determined.
     """
 
     def __init__(
@@ -61,15 +61,16 @@ class OtherAmateur:
 
     @property
     def reading(self) -> str:
-        """How the amateur is read, in a sentence or two."""
+        """How the amateur is read, in a few sentences."""
         return (
-            "The amateur has another tokenizer, and is read in the expert's tokens by a covering over their bytes: "
-            f"{self.num_shared:,} of the expert's {len(self.covering.expert.ids):,} are tokens of the amateur, too. "
-            "kl_divergence is taken over the expert's 20 most probable tokens and the rest as one, a lower bound."
+            "The amateur has a different tokenizer. Its probabilities are converted to the expert's tokens by a "
+            f"covering over bytes: {self.num_shared:,} of the expert's {len(self.covering.expert.ids):,} tokens are "
+            "also the amateur's. kl_divergence covers the expert's 20 most probable tokens and all others as one, "
+            "which is a lower bound."
         )
 
     def identity(self) -> dict[str, Any]:
-        """What the rows depend on beside the prompts."""
+        """Everything but the prompts that the rows depend on."""
         content = repr((self.covering.amateur.bytes, self.end_ids))
         return {"amateur tokens": hashlib.sha256(content.encode()).hexdigest()}
 
@@ -83,23 +84,23 @@ class OtherAmateur:
         if has_messages(dataset) and self.tokenizer.chat_template is None:
             raise ValueError(
                 "The prompts are conversational, but the amateur's tokenizer has no chat template. Set "
-                "`amateur_chat_template` to a template, a file with one, or 'plain' for the messages' bare text; or "
-                "give the prompts as text."
+                "`amateur_chat_template` to a template, a file that holds one, or 'plain' for the bare text of the "
+                "messages. Or give the prompts as text."
             )
 
     def room(self, prompt_ids: list[int], row: int) -> int | None:
         """
-        0 if a prompt leaves no room for an answer in the amateur's context. Otherwise `None`: what is
-        beyond is dropped step by step.
+        0 if a prompt leaves no room for an answer in the amateur's context. Otherwise `None`, and steps beyond the
+        context are dropped.
 
         Raises:
-            `ValueError`: If the amateur has no embedding for one of its tokens; names the row.
+            `ValueError`: If the amateur has no embedding for one of its tokens. The message names the row.
         """
         check_embedded(prompt_ids, self.tokenizer, self._width, row, "amateur")
         return None if self.max_length is None or len(prompt_ids) < self.max_length else 0
 
     def start(self, vocabulary: Vocabulary, eos_ids: list[int]) -> None:
-        """Get ready to score, when the expert's vocabulary and its ends of an answer are known."""
+        """Prepare the scoring once the expert's vocabulary and end tokens are known."""
         self._scoring = CrossScoring(self.covering, vocabulary, self.vocabulary, eos_ids, self.max_length)
 
     def score(self, *args: Any, **kwargs: Any) -> list[TrajectoryScores]:
@@ -108,17 +109,17 @@ class OtherAmateur:
         return self._scoring(*args, **kwargs)
 
     def dropped(self, num_steps: int) -> str:
-        """What was dropped, in a sentence; empty if nothing was."""
+        """The dropped steps, in a sentence, empty if there are none."""
         assert self._scoring is not None
         unread, wide = (self._scoring.dropped[name] for name in ("not readable", "not exact enough"))
         parts = [f"{unread:,} could not be read by the amateur"] if unread else []
-        parts += [f"{wide:,} would be kept, but are uncertain by more than {MAX_WIDTH:g} nats"] if wide else []
-        return f"Of {num_steps:,} steps {' and '.join(parts)}: they are dropped." if parts else ""
+        parts += [f"{wide:,} would be kept but are uncertain by more than {MAX_WIDTH:g} nats"] if wide else []
+        return f"Of {num_steps:,} steps, {' and '.join(parts)}. These steps are dropped." if parts else ""
 
 
 def read_chat_template(template: str) -> str:
     """
-    A chat template, given as `"plain"`, as Jinja text, or as a file that holds it.
+    Read a chat template, given as `"plain"`, as Jinja text, or as a file that holds it.
 
     Raises:
         `ValueError`: If it is none of these.

@@ -1,7 +1,7 @@
-"""Is a pair worth it? From a Dataset of kept steps to a few numbers, one verdict and its reasons.
+"""Is a pair worth training? From a Dataset of kept steps to a few numbers, one verdict and its reasons.
 
-Nothing is trained for it, so that it can only compare a pair with those of which the gain is known. The limits are at
-the top, with what they rest on.
+Nothing is trained, so a pair can only be compared with pairs of known gain. The limits are at the top, with their
+evidence.
 """
 
 import hashlib
@@ -45,13 +45,13 @@ SAME_SIZE = 0.9
 MANY_FIRST_STEPS = 0.02
 
 CAVEAT = (
-    "An amateur that is more careful than the expert does harm, and no number tells it for sure: read the "
-    "corrections. They must lead to what you want."
+    "An amateur that is more careful than the expert does harm, and no number detects it reliably. Read the "
+    "corrections: they must lead to the behaviour that you want."
 )
 RESTS_ON = (
-    "The judgement rests on three tiny pairs: with 50 prompts it was right on 20 of 21 amateurs of known gain, by "
-    "which its limits were chosen. On one real pair it was right with both prompts, and on three amateurs made of its "
-    "expert, one of which is told by its size alone."
+    "The verdict is based on three tiny pairs: with 50 prompts it was right on 20 of 21 amateurs of known gain, which "
+    "also chose its limits. On one real pair it was right with both prompts, and on three amateurs made from its "
+    "expert, one of them by its size alone."
 )
 _NUM_CORRECTIONS = 10
 _MAX_ANSWER = 400  # characters
@@ -59,7 +59,7 @@ _ROWS = 200  # rows that are in memory at a time
 
 
 class Correction(NamedTuple):
-    """The token that the expert took, the one that v_C prefers, and at how many steps."""
+    """The token that the expert sampled, the one that v_C prefers, and the number of such steps."""
 
     taken: str
     preferred: str
@@ -69,51 +69,51 @@ class Correction(NamedTuple):
 @dataclass
 class PairCheck:
     """
-    What a look at sampled steps says of an expert and an amateur. Text by `str(check)`, numbers by `check.to_dict()`.
+    The judgement of a pair from sampled steps. `str(check)` gives the text, `check.to_dict()` the numbers.
 
     Args:
         num_prompts (`int`):
-            Prompts that were looked at.
+            Number of checked prompts.
         num_steps (`int`):
-            Steps of their completions.
+            Number of steps in their completions.
         num_kept (`int`):
             Kept steps.
         beta (`float`, *optional*):
-            Threshold in nats with which they are kept; None if the Dataset does not say.
+            Threshold in nats at or above which steps are kept. `None` if the Dataset does not record it.
         kl_50 (`float`):
             Median of the divergence over all steps, in nats.
         kl_90 (`float`):
-            The same at 90 %.
+            The 90th percentile.
         kl_99 (`float`):
-            The same at 99 %.
+            The 99th percentile.
         kept_share (`float`):
-            Share of the steps that are kept.
+            Fraction of the steps that are kept.
         changed_share (`float`, *optional*):
-            Share of the kept steps at which v_C prefers another token than the one that the expert took; None without
-            a kept step.
+            Fraction of the kept steps at which v_C prefers a token other than the one that the expert sampled. `None`
+            without a kept step.
         first_step_share (`float`, *optional*):
-            Share of the kept steps that are the first of their completion.
+            Fraction of the kept steps that are the first of their completion.
         cut_off_share (`float`, *optional*):
-            Share of the completions that do not end in EOS; None if the Dataset does not name it.
+            Fraction of the completions that do not end in EOS. `None` if the Dataset does not name it.
         judged_kept_share (`float`):
-            `kept_share` at 0.4 nats, with which the pairs of known gain were measured.
+            `kept_share` at 0.4 nats, the threshold at which the pairs of known gain were measured.
         judged_changed_share (`float`, *optional*):
             `changed_share` at 0.4 nats, or at the lowest threshold above it at which there are labels.
         corrections (`list[Correction]`):
-            The most frequent pairs of a token that was taken and another one that v_C prefers, at these steps and the
+            The most frequent pairs of a sampled token and a different one that v_C prefers, at these steps and the
             kept ones.
         expert_parameters (`int`, *optional*):
             Number of the expert's parameters.
         amateur_parameters (`int`, *optional*):
             Number of the amateur's parameters.
         is_of_expert (`bool`):
-            Whether both are one base model, with other adapters, layers or prompts.
+            Whether both are the same base model, with different adapters, layers or prompts.
         verdict (`str`):
             `"promising"`, `"doubtful"`, `"too close"`, `"unskilled"`, `"incoherent"`, `"plain prompt"` or `"swapped"`.
         reasons (`list[str]`):
-            Why, in sentences; the one that decides comes first.
+            The reasons, as sentences. The decisive one comes first.
         warnings (`list[str]`):
-            What else should be seen to.
+            Other problems to fix.
         expert_answers (`list[str]`):
             Greedy answers of the expert to the first prompts.
         amateur_answers (`list[str]`):
@@ -145,7 +145,7 @@ class PairCheck:
 
     @property
     def promising(self) -> bool:
-        """Whether the verdict is the good one."""
+        """Whether the verdict is `"promising"`."""
         return self.verdict == "promising"
 
     @property
@@ -164,7 +164,7 @@ class PairCheck:
         return f"{self.headline} {second}\n{' '.join([*self.warnings, CAVEAT])}"
 
     def report(self) -> str:
-        """All of it, as text for a terminal."""
+        """The full result, as text for a terminal."""
         kept = "steps kept" if self.beta is None else f"steps kept at beta = {self.beta:g}"
         changed = "of these, v_C prefers another token"
         rows = [
@@ -198,7 +198,7 @@ class PairCheck:
             *("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows),
         ]
         if self.corrections:
-            lines += ["", "Corrections: what the expert took -> what v_C prefers"]
+            lines += ["", "Corrections: sampled by the expert -> preferred by v_C"]
             lines += [f"{count:>6,}  {taken} -> {preferred}" for taken, preferred, count in self.corrections]
         for i, (expert, amateur) in enumerate(zip(self.expert_answers, self.amateur_answers, strict=True), 1):
             lines += ["", f"Prompt {i}", f"  expert   {_one_line(expert)}", f"  amateur  {_one_line(amateur)}"]
@@ -209,7 +209,7 @@ class PairCheck:
     __str__ = report
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, in values that JSON can hold."""
+        """Everything, as JSON-serializable values."""
         corrections = [correction._asdict() for correction in self.corrections]
         said = {"caveat": CAVEAT, "rests_on": RESTS_ON}
         return {"promising": self.promising, **asdict(self), "corrections": corrections, **said}
@@ -228,20 +228,21 @@ def check_steps(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None = None, beta: float | None = None
 ) -> PairCheck:
     """
-    Judge a pair by steps that are sampled already.
+    Judge a pair by steps that are already sampled.
 
     Args:
-        dataset ([`~datasets.Dataset`]): Rows as [`ContrastiveStepSampler`] makes them, one step a row or several. A
-            trajectory that several rows hold counts once, every label counts.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The expert's, for the text of tokens;
-            without it they are shown by number.
-        beta (`float`, *optional*): Count steps of at least this many nats as kept. By default it is the Dataset's own.
+        dataset ([`~datasets.Dataset`]): Rows from [`ContrastiveStepSampler`], with one or several steps each. A
+            trajectory in several rows counts once, but each of its labels counts.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The expert's, for the text of tokens.
+            Without it, token ids are shown.
+        beta (`float`, *optional*): Count steps of at least this many nats as kept. If `None`, it is the Dataset's own
+            threshold.
 
     Returns:
         [`PairCheck`], without the models' answers.
 
     Raises:
-        `ValueError`: If it is no Dataset of kept steps, has no step, or does not know every divergence.
+        `ValueError`: If it is not a Dataset of kept steps, has no step, or lacks the divergence of a step.
         `TypeError`: If it is not a [`~datasets.Dataset`].
 
     Example:
@@ -266,8 +267,8 @@ def check_steps(
             kl, completion = row["kl_divergence"], row["completion_ids"]
             if kl is None or (None in kl and not made["is_read_across"]):
                 raise ValueError(
-                    "The dataset does not know the divergence of every step, as those of `lightreasoner import` do "
-                    "not, and without it a pair cannot be judged. Sample its prompts with `lightreasoner sample`."
+                    "A pair cannot be judged without the divergence of every step, and this dataset lacks some, like "
+                    "those of `lightreasoner import`. Sample its prompts with `lightreasoner sample`."
                 )
             if (key := hash((tuple(row["prompt_ids"]), tuple(completion)))) not in seen:
                 seen.add(key)
@@ -319,7 +320,7 @@ def check_steps(
 
 
 def _made_with(dataset: Dataset) -> dict[str, Any]:
-    """What a Dataset of kept steps says of its making, as far as the check needs it."""
+    """The metadata of a Dataset of kept steps that the check needs."""
     check_dataset(dataset)
     remedy = "Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
     for column in (*STEP_COLUMNS, "kl_divergence"):
@@ -349,7 +350,7 @@ def _made_with(dataset: Dataset) -> dict[str, Any]:
 
 
 def _is_plain(dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None) -> bool:
-    """Whether the prompts are text without a mark of a chat template."""
+    """Whether the prompts are text without any token of a chat template."""
     if "prompt" not in dataset.column_names or has_messages(dataset):
         return False
     if tokenizer is None:
@@ -359,28 +360,28 @@ def _is_plain(dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None) -> bo
 
 
 def _judge(check: PairCheck, plain: bool, labels_from: float) -> tuple[str, list[str]]:
-    """Verdict and reasons; `labels_from` is the lowest divergence of a step with a label that is judged."""
+    """Verdict and reasons. `labels_from` is the lowest divergence of a step whose label is judged."""
     verdict, reasons = _judge_numbers(check, plain, labels_from)
     expert, amateur = check.expert_parameters, check.amateur_parameters
     if not expert or not amateur:
         return verdict, reasons
     if expert < SAME_SIZE * amateur:
         first = (
-            f"The expert has {expert:,} parameters, the amateur {amateur:,}: exchange `expert` and `amateur`. If the "
-            f"smaller model is meant to be the expert, since it knows the subject, the other numbers say: {verdict}."
+            f"The expert has {expert:,} parameters, the amateur {amateur:,}: exchange `expert` and `amateur`. If you "
+            f"want the smaller model as the expert, because it knows the subject, the other numbers give: {verdict}."
         )
         return "swapped", [first, *reasons]
     if verdict == "promising" and amateur > SAME_SIZE * expert:
         if check.is_of_expert:
             return "doubtful", [
-                "The amateur is made of the expert, and these numbers do not say what such a pair gains: amateurs "
-                "that were made of a real expert, by rounding its weights or by an adapter, looked good in them, and "
-                "brought nothing or cost 9 points. Answer questions that are held back, before and after, as "
+                "The amateur is made from the expert, and these numbers do not predict the gain of such a pair. "
+                "Amateurs made from a real expert, by rounding its weights or with an adapter, had good numbers, but "
+                "gained nothing or lost 9 points. Evaluate on held-out questions before and after training, as "
                 "`lightreasoner run` does."
             ]
         return "doubtful", [
-            f"The amateur has as many parameters as the expert ({amateur:,}). Choose a smaller model: amateurs that "
-            "were made of a real expert, by rounding its weights or by an adapter, brought nothing or cost 9 points."
+            f"The amateur has as many parameters as the expert ({amateur:,}). Choose a smaller model. Amateurs made "
+            "from a real expert, by rounding its weights or with an adapter, gained nothing or lost 9 points."
         ]
     return verdict, reasons
 
@@ -389,68 +390,67 @@ def _judge_numbers(check: PairCheck, plain: bool, labels_from: float) -> tuple[s
     kl, kept, changed = check.kl_50, check.judged_kept_share, check.judged_changed_share
     kept_text = f"{_percent(kept)} of the steps diverge by {JUDGED_AT:g} nats or more"
     if check.num_steps < MIN_STEPS:
-        return "doubtful", [f"There are only {check.num_steps:,} steps, too few to judge: check more prompts."]
+        return "doubtful", [f"There are only {check.num_steps:,} steps, too few to judge. Check more prompts."]
     if kl >= INCOHERENT_KL_50:
         return "incoherent", [
-            f"Half of the steps diverge by {kl:.3g} nats or more, as with random weights or a shuffled vocabulary "
-            "(5 and more): the amateur does not speak the language of the prompts. Choose one that does."
+            f"Half of the steps diverge by {kl:.3g} nats or more, as with random weights or a shuffled vocabulary (5 "
+            "and more): the amateur does not know the language of the prompts. Choose one that does."
         ]
     if kept >= WIDE_KEPT or kl >= WIDE_KL_50:
         if plain:
             return "plain prompt", [
-                f"{kept_text}, and the prompts are plain text, although the expert has a chat template. With the "
-                "template it was 8 to 10 % on a real pair, without it 41 to 45 %, of answers that were nonsense. "
-                f"{_USE_TEMPLATE}"
+                f"{kept_text}, and the prompts are plain text, although the expert has a chat template. On a real "
+                "pair it was 8 to 10 % with the template. Without it, it was 41 to 45 %, and the answers were "
+                f"nonsense. {_USE_TEMPLATE}"
             ]
         if (changed or 0) >= SWAPPED_CHANGED:
             return "swapped", [
-                f"{kept_text}, and at {_percent(changed)} of them v_C prefers another token than the expert's: the "
-                "contrast runs away from what the expert says. Exchange `expert` and `amateur`, or choose an expert "
-                "that can do what is asked."
+                f"{kept_text}, and at {_percent(changed)} of them v_C prefers a token other than the expert's: the "
+                "contrast leads away from the expert's answers. Exchange `expert` and `amateur`, or choose an expert "
+                "that can do the task."
             ]
         return "unskilled", [
             f"{kept_text} (KL at 50 %: {kl:.3g}). With amateurs that merely lack skill it was 46 to 53 % (0.3 to "
-            "0.6), and nothing was gained. Choose an amateur that is trained better, but lacks the behaviour that you "
-            "want."
+            "0.6), and nothing was gained. Choose a better trained amateur that lacks the behaviour that you want."
         ]
     if kept < MIN_KEPT:
         return "too close", [
-            f"Only {kept_text}; with pairs that gained it was 8 to 17 %. Choose a weaker amateur. A lower beta did "
+            f"Only {kept_text}. With pairs that gained, it was 8 to 17 %. Choose a weaker amateur. A lower beta did "
             "not help."
         ]
     if changed is None or changed < REPEATS_CHANGED:
         share = "none" if changed is None else f"{_percent(changed)}"
         reason = (
-            f"At {share} of the steps of {labels_from:g} nats or more v_C prefers another token than the expert's, so "
-            "that the label repeats the expert; with pairs that gained it was 20 to 43 %."
+            f"v_C prefers a token other than the expert's at {share} of the steps of {labels_from:g} nats or more, so "
+            "the label repeats the expert. With pairs that gained, it was 20 to 43 %."
         )
         if labels_from > JUDGED_AT:
             return "doubtful", [
-                f"{reason} Of steps from {JUDGED_AT:g} nats there is no label here: `lightreasoner check` looks at "
-                "them."
+                f"{reason} This dataset has no labels of steps from {JUDGED_AT:g} nats. `lightreasoner check` judges "
+                "those."
             ]
         return "too close", [f"{reason} Choose an amateur that lacks the behaviour that you want."]
     reasons = []
     if kl > MAX_KL_50:
-        reasons.append(f"Half of the steps diverge by {kl:.3g} nats or more; with pairs that gained it was 0.02.")
+        reasons.append(f"Half of the steps diverge by {kl:.3g} nats or more. With pairs that gained, it was 0.02.")
     if check.kl_90 > MAX_KL_90:
         reasons.append(
-            f"A tenth of the steps diverge by {check.kl_90:.3g} nats or more; with pairs that gained it was 0.2 to "
-            "0.9. Amateurs that were more careful than the expert, and did harm, had 1.3 and more."
+            f"A tenth of the steps diverge by {check.kl_90:.3g} nats or more. With pairs that gained, it was 0.2 to "
+            "0.9. Amateurs that were more careful than the expert had 1.3 and more, and did harm."
         )
     if kept > MAX_KEPT:
-        reasons.append(f"{kept_text}; with pairs that gained it was 8 to 17 %.")
+        reasons.append(f"{kept_text}. With pairs that gained, it was 8 to 17 %.")
     if changed < MIN_CHANGED:
         reasons.append(
-            f"At {_percent(changed)} of the steps of {labels_from:g} nats or more v_C prefers another token than the "
-            "expert's; with pairs that gained it was 20 to 43 %."
+            f"v_C prefers a token other than the expert's at {_percent(changed)} of the steps of {labels_from:g} nats "
+            "or more. With pairs that gained, it was 20 to 43 %."
         )
     if reasons:
         return "doubtful", reasons
     return "promising", [
-        f"KL is near 0 at most steps (50 %: {kl:.3g}) and large at a few: {kept_text}. At {_percent(changed)} of the "
-        f"steps of {labels_from:g} nats or more v_C prefers another token than the expert's. So it was with the pairs "
-        "that gained."
+        f"KL is near 0 at most steps (50 %: {kl:.3g}) and large at a few: {kept_text}. v_C prefers a token other than "
+        f"the expert's at {_percent(changed)} of the steps of {labels_from:g} nats or more. The pairs that gained "
+        "were like this."
     ]
 
 
@@ -461,19 +461,19 @@ def _warn(check: PairCheck, plain: bool) -> list[str]:
     warnings = []
     if plain and check.verdict != "plain prompt":
         warnings.append(
-            "The prompts are plain text, although the expert has a chat template. If it is trained to chat, its "
+            "The prompts are plain text, although the expert has a chat template. If it was trained to chat, its "
             f"answers to plain text can be nonsense. {_USE_TEMPLATE}"
         )
     if (check.first_step_share or 0) >= MANY_FIRST_STEPS:
         warnings.append(
             f"{_percent(check.first_step_share)} of the kept steps are first steps. With a plain prompt their labels "
-            "cost a real pair 6 to 34 points: leave them out with `include_first_step=False`."
+            "cost a real pair 6 to 34 points. Exclude them with `include_first_step=False`."
         )
     at_beta, judged = check.changed_share or 0, check.judged_changed_share or 0
     if check.verdict == "promising" and at_beta < REPEATS_CHANGED <= judged and check.beta is not None:
         warnings.append(
             f"At beta = {check.beta:g} the label repeats the expert at nearly every kept step "
-            f"({_percent(check.changed_share)} another token). A lower beta keeps the steps where it does not."
+            f"({_percent(check.changed_share)} another token). A lower beta keeps steps at which it does not."
         )
     return warnings
 
@@ -487,7 +487,7 @@ def _percent(share: float | None) -> str:
 
 
 def _looks(value: float | None, low: float, high: float, lowest: float = 0, highest: float = np.inf) -> str:
-    """Whether a number is one of the pairs that gained, one of the others, or neither."""
+    """Whether a number is typical of the pairs that gained, of the others, or of neither."""
     if value is None or not lowest <= value < highest:
         return "bad"
     return "good" if low <= value <= high else "between"

@@ -21,17 +21,17 @@ def plan_prompts(
     context: str,
 ) -> list[tuple[int, int]]:
     """
-    `(row, room)` of every prompt that can be sampled, longest first, so that a batch that is too large for the memory
-    shows at once. Room is the number of tokens to generate at most; for given completions it is 0.
+    `(row, room)` of every prompt to sample. The longest come first, to make a too large batch fail at once. Room is
+    the maximum number of tokens to generate, 0 for given completions.
 
     Args:
         encoded ([`~datasets.Dataset`]): Token ids of the rows.
         scoring_only (`bool`): Whether completions are given.
         args ([`ContrastiveSamplingConfig`]): Settings.
-        max_length (`int`, *optional*): Tokens that are read at most.
-        amateur_room (`Callable`): From a row and its number to the length of a completion that the amateur reads at
-            most, `None` for any; raises where a model cannot read the row at all.
-        context (`str`): What to say of the room that there is.
+        max_length (`int`, *optional*): Maximum number of tokens to read.
+        amateur_room (`Callable`): From a row and its number to the longest completion that the amateur can read,
+            `None` for any. Raises if a model cannot read the row at all.
+        context (`str`): Description of the available context, for messages.
 
     Raises:
         `ValueError`: If no prompt is left.
@@ -58,16 +58,14 @@ def plan_prompts(
     if skipped[empty] == len(encoded):
         columns = "`prompt` or `completion`" if scoring_only else "`prompt`"
         raise ValueError(
-            f"Every row of the dataset is empty: {columns} holds no text, or none of which the expert's tokenizer "
-            "makes a token. Check the column and `processing_class`."
+            f"Every row of the dataset is empty: {columns} holds no text, or the expert's tokenizer makes no token of "
+            "it. Check the column and `processing_class`."
         )
     if not plan:
         remedies = ["Shorten the prompts" + (" and completions" if scoring_only else "")]
         remedies += ["raise `max_prompt_length`"] if skipped[too_long] else []
         remedies += ["choose models with a longer context"] if skipped[no_room] else []
-        raise ValueError(
-            f"Every prompt of the dataset had to be skipped ({reasons}; {context}). {', or '.join(remedies)}."
-        )
+        raise ValueError(f"Every prompt of the dataset was skipped ({reasons}; {context}). {', or '.join(remedies)}.")
     if reasons:
         logger.warning(f"Skipped {len(encoded) - len(plan):,} of {len(encoded):,} prompts: {reasons} ({context}).")
     plan.sort(key=lambda item: (-item[0], item[1]))

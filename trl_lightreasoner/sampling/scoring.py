@@ -1,4 +1,4 @@
-"""From trajectories to kept steps: one forward pass a trajectory and model, then the contrast at every step."""
+"""From trajectories to kept steps: one forward pass per trajectory and model, then the contrast at every step."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -28,11 +28,11 @@ class Trajectory(NamedTuple):
 
 class TrajectoryScores(NamedTuple):
     """
-    What the contrast says of one trajectory of T completion tokens.
+    The contrast on one trajectory of T completion tokens.
 
     Attributes:
-        kl_divergence (`list[float | None]`): D_KL(pi_E || pi_A) in nats at each of the T steps; None where an amateur
-            with other tokens cannot read.
+        kl_divergence (`list[float | None]`): D_KL(pi_E || pi_A) in nats at each of the T steps. `None` at steps that
+            an amateur with a different tokenizer cannot read.
         step_positions (`list[int]`): t of each kept step, ascending.
         label_ids (`list[list[int]]`): Support of v_C at each kept step, most probable first.
         label_probs (`list[list[float]]`): v_C there.
@@ -64,9 +64,9 @@ def score_trajectories(
     """
     Divergence and labels of every step of a batch of trajectories.
 
-    Both models read the same ids, prompt and completion, once, some trajectories of like length at a time; the amateur
-    can have prompts of its own. The logits at the last token of a context are the distribution of the token that
-    follows it, so the step t of a completion is read at position len(prompt) + t - 1.
+    Both models read the ids of prompt and completion once, in batches of trajectories of similar length. The amateur
+    can have its own prompts. The logits at a token give the distribution of the next one, so step t of a completion is
+    read at position len(prompt) + t - 1.
 
     Args:
         expert (`torch.nn.Module`): pi_E, in eval mode.
@@ -76,20 +76,22 @@ def score_trajectories(
         alpha (`float`): Plausibility threshold, in (0, 1].
         beta (`float`): A step is kept if its divergence is at least this many nats.
         include_first_step (`bool`): Whether t = 0 can be kept.
-        names (`list[str]`, *optional*): What to call each trajectory in an error message.
-        expert_hidden_states (`list[torch.Tensor]`, *optional*): Of a trajectory of T completion tokens,
-            `(T, hidden_size)`: from what the expert's output head makes the logits of each step, where the expert
-            itself has just generated the trajectories. If `None`, they are computed.
+        names (`list[str]`, *optional*): Name of each trajectory in error messages.
+        expert_hidden_states (`list[torch.Tensor]`, *optional*): For a trajectory of T completion tokens, the inputs of
+            the expert's output head at each step, of shape `(T, hidden_size)`, if the expert has just generated it. If
+            `None`, they are computed.
         contrast_strength, expert_anchor (`float`): gamma and lambda of the labels.
-        amateur_prompts (`list[list[int]]`, *optional*): Each prompt as the amateur reads it, if not as the expert.
-        as_amateur, as_expert (`Callable`, *optional*): Make a context in which each pass of the amateur or the expert
-            runs, as where the amateur is the expert itself without its adapter.
+        amateur_prompts (`list[list[int]]`, *optional*): Each prompt in the amateur's form, if it differs from the
+            expert's.
+        as_amateur, as_expert (`Callable`, *optional*): Make a context manager for each pass of the amateur or the
+            expert, for example if the amateur is the expert without its adapter.
 
     Returns:
         `list[TrajectoryScores]`, in the order of the trajectories.
 
     Raises:
-        [`NonFiniteLogitsError`]: If a model's logits are NaN or infinite; names the trajectory and the step.
+        [`NonFiniteLogitsError`]: If a model's logits are NaN or infinite. The message names the trajectory and the
+        step.
     """
     scores: dict[int, TrajectoryScores] = {}
     contrasted: list[tuple[list[int], ContrastedSteps]] = []
@@ -131,7 +133,7 @@ def score_trajectories(
 
 
 def prepare_scoring(expert: torch.nn.Module, amateur: torch.nn.Module, vocabulary: Vocabulary) -> None:
-    """Have compiled, while the expert generates, what [`score_trajectories`] with these models needs on a GPU."""
+    """Compile what [`score_trajectories`] needs on a GPU while the expert generates."""
 
     def logits(model: torch.nn.Module) -> torch.Tensor:
         width = model.config.get_text_config().vocab_size
@@ -144,7 +146,7 @@ def prepare_scoring(expert: torch.nn.Module, amateur: torch.nn.Module, vocabular
 def _by_trajectory(
     steps: ContrastedSteps, completions: list[list[int]], vocabulary: Vocabulary, include_first_step: bool
 ) -> Iterator[TrajectoryScores]:
-    """What [`score_trajectories`] returns, of trajectories with these completions whose steps were contrasted."""
+    """The result of [`score_trajectories`] for these completions and their contrasted steps."""
     divergences = steps.kl_divergence.tolist()
     kept = steps.kept.nonzero()[:, 0].tolist()
     supports = (steps.label_probs > 0).sum(-1).tolist()
@@ -168,8 +170,8 @@ def _by_trajectory(
 
 def group_by_length(trajectories: list[Trajectory]) -> list[list[int]]:
     """
-    Indices of trajectories that go through a model together: of like length, so that little is padding, and
-    `GROUP_TOKENS` tokens at most, padding included, unless a trajectory alone has more.
+    Indices of trajectories to pass through a model together. They have similar length, to save padding, and at most
+    `GROUP_TOKENS` tokens with padding, unless a single trajectory has more.
 
     Example:
 
@@ -191,7 +193,7 @@ def group_by_length(trajectories: list[Trajectory]) -> list[list[int]]:
 
 
 def as_batch(trajectories: list[Trajectory]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids, padded on the right, and where the steps are read, both `(B, L)`."""
+    """Ids, padded on the right, and the mask of positions at which steps are read, both `(B, L)`."""
     lengths = [len(prompt) + len(completion) - 1 for prompt, completion in trajectories]
     input_ids = torch.zeros(len(trajectories), max(lengths), dtype=torch.long)
     positions = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -202,7 +204,7 @@ def as_batch(trajectories: list[Trajectory]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _parts(num_steps: list[int], width: int) -> Iterator[slice]:
-    """Rows of a batch whose logits exist together: `PART_LOGITS` of them at most, unless one row alone has more."""
+    """Rows of a batch whose logits are in memory together: at most `PART_LOGITS`, unless a single row has more."""
     first = size = 0
     for row, steps in enumerate(num_steps):
         if row > first and (size + steps) * width > PART_LOGITS:
@@ -214,7 +216,7 @@ def _parts(num_steps: list[int], width: int) -> Iterator[slice]:
 
 class LogitsAtSteps:
     """
-    Logits of one model at the steps of a batch, `(steps, W)`, for as many rows as are asked for at a time.
+    Logits of one model at the steps of a batch, `(steps, W)`, for as many rows as requested at a time.
 
     A large batch goes through the layers at once, of which the hidden states at the steps are kept; the output head,
     whose results are the larger by far, is applied to some of them at a time. Models that do something else with the

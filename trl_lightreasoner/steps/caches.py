@@ -37,8 +37,8 @@ def name_the_cache(cache_dir: str | None = None, hint: str = "") -> Iterator[Non
         if cause is None or cause.errno not in _CANNOT_WRITE or is_elsewhere:
             raise
         raise ValueError(
-            f"The cache of `datasets`, {cache!r}, cannot be written ({reason_of(cause)}). Make room, see to the "
-            f"permissions, or name another folder by the environment variable HF_DATASETS_CACHE. {hint}".rstrip()
+            f"The cache of `datasets`, {cache!r}, cannot be written ({reason_of(cause)}). Free disk space, fix the "
+            f"permissions, or set the environment variable HF_DATASETS_CACHE to another folder. {hint}".rstrip()
         ) from error
 
 

@@ -1,15 +1,12 @@
 """The Dataset of kept steps: its columns and what it remembers of its making. One row is one trajectory.
 
-| column | type | meaning |
-|---|---|---|
-| prompt, completion | as given; text | for people |
-| prompt_ids, completion_ids | list of int32 | what the models saw; EOS kept |
-| kl_divergence | list of float32 | D_KL(pi_E, pi_A) at every completion token, null where it is not known |
-| step_positions | list of int32, ascending | t of each kept step: its context is prompt_ids + completion_ids[:t] |
-| label_ids | list of list of int32 | support of v_C at each kept step, most probable first |
-| label_probs | list of list of float32 | v_C there, sums to 1 |
-| step_weights | list of float32, optional | what each kept step counts in the mean of the loss; 1 without it |
-| sampling_metadata | text | JSON: models, revisions, settings and versions; the same in every row |
+| column | type | meaning | |---|---|---| | prompt, completion | as given; text | for people | | prompt_ids,
+completion_ids | list of int32 | what the models saw; EOS kept | | kl_divergence | list of float32 | D_KL(pi_E, pi_A)
+at every completion token, null where it is not known | | step_positions | list of int32, ascending | t of each kept
+step: its context is prompt_ids + completion_ids[:t] | | label_ids | list of list of int32 | support of v_C at each
+kept step, most probable first | | label_probs | list of list of float32 | v_C there, sums to 1 | | step_weights | list
+of float32, optional | weight of each kept step in the mean of the loss; 1 without it | | sampling_metadata | text |
+JSON: models, revisions, settings and versions; the same in every row |
 
 `sampling_metadata` is a column because that is what survives everything: Parquet, the Hub, streaming, concatenation.
 """
@@ -104,7 +101,7 @@ def raise_beta(dataset: Dataset, beta: float) -> Dataset:
     The Dataset that a higher `beta` would have given, without sampling again.
 
     Args:
-        dataset ([`~datasets.Dataset`]): Rows as [`ContrastiveStepSampler`] makes them.
+        dataset ([`~datasets.Dataset`]): Rows from [`ContrastiveStepSampler`].
         beta (`float`): Threshold in nats, at least the one that the dataset was sampled with.
 
     Raises:
@@ -135,8 +132,8 @@ def raise_beta(dataset: Dataset, beta: float) -> Dataset:
     def keep(row: dict[str, Any], index: int) -> dict[str, Any]:
         if None in [row["kl_divergence"][t] for t in row["step_positions"]]:
             raise ValueError(
-                f"Row {index} has a kept step whose divergence is not known, as files of the published scripts can; "
-                "it can be trained on as it is."
+                f"Row {index} has a kept step of unknown divergence, as from the published scripts. You can train on "
+                "the dataset without filtering it."
             )
         kept = [k for k, t in enumerate(row["step_positions"]) if row["kl_divergence"][t] >= beta]
         row.update({name: [row[name][k] for k in kept] for name in PER_STEP_COLUMNS if name in row})

@@ -71,7 +71,7 @@ def _read_rows(text: str) -> Iterator[tuple[str, Any]]:
         whole = json.loads(text)
     except ValueError as error:
         if text.lstrip().startswith("["):
-            raise ValueError(f"it is no JSON: {error}. Repair or replace the file") from None
+            raise ValueError(f"it is not JSON: {error}. Repair or replace the file") from None
     else:
         yield from ((f"row {number}", row) for number, row in enumerate(whole if isinstance(whole, list) else [whole]))
         return
@@ -81,14 +81,14 @@ def _read_rows(text: str) -> Iterator[tuple[str, Any]]:
                 yield f"line {number}", json.loads(line)
             except ValueError as error:
                 reason = str(error).partition(": line")[0]
-                raise ValueError(f"line {number} is no JSON ({reason}). Mend or remove it") from None
+                raise ValueError(f"line {number} is not JSON ({reason}). Fix or remove it") from None
 
 
 def _check_types(rows: Iterator[tuple[str, Any]], types: dict[type, str]) -> None:
     first: dict[str, tuple[str, str]] = {}  # of each column the type, and the row that it was seen in
     for place, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f'{place} must be an object, such as {{"prompt": "..."}}, got {row!r:.80}. Mend it')
+            raise ValueError(f'{place} must be an object, such as {{"prompt": "..."}}, got {row!r:.80}. Fix it')
         for column, value in row.items():
             if value is None:
                 continue
@@ -106,6 +106,6 @@ def _check_columns(rows: Iterator[tuple[str, Any]]) -> None:
     for place, row in rows:
         if added := [column for column in row if column not in first]:
             raise ValueError(
-                f"{place} has a column {added[0]!r}, which {first_place} has not. Give all rows the same columns, or "
+                f"{place} has a column {added[0]!r}, which {first_place} lacks. Give all rows the same columns, or "
                 "remove it"
             )

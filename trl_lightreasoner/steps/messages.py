@@ -83,8 +83,8 @@ def render_row(
                 given = given.lstrip().removeprefix(_THINK)
             if not _holds(rendered[column], given):
                 raise ValueError(
-                    f"The chat template leaves {given!r} out of `{column}`, so that the models would not see it. Set "
-                    "another `chat_template`, give the row as text, or remove what is left out."
+                    f"The chat template omits {given!r} of `{column}`, so the models would not see it. Set another "
+                    "`chat_template`, give the row as text, or remove the omitted part."
                 )
     return rendered
 
@@ -126,8 +126,8 @@ def _as_plain_message(message: Any, column: str) -> dict[str, Any]:
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 raise ValueError(
-                    f"A message of `{column}` has a part that is not text: {part!r}. Filter such rows out: "
-                    "these models read text alone."
+                    f"A message of `{column}` has a part that is not text: {part!r}. Filter such rows out: these "
+                    "models read only text."
                 )
         return {**message, "content": "".join(part["text"] for part in content)}
     if not isinstance(content, str | None):

@@ -150,7 +150,7 @@ def load_prompt_format(model: str, **kwargs: Any) -> PromptFormat | None:
     try:
         return PromptFormat(**json.loads(Path(path).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"The {FILE_NAME} of {model!r} cannot be read: {error}. Mend it or remove it.") from error
+        raise ValueError(f"The {FILE_NAME} of {model!r} cannot be read: {error}. Fix it or remove it.") from error
 
 
 def name_prompts(dataset: Dataset, column: str) -> Dataset:
@@ -169,14 +169,14 @@ def name_prompts(dataset: Dataset, column: str) -> Dataset:
     if column == "prompt":
         return dataset
     if "prompt" in dataset.column_names:
-        raise ValueError(f"The dataset has a column 'prompt' beside {column!r}. Rename or remove one of them.")
+        raise ValueError(f"The dataset has a column 'prompt' as well as {column!r}. Rename or remove one of them.")
     if not isinstance(dataset.features[column], Value):
         for index, messages in enumerate(dataset.with_format(None)[column]):
             last = messages[-1] if isinstance(messages, list) and messages else None
             if isinstance(last, dict) and last.get("role") == "assistant":
                 raise ValueError(
                     f"Row {index}: the messages of {column!r} end with an answer, which would become part of the "
-                    "prompt. Move it into a column `completion` to have it scored, or leave it out."
+                    "prompt. Move it into a column `completion` to score it, or remove it."
                 )
     return dataset.rename_column(column, "prompt")
 

@@ -100,9 +100,9 @@ def encode_rows(
             behind = tokenizer.decode(completion_ids[end:], skip_special_tokens=True).strip()
             if behind:
                 raise ValueError(
-                    f"Row {number}: `completion` goes on behind the token "
+                    f"Row {number}: `completion` continues after the token "
                     f"{tokenizer.convert_ids_to_tokens(completion_ids[end - 1])!r}, which ends an answer: {behind!r}. "
-                    "The expert would have stopped there: remove what follows, or the token."
+                    "The expert would have stopped there. Remove the rest, or the token."
                 )
             encoded["completion_ids"].append(completion_ids[:end])
     return encoded

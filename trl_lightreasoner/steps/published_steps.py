@@ -52,7 +52,7 @@ def import_published_steps(
         output_dir (`str`): Folder for the Dataset, as `lightreasoner sample` leaves it.
         expert (`str`): Id or path of the expert that sampled them, of which config and tokenizer are read.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The expert's tokenizer. If `None`, it is loaded from beside the expert.
+            The expert's tokenizer. If `None`, it is loaded from the expert's folder or repository.
         system_prompt (`str`, *optional*): System message before each question; the published scripts' by default.
         overwrite_output_dir (`bool`): Whether to delete steps that `output_dir` already holds.
         trust_remote_code (`bool`): Whether to allow loading a tokenizer that ships custom Python code.
@@ -79,7 +79,7 @@ def import_published_steps(
     tokenizer = processing_class or load_tokenizer(expert, "expert", trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
         raise ValueError(
-            "The expert's tokenizer has no chat template, by which the published scripts make their prompts. Set "
+            "The expert's tokenizer has no chat template, which the published scripts need for their prompts. Set "
             "`tokenizer.chat_template` and pass it as `processing_class`."
         )
     date = run_date(output_dir, overwrite_output_dir)
@@ -194,8 +194,9 @@ class _Reader:
             raise ValueError(f"{str(self.path)!r} holds no step. Name the output of the published sampling script.")
         if num_other_lengths:
             logger.warning(
-                f"{num_other_lengths:,} of {num_steps:,} prefixes have another number of tokens than when they were "
-                "sampled, as text that is decoded and tokenized again can; the published training reads them so, too."
+                f"{num_other_lengths:,} of {num_steps:,} prefixes have a different number of tokens than when they "
+                "were sampled. This can happen to text that is decoded and tokenized again, and the published "
+                "training reads them in the same way."
             )
         return [
             trajectory.row(prompts[question][0], prompts[question][2])
@@ -220,7 +221,7 @@ class _Reader:
         for token_id, text in zip(ids, texts or [], strict=False):
             if text not in self._read_as(token_id):
                 raise ValueError(
-                    f"token {token_id} is {text!r} in the file, and {self._read_as(token_id)[0]!r} for this "
+                    f"token {token_id} is {text!r} in the file, but {self._read_as(token_id)[0]!r} for this "
                     "tokenizer; name the expert that the file was sampled with"
                 )
         return ids

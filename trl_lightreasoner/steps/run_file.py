@@ -39,14 +39,14 @@ def read_run(folder: Path) -> dict[str, Any]:
             raise ValueError("it does not match its checksum")
         for name, kind in _TYPES.items():
             if not isinstance(run.get(name, kind()), kind):
-                raise ValueError(f"`{name}` is not what it must be")
+                raise ValueError(f"`{name}` is invalid")
         for name in run.get("files", {}):
             if name in ("", ".", "..") or Path(name.replace("\\", "/")).name != name:
                 raise ValueError(f"it names a file outside its folder, {name!r}")
     except (ValueError, RecursionError) as error:  # of the encoding and of JSON as well
         raise ValueError(
             f"{str(path)!r} is damaged: {str(error).rstrip('.')}. Restore it, or sample again with "
-            "`overwrite_output_dir=True`; rows in a file can be read without it if you name the file."
+            "`overwrite_output_dir=True`. To read rows without it, name their file."
         ) from None
     return {name: value for name, value in run.items() if name in _TYPES}
 
@@ -84,8 +84,9 @@ def finished_files(folder: Path) -> list[Path]:
         if found.get(name) != checksum:
             path = str(folder / "data" / name)
             raise ValueError(
-                f"{path!r} is {'damaged: it does not match its checksum in run.json' if name in found else 'missing'}."
-                " Run the same again that made it, which makes it anew. To read a file that you changed, name it."
+                f"{path!r} is "
+                f"{'damaged: it does not match its checksum in run.json' if name in found else 'missing'}. Rerun the "
+                "command that made it to restore it. To read a file that you changed, name it."
             )
     return [folder / "data" / name for name in sorted(files)]
 

@@ -57,7 +57,7 @@ def encode_sft_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dat
     if not is_text and tokenizer.chat_template is None:
         raise ValueError(
             "The rows of `sft_dataset` are messages, but the model's tokenizer has no chat template. Give them as "
-            "text, in the form in which the train dataset was sampled."
+            "text, in the prompt format of the train dataset."
         )
     eos_ids = {tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None}
 
@@ -96,9 +96,7 @@ def _demonstration(row: dict[str, Any], number: int, tokenizer: PreTrainedTokeni
             raise ValueError(f"Row {number}: `messages` must end with a message of the assistant, got {messages!r}.")
         row = {**row, "prompt": messages[:-1], "completion": [last]}
     if row["prompt"] in ("", []):
-        raise ValueError(
-            f"Row {number}: the prompt is empty, so that a completion has no context. Filter such rows out."
-        )
+        raise ValueError(f"Row {number}: the prompt is empty, so the completion has no context. Filter such rows out.")
     completion, eos = row["completion"], tokenizer.eos_token
     if isinstance(completion, str) and eos is not None and not completion.endswith(eos):
         row = {**row, "completion": completion + eos}

@@ -39,7 +39,7 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
         raise ValueError(f"{name!r} is a model, not a dataset. Name a file, or the folder of `lightreasoner sample`.")
     if (path / "run.json").is_file() and (path / "shards").is_dir() and not (path / "data").is_dir():
         raise ValueError(
-            f"Sampling into {name!r} is not finished. Run the same `lightreasoner sample` again to go on with it."
+            f"Sampling into {name!r} is not finished. Rerun the same `lightreasoner sample` command to resume it."
         )
     if path.exists():  # `datasets` would tell its server that a local file was read
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
@@ -73,8 +73,8 @@ def _explained(error: Exception, name: str, split: str) -> ValueError | None:
     if isinstance(error, OSError):
         return ValueError(
             f"The dataset {name!r} cannot be loaded: {_first_line(error)}. It must be a file "
-            f"({', '.join(_BUILDERS)}), a folder, or the id of a dataset on the Hub; private and gated ones need "
-            "`hf auth login`, offline ones must be in the cache."
+            f"({', '.join(_BUILDERS)}), a folder, or the id of a dataset on the Hub. Private and gated ones need `hf "
+            "auth login`, offline ones must be in the cache."
         )
     if isinstance(error, DatasetsError | StopIteration | pa.ArrowInvalid | TypeError):
         reason = _first_line(error.__cause__ or error) or "it is empty"
@@ -112,5 +112,5 @@ def _load_split(name: str, config: str | None, split: str) -> Dataset:
         return load_dataset(name, name=config, split=split)
     folder = str(path.resolve())
     if glob.has_magic(folder):
-        raise ValueError(f"{folder!r} would be taken for a pattern of names. Rename the folder, or name a file in it.")
+        raise ValueError(f"{folder!r} would be read as a glob pattern. Rename the folder, or name a file in it.")
     return load_dataset(folder, name=config, split=split)

@@ -78,7 +78,7 @@ def check_row(row: dict[str, Any], vocabulary: Container[int], width: int) -> No
         if not 0 <= position < len(completion):
             raise ValueError(f"step position {position} is outside the completion of {len(completion)} tokens")
         if position == 0 and not prompt:
-            raise ValueError("step position 0 has no context, since the prompt is empty")
+            raise ValueError("step position 0 has no context, because the prompt is empty")
         if not ids or len(ids) != len(probs):
             raise ValueError(f"the label at step {position} has {len(ids)} ids and {len(probs)} probabilities")
         if len(set(ids)) < len(ids):
@@ -137,7 +137,7 @@ def select_steps(row: dict[str, Any], max_length: int | None = None, beta: float
         return steps
     divergences = divergences_of(row)
     if None in divergences:
-        raise ValueError("it has a kept step whose divergence is not known; set `beta` to 0 to train on all of them")
+        raise ValueError("it has a kept step of unknown divergence; set `beta` to 0 to train on all steps")
     return [k for k in steps if divergences[k] >= beta]  # type: ignore[operator]  # numbers
 
 
@@ -158,8 +158,7 @@ def choose_beta(dataset: Dataset | IterableDataset) -> float | None:
     expert would: 1.6 nats if [`has_corrections`], and otherwise 0.8.
 
     Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows as [`ContrastiveStepSampler`] makes
-            them.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows from [`ContrastiveStepSampler`].
 
     Returns:
         `float` in nats, or `None` for all kept steps: because none reaches 0.8 nats, or the divergences are not known
@@ -177,8 +176,7 @@ def has_corrections(dataset: Dataset | IterableDataset) -> bool:
     more; False where that is not known before the rows are read. The defaults of the training follow from it.
 
     Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows as [`ContrastiveStepSampler`] makes
-            them.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows from [`ContrastiveStepSampler`].
     """
     return _has_corrections(_read_steps(dataset))
 
@@ -229,9 +227,8 @@ def prepare_rows(
     Rows that can be trained on.
 
     Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows as [`ContrastiveStepSampler`] makes
-            them.
-        name (`str`): What to call it in messages: "train", "eval".
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows from [`ContrastiveStepSampler`].
+        name (`str`): Its name in messages: "train", "eval".
         vocabulary ([`Vocabulary`]): The model's tokens.
         width (`int`): Number of the model's embeddings.
         max_length (`int`, *optional*): Steps with a longer context are dropped and counted.
@@ -278,7 +275,7 @@ def prepare_rows(
                 check_row(row, vocabulary, width)
                 steps = select_steps(row, max_length, beta)
             except ValueError as error:
-                raise ValueError(f"Row {index} of the {name} dataset cannot be trained on: {error}.") from None
+                raise ValueError(f"Row {index} of the {name} dataset cannot be used for training: {error}.") from None
             for group in [[k] for k in steps] if one_step_per_row else [steps] if steps else []:
                 for column, value in row.items():
                     per_step = column in PER_STEP_COLUMNS
@@ -299,7 +296,7 @@ def prepare_rows(
         if num_steps == 0:
             reason = "no row has one; sample with a lower `beta` or a weaker amateur"
         elif num_too_long == num_steps:
-            reason = f"all {num_steps:,} of its steps lie beyond {limit}; {remedy}"
+            reason = f"all {num_steps:,} of its steps are beyond {limit}; {remedy}"
         else:
             reason = f"none of its {num_steps:,} steps reaches beta={beta}; lower it"
         raise ValueError(f"The {name} dataset has no step to train on: {reason}.")

@@ -83,11 +83,11 @@ class StepWriter:
             check_folder(output_dir)
         if "::" in str(self.folder.absolute()):
             raise ValueError(
-                f"'::' in {output_dir!r} is taken for a chain of file systems. Choose another `output_dir`."
+                f"'::' in {output_dir!r} would be read as a chain of file systems. Choose another `output_dir`."
             )
         if (self.shards.exists() or self.data.exists()) and not self.run.exists() and not overwrite:
             raise ValueError(
-                f"{output_dir!r} holds files that no run of this version left there. Choose another `output_dir`, or "
+                f"{output_dir!r} holds files that are not from a run of this version. Choose another `output_dir`, or "
                 "set `overwrite_output_dir=True` to delete them."
             )
         self.input = dataset.with_format("arrow")
@@ -128,7 +128,7 @@ class StepWriter:
         if refusal is not None:
             raise refusal
         if self.data.exists():
-            logger.warning(f"{self.data} is damaged; everything is made again.")
+            logger.warning(f"{self.data} is damaged. Everything is sampled again.")
             shutil.rmtree(self.data)
         self.opening = uuid.uuid4().hex
         self.begun["openings"] = [*self.begun.get("openings", []), self.opening]
@@ -149,8 +149,8 @@ class StepWriter:
             ) from None
         except OSError as error:
             return OSError(
-                f"Cannot write to {str(self.folder)!r} ({reason_of(error)}). Choose another `output_dir`, make room, "
-                "or see to the permissions."
+                f"Cannot write to {str(self.folder)!r} ({reason_of(error)}). Choose another `output_dir`, free disk "
+                "space, or fix the permissions."
             )
         return None
 
@@ -169,7 +169,7 @@ class StepWriter:
         """
         if not self.run.exists():
             raise ValueError(
-                f"There is no {str(self.run)!r}, which the main process has made. Choose an `output_dir` that all "
+                f"The file {str(self.run)!r} of the main process is not visible. Choose an `output_dir` that all "
                 "processes share."
             )
         self.begun = read_run(self.folder)
@@ -185,7 +185,7 @@ class StepWriter:
         if openings[-1:] != [self.opening]:
             raise ValueError(
                 f"{str(self.folder)!r} was {'begun again' if openings else 'removed'} while this run was writing into "
-                "it. This run ends here. Run the same again to go on with what is there, or choose another "
+                "it. This run ends here. Rerun the same command to resume from the existing files, or choose another "
                 "`output_dir`."
             )
 
@@ -240,8 +240,8 @@ class StepWriter:
         free = shutil.disk_usage(self.folder).free
         if free < num_bytes:
             raise OSError(
-                f"Putting the rows of {str(self.folder)!r} together takes {num_bytes / 1e6:,.0f} MB, and "
-                f"{free / 1e6:,.0f} MB are free. All rows are kept: make room, and run the same again."
+                f"Merging the rows of {str(self.folder)!r} takes {num_bytes / 1e6:,.0f} MB, but only "
+                f"{free / 1e6:,.0f} MB are free. All rows are kept. Free disk space, and rerun the same command."
             )
         try:
             files = self._merge_into(self.merging / "data", shards)
@@ -253,8 +253,8 @@ class StepWriter:
         except (OSError, DatasetsError) as error:
             shutil.rmtree(self.merging, ignore_errors=True)
             raise OSError(
-                f"Cannot finish {str(self.folder)!r} ({reason_of(error)}). All rows are kept: make room, or see to "
-                "the permissions, and run the same again to put them together."
+                f"Cannot finish {str(self.folder)!r} ({reason_of(error)}). All rows are kept. Free disk space or fix "
+                "the permissions, and rerun the same command to merge them."
             ) from error
 
     def _shards_to_merge(self, rows: set[int]) -> tuple[list[Path], int]:
@@ -263,7 +263,7 @@ class StepWriter:
         for path in sorted(self.shards.glob("*.parquet")):
             shard = self._read_shard(path)
             if shard is None or not (path in self.earlier or shard.schema.metadata[_OPENING] == self.opening.encode()):
-                logger.warning(f"{path} is damaged or of another run; it is left out.")
+                logger.warning(f"{path} is damaged or from another run. It is skipped.")
                 continue
             shards.append(path)
             num_bytes += shard.nbytes + path.stat().st_size
@@ -271,14 +271,14 @@ class StepWriter:
         twice = len(there) - len(set(there))
         if twice:
             raise ValueError(
-                f"{twice:,} rows are twice in {str(self.shards)!r}. Delete the files that were put there, and run the "
-                "same again."
+                f"{twice:,} rows are duplicated in {str(self.shards)!r}. Delete the files that were added there, and "
+                "rerun the same command."
             )
         if missing := rows - set(there):
             raise ValueError(
                 f"{len(missing):,} of {len(rows):,} rows are missing in {str(self.shards)!r}, first row "
-                f"{min(missing)}. Choose an `output_dir` that all processes share; if they do share it, run the same "
-                "again to make them."
+                f"{min(missing)}. Choose an `output_dir` that all processes share. If they do share it, rerun the "
+                "same command to sample the missing rows."
             )
         return shards, num_bytes
 
@@ -299,9 +299,9 @@ class StepWriter:
         for name in [*new, *(name for name in old if name not in new)]:
             if old.get(name) != new.get(name):
                 raise ValueError(
-                    f"{str(self.folder)!r} was begun with {name} = {old.get(name)!r}, but it is now "
-                    f"{new.get(name)!r}. Set it back to go on, choose another `output_dir`, or set "
-                    "`overwrite_output_dir=True` to delete what is there."
+                    f"{str(self.folder)!r} was started with {name} = {old.get(name)!r}, but it is now "
+                    f"{new.get(name)!r}. Restore that value to resume, choose another `output_dir`, or set "
+                    "`overwrite_output_dir=True` to delete the existing files."
                 )
 
     def _take_shards(self) -> dict[Path, list[int]]:
@@ -317,7 +317,7 @@ class StepWriter:
                 continue
             if path.suffix == ".parquet":  # not what a killed process leaves behind, which has another ending
                 state = "damaged" if shard is None else "there twice"
-                logger.warning(f"{path} is {state}; its rows are made again.")
+                logger.warning(f"{path} is {state}. Its rows are sampled again.")
             path.unlink()
         return taken
 
@@ -346,8 +346,8 @@ class StepWriter:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise OSError(
-                f"Cannot write to {str(path.parent)!r} ({reason_of(error)}). What was written before is kept: make "
-                "room, or see to the permissions, and run the same again to go on."
+                f"Cannot write to {str(path.parent)!r} ({reason_of(error)}). Everything written before is kept. Free "
+                "disk space or fix the permissions, and rerun the same command to resume."
             ) from error
 
 
@@ -387,7 +387,7 @@ def check_folder(output_dir: str) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         reason = os.strerror(errno.EACCES if existing.is_dir() else errno.ENOTDIR)
         raise OSError(
-            f"Cannot write to {str(output_dir)!r} ({reason}). Choose another `output_dir`, or see to the permissions."
+            f"Cannot write to {str(output_dir)!r} ({reason}). Choose another `output_dir`, or fix the permissions."
         )
 
 

@@ -1,4 +1,4 @@
-"""From a model and the user's `peft_config` to the model that is trained, or a refusal."""
+"""From a model and the user's `peft_config` to the model to train, or a refusal."""
 
 import re
 
@@ -13,7 +13,7 @@ from ..steps.training_rows import has_corrections
 
 def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, revision: str | None) -> torch.nn.Module:
     """
-    The model with its adapter, if it is to have one, and the adapter's weights in the dtype that they are trained in.
+    The model with its adapter, if any, with the adapter's weights in their training dtype.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model, loaded.
@@ -21,7 +21,7 @@ def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, revi
         revision (`str`, *optional*): Revision of the model on the Hub.
 
     Raises:
-        `ValueError`: If there would be two adapters, or nothing to train.
+        `ValueError`: If there are two adapters, or nothing to train.
     """
     if peft_config is not None:
         if isinstance(model, PeftModel):
@@ -45,7 +45,7 @@ def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, revi
 
 def target_modules(names: list[str] | None) -> str | list[str] | None:
     """
-    The `target_modules` of an adapter, from what a list on the command line holds: names of modules, or one pattern.
+    The `target_modules` of an adapter, from a list on the command line: names of modules, or one pattern.
 
     Example:
 
@@ -63,15 +63,14 @@ def target_modules(names: list[str] | None) -> str | list[str] | None:
 
 def choose_target_modules(dataset: Dataset | IterableDataset, model_type: str) -> list[str]:
     """
-    The layers of a new adapter where nobody named them.
+    The default layers of a new adapter.
 
-    If the steps that diverge most hold corrections ([`has_corrections`]), these are the layers that PEFT names for the
-    architecture, the query and value projections of most, and otherwise all linear ones (docs/evidence.md).
+    If the steps that diverge most hold corrections ([`has_corrections`]), these are PEFT's defaults for the
+    architecture, usually the query and value projections. Otherwise they are all linear layers (docs/evidence.md).
 
     Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows as [`ContrastiveStepSampler`] makes
-            them.
-        model_type (`str`): Of the model's config.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows from [`ContrastiveStepSampler`].
+        model_type (`str`): The model type, from its config.
 
     Example:
 
@@ -86,7 +85,7 @@ def choose_target_modules(dataset: Dataset | IterableDataset, model_type: str) -
 
 
 def is_quantized(model: torch.nn.Module) -> bool:
-    """Whether bitsandbytes holds the model's weights in 4 or 8 bits."""
+    """Whether bitsandbytes stores the model's weights in 4 or 8 bits."""
     return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
 
 
@@ -97,13 +96,13 @@ def is_plain_lora(model: PeftModel) -> bool:
 
 class AllocateRanks(TrainerCallback):
     """
-    Lets AdaLoRA move its ranks behind every update, which PEFT leaves to whoever trains.
+    Lets AdaLoRA reallocate its ranks after every update, which PEFT leaves to the trainer.
 
     Args:
-        trainer ([`~transformers.Trainer`]): Whose model has the adapter.
+        trainer ([`~transformers.Trainer`]): The trainer whose model has the adapter.
 
     Raises:
-        `ValueError`: When training begins, if it ends before the ranks are what they are to be.
+        `ValueError`: When training begins, if it would end before AdaLoRA reaches its final ranks.
     """
 
     def __init__(self, trainer: Trainer):
@@ -117,8 +116,8 @@ class AllocateRanks(TrainerCallback):
         config = self._tuner.peft_config[self._tuner.trainable_adapter_name]
         if config.total_step - config.tfinal > state.max_steps - 1:
             raise ValueError(
-                f"AdaLoRA prunes its ranks until update {config.total_step - config.tfinal} (`total_step` less "
-                f"`tfinal`), and training makes {state.max_steps}. Set `total_step={state.max_steps}`, and `tinit` "
+                f"AdaLoRA prunes its ranks until update {config.total_step - config.tfinal} (`total_step` minus "
+                f"`tfinal`), but training makes {state.max_steps}. Set `total_step={state.max_steps}`, and `tinit` "
                 "and `tfinal` to parts of it."
             )
 

@@ -1,14 +1,15 @@
-"""What the loss of an update is the mean over: its kept steps, each by its weight, and the tokens of its SFT rows.
+"""The mean that is the loss of an update: over its kept steps, each with its weight, and over the tokens of its SFT
+rows.
 
-Both are counted over every batch and process of an update before the first of its batches is read, so that the means
-are the same however its rows are cut.
+Both are counted over all batches and processes of an update before its first batch is read, so the means do not depend
+on the division into batches.
 """
 
 import torch
 
 
 def weighted(values: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Values `(N,)` at the kept steps of a batch times the weights of those steps, if the batch has any."""
+    """Values `(N,)` at the kept steps of a batch, times the steps' weights if the batch has weights."""
     if "step_weights" not in batch:
         return values
     return values * batch["step_weights"].flatten()[batch["label_index"]]
@@ -16,7 +17,7 @@ def weighted(values: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tens
 
 def count_items(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """
-    What the sum over the kept steps of a batch is divided by.
+    The divisor of a sum over the kept steps of a batch.
 
     Args:
         batch (`dict`): A batch of [`DataCollatorForLightReasoner`].
@@ -41,7 +42,7 @@ def count_items(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def count_steps(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Number of kept steps of a batch, those of SFT rows aside."""
+    """Number of kept steps of a batch, without its SFT rows."""
     if "sft_mask" in batch:
         return (batch["step_mask"] & ~batch["sft_mask"][:, None]).sum()
     return batch["step_mask"].sum()
@@ -56,16 +57,16 @@ def mean_loss(
     divergence: torch.Tensor, batch: dict[str, torch.Tensor], num_items: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    A batch's share of the mean over an update.
+    The contribution of a batch to the mean over an update.
 
     Args:
         divergence (`torch.Tensor` of shape `(N,)`): D_KL(v_C || pi_theta) in nats at the kept steps of the batch.
-        batch (`dict`): The batch, with what [`find_indices`] makes.
-        num_items (`torch.Tensor`, *optional*): What [`count_items`] gives for the whole update. If `None`, the update
-            is the batch.
+        batch (`dict`): The batch, with the indices of [`find_indices`].
+        num_items (`torch.Tensor`, *optional*): [`count_items`] of the whole update. If `None`, the update is the
+            batch.
 
     Returns:
-        `torch.Tensor` without dimensions: Nats; 0 if there is nothing to take a mean over.
+        `torch.Tensor` without dimensions: In nats, 0 if there is nothing to average.
     """
     num_items = count_items(batch) if num_items is None else num_items
     # Weights may be as small as one likes, steps are whole

@@ -1,4 +1,4 @@
-"""What a trainer leaves behind and where: a card in every folder that it saves, and what it pushes to the Hub."""
+"""The output of a trainer: a card in every saved folder, and its pushes to the Hub."""
 
 import os
 from pathlib import Path
@@ -35,10 +35,10 @@ _FEW_TOKENS = 128  # that show whether two models say the same
 
 def check_destinations(args: TrainingArguments) -> None:
     """
-    Refuse settings by which a training would have nowhere to leave something.
+    Refuse settings with which a training could not save its output.
 
     Raises:
-        `ValueError`: If `output_dir` is no folder or is written into, a tracker is not installed, or the repository is
+        `ValueError`: If `output_dir` is not a folder or is in use, a tracker is not installed, or the repository is
             not the user's.
     """
     check_folder(args.output_dir)
@@ -56,7 +56,7 @@ def check_destinations(args: TrainingArguments) -> None:
 
 
 class _BaseTrainer(ResumableTrainer):
-    """A [`~transformers.Trainer`] whose model cards tell the method, the data, the settings and the training curve."""
+    """A [`~transformers.Trainer`] whose model cards show the method, the data, the settings and the training curve."""
 
     _tag_names: list[str] = []
     _name = "Trainer"
@@ -77,7 +77,7 @@ class _BaseTrainer(ResumableTrainer):
 
     @property
     def _is_split(self) -> bool:
-        """Whether no process holds all of the weights."""
+        """Whether no process holds all weights."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _whole_model(self) -> torch.nn.Module:
@@ -99,8 +99,8 @@ class _BaseTrainer(ResumableTrainer):
             except Exception:  # the disk is full
                 raise error from None
             raise ValueError(
-                f"The model could not be saved in {folder!r}: {' '.join(str(error).split()).rstrip('.')}. What was "
-                f"trained is in {path!r}, which `safetensors.torch.load_file` reads."
+                f"The model could not be saved in {folder!r}: {' '.join(str(error).split()).rstrip('.')}. The trained "
+                f"weights are in {path!r}. Read them with `safetensors.torch.load_file`."
             ) from error
 
     def _save_beside(self, folder: str) -> None:
@@ -141,15 +141,15 @@ class _BaseTrainer(ResumableTrainer):
         evaluation: "Evaluation | None" = None,
     ) -> None:
         """
-        Model card in `args.output_dir`, with TRL's arguments, and the training curve as a picture if matplotlib is
-        installed. [`~transformers.Trainer.push_to_hub`] makes it and passes these arguments on.
+        Write the model card in `args.output_dir`, with TRL's arguments, and the training curve as a picture if
+        matplotlib is installed. [`~transformers.Trainer.push_to_hub`] calls it with these arguments.
 
         Args:
             model_name (`str`, *optional*): Name of the model.
             dataset_name (`str`, *optional*): Id on the Hub of the dataset used for training.
-            tags (`str` or `list[str]`, *optional*): Tags beside the method's own.
+            tags (`str` or `list[str]`, *optional*): Tags to add to the method's own.
             evaluation ([`~trl_lightreasoner.evaluation.evaluation.Evaluation`], *optional*):
-                What [`~trl_lightreasoner.evaluate`] returned for the model.
+                Result of [`~trl_lightreasoner.evaluate`] for the model.
         """
         if not self.is_world_process_zero():
             return
@@ -164,10 +164,10 @@ class _BaseTrainer(ResumableTrainer):
         base = get_base_model(self.model).config._name_or_path
         if isinstance(self.model, PeftModel) and hub_id(base) is None and self.is_world_process_zero():
             logger.warning(
-                f"The adapter is of {base!r}, a folder of this machine, which its adapter_config.json names. Push the "
-                "base model as well and name it there, so that others can load the adapter."
+                f"The adapter_config.json of the adapter names {base!r} as the base model, a folder of this machine. "
+                "Push the base model as well and name it there. Otherwise nobody else can load the adapter."
             )
-        with hub_errors(f"What was trained is in {self.args.output_dir!r}, which `hf upload` can send as well."):
+        with hub_errors(f"The trained model is in {self.args.output_dir!r}. You can upload it with `hf upload`."):
             return super().push_to_hub(*args, **kwargs)
 
     def _model_name(self) -> str:

@@ -1,6 +1,6 @@
-"""The checkpoints in an `output_dir`: which one is complete, and that one training at a time writes them.
+"""The checkpoints in an `output_dir`: which ones are complete, and a lock that allows one training at a time.
 
-`Trainer` writes trainer_state.json last, so that a checkpoint without it is one whose saving was broken off.
+`Trainer` writes trainer_state.json last, so a checkpoint without it was not saved completely.
 """
 
 import json
@@ -35,7 +35,7 @@ def find_checkpoint(asked: str | bool | None, output_dir: str) -> str | None:
         output_dir (`str`): Folder of the training.
 
     Raises:
-        `ValueError`: If the folder is no checkpoint that training can go on from as it was, or there is none.
+        `ValueError`: If training cannot resume exactly from the folder, or there is none.
     """
     if asked is None or str(asked).lower() == "false":
         return None
@@ -49,14 +49,14 @@ def find_checkpoint(asked: str | bool | None, output_dir: str) -> str | None:
             if (folder / _STATE).is_file():
                 _check(folder, output_dir)
         raise ValueError(
-            f"There is no complete checkpoint in {output_dir!r} to resume from. Leave `resume_from_checkpoint` out to "
-            "begin anew."
+            f"There is no complete checkpoint in {output_dir!r} to resume from. Remove `resume_from_checkpoint` to "
+            "start from the beginning."
         )
     return last
 
 
 def last_checkpoint(output_dir: str) -> str | None:
-    """The newest complete checkpoint in a folder, or `None`. A warning names every newer one that is left out."""
+    """The newest complete checkpoint in a folder, or `None`. A warning names every newer one that is skipped."""
     left_out = []
     for folder in reversed(_checkpoints(output_dir)):
         try:
@@ -65,29 +65,31 @@ def last_checkpoint(output_dir: str) -> str | None:
             left_out.append(str(error))
             continue
         for reason in left_out:
-            logger.warning(f"Resuming from {str(folder)!r}, since a newer checkpoint is left out. {reason}")
+            logger.warning(f"Resuming from {str(folder)!r}, because a newer checkpoint is skipped. {reason}")
         return str(folder)
     return None
 
 
 def _checkpoints(output_dir: str) -> list[Path]:
-    """All checkpoints in a folder, complete or not, in the order of their updates."""
+    """All checkpoints in a folder, complete or not, ordered by their updates."""
     matches = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")}
     numbers = {path: int(match[1]) for path, match in matches.items() if match and path.is_dir()}
     return sorted(numbers, key=numbers.__getitem__)
 
 
 def _check(folder: Path, output_dir: str) -> None:
-    """Refuse a folder that training cannot go on from as it was. Of large files the ends are looked at."""
+    """Refuse a folder from which training cannot resume exactly. Only the ends of large files are checked."""
     if not (folder / _STATE).is_file():
         raise ValueError(
-            f"{str(folder)!r} is no checkpoint: it has no {_STATE}. Name a folder such as "
+            f"{str(folder)!r} is not a checkpoint: it has no {_STATE}. Name a folder such as "
             f"{os.path.join(output_dir, 'checkpoint-500')!r}."
         )
     names = {path.name for path in folder.iterdir()}
     damaged = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_whole(path)]
     if damaged:
-        raise ValueError(f"The checkpoint {str(folder)!r} is damaged: {damaged[0].name} is cut. Resume from another.")
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} is damaged: {damaged[0].name} is truncated. Resume from another one."
+        )
     # DeepSpeed has files of its own, FSDP a folder or a file
     needed = {"rng_state": any(name.startswith("rng_state") for name in names)}
     if "latest" not in names:
@@ -103,8 +105,8 @@ def _check(folder: Path, output_dir: str) -> None:
     if missing:
         name = {"rng_state": "rng_state.pth", "optimizer": "optimizer.pt"}.get(missing[0], missing[0])
         raise ValueError(
-            f"Training cannot go on from {str(folder)!r} as it was: there is no {name}, as where `save_only_model` is "
-            "set. Resume from another checkpoint, or begin anew with that folder as the model."
+            f"Training cannot resume exactly from {str(folder)!r}: there is no {name}, for example because of "
+            "`save_only_model`. Resume from another checkpoint, or start a new training with that folder as the model."
         )
 
 
@@ -124,7 +126,7 @@ def _is_whole(path: Path) -> bool:
 @contextmanager
 def saving(folder: Path) -> Iterator[None]:
     """
-    While a checkpoint is saved: what is half written is never taken for complete, nor left where it fills the disk.
+    Context for saving a checkpoint: an incomplete one never counts as complete, and is deleted to free the disk.
 
     Raises:
         `OSError`: If it cannot be written.
@@ -144,10 +146,10 @@ def saving(folder: Path) -> Iterator[None]:
         if (reason := _cannot_write(error)) is None:
             raise
         shutil.rmtree(folder, ignore_errors=True)
-        remedy = "Make room, or see to the permissions, and train again."
+        remedy = "Free disk space or fix the permissions, and train again."
         if _checkpoints(str(folder.parent)):
             remedy = (
-                "The checkpoints before it are kept: make room, or see to the permissions, and go on with "
+                "Earlier checkpoints are kept. Free disk space or fix the permissions, and resume with "
                 "`resume_from_checkpoint`."
             )
         raise OSError(f"Cannot write the checkpoint {str(folder)!r} ({reason}). {remedy}") from error
@@ -156,10 +158,10 @@ def saving(folder: Path) -> Iterator[None]:
 @contextmanager
 def saving_model(folder: str, output_dir: str) -> Iterator[None]:
     """
-    While what was trained is saved in a folder.
+    Context for saving the trained model in a folder.
 
     Raises:
-        `OSError`: If it cannot be written, with what to do so that it need not be trained again.
+        `OSError`: If it cannot be written. The message says how to avoid training again.
     """
     try:
         yield
@@ -168,28 +170,28 @@ def saving_model(folder: str, output_dir: str) -> Iterator[None]:
             raise
         remedy = "train again."
         if last_checkpoint(output_dir) is not None:
-            remedy = "set `resume_from_checkpoint`, which goes on from the last checkpoint."
+            remedy = "resume from the last checkpoint with `resume_from_checkpoint`."
         raise OSError(
-            f"Cannot write the model to {folder!r} ({reason}). Make room, or see to the permissions, and {remedy}"
+            f"Cannot write the model to {folder!r} ({reason}). Free disk space or fix the permissions, and {remedy}"
         ) from error
 
 
 def _cannot_write(error: Exception) -> str | None:
-    """Why a file could not be written, or `None` if something else went wrong."""
+    """Why a file could not be written, or `None` for another error."""
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         return error.strerror
     if isinstance(error, SafetensorError) or any(words in str(error) for words in _CANNOT_WRITE):
-        return "a file could not be written to its end, as on a full disk"
+        return "a file could not be written completely, as on a full disk"
     return None
 
 
 @contextmanager
 def one_training(output_dir: str) -> Iterator[None]:
     """
-    Take a folder for a training.
+    Lock a folder for a training.
 
     Raises:
-        `ValueError`: If another process has it.
+        `ValueError`: If another process holds the lock.
     """
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     # A name that `Trainer` does not upload; a command and its trainer, in one process, share the lock

@@ -1,9 +1,9 @@
-"""Training an adapter by CUDA graphs: both passes through the layers are captured once and replayed for every batch.
+"""Training an adapter with CUDA graphs: both passes through the layers are captured once and replayed for every batch.
 
-An update consists of thousands of small kernels, and to launch them one by one takes a processor longer than a GPU
-needs to run them, in small updates many times as long. A graph launches them all at once. It has fixed shapes: a
-packed batch is copied into buffers of a round number of tokens, the rest of which is a row of padding that nothing
-looks at. What follows the layers, from the output head to the optimizer, is not captured.
+An update consists of thousands of small kernels. Launching them one by one takes a processor longer than a GPU needs
+to run them, many times as long in small updates. A graph launches them all at once. It has fixed shapes: a packed
+batch is copied into buffers of a round number of tokens, and the rest of a buffer is a row of unused padding.
+Everything after the layers, from the output head to the optimizer, is not captured.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ _PACKED = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "ma
 
 
 def can_capture(model: torch.nn.Module) -> bool:
-    """Whether both passes through the layers of a model, whose attention can be packed, can be captured."""
+    """Whether both passes through the layers of a model with packed attention can be captured."""
     return isinstance(model, PeftModel) and _adapter(model) is not None
 
 
@@ -42,7 +42,7 @@ def _adapter(model: PeftModel) -> BaseTunerLayer | None:
 
 class GraphedLayers:
     """
-    The layers of a model with an adapter, by CUDA graphs where batches are packed and the adapter is trained.
+    The layers of a model with an adapter, run with CUDA graphs if batches are packed and the adapter is trained.
 
     Args:
         model ([`~peft.PeftModel`]): A model for which [`can_capture`] is true.
@@ -61,13 +61,13 @@ class GraphedLayers:
         self._memory: _Memory | None = None
 
     def clear(self) -> None:
-        """Let all graphs go, and their memory."""
+        """Release all graphs and their memory."""
         self._captured.clear()
         self._state, self._memory = (), None
 
     @contextmanager
     def once(self) -> Iterator[None]:
-        """Let the first forward pass through the layers be a replay. A second one would write over its activations."""
+        """Replay the first forward pass through the layers. A second replay would overwrite its activations."""
         before = vars(self.layers).get("forward")
         self._plain, self._left = self.layers.forward, 1
         self.layers.forward = self._forward
@@ -94,8 +94,8 @@ class GraphedLayers:
             outputs = self._plain(input_ids=input_ids, cu_seq_lens_q=cu_seq_lens_q, **kwargs)
             self.failed = True
             logger.warning(
-                f"Training goes on without CUDA graphs, which is slower ({str(error).splitlines()[0]}). "
-                "`use_cuda_graphs=False` leaves them out from the beginning."
+                f"Training continues without CUDA graphs, which is slower ({str(error).splitlines()[0]}). "
+                "`use_cuda_graphs=False` turns them off from the start."
             )
             return outputs
         captured.fill(input_ids, kwargs["position_ids"], cu_seq_lens_q)
@@ -126,8 +126,8 @@ class GraphedLayers:
 
 def round_up(num_tokens: int) -> tuple[int, int]:
     """
-    The number of tokens of the graph for a batch of `num_tokens`, at most an eighth more where there are many, and
-    to a multiple of what it was rounded.
+    The number of tokens of the graph for a batch of `num_tokens`, and the multiple to which it is rounded. For large
+    batches it is at most an eighth more.
 
     Example:
 
@@ -142,7 +142,9 @@ def round_up(num_tokens: int) -> tuple[int, int]:
 
 
 class _Memory:
-    """What all graphs share, since no two are between their passes at the same time. It must not outlive them."""
+    """
+    Memory that all graphs share, because no two are between their passes at the same time. It must not outlive them.
+    """
 
     def __init__(self, device: torch.device):
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
@@ -150,7 +152,7 @@ class _Memory:
 
 
 class _Layers(torch.nn.Module):
-    """Layers whose forward pass is the one that is given, and none of their hooks."""
+    """Context in which the layers use the given forward pass and none of their hooks."""
 
     def __init__(self, layers: torch.nn.Module, forward: Callable):
         super().__init__()
@@ -161,7 +163,7 @@ class _Layers(torch.nn.Module):
 
 
 class _CapturedLayers:
-    """Both passes through the layers for packed batches of one size, which are copied into its buffers."""
+    """Both passes through the layers for packed batches of one size. Batches are copied into its buffers."""
 
     def __init__(
         self,
@@ -188,7 +190,7 @@ class _CapturedLayers:
         self.replay_forward, self.replay_backward = self._capture(input_ids.device, memory)
 
     def fill(self, input_ids: torch.Tensor, position_ids: torch.Tensor, begins: torch.Tensor) -> None:
-        """Take a batch of at most as many tokens."""
+        """Copy a batch that fits into the buffers."""
         num_tokens = input_ids.shape[1]
         self.input_ids[:, :num_tokens] = input_ids
         self.position_ids[:, :num_tokens] = position_ids
@@ -264,7 +266,7 @@ def _capturing(graph: torch.cuda.CUDAGraph, memory: _Memory) -> Iterator[None]:
 
 
 def _break_off(graph: torch.cuda.CUDAGraph, memory: _Memory) -> None:
-    """End a capture that went wrong."""
+    """End a failed capture."""
     try:
         graph.capture_end()
     except RuntimeError:

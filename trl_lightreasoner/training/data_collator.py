@@ -14,14 +14,14 @@ from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS
 @dataclass
 class DataCollatorForLightReasoner(DataCollatorMixin):
     """
-    Pads rows of kept steps to a batch. A row is cut after the context of its last kept step, since nothing behind it
+    Pads rows of kept steps to a batch. A row is cut after the context of its last kept step, because nothing after it
     is read.
 
     Args:
         pad_token_id (`int`, *optional*, defaults to `0`):
-            Id under the padding. It is masked, so that any id will do.
+            Token id of the padding. It is masked, so any id works.
         padding_side (`"right"` or `"left"`, *optional*, defaults to `"right"`):
-            Where the padding goes. On the left, `position_ids` are added.
+            Side of the padding. With `"left"`, `position_ids` are added.
 
     Returns a `dict` of tensors for B rows of at most L tokens with at most S kept steps of at most K label tokens:
 
@@ -30,8 +30,9 @@ class DataCollatorForLightReasoner(DataCollatorMixin):
     - `label_ids` `(B, S, K)` and `label_probs` `(B, S, K)`: v_C of the kept steps in the order of the mask. A step
       that is padding holds no probability;
     - `step_weights` `(B, S)`, if the rows have weights: those of the kept steps, and 0 elsewhere;
-    - `sft_mask` `(B,)`, bool, if a row of an SFT dataset stands beside each row: True at those. They come last;
-    - `token_index`, `step_index`, `label_index`: what [`find_indices`] makes of these.
+    - `sft_mask` `(B,)`, bool, if each row is paired with a row of an SFT dataset: True at the SFT rows, which come
+      last;
+    - `token_index`, `step_index`, `label_index`: the result of [`find_indices`] for these.
 
     Example:
 
@@ -112,18 +113,18 @@ class DataCollatorForLightReasoner(DataCollatorMixin):
 
 
 def with_indices(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A batch with what [`find_indices`] makes, which a collator of the user's own may leave out."""
+    """A batch with the indices of [`find_indices`], which a user's own collator may omit."""
     return batch if "token_index" in batch else {**batch, **find_indices(batch)}
 
 
 def find_indices(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Where the N tokens and the n kept steps of a batch are, for who changes its masks to make anew. A GPU takes them by
-    an index without the processor, which learns how many a mask takes only when the GPU has done all work before.
+    Indices of the N tokens and the n kept steps of a batch. Compute them again after changing a mask. Indexing by a
+    mask would make the processor wait for the GPU, and indexing by these does not.
 
     Args:
-        batch (`dict`): `attention_mask`, `step_mask`, `label_probs` and, if there is one, `sft_mask` as
-            [`DataCollatorForLightReasoner`] makes them.
+        batch (`dict`): `attention_mask`, `step_mask`, `label_probs` and, if there is one, `sft_mask` in the form of
+            [`DataCollatorForLightReasoner`].
 
     Returns:
         `dict` of int64 tensors: `token_index` `(N,)` into the flattened `input_ids`, `step_index` `(n,)` into those

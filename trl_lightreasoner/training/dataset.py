@@ -1,4 +1,4 @@
-"""What a trainer reads: rows of kept steps, checked by its settings, and beside them rows of an SFT dataset."""
+"""The rows of a trainer: kept steps, checked against its settings, and rows of an SFT dataset."""
 
 import os
 from typing import Any
@@ -38,22 +38,21 @@ def prepare_dataset(
     Rows that can be trained on or evaluated.
 
     Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows as [`ContrastiveStepSampler`] makes
-            them.
-        name (`str`): What to call it in messages: "train", "eval".
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows from [`ContrastiveStepSampler`].
+        name (`str`): Its name in messages: "train", "eval".
         args ([`LightReasonerConfig`]): Settings of the training.
         vocabulary ([`Vocabulary`]): The model's tokens.
-        config ([`~transformers.PretrainedConfig`]): The model's, of its text.
-        beta (`float`, *optional*): Steps whose divergence is below it are left out, unless nobody named it and no step
+        config ([`~transformers.PretrainedConfig`]): The text config of the model.
+        beta (`float`, *optional*): Steps whose divergence is below it are excluded, unless it is a default and no step
             reaches it.
 
     Raises:
-        `ValueError`: If it cannot be trained on; says what to do.
+        `ValueError`: If it cannot be used for training. The message says what to do.
     """
     if isinstance(dataset, IterableDataset) and 1 < args.world_size <= dataset.num_shards:
         raise ValueError(
-            f"The {name} dataset is streamed from {dataset.num_shards} files, of which {args.world_size} processes "
-            "would take different numbers of rows, and wait for each other without end. Load it without streaming."
+            f"The {name} dataset is streamed from {dataset.num_shards} files, so {args.world_size} processes would "
+            "get different numbers of rows and wait for each other forever. Load it without streaming."
         )
     if SFT_COLUMNS[0] in (dataset.column_names or ()):  # it comes from another trainer
         dataset = dataset.remove_columns(list(SFT_COLUMNS))
@@ -82,23 +81,23 @@ def sample_dataset(
     quantization_config: BitsAndBytesConfig | None = None,
 ) -> Dataset:
     """
-    The kept steps of prompts, of which none is sampled twice: they stay in the folder of `sampling_args`, by default
-    `_steps` in `args.output_dir`.
+    Sample the kept steps of prompts, each of them once. The steps are saved in the folder of `sampling_args`, by
+    default `_steps` in `args.output_dir`.
 
     Args:
-        prompts ([`~datasets.Dataset`]): As [`~ContrastiveStepSampler.sample`] takes them.
-        model, amateur_model, sampling_args, processing_class, quantization_config: As [`ContrastiveStepSampler`] takes
-            expert, amateur, args, processing_class and quantization_config.
-        args ([`LightReasonerConfig`]): Settings of the training, which say how the model is loaded unless
+        prompts ([`~datasets.Dataset`]): Prompts for [`~ContrastiveStepSampler.sample`]. model, amateur_model,
+            sampling_args, processing_class, quantization_config: Arguments of [`ContrastiveStepSampler`]: expert,
+            amateur, args, processing_class and quantization_config.
+        args ([`LightReasonerConfig`]): Settings of the training, which control how to load the model unless
             `sampling_args` do.
 
     Raises:
-        `ValueError`: If the steps are sampled already, or cannot be.
+        `ValueError`: If the rows are kept steps already, or cannot be sampled.
     """
     if "step_positions" in (prompts.column_names or ()):
         raise ValueError(
-            "`amateur_model` is for a `train_dataset` of prompts, and this one holds kept steps. Leave it out to "
-            "train on them."
+            "`amateur_model` needs a `train_dataset` of prompts, but this one holds kept steps. Remove it to train on "
+            "them."
         )
     if sampling_args is None:
         sampling_args = ContrastiveSamplingConfig(
@@ -123,10 +122,10 @@ def prepare_sft_dataset(
     config: PretrainedConfig,
 ) -> Dataset:
     """
-    Rows of kept steps of a dataset of demonstrations, as [`encode_sft_rows`] makes them, within `args.max_length`.
+    Rows of a dataset of demonstrations, encoded by [`encode_sft_rows`], within `args.max_length`.
 
     Raises:
-        `ValueError`: If it cannot be trained on; says what to do.
+        `ValueError`: If it cannot be used for training. The message says what to do.
     """
     rows = encode_sft_rows(dataset, tokenizer)
     limits = (args.max_length, False, None, context_length(config))
@@ -135,24 +134,26 @@ def prepare_sft_dataset(
 
 def put_beside(dataset: Dataset | IterableDataset, sft_rows: Dataset) -> Dataset:
     """
-    Rows with one of an SFT dataset beside each, in order, from the first again where they end.
+    Pair each row with a row of an SFT dataset, in order and repeating.
 
     Args:
-        dataset ([`~datasets.Dataset`]): What [`prepare_dataset`] returns.
-        sft_rows ([`~datasets.Dataset`]): What [`prepare_sft_dataset`] returns.
+        dataset ([`~datasets.Dataset`]): Result of [`prepare_dataset`].
+        sft_rows ([`~datasets.Dataset`]): Result of [`prepare_sft_dataset`].
 
     Returns:
-        [`~datasets.Dataset`] with the columns `SFT_COLUMNS` besides.
+        [`~datasets.Dataset`] with the additional columns `SFT_COLUMNS`.
 
     Raises:
         `ValueError`: If the rows are streamed.
     """
     if not isinstance(dataset, Dataset):
-        raise ValueError("`sft_dataset` does not go with a streamed `train_dataset`. Load it without streaming.")
+        raise ValueError(
+            "`sft_dataset` cannot be combined with a streamed `train_dataset`. Load it without streaming."
+        )
     if len(sft_rows) > len(dataset):
         logger.warning(
-            f"Of the {len(sft_rows):,} rows of `sft_dataset` the first {len(dataset):,} are read, one beside each row "
-            "of the train dataset."
+            f"Only the first {len(dataset):,} of the {len(sft_rows):,} rows of `sft_dataset` are used, one for each "
+            "row of the train dataset."
         )
     beside = sft_rows.select([i % len(sft_rows) for i in range(len(dataset))]).select_columns(list(STEP_COLUMNS))
     beside = beside.rename_columns(dict(zip(STEP_COLUMNS, SFT_COLUMNS, strict=True)))

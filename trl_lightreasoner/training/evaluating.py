@@ -1,4 +1,4 @@
-"""What is measured while a model is trained: means over the kept steps, exact for any size of batch."""
+"""Metrics of training and evaluation: means over the kept steps, exact for any batch size."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -22,10 +22,10 @@ from .watching import DriftWarnings, adapter_off, divergence_at, starts_as_exper
 
 class EvaluatingTrainer(_BaseTrainer):
     """
-    A trainer that logs and evaluates means over the kept steps of rows, and asks its `eval_questions` beside them.
+    A trainer that logs and evaluates means over the kept steps of rows, and answers its `eval_questions`.
 
     A subclass computes the kept steps of a batch ([`~EvaluatingTrainer.steps_of`]), checks the rows of a dataset and
-    says how the layers attend.
+    defines the attention of the layers.
     """
 
     control: TrainerControl
@@ -36,7 +36,7 @@ class EvaluatingTrainer(_BaseTrainer):
     _questions: EvalQuestions | None = None
 
     def _begin_measuring(self) -> None:
-        """To be called once the model is where it is trained."""
+        """Call it once the model is on its training device."""
         device = self.args.device
         # Sums over the kept steps since the last log, by their weights: entropy, agreement, 1. Seen since the start:
         # steps, tokens.
@@ -114,7 +114,7 @@ class EvaluatingTrainer(_BaseTrainer):
     def _at_steps(
         self, logits: torch.Tensor, row: torch.Tensor, step: torch.Tensor, label_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits `(B, S, W)` and favourites of v_C `(B, S)` at the kept steps of B rows, -100 where there is none."""
+        """Logits `(B, S, W)` and v_C's most probable tokens `(B, S)` at the kept steps of B rows, padded with -100."""
         is_token = self.vocabulary.contains(torch.arange(logits.shape[-1], device=logits.device))
         padded = logits.new_full((*label_ids.shape[:2], logits.shape[-1]), -100)
         padded[row, step] = logits.masked_fill(~is_token, -torch.inf)
@@ -172,7 +172,7 @@ class EvaluatingTrainer(_BaseTrainer):
         if taken := own.keys() & output.metrics.keys() - {f"{metric_key_prefix}_loss"}:
             name = min(taken).removeprefix(f"{metric_key_prefix}_")
             raise ValueError(
-                f"`compute_metrics` returns {name!r}, by which something else is logged. Choose another name."
+                f"`compute_metrics` returns {name!r}, a name that is already logged. Choose another name."
             )
         output.metrics.update(own)
         if self.is_world_process_zero():

@@ -26,8 +26,8 @@ class LightReasonerConfig(TrainingArguments):
 
     This class includes only the parameters that are specific to LightReasoner training. For a full list of training
     arguments, please refer to the [`~transformers.TrainingArguments`] documentation. Note that default values in this
-    class may differ from those in [`~transformers.TrainingArguments`]: they are what gained accuracy on every pair
-    that was measured. The paper's own (arXiv 2510.07962) are in examples/paper.yaml.
+    class may differ from those in [`~transformers.TrainingArguments`]: these gained accuracy on every measured pair.
+    The paper's values (arXiv 2510.07962) are in examples/paper.yaml.
 
     Using [`~transformers.HfArgumentParser`] we can turn this class into
     [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
@@ -46,30 +46,30 @@ class LightReasonerConfig(TrainingArguments):
         > Parameters that control the data preprocessing
 
         max_length (`int` or `None`, *optional*, defaults to `1024`):
-            Longest context of a step in tokens. Steps beyond it are dropped and counted, nothing is cut. If `None`,
-            every step is trained on.
+            Maximum number of tokens before a step. Steps beyond it are dropped and counted, and nothing is truncated.
+            If `None`, training uses every step.
         beta (`float`, *optional*):
-            Threshold in nats: steps of the dataset whose divergence is below it are left out; `0` leaves out none. If
-            `None`, it is 1.6 where v_C prefers another token than the expert's at a tenth of those steps or more, and
-            otherwise 0.8; held-out rows of which no step reaches it are evaluated as they are.
+            Divergence threshold in nats: steps of the dataset below it are excluded. `0` excludes none. If `None`, it
+            is 1.6 if v_C prefers a token other than the expert's at 10% or more of the steps of 1.6 nats or more, and
+            otherwise 0.8. If no step of the evaluation rows reaches this default, all of their steps are evaluated.
         one_step_per_row (`bool`, *optional*, defaults to `False`):
-            Whether to train on rows of one kept step each, as the paper does, instead of on whole trajectories, whose
-            steps share one forward pass.
+            Whether each row has a single kept step, as in the paper, instead of a whole trajectory, whose steps share
+            one forward pass.
 
         > Parameters that control the training
 
         sft_weight (`float`, *optional*):
             Weight of the mean cross-entropy over the tokens of the `sft_dataset` of the [`LightReasonerTrainer`],
-            which is added to the mean over kept steps. If `None`, it is 1.0 where there is such a dataset.
+            which is added to the mean over kept steps. If `None`, it is 1.0 if there is such a dataset.
         use_cuda_graphs (`bool`, *optional*, defaults to `True`):
-            Whether to train an adapter by CUDA graphs where that is possible: on a GPU in half precision, without
-            activation checkpointing, `torch_compile`, FSDP or DeepSpeed. Forward hooks of the layers do not run then.
+            Whether to train an adapter with CUDA graphs if possible: on a GPU in half precision, without activation
+            checkpointing, `torch_compile`, FSDP or DeepSpeed. Forward hooks of the layers do not run with CUDA graphs.
 
         > Parameters that control the evaluation
 
         eval_max_new_tokens (`int`, *optional*, defaults to `512`):
-            Longest answer to one of the `eval_questions` of the [`LightReasonerTrainer`] in tokens. One that does not
-            end before is cut there, counted, and graded as it stands.
+            Maximum number of tokens to generate per answer to the `eval_questions` of the [`LightReasonerTrainer`].
+            Longer answers are cut off, counted, and graded as they stand.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -95,7 +95,7 @@ class LightReasonerConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Total number of training epochs. If neither it nor `max_steps` is set, training takes 125 "
-            "updates, however many rows there are."
+            "updates, whatever the number of rows."
         },
     )
     bf16: bool | None = field(
@@ -118,8 +118,8 @@ class LightReasonerConfig(TrainingArguments):
     eval_on_start: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether to evaluate before the first update as well. If not set, it is `True` where "
-            "`eval_questions` are evaluated while training, so that the expert is the first point of the curve.",
+            "help": "Whether to evaluate before the first update as well. If not set, it is `True` if "
+            "`eval_questions` are evaluated during training, which makes the expert the first point of the curve.",
             "nargs": "?",
             "const": True,
         },
@@ -129,8 +129,8 @@ class LightReasonerConfig(TrainingArguments):
         default=False,
         metadata={
             "help": "When using distributed training, the value of the flag `find_unused_parameters` passed to "
-            "`DistributedDataParallel`. Every trained weight of a causal model is used in every pass, and the search "
-            "for others does not go with reentrant activation checkpointing.",
+            "`DistributedDataParallel`. Every trained weight of a causal model is used in every pass, and searching "
+            "for unused ones does not work with reentrant activation checkpointing.",
             "nargs": "?",
             "const": True,
         },
@@ -154,23 +154,24 @@ class LightReasonerConfig(TrainingArguments):
     max_length: int | None = field(
         default=1024,
         metadata={
-            "help": "Longest context of a step in tokens. Steps beyond it are dropped and counted, nothing is cut. If "
-            "`None`, every step is trained on."
+            "help": "Maximum number of tokens before a step. Steps beyond it are dropped and counted, and nothing is "
+            "truncated. If `None`, training uses every step."
         },
     )
     beta: float | None = field(
         default=None,
         metadata={
-            "help": "Threshold in nats: steps of the dataset whose divergence is below it are left out; `0` leaves "
-            "out none. If `None`, it is 1.6 where v_C prefers another token than the expert's at a tenth of those "
-            "steps or more, and otherwise 0.8; held-out rows of which no step reaches it are evaluated as they are."
+            "help": "Divergence threshold in nats: steps of the dataset below it are excluded. `0` excludes none. If "
+            "`None`, it is 1.6 if v_C prefers a token other than the expert's at 10% or more of the steps of 1.6 nats "
+            "or more, and otherwise 0.8. If no step of the evaluation rows reaches this default, all of their steps "
+            "are evaluated."
         },
     )
     one_step_per_row: bool = field(
         default=False,
         metadata={
-            "help": "Whether to train on rows of one kept step each, as the paper does, instead of on whole "
-            "trajectories, whose steps share one forward pass."
+            "help": "Whether each row has a single kept step, as in the paper, instead of a whole trajectory, whose "
+            "steps share one forward pass."
         },
     )
 
@@ -179,16 +180,16 @@ class LightReasonerConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Weight of the mean cross-entropy over the tokens of the `sft_dataset` of the "
-            "`LightReasonerTrainer`, which is added to the mean over kept steps. If `None`, it is 1.0 where there is "
+            "`LightReasonerTrainer`, which is added to the mean over kept steps. If `None`, it is 1.0 if there is "
             "such a dataset."
         },
     )
     use_cuda_graphs: bool = field(
         default=True,
         metadata={
-            "help": "Whether to train an adapter by CUDA graphs where that is possible: on a GPU in half precision, "
-            "without activation checkpointing, `torch_compile`, FSDP or DeepSpeed. Forward hooks of the layers do not "
-            "run then."
+            "help": "Whether to train an adapter with CUDA graphs if possible: on a GPU in half precision, without "
+            "activation checkpointing, `torch_compile`, FSDP or DeepSpeed. Forward hooks of the layers do not run "
+            "with CUDA graphs."
         },
     )
 
@@ -196,8 +197,8 @@ class LightReasonerConfig(TrainingArguments):
     eval_max_new_tokens: int = field(
         default=512,
         metadata={
-            "help": "Longest answer to one of the `eval_questions` of the `LightReasonerTrainer` in tokens. One that "
-            "does not end before is cut there, counted, and graded as it stands."
+            "help": "Maximum number of tokens to generate per answer to the `eval_questions` of the "
+            "`LightReasonerTrainer`. Longer answers are cut off, counted, and graded as they stand."
         },
     )
 
@@ -238,9 +239,7 @@ class LightReasonerConfig(TrainingArguments):
             if is_read and not (isinstance(steps, int | float) and 0 < steps < float("inf")):
                 raise ValueError(f"`{name}_steps` must be a finite number above 0, got {steps!r}.")
         if self.label_smoothing_factor:
-            raise ValueError(
-                "`label_smoothing_factor` has no place in a loss whose labels are distributions; leave it out."
-            )
+            raise ValueError("`label_smoothing_factor` cannot be used with labels that are distributions. Remove it.")
         if self.output_dir == "":
             raise ValueError(f"`output_dir` must name a folder, got {self.output_dir!r}.")
         if isinstance(self.model_init_kwargs, str):  # JSON on the command line
@@ -270,7 +269,9 @@ class LightReasonerConfig(TrainingArguments):
         # `checkpoint` takes any, and gives those that it does not know to the layer
         known = {*inspect.signature(checkpoint).parameters, "preserve_rng_state", "every_n_layers", "offload"}
         if unknown := sorted({*(self.activation_checkpointing_kwargs or {})} - known):
-            raise ValueError(f"`activation_checkpointing_kwargs` has no {unknown[0]!r}. There is `use_reentrant`.")
+            raise ValueError(
+                f"`activation_checkpointing_kwargs` does not support {unknown[0]!r}, only `use_reentrant`."
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         # `Trainer` leaves its arguments beside the model, as training_args.bin, and uploads them with it
@@ -290,8 +291,7 @@ class LightReasonerConfig(TrainingArguments):
 
 def own_config(args: TrainingArguments | None, model: Any) -> LightReasonerConfig:
     """
-    A copy of the user's settings, or the default ones for a model or its name, in which a trainer may fill in what
-    depends on its rows.
+    A copy of the user's settings, or the defaults for a model or its name, which a trainer may complete.
     """
     if args is None:
         model_name = model if isinstance(model, str) else get_base_model(model).config._name_or_path
@@ -308,7 +308,7 @@ def own_config(args: TrainingArguments | None, model: Any) -> LightReasonerConfi
 
 def check_optimizer(args: TrainingArguments) -> None:
     """
-    Refuse `optim_args` and `lr_scheduler_kwargs` that the optimizer or the schedule would not take.
+    Refuse `optim_args` and `lr_scheduler_kwargs` that the optimizer or the schedule does not accept.
 
     Raises:
         `ValueError`: Naming the setting.

@@ -63,7 +63,8 @@ logger = logging.get_logger(__name__)
 
 class LightReasonerTrainer(EvaluatingTrainer):
     r"""
-    Trainer for LightReasoner (arXiv 2510.07962): minimises `D_KL(v_C || pi_theta)` at the kept steps of a Dataset.
+    Trainer for LightReasoner (arXiv 2510.07962), which minimises `D_KL(v_C || pi_theta)` at the kept steps of a
+    Dataset.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -79,22 +80,24 @@ class LightReasonerTrainer(EvaluatingTrainer):
         data_collator ([`~transformers.DataCollator`], *optional*):
             Function to form a batch. Defaults to [`DataCollatorForLightReasoner`].
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows as [`ContrastiveStepSampler`] makes them, with one kept step or several.
+            Rows from [`ContrastiveStepSampler`], with one or several kept steps.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict[str, Dataset]`, *optional*):
             Rows of the same kind, for `eval_loss`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The model's tokenizer, which is saved with it. If `None`, it is loaded from beside the model.
+            The model's tokenizer, which is saved with it. If `None`, it is loaded from the model's folder or
+            repository.
         compute_loss_func (`Callable`, *optional*):
             A function that replaces the mean over kept steps. It is called with the outputs, the labels and
-            `num_items_in_batch`: `outputs.logits` holds the logits at the N kept steps of a batch, `(N, W)`,
-            `outputs.steps` the [`ContrastiveLoss`] of each, and the labels are the pair of `label_ids` and
-            `label_probs`, `(N, K)`, v_C there. `num_items_in_batch` is the number of kept steps of the whole update,
-            by which a sum must be divided, or `None` at evaluation.
+            `num_items_in_batch`. `outputs.logits` holds the logits at the N kept steps of a batch, `(N, W)`, and
+            `outputs.steps` the [`ContrastiveLoss`] of each. The labels are the pair of `label_ids` and `label_probs`,
+            `(N, K)`, of v_C. Divide a sum by `num_items_in_batch`, the number of kept steps of the whole update. It is
+            `None` at evaluation.
         compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*):
             The function that will be used to compute metrics at evaluation. Must take a
             [`~transformers.EvalPrediction`] and return a dictionary string to metric values. Its predictions are the
-            logits at the kept steps, `(rows, S, W)`, minus infinity where a column is no token; its labels the ids of
-            v_C's favourites there, `(rows, S)`. Where a row has fewer steps than S, both hold -100.
+            logits at the kept steps, `(rows, S, W)`, with minus infinity in columns that are not tokens. Its labels
+            are the ids of v_C's most probable tokens, `(rows, S)`. If a row has fewer steps than S, both are padded
+            with -100.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             List of callbacks to customize the training loop.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
@@ -110,19 +113,19 @@ class LightReasonerTrainer(EvaluatingTrainer):
         peft_config ([`~peft.PeftConfig`], *optional*):
             PEFT configuration used to wrap the model. If `None`, the model is trained as it is.
         eval_questions ([`~datasets.Dataset`], *optional*):
-            Questions that the model answers greedily at every evaluation, for `eval_accuracy`: `prompt`, as
-            [`ContrastiveStepSampler`] takes it, and `answer`, the reference as text or a list of texts, all of which
-            must be given. Of GSM8K's solutions what follows `####` counts, of others the last `\boxed{}`. The first
-            evaluation comes before the first update. No `eval_dataset` is needed beside them.
+            Questions that the model answers greedily at every evaluation, for `eval_accuracy`. `prompt` has the form
+            that [`ContrastiveStepSampler`] accepts. `answer` is the reference: a text, or a list of texts that must
+            all be given. In GSM8K's solutions the text after `####` counts, in others the last `\boxed{}`. The first
+            evaluation comes before the first update. No `eval_dataset` is needed.
         sft_dataset ([`~datasets.Dataset`], *optional*):
-            Demonstrations of your own: `prompt` and `completion`, or `messages` that end with the assistant's, as TRL
-            takes them. One row is read beside each row of `train_dataset`, from the first again where they end, and
+            Your own demonstrations in TRL's format: `prompt` and `completion`, or `messages` that end with the
+            assistant's. Each row of `train_dataset` is paired with one of them, in order and repeating.
             `args.sft_weight` times the mean cross-entropy of the completions' tokens is added to the loss.
         amateur_model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
-            Amateur to sample against before training. `train_dataset` then holds prompts, as
-            [`ContrastiveStepSampler`] takes them, and the model is the expert.
+            Amateur for sampling before training. `train_dataset` then holds prompts for [`ContrastiveStepSampler`],
+            and the model is the expert.
         sampling_args ([`ContrastiveSamplingConfig`], *optional*):
-            Configuration of that sampling. If `None`, a default configuration is used, and the steps are kept in
+            Configuration of that sampling. If `None`, a default configuration is used, and the steps are saved in
             `_steps` in `args.output_dir`.
 
     Example:
@@ -184,7 +187,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
         elif args.sft_weight is not None:
             raise ValueError(
                 "`sft_weight` needs an `sft_dataset` (`--sft_dataset_name` on the command line), whose loss it "
-                "weighs. Leave it out."
+                "weights. Remove it, or give the dataset."
             )
         if peft_config is not None:
             check_adapter(peft_config, "`peft_config`")
@@ -369,8 +372,8 @@ class LightReasonerTrainer(EvaluatingTrainer):
         for name in self._needed:
             if not all(name in batch for batch in batch_samples):
                 raise ValueError(
-                    f"The `data_collator` leaves `{name}` out of its batches. Let it pass on all that "
-                    "`DataCollatorForLightReasoner` makes."
+                    f"The batches of the `data_collator` lack `{name}`. Keep everything that "
+                    "`DataCollatorForLightReasoner` returns."
                 )
         if "sft_mask" in self._needed:
             num_sft_tokens = self._sum_over_update([count_sft_tokens(batch) for batch in batch_samples], device)
@@ -412,15 +415,15 @@ class LightReasonerTrainer(EvaluatingTrainer):
         num_items_in_batch: torch.Tensor | None = None,
     ):
         """
-        Mean of `D_KL(v_C || pi_theta)` over kept steps, in nats, by their weights if they have any. Where there are
-        SFT rows, plus `sft_weight` times the mean cross-entropy over the tokens of their completions.
+        Mean of `D_KL(v_C || pi_theta)` over kept steps, in nats, weighted if the steps have weights. With SFT rows,
+        `sft_weight` times the mean cross-entropy over the tokens of their completions is added.
 
         Args:
             model (`torch.nn.Module`): The model as `Trainer` wraps it.
             inputs (`dict`): A batch of [`DataCollatorForLightReasoner`].
             return_outputs (`bool`, *optional*, defaults to `False`): Whether to return the model's outputs as well.
-            num_items_in_batch (`torch.Tensor`, *optional*): Kept steps of the whole update, or the sum of their
-                weights. If `None`, the mean is over the batch.
+            num_items_in_batch (`torch.Tensor`, *optional*): Number of kept steps of the whole update, or the sum of
+                their weights. If `None`, the mean is over the batch.
 
         Returns:
             The loss, or the loss and the outputs: `outputs.logits` holds the logits at the N kept steps, `(N, W)`, and

@@ -1,7 +1,7 @@
-"""`SkipNonFiniteUpdates`: an update whose gradient is not finite is never applied.
+"""`SkipNonFiniteUpdates`: updates with NaN or Inf gradients are skipped.
 
-PyTorch's fused optimizers leave such an update out by themselves, on the device. Then the processor learns of it one
-update later, and meanwhile launches the next: to ask at once would let the GPU run dry in every update.
+PyTorch's fused optimizers skip such an update themselves, on the GPU. The processor then learns of it one update
+later, because asking at once would stall the GPU in every update.
 """
 
 from typing import Any
@@ -16,14 +16,16 @@ logger = logging.get_logger(__name__)
 
 class SkipNonFiniteUpdates(TrainerCallback):
     """
-    Leaves out every update whose gradient is NaN or infinite, on all processes alike, and counts them.
+    Skips every update whose gradient is NaN or infinite, on all processes, and counts the skipped updates.
 
     Args:
-        trainer ([`~transformers.Trainer`]): Knows the processes and the gradient scaler.
-        patience (`int`, *optional*, defaults to `3`): Updates in a row after which training stops.
+        trainer ([`~transformers.Trainer`]): Provides the processes and the gradient scaler.
+        patience (`int`, *optional*, defaults to `3`): Number of consecutive skipped updates after which training
+            stops.
 
     Raises:
-        `FloatingPointError`: From the `patience`-th in a row on, with the likely cause. The weights are those before.
+        `FloatingPointError`: At the `patience`-th consecutive skipped update, with the likely causes. The weights are
+            those before the first of them.
     """
 
     def __init__(self, trainer: Trainer, patience: int = 3):
@@ -35,7 +37,7 @@ class SkipNonFiniteUpdates(TrainerCallback):
 
     @property
     def count(self) -> int:
-        """Updates that were left out so far."""
+        """Number of updates skipped so far."""
         self._read()
         return self._count
 
@@ -83,13 +85,11 @@ class SkipNonFiniteUpdates(TrainerCallback):
             return
         self._count += 1
         self._in_a_row += 1
-        logger.warning(
-            f"The gradient of update {update} is not finite; the update is left out ({self._count} so far)."
-        )
+        logger.warning(f"The gradient of update {update} is not finite. The update is skipped ({self._count} so far).")
         if self._in_a_row >= self.patience:
             raise FloatingPointError(
-                f"The gradient was not finite {self.patience} times in a row, so training stopped at update {update}; "
-                "no such update was applied. The likely causes are NaN in the base model's weights, float16 where "
-                "bfloat16 or float32 is needed, or a learning rate that is too high "
+                f"The gradient was not finite {self.patience} times in a row, so training stopped at update {update}. "
+                "None of these updates was applied. The likely causes are NaN in the base model's weights, float16 "
+                "where bfloat16 or float32 is needed, or a learning rate that is too high "
                 f"({self.trainer.args.learning_rate:g})."
             )

@@ -1,4 +1,4 @@
-"""Training without padding: the rows of a batch behind each other in one, kept apart by PyTorch's `varlen_attn`.
+"""Training without padding: the rows of a batch are concatenated, and PyTorch's `varlen_attn` keeps them apart.
 
 For models with full attention under attn_implementation="sdpa", in half precision on a CUDA GPU; `flash_attention_2`
 reads the same arguments. In any other case a batch stays padded.
@@ -40,7 +40,7 @@ def can_pack(model: torch.nn.Module) -> bool:
 
 @contextmanager
 def packed_attention(config: PretrainedConfig) -> Iterator[None]:
-    """Lets the layers of the model that has this `config` expect what [`pack`] returns, and nothing else."""
+    """Context in which the layers of the model with this `config` accept only packed batches from [`pack`]."""
     before = config._attn_implementation
     config._attn_implementation = _NAME
     try:
@@ -56,15 +56,15 @@ def is_packed(config: PretrainedConfig) -> bool:
 
 def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, token_index: torch.Tensor) -> dict[str, Any]:
     """
-    Take the padding out of a batch.
+    Remove the padding from a batch.
 
     Args:
         input_ids (`torch.Tensor` of shape `(B, L)`): Ids.
-        attention_mask (`torch.Tensor` of shape `(B, L)`): 1 at the N tokens that are no padding.
-        token_index (`torch.Tensor` of shape `(N,)`, int64): Where those are in the flattened batch.
+        attention_mask (`torch.Tensor` of shape `(B, L)`): 1 at the N tokens that are not padding.
+        token_index (`torch.Tensor` of shape `(N,)`, int64): Indices of those tokens in the flattened batch.
 
     Returns:
-        `dict`: `input_ids` `(1, N)`, and what tells the model where a row begins.
+        `dict`: `input_ids` `(1, N)`, and the tensors that mark the beginnings of the rows.
 
     Example:
 

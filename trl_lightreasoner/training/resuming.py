@@ -1,7 +1,7 @@
-"""What a run that goes on from a checkpoint does otherwise than `Trainer` would.
+"""Resuming from a checkpoint, where it differs from `Trainer`.
 
-It says what differs from the run that made the checkpoint, keeps its number of updates, makes none when it is
-complete, and says where its place in the data was not kept.
+It names the differences from the run of the checkpoint and keeps its number of updates. It makes no update if training
+is complete, and warns if the position in the data is lost.
 """
 
 import copy
@@ -53,8 +53,8 @@ _ROWS = "rows"
 
 class RememberTraining(TrainerCallback, ExportableState):
     """
-    Lets a checkpoint say what was trained and how, and how many epochs were asked for, which a run that is resumed
-    compares with its own. What `Trainer` writes there of the epochs is rounded up, or follows from `max_steps`.
+    Records the training's settings and number of epochs in its checkpoints, for a resumed run to compare. `Trainer`
+    rounds the number of epochs up, or derives it from `max_steps`.
     """
 
     num_train_epochs: float | None = None
@@ -70,7 +70,7 @@ class RememberTraining(TrainerCallback, ExportableState):
 
 
 class ResumableTrainer(Trainer):
-    """A [`~transformers.Trainer`] that goes on from a checkpoint exactly, or says what differs."""
+    """A [`~transformers.Trainer`] that resumes from a checkpoint exactly, or names the differences."""
 
     # Id or path that the model was given by, if it was not given as an object
     _source: str | None = None
@@ -99,9 +99,9 @@ class ResumableTrainer(Trainer):
                 if not should_reduce_batch_size(error):
                     raise
                 raise ValueError(
-                    f"Memory ran out with {self.args.per_device_train_batch_size} rows a batch. Lower "
-                    "`per_device_train_batch_size` and raise `gradient_accumulation_steps` by as much, for the same "
-                    "updates, lower `max_length`, or set `activation_checkpointing`."
+                    f"Memory ran out with {self.args.per_device_train_batch_size} rows per batch. Lower "
+                    "`per_device_train_batch_size` and raise `gradient_accumulation_steps` by the same factor for "
+                    "equal updates, lower `max_length`, or set `activation_checkpointing`."
                 ) from error
             finally:
                 self.args.eval_on_start = eval_on_start
@@ -117,8 +117,8 @@ class ResumableTrainer(Trainer):
         name = "rng_state.pth" if self.args.world_size <= 1 else f"rng_state_{index}.pth"
         if not os.path.isfile(os.path.join(checkpoint, name)):
             logger.warning(
-                f"The checkpoint {checkpoint!r} is of another number of processes and holds no {name}: what is drawn "
-                "at random, such as dropout, is not what it would have been."
+                f"The checkpoint {checkpoint!r} is from a different number of processes and holds no {name}: random "
+                "numbers, such as those of dropout, will differ from the original run's."
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -142,7 +142,7 @@ class ResumableTrainer(Trainer):
         folder = Path(resume_from_checkpoint, name if name not in (None, "default") else "")
         if not is_sharded and not any(folder.glob(weights)):
             what = "weights of the whole model" if name is None else f"weights of an adapter named {name!r}"
-            raise ValueError(f"Training cannot go on from {resume_from_checkpoint!r}: it holds no {what}.")
+            raise ValueError(f"Training cannot resume from {resume_from_checkpoint!r}: it holds no {what}.")
         with _reading(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -175,14 +175,14 @@ def _reading(checkpoint: str | None) -> Iterator[None]:
         yield
     except UnpicklingError as error:
         raise ValueError(
-            f"The checkpoint {checkpoint!r} is damaged, or holds Python objects, which could run code when they are "
-            "read. Resume from another one."
+            f"The checkpoint {checkpoint!r} is damaged, or holds Python objects, which could run code when loaded. "
+            "Resume from another one."
         ) from error
     except (RuntimeError, ValueError, KeyError, EOFError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
             raise
         raise ValueError(
-            f"The checkpoint {checkpoint!r} does not fit what is trained, or is damaged: "
+            f"The checkpoint {checkpoint!r} does not fit the model, or is damaged: "
             f"{' '.join(str(error).split()).rstrip('.')}. Resume from another one."
         ) from error
 
@@ -191,14 +191,14 @@ def describe_training(
     args: TrainingArguments, model: torch.nn.Module, source: str | None, rows: Dataset | IterableDataset
 ) -> dict[str, Any]:
     """
-    What the weights depend on beside the number of updates and of rows in each, in values that JSON can hold.
+    Everything that the weights depend on, except the number of updates and their rows, as JSON-serializable values.
 
     Args:
         args ([`~transformers.TrainingArguments`]): Settings of the run.
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What is trained.
-        source (`str`, *optional*): Id or path that it was given by.
-        rows ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): What it is trained on. Of streamed rows nothing
-            is known before they are read.
+        source (`str`, *optional*): Id or path of the model, if the user gave one.
+        rows ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The training rows. Nothing is known of streamed
+            rows before they are read.
     """
     settings = args.to_dict()
     described = {name: settings[name] for name in (*_KEPT, *_TAKEN, *_FIXED) if name in settings}
@@ -228,15 +228,15 @@ def _checksum(rows: Dataset) -> str:
 
 def check_training(before: dict[str, Any] | None, now: dict[str, Any], checkpoint: str, is_named: bool) -> None:
     """
-    Say what differs between the run that made a checkpoint and the one that is to go on from it.
+    Warn of differences between the run that made a checkpoint and the one that resumes from it, or refuse them.
 
     Args:
-        before, now (`dict`): What [`describe_training`] says of the two.
+        before, now (`dict`): [`describe_training`] of the two runs.
         checkpoint (`str`): The folder.
-        is_named (`bool`): Whether the user has named it, and so may mean to change something.
+        is_named (`bool`): Whether the user named it, and may therefore want to change something.
 
     Raises:
-        `ValueError`: If something differs and the user has not named the checkpoint, or it does not fit.
+        `ValueError`: If something differs and the user did not name the checkpoint, or it does not fit.
     """
     if before is None or before == now:
         return
@@ -248,8 +248,8 @@ def check_training(before: dict[str, Any] | None, now: dict[str, Any], checkpoin
         if is_unknown or old == new:
             continue
         said = f"{name} was {old!r} and is now {new!r}"
-        said = "the rows of the dataset, or their order, are others" if name == _ROWS else said
-        differences[name] = said + (" (what it was counts)" if name in _KEPT else "")
+        said = "the rows of the dataset, or their order, have changed" if name == _ROWS else said
+        differences[name] = said + (" (the old value is used)" if name in _KEPT else "")
     free = ("peft_config.lora_dropout",)
     misfits = [
         said
@@ -258,17 +258,17 @@ def check_training(before: dict[str, Any] | None, now: dict[str, Any], checkpoin
     ]
     if misfits and is_named:
         raise ValueError(
-            f"Training cannot go on from {checkpoint!r}: {'; '.join(misfits)}. Set it back, or begin anew in another "
-            "`output_dir`."
+            f"Training cannot resume from {checkpoint!r}: {'; '.join(misfits)}. Restore the old value, or start again "
+            "in another `output_dir`."
         )
     if not differences:
         return
-    said = f"The checkpoint {checkpoint!r} is of another training: {'; '.join(differences.values())}."
+    said = f"The checkpoint {checkpoint!r} is from a different training: {'; '.join(differences.values())}."
     if not is_named:
-        remedy = "Set it back or choose another `output_dir`"
-        remedy += "." if misfits else "; to go on from it all the same, name it in `resume_from_checkpoint`."
+        remedy = "Restore the old value, or choose another `output_dir`"
+        remedy += "." if misfits else ". To resume from it anyway, name it in `resume_from_checkpoint`."
         raise ValueError(f"{said} {remedy}")
-    logger.warning(f"{said} The weights will not be those of a run that was never stopped.")
+    logger.warning(f"{said} The weights will differ from those of an uninterrupted run.")
 
 
 def _remembered(state: TrainerState) -> dict[str, Any]:
@@ -282,7 +282,7 @@ def plan_training(
     resumed: TrainerState,
 ) -> tuple:
     """
-    What `Trainer.set_initial_training_values` returns, for a run that is resumed.
+    The result of `Trainer.set_initial_training_values` for a resumed run.
 
     Args:
         plan (`Callable`): That method, as a function of the arguments.
@@ -301,8 +301,8 @@ def plan_training(
     step = resumed.global_step
     if step >= max_steps:
         logger.warning(
-            f"Training is complete: the checkpoint has {step:,} of {max_steps:,} updates; raise `max_steps` or "
-            "`num_train_epochs` to go on."
+            f"Training is complete: the checkpoint has {step:,} of {max_steps:,} updates. Raise `max_steps` or "
+            "`num_train_epochs` to continue."
         )
         # `Trainer` makes one more update in every epoch that it begins; this is how none is left to begin
         return (step // updates_per_epoch, *values[1:])
@@ -310,8 +310,8 @@ def plan_training(
     # fewer rows, moves that by less than a batch where nothing else does
     if not has_length(dataloader) and (resumed.epoch or 0) >= 1:
         logger.warning(
-            "The rows are streamed and had all been read before the checkpoint: training goes on from the first row "
-            "instead of where it was."
+            "The rows are streamed, and all of them were read before the checkpoint. Training resumes from the first "
+            "row instead of its old position."
         )
     epoch = step // updates_per_epoch
     epoch += step % updates_per_epoch * args.gradient_accumulation_steps / batches_per_epoch
@@ -319,9 +319,9 @@ def plan_training(
     batch = max(1, (resumed.train_batch_size or 1) / args.per_device_train_batch_size)
     if max_steps != planned or round(batches, 6) >= batch:
         logger.warning(
-            "An update holds another share of the dataset than at the checkpoint: training ends after "
-            f"{max_steps:,} updates in all, and goes on at epoch {epoch:.2f} of the data instead of "
-            f"{resumed.epoch:.2f}, so that some rows are read more often than others; set `max_steps` for another "
-            "number of updates."
+            "An update now uses a different fraction of the dataset than at the checkpoint. Training ends after "
+            f"{max_steps:,} updates in total and resumes at epoch {epoch:.2f} of the data instead of "
+            f"{resumed.epoch:.2f}, so some rows are read more often than others. Set `max_steps` for another number "
+            "of updates."
         )
     return values

@@ -1,4 +1,4 @@
-"""Can the model be saved, and is what lies on the disk what was trained? The first is tried before training."""
+"""Can the model be saved, and do the saved files match the trained weights? The first is tried before training."""
 
 import os
 import tempfile
@@ -21,24 +21,24 @@ logger = logging.get_logger(__name__)
 
 
 def warn_of_left_out(model: PreTrainedModel, name: str, **kwargs: Any) -> None:
-    """Say which tensors of a checkpoint will not be in what is saved of it; `kwargs` as of [`left_out`]."""
+    """Warn of the tensors of a checkpoint that will not be saved. `kwargs` are those of [`left_out`]."""
     if lost := left_out(model, name, **kwargs):
         logger.warning(
-            f"{len(lost):,} tensors of {name!r}, such as {lost[0]!r}, are no part of the language model that is "
-            "trained, and will not be in what is saved."
+            f"{len(lost):,} tensors of {name!r}, such as {lost[0]!r}, are not part of the trained language model and "
+            "will not be saved."
         )
 
 
 def rehearse(model: PreTrainedModel | PeftModel, save: Callable[[str], None]) -> None:
     """
-    Save what can be refused into a folder that is thrown away: everything but the weights of a whole model.
+    Save everything but the weights of a full model into a temporary folder, to find errors before training.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model, not yet trained.
-        save (`Callable`): Saves what lies beside a model into a folder.
+        save (`Callable`): Saves the other files of a model into a folder.
 
     Raises:
-        `ValueError`: If anything cannot be saved, or is another adapter when it is loaded again.
+        `ValueError`: If anything cannot be saved, or the adapter changes when it is reloaded.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -46,15 +46,15 @@ def rehearse(model: PreTrainedModel | PeftModel, save: Callable[[str], None]) ->
             save(folder)
         except Exception as error:
             raise ValueError(
-                f"What is to be trained could not be saved afterwards: {' '.join(str(error).split()).rstrip('.')}. "
-                "Mend that first."
+                f"The trained model could not be saved: {' '.join(str(error).split()).rstrip('.')}. Fix this before "
+                "training."
             ) from error
         if _has_its_base(model):
             check_saved(model, folder, [])
 
 
 def keep_weights(model: torch.nn.Module, state_dict: dict[str, torch.Tensor] | None, folder: str) -> str:
-    """Write the trained weights by safetensors alone, where `save_pretrained` has failed, and return the path."""
+    """Write the trained weights with safetensors after `save_pretrained` has failed, and return the path."""
     os.makedirs(folder, exist_ok=True)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     every = state_dict or model.state_dict()
@@ -65,17 +65,17 @@ def keep_weights(model: torch.nn.Module, state_dict: dict[str, torch.Tensor] | N
 
 def check_saved(model: PreTrainedModel | PeftModel, folder: str, ids: list[int], **kwargs: Any) -> None:
     """
-    Compare a model with what was saved of it. A LoRA adapter is loaded into the model in place; anything else, such as
-    an adapter that changes the base model's weights when it is made, is loaded anew, and both read the same tokens.
+    Compare a model with its saved files. A LoRA adapter is loaded into the model in place. Anything else is loaded as
+    a second model, such as an adapter that changes the base model's weights at creation, and both read the same
+    tokens.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): As it was trained, all of it on one device.
-        folder (`str`): Where it was saved.
-        ids (`list[int]`): Tokens that both read.
-        kwargs: For [`load_model`].
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The trained model, on a single device.
+        folder (`str`): Folder of the saved model.
+        ids (`list[int]`): Tokens for both to read. kwargs: For [`load_model`].
 
     Raises:
-        `ValueError`: If they differ. What was saved stays.
+        `ValueError`: If they differ. The saved files are kept.
     """
     if _has_its_base(model):
         difference = _differing_tensor(model, folder)
@@ -83,9 +83,8 @@ def check_saved(model: PreTrainedModel | PeftModel, folder: str, ids: list[int],
         difference = _differing_logits(model, folder, ids, **kwargs)
     if difference is not None:
         raise ValueError(
-            f"What was saved in {folder!r} is not what was trained: {difference}. The files stay as they are. Train "
-            "an adapter that can be loaded again, such as LoRA with PEFT's default `init_lora_weights`, or all "
-            "weights."
+            f"The files saved in {folder!r} differ from the trained weights: {difference}. The files are kept. Train "
+            "an adapter that can be reloaded, such as LoRA with PEFT's default `init_lora_weights`, or all weights."
         )
 
 
@@ -102,17 +101,19 @@ def _differing_tensor(model: PeftModel, folder: str) -> str | None:
     with torch.no_grad():
         for name, value in before.items():
             if name in result.missing_keys:
-                return f"{name!r} was trained, and is not there"
+                return f"{name!r} was trained, but is missing"
             if not torch.allclose(trained[name], value, rtol=0, atol=0, equal_nan=True):
                 trained[name].copy_(value)
-                return f"{name!r} has other values"
-    return f"{result.unexpected_keys[0]!r} has no place in the model" if result.unexpected_keys else None
+                return f"{name!r} has different values"
+    return f"{result.unexpected_keys[0]!r} does not belong to the model" if result.unexpected_keys else None
 
 
 def _differing_logits(model: PreTrainedModel | PeftModel, folder: str, ids: list[int], **kwargs: Any) -> str | None:
     base = get_base_model(model)
     if isinstance(model, PeftModel) and not base.config._name_or_path:
-        logger.warning(f"Whether {folder!r} holds what was trained cannot be told: the base model has no name.")
+        logger.warning(
+            f"The files in {folder!r} cannot be compared with the trained weights: the base model has no name."
+        )
         return None
     if is_quantized(base):
         kwargs["quantization_config"] = base.config.quantization_config
@@ -123,7 +124,7 @@ def _differing_logits(model: PreTrainedModel | PeftModel, folder: str, ids: list
         with evaluating(model, loaded):
             nats = divergence(next_token_log_probs(model, ids), next_token_log_probs(loaded, ids))
     except torch.OutOfMemoryError:
-        logger.warning(f"The memory does not hold what is in {folder!r} beside the model, to compare the two.")
+        logger.warning(f"There is not enough memory to load {folder!r} and compare it with the model.")
         return None
     limit = 1e-4 if base.dtype == torch.float32 else 1e-2  # what rounding makes of it
-    return None if nats <= limit else f"loaded again, it differs by {nats:.2g} nats a token"
+    return None if nats <= limit else f"reloaded, it differs by {nats:.2g} nats per token"

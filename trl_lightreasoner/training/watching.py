@@ -1,8 +1,8 @@
-"""What is watched while a model is trained: how far it is from the expert that it was, and how sure it has become.
+"""Metrics watched during training: the distance from the original expert, and the model's certainty.
 
-An adapter that starts at zero is the expert while it is switched off, so that no second model is in memory. Both
-warnings measure by the labels: a model that has learned them, pi_theta = v_C, is D_KL(v_C || pi_E) away from the
-expert and has the entropy of v_C.
+With its adapter switched off, the model is the expert, if the adapter starts at zero. No second model is in memory.
+Both warnings compare with the labels: a model that has learned them, pi_theta = v_C, is D_KL(v_C || pi_E) away from
+the expert and has the entropy of v_C.
 """
 
 from collections.abc import Iterator
@@ -25,8 +25,8 @@ _MIN_ENTROPY = 0.5
 
 def starts_as_expert(model: torch.nn.Module, accelerator: Accelerator) -> bool:
     """
-    Whether the model is the expert that training starts from while its adapter is switched off: it is a LoRA adapter
-    that changes nothing yet. To be called before training, on all processes.
+    Whether the model with its adapter switched off is the expert that training starts from, which is true for a LoRA
+    adapter that changes nothing yet. Call it before training, on all processes.
     """
     if not isinstance(model, PeftModel):
         return False
@@ -40,7 +40,7 @@ def starts_as_expert(model: torch.nn.Module, accelerator: Accelerator) -> bool:
 
 @contextmanager
 def adapter_off(model: PeftModel) -> Iterator[None]:
-    """The model without its adapter, which afterwards has the same trainable parameters as before."""
+    """Context with the adapter switched off. Afterwards the trainable parameters are as before."""
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with model.disable_adapter():
         yield
@@ -75,10 +75,10 @@ def divergence_at(logits: torch.Tensor, expert_logits: torch.Tensor) -> torch.Te
 
 class DriftWarnings:
     """
-    Says once in words that the entropy has collapsed, and once that the drift has passed its threshold.
+    Warns once if the entropy collapses, and once if the drift passes its threshold.
 
     Attributes:
-        told (`set[str]`): Of `"entropy"` and `"drift"`, what was warned of.
+        told (`set[str]`): The warnings given: `"entropy"`, `"drift"`, both or neither.
     """
 
     def __init__(self):
@@ -86,32 +86,32 @@ class DriftWarnings:
 
     def look_at(self, means: dict[str, float], prefix: str) -> None:
         """
-        Warn of what was measured.
+        Check new measurements, and warn if necessary.
 
         Args:
-            means (`dict[str, float]`): Means over the steps: `entropy` and `label_entropy`, and where the expert is at
-                hand `kl_to_expert` and `expert_loss`, all in nats.
-            prefix (`str`): Of the names under which they are logged, such as "eval".
+            means (`dict[str, float]`): Means over the steps, in nats: `entropy` and `label_entropy`, and if the expert
+                is available, `kl_to_expert` and `expert_loss`.
+            prefix (`str`): Prefix of the logged names, such as "eval".
         """
         entropy, label_entropy = means["entropy"], means["label_entropy"]
         if entropy < _MIN_ENTROPY * label_entropy:
             self._tell(
                 "entropy",
                 f"The entropy has collapsed: `{prefix}_entropy` is {entropy:.3g} nats, less than half of the "
-                f"{label_entropy:.3g} of the labels, so that the model is surer than what it is taught.",
+                f"{label_entropy:.3g} of the labels: the model is more certain than its labels.",
             )
         drift, asked = means.get("kl_to_expert", 0.0), means.get("expert_loss", 0.0)
         if drift > _MAX_DRIFT * asked:
             self._tell(
                 "drift",
-                f"The model drifts: `{prefix}_kl_to_expert` is {drift:.3g} nats, more than twice the {asked:.3g} by "
-                "which the labels differ from the expert.",
+                f"The model drifts: `{prefix}_kl_to_expert` is {drift:.3g} nats, more than twice the labels' "
+                f"divergence from the expert, {asked:.3g} nats.",
             )
 
     def _tell(self, kind: str, what: str) -> None:
         if kind not in self.told:
             self.told.add(kind)
             logger.warning(
-                f"{what} Lower `learning_rate` or the number of updates, or go back to an earlier checkpoint; "
-                "`lightreasoner eval --baseline` says whether the answers suffer."
+                f"{what} Lower `learning_rate` or the number of updates, or return to an earlier checkpoint. "
+                "`lightreasoner eval --baseline` shows whether the answers are worse."
             )

@@ -98,14 +98,14 @@ function sayLabel(step) {
   const words = same ? "the label prefers it too" : `the label prefers ${step.tokens[favourite]}`;
   const parts = [lead, table(step)];
   if (haveRead && !("e" in step || "m" in step)) {
-    parts.push(make("p", "note", "The models have read the rows below alone; --num_trajectories says how many."));
+    parts.push(make("p", "note", "The models have read only the rows below. --num_trajectories sets their number."));
   }
   return { parts, words: `${step.tokens[step.taken]} was taken, ${words}, ${percent(step.v[favourite])}` };
 }
 
 function sayNotKept(step) {
   const lead = make("p", "lead", make("code", "", step.token), " was taken.");
-  const note = make("p", "note", "The step was not kept, so that there is no label of it.");
+  const note = make("p", "note", "The step was not kept, so it has no label.");
   return { parts: [lead, note], words: `${step.token} was taken, the step was not kept` };
 }
 
