@@ -724,7 +724,7 @@ def test_train_resumes_a_finished_run_with_one_sentence(train, tmp_path, propaga
     (tmp_path / "out" / "adapter_model.safetensors").unlink()
     caplog.clear()
     run_train(*argv, "--resume_from_checkpoint", "true")
-    sentence = "Training is complete: the checkpoint has 2 of 2 updates; raise `max_steps`"
+    sentence = "Training is complete: the checkpoint has 2 of 2 updates. Raise `max_steps`"
     assert [sentence in message for message in caplog.messages].count(True) == 1
     assert "Traceback" not in caplog.text
     again = load_file(tmp_path / "out" / "adapter_model.safetensors")

@@ -538,7 +538,7 @@ def unloadable(monkeypatch):
         (["--benchmarks", "gsm9k"], "There is no benchmark 'gsm9k'. There are gsm8k, math500, math, svamp, asdiv, "),
         (["--benchmarks", ","], "`--benchmarks` names none. There are gsm8k, "),
         (["--benchmarks", "svamp"], "There is no file of SVAMP in "),
-        (["--data_dir", "nowhere"], "The folder 'nowhere', which `--data_dir` names."),
+        (["--data_dir", "nowhere"], "The folder 'nowhere' of `--data_dir` does not exist."),
         (
             ["--data_dir", "{bad}"],
             "GSM8K in '{bad}/gsm8k.jsonl' has no column 'answer'. It needs question, answer",

@@ -330,7 +330,7 @@ def test_a_run_goes_on_when_the_server_is_back(server, make_sampler, prompts, pl
             make_sampler(server).sample(prompts)
     server.start(server.server.server_port)
     assert rows_of(make_sampler(server).sample(prompts)) == rows_of(plain)
-    assert "4 of 6 prompts are sampled already" in caplog.text
+    assert "4 of 6 prompts are already sampled" in caplog.text
 
 
 @pytest.mark.parametrize(

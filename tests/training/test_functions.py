@@ -115,7 +115,7 @@ def test_a_loss_function_that_would_leave_something_out_is_refused(rows, expert,
         (rows.add_column("step_weights", weights), None, "the `step_weights`"),
         (rows, demonstrations, "what `sft_dataset` adds"),
     ):
-        with pytest.raises(ValueError, match=f"^`compute_loss_func` is not given {what}, so that the loss"):
+        with pytest.raises(ValueError, match=f"^`compute_loss_func` does not receive {what}, so the loss"):
             LightReasonerTrainer(
                 expert, config(tmp_path), train_dataset=dataset, compute_loss_func=sum, sft_dataset=sft_dataset
             )

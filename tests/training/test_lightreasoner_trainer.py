@@ -654,13 +654,13 @@ def test_a_train_dataset_of_another_kind_is_refused(expert, steps, tmp_path):
 def test_a_malformed_row_is_refused_before_the_weights_are_loaded(expert_path, steps, tmp_path, monkeypatch):
     monkeypatch.setattr("trl_lightreasoner.training.lightreasoner_trainer.load_model", None)
     rows = steps.map(lambda row: {"label_ids": [[299 + 12] * len(ids) for ids in row["label_ids"]]})
-    with pytest.raises(ValueError, match="Row 0 of the train dataset cannot be trained on"):
+    with pytest.raises(ValueError, match="Row 0 of the train dataset cannot be used for training"):
         LightReasonerTrainer(expert_path, config(tmp_path), train_dataset=rows)
 
 
 def test_a_malformed_eval_row_names_its_dataset(expert, steps, tmp_path):
     rows = steps.map(lambda row: {"step_positions": row["step_positions"][::-1]})
-    with pytest.raises(ValueError, match="Row 0 of the held_out dataset cannot be trained on"):
+    with pytest.raises(ValueError, match="Row 0 of the held_out dataset cannot be used for training"):
         LightReasonerTrainer(expert, config(tmp_path), train_dataset=steps, eval_dataset={"held_out": rows})
 
 

@@ -136,7 +136,7 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(
-            f"Cannot write to {args.output_dir!r} ({error.strerror}). Choose another `output_dir`, or see to the "
+            f"Cannot write to {args.output_dir!r} ({error.strerror}). Choose another `output_dir`, or fix the "
             "permissions."
         ) from error
     dtype = dtype_of(base, args.dtype, "base model", **base_kwargs)

@@ -101,8 +101,8 @@ class RunConfig:
 
         beta (`float`, *optional*):
             Divergence threshold in nats: training uses only the steps at or above it. Steps of 0.4 nats or more are
-            stored. If `None`, it is 1.6 if v_C prefers a token other than the expert's at 10% or more of the steps of
-            1.6 nats or more, and otherwise 0.8.
+            stored. If `None`, it is 1.6 if v_C prefers a token other than the expert's at a tenth or more of the steps
+            of 1.6 nats or more, and otherwise 0.8.
         learning_rate (`float`, *optional*, defaults to `0.0001`):
             The initial learning rate for AdamW.
         max_steps (`int`, *optional*, defaults to `125`):
@@ -113,8 +113,8 @@ class RunConfig:
             LoRA alpha.
         lora_target_modules (`list[str]`, *optional*):
             LoRA target modules. If `None`, they depend on the steps of 1.6 nats or more. If v_C prefers a token other
-            than the expert's at 10% or more of them, PEFT's defaults for the architecture are used, such as q_proj and
-            v_proj. Otherwise all linear layers are used.
+            than the expert's at a tenth or more of them, PEFT's defaults for the architecture are used, such as q_proj
+            and v_proj. Otherwise all linear layers are used.
         seed (`int`, *optional*, defaults to `42`):
             Random seed of the training.
 
@@ -292,7 +292,7 @@ class RunConfig:
         default=None,
         metadata={
             "help": "Divergence threshold in nats: training uses only the steps at or above it. Steps of 0.4 nats or "
-            "more are stored. If `None`, it is 1.6 if v_C prefers a token other than the expert's at 10% or more of "
+            "more are stored. If `None`, it is 1.6 if v_C prefers a token other than the expert's at a tenth or more of "
             "the steps of 1.6 nats or more, and otherwise 0.8."
         },
     )
@@ -316,7 +316,7 @@ class RunConfig:
         default=None,
         metadata={
             "help": "LoRA target modules. If `None`, they depend on the steps of 1.6 nats or more. If v_C prefers a "
-            "token other than the expert's at 10% or more of them, PEFT's defaults for the architecture are used, "
+            "token other than the expert's at a tenth or more of them, PEFT's defaults for the architecture are used, "
             "such as q_proj and v_proj. Otherwise all linear layers are used."
         },
     )
