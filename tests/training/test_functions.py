@@ -113,7 +113,7 @@ def test_a_loss_function_that_would_leave_something_out_is_refused(rows, expert,
     demonstrations = Dataset.from_dict({"prompt": ["2+2="], "completion": ["4"]})
     for dataset, sft_dataset, what in (
         (rows.add_column("step_weights", weights), None, "the `step_weights`"),
-        (rows, demonstrations, "what `sft_dataset` adds"),
+        (rows, demonstrations, "the loss of `sft_dataset`"),
     ):
         with pytest.raises(ValueError, match=f"^`compute_loss_func` does not receive {what}, so the loss"):
             LightReasonerTrainer(

@@ -292,8 +292,8 @@ class RunConfig:
         default=None,
         metadata={
             "help": "Divergence threshold in nats: training uses only the steps at or above it. Steps of 0.4 nats or "
-            "more are stored. If `None`, it is 1.6 if v_C prefers a token other than the expert's at a tenth or more of "
-            "the steps of 1.6 nats or more, and otherwise 0.8."
+            "more are stored. If `None`, it is 1.6 if v_C prefers a token other than the expert's at a tenth or more "
+            "of the steps of 1.6 nats or more, and otherwise 0.8."
         },
     )
     learning_rate: float = field(

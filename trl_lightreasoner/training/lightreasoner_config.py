@@ -163,9 +163,9 @@ class LightReasonerConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Divergence threshold in nats: steps of the dataset below it are excluded. `0` excludes none. If "
-            "`None`, it is 1.6 if v_C prefers a token other than the expert's at a tenth or more of the steps of "
-            "1.6 nats or more, and otherwise 0.8. If no step of the evaluation rows reaches this default, all of their "
-            "steps are evaluated."
+            "`None`, it is 1.6 if v_C prefers a token other than the expert's at a tenth or more of the steps "
+            "of 1.6 nats or more, and otherwise 0.8. If no step of the evaluation rows reaches this default, all of "
+            "their steps are evaluated."
         },
     )
     one_step_per_row: bool = field(
