@@ -26,7 +26,7 @@ from .conftest import QUESTIONS, make_model, make_tokenizer
 from .generation.test_greedy import make_prompts
 
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, as by CUDA_VISIBLE_DEVICES=0")
 
 
 @pytest.fixture

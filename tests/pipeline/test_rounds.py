@@ -17,7 +17,7 @@ from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR
 from trl_lightreasoner.demo.task import make_problems
 from trl_lightreasoner.pipeline import rounds
 from trl_lightreasoner.pipeline import run as pipeline
-from trl_lightreasoner.pipeline.rounds import Round, choose_round, split_prompts, why_stop
+from trl_lightreasoner.pipeline.rounds import Round, choose_round, rows_to_measure, split_prompts, why_stop
 
 from ..evaluation.test_sets import write
 from .test_run import interrupt_at, without_pictures  # noqa: F401
@@ -45,7 +45,20 @@ def finished(tmp_path_factory, settings) -> RunResult:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trl_lightreasoner.report.write_report.save_pictures", lambda *args: [])
         patch.setattr(rounds, "why_stop", lambda last: None)
-        return run_pipeline(RunConfig(output_dir=str(tmp_path_factory.mktemp("rounds") / "run"), **settings))
+        patch.setattr(rounds, "train_adapter", count_rows(rounds.train_adapter, counts := []))
+        result = run_pipeline(RunConfig(output_dir=str(tmp_path_factory.mktemp("rounds") / "run"), **settings))
+    assert counts == [NUM_PROMPTS, NUM_PROMPTS + NUM_LATER]  # a later round trains on the earlier steps, too
+    return result
+
+
+def count_rows(train_adapter, counts: list[int]):
+    """The function, of whose calls the number of rows is noted."""
+
+    def counted(expert, tokenizer, steps, *args, **kwargs):
+        counts.append(len(steps))
+        return train_adapter(expert, tokenizer, steps, *args, **kwargs)
+
+    return counted
 
 
 def steps_of(result: RunResult, number: int) -> list[dict]:
@@ -116,11 +129,14 @@ def test_the_report_shows_the_first_round_beside_the_last(finished):
     assert page.count("This pair is") == 1  # the steps of a later round do not judge it
 
 
-def test_a_live_expert_labels_its_own_answers(settings, tmp_path):
-    few = {"num_prompts": 4, "prompts_per_round": 4, "num_held_out": 0, "max_steps": 1, "label_expert": "live"}
+def test_a_live_expert_labels_its_own_answers_and_earlier_steps_can_be_left_out(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(rounds, "train_adapter", count_rows(rounds.train_adapter, counts := []))
+    few = {"num_prompts": 4, "prompts_per_round": 5, "num_held_out": 0, "max_steps": 1}
+    few |= {"label_expert": "live", "keep_earlier_steps": False}
     result = run_pipeline(RunConfig(output_dir=str(tmp_path / "run"), **{**settings, **few}))
     assert sampling_metadata(Dataset.from_list(steps_of(result, 2)))["settings"]["label_expert"] == "live"
     assert result.best_round == 2 and result.verdict == "not answered"
+    assert counts == [4, 5]
 
 
 # Without models
@@ -159,6 +175,14 @@ def test_questions_are_split_without_rest(settings):
     args = RunConfig(output_dir="run", **{**settings, "num_rounds": 3})
     parts = split_prompts(Dataset.from_dict({"prompt": list(range(20))}), args)
     assert [part["prompt"][:] for part in parts] == [list(range(10)), list(range(10, 16)), list(range(16, 20))]
+
+
+@pytest.mark.parametrize(("beta", "rows"), [(None, [0, 2]), (0.5, [0, 2]), (2.0, [2])])
+def test_warnings_rest_on_rows_that_are_trained_on(beta, rows):
+    steps = Dataset.from_dict(
+        {"row": [0, 1, 2], "kl_divergence": [[0.1, 1.0], [0.2, 3.0], [2.5, 0.1]], "step_positions": [[1], [], [0]]}
+    )
+    assert rows_to_measure(steps, beta)["row"][:] == rows
 
 
 def test_too_few_questions_for_the_rounds_are_refused(settings, tmp_path):

@@ -20,6 +20,7 @@ from transformers import (
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler, RunConfig, sampling_metadata
 from trl_lightreasoner.commands.cli import main
+from trl_lightreasoner.generation import completions
 from trl_lightreasoner.hub.cards import dataset_card
 from trl_lightreasoner.models.guises import skip_layers
 from trl_lightreasoner.pipeline.folder import RunFolder
@@ -432,9 +433,12 @@ def naive_scores(rows, expert, amateur, vocabulary):
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("by_graph", [False, True])
 def test_labels_of_the_base_are_made_on_answers_of_the_adapter(
-    in_memory, make_sampler, expert_path, amateur_path, adapter_path, prompts, expert, amateur, tokenizer
+    in_memory, by_graph, make_sampler, expert_path, amateur_path, adapter_path, prompts, monkeypatch
 ):
+    if by_graph:  # as on a GPU, where the hidden states of the answering model are known
+        monkeypatch.setattr(completions, "why_no_graph", lambda model: None)
     adapted = PeftModel.from_pretrained(Qwen2ForCausalLM.from_pretrained(expert_path), adapter_path).eval()
     tokenizers = (AutoTokenizer.from_pretrained(expert_path),) if in_memory else ()
     sampler = make_sampler(adapted if in_memory else adapter_path, amateur_path, tokenizers, label_expert="base")

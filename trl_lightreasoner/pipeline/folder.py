@@ -8,8 +8,9 @@ output_dir/evaluation/        as of `lightreasoner eval`
 output_dir/run.json           of a run: the settings
 output_dir/adapter/           as of `lightreasoner train`
 output_dir/verdict.json       what came out
-output_dir/rounds/NUMBER/     steps, adapter and evaluation of each of several rounds, and round.json, the mark of a
-                              complete one; output_dir/adapter/ is then a copy of the best
+output_dir/round.json         what the round brought
+output_dir/rounds/NUMBER/     steps, adapter, evaluation and round.json of each of several rounds; output_dir/adapter/
+                              is then a copy of the best one
 
 output_dir/tune.json          of a search: the settings
 output_dir/study.db           every trial, as Optuna keeps it

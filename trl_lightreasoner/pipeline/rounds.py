@@ -158,14 +158,15 @@ class Rounds:
         model = self.expert
         if before is not None:
             model = load_adapter(model, str(before.adapter), is_trainable=True)
+        steps = concatenate_datasets(self.sampled if self.args.keep_earlier_steps else self.sampled[-1:])
         train_adapter(
             model,
             self.tokenizer,
-            concatenate_datasets(self.sampled if self.args.keep_earlier_steps else self.sampled[-1:]),
+            steps,
             training_config(self.args, place.adapter),
             self.args,
             place.find_checkpoint(),
-            measured=_first_rows(self.sampled[-1]) if self._is_one_of_several else None,
+            measured=rows_to_measure(steps, self.args.beta) if self._is_one_of_several else None,
         )
 
     @property
@@ -204,8 +205,17 @@ class Rounds:
         return Round(number, len(steps), num_steps, num_kept, others / num_kept, warned, results, against_last)
 
 
-def _first_rows(steps: Dataset) -> Dataset:
-    return steps.select(range(min(_NUM_MEASURED, len(steps))))
+def rows_to_measure(steps: Dataset, beta: float | None) -> Dataset:
+    """
+    The last rows that training reads, on which the warnings of a round rest.
+
+    Args:
+        steps ([`~datasets.Dataset`]): Rows as [`ContrastiveStepSampler`] makes them.
+        beta (`float`, *optional*): Threshold in nats of the training. It skips rows without a step that reaches it.
+    """
+    pairs = zip(steps["kl_divergence"], steps["step_positions"], strict=True)
+    rows = [row for row, (nats, kept) in enumerate(pairs) if any(nats[t] >= (beta or 0.0) for t in kept)]
+    return steps.select(rows[-_NUM_MEASURED:])
 
 
 def read_verdicts(path: Path) -> list[bool]:

@@ -189,12 +189,12 @@ def train_adapter(
             trainer.remove_callback(PrinterCallback)
         log_in_lines(trainer)
         trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
         if measured is not None:
             trainer.evaluate(measured)
             write_json(
                 Path(training_args.output_dir, "warnings.json"), {"warned": sorted(trainer.drift_warnings.told)}
             )
-        trainer.save_model()
         trainer.save_state()  # last, with the log, which the report draws
     finally:
         trainer.accelerator.unwrap_model(trainer.model).unload()

@@ -1,7 +1,6 @@
 """`ContrastiveStepSampler`: from prompts, an expert and an amateur to a Dataset of kept steps."""
 
 import copy
-import hashlib
 import shutil
 import tempfile
 from dataclasses import replace
@@ -17,22 +16,22 @@ from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
 from ..models.forward import check_causal
 from ..models.loading import add_quantization, load_config, load_tokenizer
-from ..models.weights import describe_loading, weight_fingerprint
+from ..models.weights import weight_fingerprint
 from ..processes import Processes
 from ..steps.dataset import check_dataset, kl_quantiles
 from ..steps.prompt_format import PromptFormat, format_of_prompts
 from ..steps.prompts import check_prompts
 from ..steps.run_file import run_date
-from ..steps.writer import StepWriter, describe_rows, hash_ids
+from ..steps.writer import StepWriter, describe_rows
 from ..vocabulary import OtherTokensError, check_embedded, model_vocabulary, shared_vocabulary
 from .amateur_prompts import AmateurPrompts
 from .contrastive_sampling_config import ContrastiveSamplingConfig
 from .encoding import encode_dataset
-from .metadata import make_metadata
+from .metadata import identify_model, identify_tokens, make_metadata
 from .model_pair import AMATEUR_SETTINGS, SAME_READING, ModelPair, check_own_amateur
 from .other_amateur import OtherAmateur
 from .pair_check import JUDGED_AT, PairCheck, check_steps
-from .planning import plan_prompts
+from .planning import check_readable, plan_prompts
 from .scoring import Trajectory, TrajectoryScores, prepare_scoring, score_trajectories
 
 
@@ -430,16 +429,8 @@ class ContrastiveStepSampler:
             prompt_ids = row["amateur_prompt_ids"]
             check_embedded(prompt_ids, self.processing_class, self._widths[0], index, "amateur")
         if self._unreadable_ids:
-            self._check_readable([*prompt_ids, *completion_ids[:-1]], index)
+            check_readable([*prompt_ids, *completion_ids[:-1]], self._unreadable_ids, self.processing_class, index)
         return None if self.max_length is None else self.max_length - len(prompt_ids)
-
-    def _check_readable(self, ids: list[int], index: int) -> None:
-        for token_id in set(ids) & set(self._unreadable_ids):
-            raise ValueError(
-                f"Row {index} has the token {self.processing_class.convert_ids_to_tokens(token_id)!r}, for which the "
-                f"amateur has no embedding: its id is {token_id}. Choose another amateur, remove the token, or resize "
-                "the amateur's embeddings and pass it as a model."
-            )
 
     def _run(
         self, indices: list[int], rows: dict[str, list], room: int | None
@@ -478,20 +469,12 @@ class ContrastiveStepSampler:
 
     def _identity(self, encoded: Dataset) -> dict[str, Any]:
         """Everything that the rows depend on, by the user's names."""
-        args = self.args
         return {
-            **{name: getattr(args, name) for name in _SETTINGS},
-            "expert dtype": str(self.expert.dtype),
-            "amateur dtype": str(self.amateur.dtype),
-            **describe_loading(self.expert, "expert", self._expert_kwargs),
-            **describe_loading(self.amateur, "amateur", self._amateur_kwargs),
-            "expert weights": weight_fingerprint(self.expert),
-            "amateur weights": weight_fingerprint(self.amateur),
-            "shared vocabulary": hashlib.sha256(self.shared_vocabulary.ids.numpy().tobytes()).hexdigest(),
+            **{name: getattr(self.args, name) for name in _SETTINGS},
+            **identify_model("expert", self.expert, self._expert_kwargs),
+            **identify_model("amateur", self.amateur, self._amateur_kwargs),
             **({} if self.other_amateur is None else self.other_amateur.identity()),
-            "EOS tokens": self.eos_ids,
-            "number of prompts": len(encoded),
-            "prompts (tokens)": hash_ids(ids for row in encoded for ids in row.values()),
+            **identify_tokens(self.shared_vocabulary, self.eos_ids, encoded),
         }
 
     def _shared(self) -> dict[str, Any]:

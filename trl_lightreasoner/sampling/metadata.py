@@ -1,4 +1,4 @@
-"""Metadata of sampled rows: how they were made."""
+"""How sampled rows were made: their metadata, and everything that decides whether a run can be resumed."""
 
 import hashlib
 import importlib.metadata
@@ -7,11 +7,14 @@ import platform
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
-from ..models.weights import describe_model
+from ..models.weights import describe_loading, describe_model, weight_fingerprint
 from ..steps.prompt_format import PromptFormat
+from ..steps.writer import hash_ids
+from ..vocabulary import Vocabulary
 
 
 _PACKAGES = ("trl", "transformers", "peft", "datasets", "torch")
@@ -55,6 +58,39 @@ def make_metadata(
             **{package: importlib.metadata.version(package) for package in _PACKAGES},
             **({} if vllm_version is None else {"vllm": vllm_version}),
         },
+    }
+
+
+def identify_model(role: str, model: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    What the rows depend on of a model, by the user's names.
+
+    Args:
+        role (`str`): `"expert"` or `"amateur"`.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.
+        kwargs (`dict[str, Any]`): As for [`~trl_lightreasoner.models.loading.load_model`].
+    """
+    return {
+        f"{role} dtype": str(model.dtype),
+        **describe_loading(model, role, kwargs),
+        f"{role} weights": weight_fingerprint(model),
+    }
+
+
+def identify_tokens(vocabulary: Vocabulary, eos_ids: list[int], encoded: Dataset) -> dict[str, Any]:
+    """
+    What the rows depend on of the tokens, by the user's names.
+
+    Args:
+        vocabulary ([`Vocabulary`]): The tokens that the two models share.
+        eos_ids (`list[int]`): Tokens that end an answer.
+        encoded ([`~datasets.Dataset`]): The prompts as token ids.
+    """
+    return {
+        "shared vocabulary": hashlib.sha256(vocabulary.ids.numpy().tobytes()).hexdigest(),
+        "EOS tokens": eos_ids,
+        "number of prompts": len(encoded),
+        "prompts (tokens)": hash_ids(ids for row in encoded for ids in row.values()),
     }
 
 
