@@ -54,12 +54,13 @@ def adapter_path(tmp_path_factory, expert_path) -> str:
     return folder
 
 
-def sampled_as(dataset, **expert):
+def sampled_as(dataset, label_expert="live", **expert):
     """The dataset as if the expert had been another."""
 
     def change(row):
         metadata = json.loads(row["sampling_metadata"])
         metadata["expert"].update(expert)
+        metadata["settings"]["label_expert"] = label_expert
         return {"sampling_metadata": json.dumps(metadata)}
 
     return dataset.map(change)
@@ -186,6 +187,14 @@ def test_a_trained_adapter_around_the_sampled_expert_is_a_warning(as_path, warni
     model = adapter_path if as_path else PeftModel.from_pretrained(expert, adapter_path, is_trainable=True)
     (message,) = warnings_of(model, steps)
     assert "sampled without an adapter and is trained with " in message
+
+
+def test_a_later_round_trains_an_adapter_on_labels_of_its_base_model(warnings_of, adapter_path, steps):
+    rounds = concatenate_datasets([steps, sampled_as(steps, "base", adapter="rounds/1/adapter")])
+    assert warnings_of(adapter_path, rounds) == []
+    assert len(warnings_of(adapter_path, sampled_as(rounds, "live"))) > 0
+    (warning,) = warnings_of(adapter_path, sampled_as(steps, "base", model="another/model"))
+    assert "sampled as 'another/model'" in warning
 
 
 def test_the_sampled_adapter_is_no_warning(warnings_of, adapter_path, amateur_path, prompts, tmp_path):
