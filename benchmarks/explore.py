@@ -1,15 +1,21 @@
 """
-What helps a real pair beside the settings that `lightreasoner tune` searches? Other labels, other amateurs, several
-rounds: samples, trains and evaluates one setting after another, and keeps a log of all. Threshold, rate, updates and
-layers alone are found by `lightreasoner tune`, which samples once.
+What helps a pair beside what `lightreasoner tune` searches? Samples, trains and evaluates one setting after another:
+settings of sampling, other labels, other amateurs, rounds. `lightreasoner tune` searches threshold, learning rate,
+updates and layers, and samples once.
 
-A setting is a line of JSON with the fields of `Setting` that differ from their defaults. The first rows of the dataset
-are learned from, the last ones are held back and answered, by the expert as it was and as it is after each setting;
-test sets are for the one that is chosen in the end. What was evaluated already is not done again, and nothing is left
-out of the log: log.jsonl has a line a setting, table.md shows them all, NAME/adapter is what a setting has trained.
+A setting is a line of JSON with the fields of `Setting` that differ from their defaults; without any it is the
+default of the commands. The first rows of the dataset are sampled. The last ones are held out and answered, and so
+are the problems of other files (`--held_out`, JSON lines with `question` and `answer`), by the expert and by the
+adapter of each setting. A setting is judged by its gain, the mean over these sets. With `--seeds 0 1 2 --finalists 3`
+every setting is trained with seed 0, and the first and the best three with the other seeds as well. Test sets are for
+the one that is chosen in the end (`lightreasoner eval`).
+
+The same command started several times shares the work, and nothing is repeated: NAME-SEED.json is a result,
+NAME-SEED/adapter what was trained, and table.md shows all of them.
 
 ```bash
-echo '{"name": "one-hot", "label": "one-hot"}' > settings.jsonl
+echo '{"name": "default"}' > settings.jsonl
+echo '{"name": "one-hot", "label": "one-hot"}' >> settings.jsonl
 python benchmarks/explore.py --expert Qwen/Qwen2.5-Math-1.5B --amateur Qwen/Qwen2.5-0.5B \
     --dataset_name gsm8k_train.jsonl --settings settings.jsonl --output_dir exploration
 ```
@@ -17,12 +23,15 @@ python benchmarks/explore.py --expert Qwen/Qwen2.5-Math-1.5B --amateur Qwen/Qwen
 
 import argparse
 import copy
+import fcntl
+import hashlib
 import json
+import random
 import statistics
 import sys
 import time
-import uuid
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +39,8 @@ import datasets
 import study
 import torch
 import transformers
-from datasets import Dataset, load_dataset
+from accelerate.utils.memory import clear_device_cache
+from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
 from peft import LoraConfig
 from transformers.trainer_callback import PrinterCallback
 
@@ -41,247 +51,259 @@ from trl_lightreasoner import (
     LightReasonerConfig,
     LightReasonerTrainer,
     count_steps,
-    evaluate,
-    kl_quantiles,
 )
-from trl_lightreasoner.contrast import contrast_steps
-from trl_lightreasoner.evaluation.statistics import Z_95, compare, standard_error
+from trl_lightreasoner.evaluation.evaluation import Candidate, grade_candidates
+from trl_lightreasoner.evaluation.sets import read_problems
+from trl_lightreasoner.evaluation.statistics import Z_95
+from trl_lightreasoner.models.adapter_loading import load_adapter
 from trl_lightreasoner.models.loading import load_model, load_tokenizer
-from trl_lightreasoner.steps.prompts import encode_rows
+from trl_lightreasoner.processes import Processes
+from trl_lightreasoner.steps.prompt_format import SYSTEM_PROMPT, PromptFormat
+from trl_lightreasoner.training.adapters import choose_target_modules, target_modules
 
 
-CARELESS = "Answer at once with the final number in \\boxed{}, without any steps."
-TARGETS = {
-    "attention": ["q_proj", "v_proj"],
-    "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
+HELD_OUT = "held_out"
 
 
 @dataclass(frozen=True)
 class Setting:
     """
     Attributes:
-        name (`str`): What the log calls it.
+        name (`str`): What results are called.
         prompt_style (`str`): `"chat"` or `"raw"`, in sampling and in evaluation.
-        amateur (`str`): `"given"`; `"rounded to 3 bits"` (or 2, 4): the expert with rounded weights; `"careless
-            prompt"`: the expert, asked to answer without steps; or the path of a model or an adapter.
-        num_problems, max_new_tokens, alpha, beta, include_first_step: Of sampling.
-        label (`str`): `"contrast"`, or for comparison `"one-hot"` (the expert's own token) and `"expert"` (pi_E over
-            the same tokens).
-        learning_rate, updates, rows: Of training; rows are whole trajectories an update.
-        lora (`str`): `"attention"` or `"all"` linear layers.
-        rounds (`int`): How often to sample with the model as it is and train it on.
-        seed (`int`): Of training.
+        num_prompts (`int`): Questions to sample, of each round.
+        amateur (`str`, *optional*): `"given"`; `"rounded to 3 bits"` (or 2, 4), the expert with rounded weights; the
+            path of a model or an adapter; `None` for the expert itself, which `sampling` then makes an amateur of.
+        sampling (`dict`): Fields of [`ContrastiveSamplingConfig`].
+        label (`str`): `"contrast"`; `"one-hot"`, the expert's own token; or `"anchored"`, v_C from 1.6 nats on, and
+            pi_E over the same tokens at four other steps of each trajectory, which `training` needs `beta` 0 for.
+        training (`dict`): Fields of [`LightReasonerConfig`].
+        lora (`dict`): Fields of [`~peft.LoraConfig`].
+        rounds (`int`): How often to sample other questions with the model as it is, and train on all steps so far. The
+            labels are the first expert's, unless `sampling` has `label_expert` "live".
+        seed (`int`): Of training; from `--seeds`.
     """
 
     name: str
     prompt_style: str = "chat"
-    amateur: str = "given"
-    num_problems: int = 1000
-    max_new_tokens: int = 128
-    alpha: float = 0.2
-    beta: float = 0.4
-    include_first_step: bool = True
+    num_prompts: int = 1000
+    amateur: str | None = "given"
+    sampling: dict = field(default_factory=dict)
     label: str = "contrast"
-    learning_rate: float = 5e-5
-    updates: int = 125
-    rows: int = 8
-    lora: str = "attention"
+    training: dict = field(default_factory=dict)
+    lora: dict = field(default_factory=dict)
     rounds: int = 1
     seed: int = 0
+
+    @property
+    def run(self) -> str:
+        return f"{self.name}-{self.prompt_style}-{self.seed}"
 
 
 def read_settings(path: Path) -> list[Setting]:
     settings = [Setting(**json.loads(line)) for line in path.read_text().splitlines() if line.strip()]
-    names = [setting.name for setting in settings]
+    names = [setting.run for setting in settings]
     if repeated := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"Settings must have names of their own; these are repeated: {', '.join(sorted(repeated))}.")
     return settings
 
 
+class Work:
+    """What several processes share: each piece is made by one of them, and its result is a file."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def result(self, name: str, make: Callable[[], dict[str, Any]], waits: bool = True) -> dict[str, Any] | None:
+        """The result of a piece, made if nobody has. `None` if another process is at it and this one does not wait."""
+        path = self.folder / f"{name}.json"
+        with (self.folder / f"{name}.lock").open("w") as lock:  # a killed process holds none
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return None
+            if not path.exists():
+                text = json.dumps(make())
+                path.with_suffix(".tmp").write_text(text)
+                path.with_suffix(".tmp").rename(path)
+        return json.loads(path.read_text())
+
+
 class Exploration:
-    """The pair, the two parts of the dataset, and what was sampled already."""
+    """The pair, the questions, and what was done already."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.folder = args, args.output_dir
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.args, self.folder, self.work = args, args.output_dir, Work(args.output_dir)
         self.tokenizer, self.amateur_tokenizer = map(load_tokenizer, (args.expert, args.amateur))
         self.expert, self.given = (load_model(name, dtype=args.dtype).eval() for name in (args.expert, args.amateur))
         rows = load_dataset("json", data_files=args.dataset_name, split="train")
-        self.train_rows = rows.select(range(len(rows) - args.num_held_out))
-        held_out = rows.select(range(len(rows) - args.num_held_out, len(rows)))
-        held_out.select_columns(["question", "answer"]).to_json(self.folder / "gsm8k.jsonl")
-        self.sampled: dict[tuple, Dataset] = {}
+        edge = len(rows) - args.num_held_out
+        self.questions = rows.select(range(edge))["question"]
+        sets = {HELD_OUT: rows.select(range(edge, len(rows)))} if args.num_held_out else {}
+        sets |= {path.stem: load_dataset("json", data_files=str(path), split="train") for path in args.held_out}
+        self.sets = {name: read_problems(each, "question", "answer") for name, each in sets.items()}
 
     # ---- Evaluation ----
 
-    def evaluation(self, name: str, style: str) -> EvaluationConfig:
-        return EvaluationConfig(
+    def prompt_format(self, style: str) -> PromptFormat:
+        system = self.args.system_prompt if style == "chat" else ""
+        return PromptFormat(style, None, SYSTEM_PROMPT if system is None else system)
+
+    def answer(self, model: torch.nn.Module, name: str, style: str) -> dict[str, Any]:
+        """Which problems of each set the model solves. Sets are answered together: their last long answers share."""
+        start = time.perf_counter()
+        together = concatenate_datasets(list(self.sets.values()))
+        config = EvaluationConfig(
             str(self.folder / name / style),
             overwrite_output_dir=True,
-            benchmarks=["gsm8k"],
-            data_dir=str(self.folder),
-            prompt_style=style,
             max_new_tokens=self.args.max_new_tokens,
+            dtype=self.args.dtype,
+            **self.prompt_format(style).to_dict(),
         )
-
-    def evaluate(self, model: torch.nn.Module, name: str, style: str) -> dict[str, Any]:
-        start = time.perf_counter()
-        config = self.evaluation(name, style)
-        scores = evaluate(model, config, processing_class=self.tokenizer).results["benchmarks"]["gsm8k"]["model"]
-        correct = read_verdicts(self.folder, name, style)
-        return {**scores, "correct": correct, "evaluation_s": time.perf_counter() - start}
+        candidate = Candidate("model", model, self.tokenizer, None, config, {HELD_OUT: together}, Processes())
+        candidate.answer(model)
+        scores = grade_candidates([candidate], config)["benchmarks"][HELD_OUT]["model"]
+        file = str(self.folder / name / style / "model" / f"{HELD_OUT}.parquet")
+        verdicts = Dataset.from_parquet(file, keep_in_memory=True)["correct"][:]
+        correct, first = {}, 0
+        for each, problems in self.sets.items():
+            correct[each] = verdicts[first : first + len(problems)]
+            first += len(problems)
+        scores = {key: scores[key] for key in ("mean_tokens", "num_cut")}
+        return {"correct": correct, **scores, "answering_s": time.perf_counter() - start}
 
     def base(self, style: str) -> dict[str, Any]:
-        path = self.folder / f"base_{style}.json"
-        if not path.exists():
-            path.write_text(json.dumps(self.evaluate(self.expert, "base", style)))
-        return json.loads(path.read_text())
+        return self.work.result(f"base_{style}", lambda: self.answer(self.expert, "base", style))
 
     # ---- Sampling ----
 
-    def sample(self, setting: Setting, model: torch.nn.Module) -> Dataset:
-        key = (setting.prompt_style, setting.amateur, setting.num_problems, setting.max_new_tokens, setting.alpha)
-        key += (setting.beta, setting.include_first_step)
-        if model is self.expert and key in self.sampled:
-            return self.sampled[key]
-        prompt_format = self.evaluation("prompts", setting.prompt_style).prompt_format()
-        questions = self.train_rows["question"][: setting.num_problems]
-        careless = setting.amateur == "careless prompt"
-        sampler = ContrastiveStepSampler(
-            model,
-            self.amateur(setting.amateur),
-            ContrastiveSamplingConfig(
-                str(self.folder / "steps"),
-                overwrite_output_dir=True,
-                alpha=setting.alpha,
-                # The expert does not differ from itself: its steps are found below
-                beta=0.0 if careless else setting.beta,
-                max_new_tokens=setting.max_new_tokens,
-                include_first_step=setting.include_first_step,
-            ),
-            processing_class=self.tokenizer,
-            amateur_processing_class=self.amateur_tokenizer if setting.amateur == "given" else self.tokenizer,
-        )
-        prompts = Dataset.from_dict({"prompt": [prompt_format.make_prompt(text) for text in questions]})
-        dataset = sampler.sample(prompts, prompt_format)
-        if careless:
-            dataset = self.contrast_with_careless_prompt(dataset, model, setting)
-        if model is self.expert:
-            self.sampled[key] = dataset
-        return dataset
+    def sample(self, setting: Setting, number: int, adapter: Path | None, **settings: Any) -> Dataset:
+        """The steps of a round. Settings that differ in training alone share them."""
+        settings = {"label_expert": "base", **setting.sampling, **settings}
+        if adapter is None:
+            del settings["label_expert"]
+        whole = [setting.prompt_style, setting.amateur, setting.num_prompts, settings, number, str(adapter)]
+        key = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
+        path = self.folder / "steps" / key
 
-    def amateur(self, name: str) -> torch.nn.Module:
+        def make() -> dict[str, Any]:
+            start = time.perf_counter()
+            first = number * setting.num_prompts
+            prompt_format = self.prompt_format(setting.prompt_style)
+            questions = self.questions[first : first + setting.num_prompts]
+            expert = self.expert if adapter is None else load_adapter(self.expert, str(adapter))
+            amateur = self.amateur(setting.amateur)
+            own = self.amateur_tokenizer if setting.amateur == "given" else self.tokenizer
+            sampler = ContrastiveStepSampler(
+                expert,
+                amateur,
+                ContrastiveSamplingConfig(str(path / "sampled"), overwrite_output_dir=True, **settings),
+                processing_class=self.tokenizer,
+                amateur_processing_class=None if amateur is None else own,
+            )
+            prompts = Dataset.from_dict({"prompt": [prompt_format.make_prompt(text) for text in questions]})
+            steps = sampler.sample(prompts, prompt_format)
+            if adapter is not None:
+                expert.unload()
+            steps.save_to_disk(path / "saved")
+            others = sum(
+                label_ids[0] != row["completion_ids"][t]
+                for row in steps
+                for t, label_ids in zip(row["step_positions"], row["label_ids"], strict=True)
+            )
+            num_kept, num_steps = count_steps(steps), sum(map(len, steps["completion_ids"]))
+            seconds = time.perf_counter() - start
+            return {"kept": num_kept, "steps": num_steps, "another_token": others, "seconds": seconds, "of": whole}
+
+        self.work.result(f"steps_{key}", make)
+        return load_from_disk(path / "saved")
+
+    def amateur(self, name: str | None) -> torch.nn.Module | None:
+        if name is None:
+            return None
         if name == "given":
             return self.given
-        if name == "careless prompt":
-            return self.expert
         if name.startswith("rounded to "):
             return rounded(self.expert, int(name.split()[2]))
         return load_model(name, dtype=self.args.dtype).eval()
 
-    @torch.no_grad()
-    def contrast_with_careless_prompt(self, dataset: Dataset, model: torch.nn.Module, setting: Setting) -> Dataset:
-        """The same trajectories, their steps found against the model's own distribution behind another prompt."""
-
-        def logits_behind(prompt_ids: list[int], completion_ids: list[int]) -> torch.Tensor:
-            ids = torch.tensor([prompt_ids + completion_ids[:-1]], device=self.device)
-            return model(ids, logits_to_keep=len(completion_ids)).logits[0, :, : len(self.tokenizer)]
-
-        def contrast(row: dict[str, Any]) -> dict[str, Any]:
-            careless = encode_rows([{"prompt": careless_prompt(row["prompt"])}], self.tokenizer, set())
-            prompt_ids = careless["prompt_ids"][0]
-            logits = [logits_behind(ids, row["completion_ids"]) for ids in (row["prompt_ids"], prompt_ids)]
-            steps = contrast_steps(*logits, alpha=setting.alpha, beta=setting.beta)
-            positions = steps.kept.nonzero()[:, 0].tolist()
-            supports = (steps.label_probs > 0).sum(-1).tolist()
-            first = 0 if setting.include_first_step else 1
-            kept = [i for i, t in enumerate(positions) if t >= first]
-            return {
-                "kl_divergence": steps.kl_divergence.tolist(),
-                "step_positions": [positions[i] for i in kept],
-                "label_ids": [steps.label_ids[i, : supports[i]].tolist() for i in kept],
-                "label_probs": [steps.label_probs[i, : supports[i]].tolist() for i in kept],
-            }
-
-        # With a fingerprint of ours `map` need not hash the model
-        return dataset.with_format(None).map(contrast, keep_in_memory=True, new_fingerprint=uuid.uuid4().hex)
+    def labelled(self, setting: Setting, steps: Dataset, number: int, adapter: Path | None) -> Dataset:
+        if setting.label == "one-hot":
+            return study.one_hot(steps)
+        if setting.label == "anchored":
+            own = self.sample(setting, number, adapter, contrast_strength=0.0, expert_anchor=1.0, beta=0.0)
+            return anchored(steps, own)
+        return steps
 
     # ---- One setting ----
 
-    def run(self, setting: Setting) -> dict[str, Any]:
-        model, seconds, entry = self.expert, {"sampling_s": 0.0, "training_s": 0.0}, {}
-        trainer = None
-        try:
-            for number in range(setting.rounds):
-                start = time.perf_counter()
-                dataset = self.sample(setting, model)
-                seconds["sampling_s"] += time.perf_counter() - start
-                if number == 0:
-                    quantiles = kl_quantiles(dataset, [0.5, 0.9])
-                    num_steps = sum(map(len, dataset["completion_ids"]))
-                    entry |= {"kl_50": quantiles[0], "kl_90": quantiles[1], "kept_steps": count_steps(dataset)}
-                    entry |= {"kept_share": count_steps(dataset) / num_steps}
-                if setting.label == "one-hot":
-                    dataset = study.one_hot(dataset)
-                elif setting.label == "expert":
-                    dataset = study.no_contrast(dataset, self.expert)
-                start = time.perf_counter()
-                trainer = self.trainer(setting, model, dataset, number)
-                trainer.train()
-                seconds["training_s"] += time.perf_counter() - start
-                model = trainer.model.eval()
-            trainer.save_model(str(self.folder / setting.name / "adapter"))
-            logs = [log for log in trainer.state.log_history if "loss" in log]
-            entry |= {
-                f"{name}_{key}": logs[i][key]
-                for key in ("loss", "entropy")
-                for i, name in ((0, "first"), (-1, "last"))
-            }
-            scores = self.evaluate(model, setting.name, setting.prompt_style)
-        finally:
-            if trainer is not None:
-                trainer.model.unload()
-                self.expert.eval()
-        base = self.base(setting.prompt_style)
-        difference = compare(scores.pop("correct"), base["correct"])
-        return {**asdict(setting), **entry, **seconds, **scores, **difference._asdict(), "base": base["accuracy"]}
+    def result(self, setting: Setting, waits: bool) -> dict[str, Any] | None:
+        """The result of a setting, from the folder if it is there."""
+        entry = self.work.result(setting.run, lambda: self.run(setting), waits)
+        if entry is not None and any(entry[key] != value for key, value in asdict(setting).items()):
+            raise ValueError(f"The folder holds another setting of the name {setting.name!r}. Give it a new name.")
+        return entry
 
-    def trainer(self, setting: Setting, model: torch.nn.Module, dataset: Dataset, number: int) -> LightReasonerTrainer:
-        lora = LoraConfig(
-            r=8, lora_alpha=16, lora_dropout=0.05, target_modules=TARGETS[setting.lora], task_type="CAUSAL_LM"
+    def run(self, setting: Setting) -> dict[str, Any]:
+        adapter, sampled, entry = None, [], {}
+        for number in range(setting.rounds):
+            steps = self.sample(setting, number, adapter)
+            sampled.append(self.labelled(setting, steps, number, adapter))
+            start = time.perf_counter()
+            entry = self.train(setting, concatenate_datasets(sampled), number, adapter)
+            entry |= {"kept_steps": count_steps(steps), "training_s": time.perf_counter() - start}
+            adapter = self.folder / setting.run / f"adapter-{number}"
+        adapted = load_adapter(self.expert, str(adapter))
+        try:
+            entry = {**asdict(setting), **entry, **self.answer(adapted, setting.run, setting.prompt_style)}
+            average = write_gain(*gain([entry], self.base(setting.prompt_style))["average"])
+            print(f"{time.strftime('%H:%M:%S')} {setting.run}: {average}", file=sys.stderr, flush=True)
+            return entry
+        finally:
+            adapted.unload()
+            clear_device_cache(garbage_collection=True)
+
+    def train(self, setting: Setting, steps: Dataset, number: int, adapter: Path | None) -> dict[str, Any]:
+        model, peft_config = self.expert, None
+        if adapter is None:
+            layers = target_modules(choose_target_modules(steps, self.expert.config.model_type))
+            lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": layers, **setting.lora}
+            peft_config = LoraConfig(task_type="CAUSAL_LM", **lora)
+        else:
+            model = load_adapter(self.expert, str(adapter), is_trainable=True)
+        own = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": setting.seed}
+        args = LightReasonerConfig(
+            str(self.folder / setting.run / f"adapter-{number}"), **{"logging_steps": 5, **own, **setting.training}
         )
         trainer = LightReasonerTrainer(
-            model,
-            LightReasonerConfig(
-                str(self.folder / "run"),
-                max_steps=setting.updates,
-                learning_rate=setting.learning_rate,
-                per_device_train_batch_size=setting.rows,
-                gradient_accumulation_steps=1,
-                beta=0.0,  # that of the sampling
-                logging_steps=max(1, setting.updates // 5),
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                seed=setting.seed + number,
-                use_cpu=self.device == "cpu",
-                use_liger_kernel=self.args.use_liger_kernel,
-            ),
-            train_dataset=dataset,
-            processing_class=self.tokenizer,
-            peft_config=lora if number == 0 else None,
+            model, args, train_dataset=steps, processing_class=self.tokenizer, peft_config=peft_config
         )
         trainer.remove_callback(PrinterCallback)
-        return trainer
+        try:
+            trainer.train()
+            trainer.save_model()
+            losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+            return {"first_loss": losses[0], "last_loss": losses[-1]}
+        finally:
+            trainer.model.unload()
+            self.expert.eval()
+            del trainer
+            clear_device_cache(garbage_collection=True)
 
 
-def careless_prompt(prompt: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
-    """The same question, asked for the bare number."""
-    if isinstance(prompt, str):
-        return f"{CARELESS}\n\n{prompt}"
-    return [{"role": "system", "content": CARELESS}, prompt[-1]]
+def anchored(steps: Dataset, own: Dataset, beta: float = 1.6, num_others: int = 4) -> Dataset:
+    """v_C from `beta` on, and the labels of `own` at `num_others` other steps of such rows, drawn at random."""
+    rows = {tuple(row["prompt_ids"]): row for row in own}
+
+    def draw(row: dict, index: int) -> list[study.Step]:
+        nats = row["kl_divergence"]
+        corrections = [step for step in study.steps_of(row) if nats[step[0]] >= beta]
+        others = [step for step in study.steps_of(rows[tuple(row["prompt_ids"])]) if nats[step[0]] < beta]
+        others = random.Random(index).sample(others, min(num_others, len(others)))
+        return sorted([*corrections, *(others if corrections else [])], key=lambda step: step[0])
+
+    return study.replace_steps(steps, draw)
 
 
 @torch.no_grad()
@@ -297,76 +319,61 @@ def rounded(model: torch.nn.Module, bits: int, group: int = 64) -> torch.nn.Modu
     return copied
 
 
-def table(log: list[dict[str, Any]], bases: dict[str, dict[str, Any]]) -> str:
-    """Every setting of the log, with what differs from the defaults."""
-    defaults = {field.name: field.default for field in fields(Setting)}
-    lines = [
-        "| setting | kept steps | loss | accuracy | difference (95 %) | p | tokens | cut |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for style, base in bases.items():
-        count = len(base["correct"])
-        error = standard_error(base["accuracy"], count)
-        lines.append(
-            f"| expert, {style}, {count:,} problems | | | {base['accuracy']:.1%} +- {error:.1%} | | | "
-            f"{base['mean_tokens']:.0f} | {base['num_cut'] / count:.1%} |"
-        )
-    for entry in log:
-        own = [f"{key} {entry[key]}" for key in defaults if key != "name" and entry[key] != defaults[key]]
-        count = len(bases[entry["prompt_style"]]["correct"])
-        interval = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * entry[key] for key in ("difference", "low", "high")))
-        lines.append(
-            f"| {', '.join(own) or 'defaults'} | {entry['kept_steps']:,} ({entry['kept_share']:.1%}) | "
-            f"{entry['first_loss']:.3f} to {entry['last_loss']:.3f} | {entry['accuracy']:.1%} | {interval} | "
-            f"{entry['p_value']:.2g} | {entry['mean_tokens']:.0f} | {entry['num_cut'] / count:.1%} |"
-        )
-    return "\n".join(lines)
-
-
-def read_verdicts(folder: Path, name: str, style: str) -> list[bool]:
-    path = folder / name / style / "model" / "gsm8k.parquet"
-    return Dataset.from_parquet(str(path), keep_in_memory=True)["correct"][:]
-
-
-def label_table(log: list[dict[str, Any]], bases: dict[str, dict[str, Any]], folder: Path) -> str:
+def gain(entries: list[dict[str, Any]], base: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """
-    What v_C and other labels of the same steps gain over the expert, and v_C over each of them: the means over the
-    questions and over the seeds, of the others those that v_C has, too. Intervals are over the questions.
+    The gain over the expert on each set and on their `"average"`, the mean over the seeds, and its standard error over
+    the questions.
     """
-    shared = [field.name for field in fields(Setting) if field.name not in ("name", "label", "seed")]
-    runs: dict[tuple, dict[str, dict[int, list[bool]]]] = {}  # by setting, label and seed
-    for entry in log:
-        labels = runs.setdefault(tuple(entry[name] for name in shared), {})
-        verdicts = read_verdicts(folder, entry["name"], entry["prompt_style"])
-        labels.setdefault(entry["label"], {})[entry["seed"]] = verdicts
-    lines = []
-    for values, labels in runs.items():
-        setting = dict(zip(shared, values, strict=True))
-        own = [f"{key} {value}" for key, value in setting.items() if value != getattr(Setting(""), key)]
-        base = bases[setting["prompt_style"]]["correct"]
-        contrast = labels.get("contrast", {})
-        rows = []
-        for label, others in labels.items():
-            if not (seeds := contrast.keys() & others.keys()):
-                continue
-            ours, theirs = (
-                [statistics.mean(verdicts) for verdicts in zip(*(each[seed] for seed in seeds), strict=True)]
-                for each in (contrast, others)
-            )
-            rows.append(
-                f"| {label} | {', '.join(own) or 'defaults'} | {len(seeds)} | {statistics.mean(theirs):.1%} | "
-                f"{gain(theirs, base)} | {'' if label == 'contrast' else gain(ours, theirs)} |"
-            )
-        lines += rows if len(rows) > 1 else []  # v_C alone is in the other table
-    header = ["| label | setting | seeds | accuracy | against the expert (95 %) | v_C against it (95 %) |"]
-    return "\n".join([*header, "|---|---|---|---|---|---|", *lines]) if lines else ""
+    gains = {}
+    for name, before in base["correct"].items():
+        after = [statistics.mean(verdicts) for verdicts in zip(*(e["correct"][name] for e in entries), strict=True)]
+        differences = [a - b for a, b in zip(after, before, strict=True)]
+        gains[name] = (statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5)
+    means, errors = zip(*gains.values(), strict=True)
+    return {**gains, "average": (statistics.mean(means), sum(e**2 for e in errors) ** 0.5 / len(errors))}
 
 
-def gain(ours: list[float], theirs: list[float]) -> str:
-    """The mean of paired differences, in points, with its interval."""
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+def write_gain(mean: float, error: float) -> str:
     return f"{100 * mean:+.1f} ({100 * (mean - Z_95 * error):+.1f} to {100 * (mean + Z_95 * error):+.1f})"
+
+
+def table(log: list[dict[str, Any]], bases: dict[str, dict[str, Any]]) -> str:
+    """Every setting, with what differs from the defaults, the mean over its seeds."""
+    defaults = {each.name: each.default if each.name != "name" else None for each in fields(Setting)}
+    lines = []
+    for style, base in bases.items():
+        names = [*base["correct"], "average"]
+        accuracies = [f"{100 * statistics.mean(verdicts):.1f} %" for verdicts in base["correct"].values()]
+        lines += [f"| {style} | seeds | {' | '.join(names)} | tokens | cut | loss |", "|---" * (len(names) + 5) + "|"]
+        lines.append(f"| expert | | {' | '.join(accuracies)} | | {base['mean_tokens']:.0f} | {base['num_cut']} | |")
+        settings: dict[str, list[dict[str, Any]]] = {}
+        for entry in log:
+            if entry["prompt_style"] == style:
+                settings.setdefault(entry["name"], []).append(entry)
+        for name, entries in settings.items():
+            own = {key: entries[0][key] for key in defaults if key not in ("name", "prompt_style", "seed")}
+            own = {key: value for key, value in own.items() if value not in (defaults[key], {})}
+            shown = f"{name}: {json.dumps(own)}" if own else name
+            gains = " | ".join(write_gain(*each) for each in gain(entries, base).values())
+            tokens, cut, *losses = (
+                statistics.mean(entry[key] for entry in entries)
+                for key in ("mean_tokens", "num_cut", "first_loss", "last_loss")
+            )
+            seeds = " ".join(str(entry["seed"]) for entry in entries)
+            loss = " to ".join(f"{each:.3f}" for each in losses)
+            lines.append(f"| {shown} | {seeds} | {gains} | {tokens:.0f} | {cut:.0f} | {loss} |")
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def choose(settings: list[Setting], log: list[dict], bases: dict[str, dict], count: int) -> list[Setting]:
+    """The first setting, and the `count` others that gain most on average, of each prompt style."""
+    gains = {(e["name"], e["prompt_style"]): gain([e], bases[e["prompt_style"]])["average"][0] for e in log}
+    chosen = []
+    for style in bases:
+        first, *others = (setting for setting in settings if setting.prompt_style == style)
+        chosen += [first, *sorted(others, key=lambda each: -gains[each.name, style])[:count]]
+    return chosen
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -378,10 +385,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--settings", required=True, type=Path, help="JSON lines, a setting each.")
     parser.add_argument("--num_held_out", type=int, default=500, help="Rows, from the last, to evaluate on.")
+    parser.add_argument("--held_out", type=Path, nargs="+", default=[], help="Other files to evaluate on.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="The first is for all settings.")
+    parser.add_argument("--finalists", type=int, help="How many settings get the other seeds. Default: all.")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="Longest answer in the evaluation.")
+    parser.add_argument("--system_prompt", help="Of chat prompts. Default: that of the commands.")
     parser.add_argument("--dtype", default="bfloat16", help="Of the models.")
-    parser.add_argument("--use_liger_kernel", action="store_true", help="Train with Liger's kernels.")
-    parser.add_argument("--output_dir", required=True, type=Path, help="Folder for log.jsonl and table.md.")
+    parser.add_argument("--output_dir", required=True, type=Path, help="Folder for results and table.md.")
     return parser
 
 
@@ -391,21 +401,20 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     exploration = Exploration(args)
-    path = args.output_dir / "log.jsonl"
-    log = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {entry["name"]: {field.name: entry[field.name] for field in fields(Setting)} for entry in log}
-    for setting in settings:
-        if setting.name in done:
-            if done[setting.name] != asdict(setting):
-                raise ValueError(f"The log holds another setting of the name {setting.name!r}. Give it a new name.")
-            continue
-        entry = exploration.run(setting)
-        log.append(entry)
-        with path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-        print(f"{time.strftime('%H:%M:%S')} {setting.name}: {entry['accuracy']:.1%}", file=sys.stderr, flush=True)
-    bases = {style: exploration.base(style) for style in dict.fromkeys(entry["prompt_style"] for entry in log)}
-    text = "\n\n".join(filter(None, [table(log, bases), label_table(log, bases, args.output_dir)]))
+    bases = {style: exploration.base(style) for style in dict.fromkeys(each.prompt_style for each in settings)}
+
+    def run(settings: list[Setting]) -> list[dict[str, Any]]:
+        for waits in (False, True):  # first what no other process is at
+            log = [exploration.result(setting, waits) for setting in settings]
+        return log
+
+    first, *others = args.seeds
+    settings = [replace(setting, seed=first) for setting in settings]
+    log = run(settings)
+    if others:
+        finalists = settings if args.finalists is None else choose(settings, log, bases, args.finalists)
+        log += run([replace(setting, seed=seed) for seed in others for setting in finalists])
+    text = table(log, bases)
     (args.output_dir / "table.md").write_text(text + "\n")
     print(text)
     return log
