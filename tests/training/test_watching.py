@@ -1,11 +1,13 @@
 """How far training has moved the model, what is said of it, and where it can be followed."""
 
 import importlib.util
+import json
 import sqlite3
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import concatenate_datasets
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -100,6 +102,37 @@ def test_it_is_left_out_where_the_expert_is_not_at_hand(make, expert, steps, tmp
     model, peft_config = make(expert)
     metrics = make_trainer(model, steps, tmp_path, peft_config).evaluate()
     assert "eval_loss" in metrics and "eval_kl_to_expert" not in metrics
+
+
+def labelled_by(steps, label_expert, adapter="adapters/first"):
+    """The steps as those of a round that the model with its adapter answered."""
+
+    def rewrite(row):
+        sampling = json.loads(row["sampling_metadata"])
+        sampling["settings"]["label_expert"] = label_expert
+        sampling["expert"]["adapter"] = adapter
+        return {"sampling_metadata": json.dumps(sampling)}
+
+    return steps.map(rewrite)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_in_a_later_round_the_expert_of_the_labels_is_the_base(
+    earlier, expert, expert_path, tokenizer, steps, tmp_path
+):
+    model, _ = trained_adapter(expert)
+    rows = labelled_by(steps, "base")
+    rows = concatenate_datasets([steps, rows]) if earlier else rows
+    drift = make_trainer(model, rows, tmp_path, None).evaluate()["eval_kl_to_expert"]
+    base = AutoModelForCausalLM.from_pretrained(expert_path)
+    assert drift > 1e-3
+    assert drift == pytest.approx(naive_drift(model.eval(), base, tokenizer, steps), rel=1e-4)
+
+
+def test_in_a_later_round_with_live_labels_the_expert_is_not_at_hand(expert, steps, tmp_path):
+    model, _ = trained_adapter(expert)
+    rows = concatenate_datasets([labelled_by(steps, "base"), labelled_by(steps, "live")])
+    assert "eval_kl_to_expert" not in make_trainer(model, rows, tmp_path, None).evaluate()
 
 
 def test_an_adapter_of_the_users_own_that_is_new_is_compared(expert, steps, tmp_path):

@@ -17,7 +17,7 @@ from .averaging import count_items, count_sft_tokens, count_steps, mean_loss, we
 from .base_trainer import _BaseTrainer
 from .data_collator import with_indices
 from .nonfinite_updates import SkipNonFiniteUpdates
-from .watching import DriftWarnings, adapter_off, divergence_at, starts_as_expert
+from .watching import DriftWarnings, adapter_off, divergence_at, is_expert_without_adapter
 
 
 class EvaluatingTrainer(_BaseTrainer):
@@ -46,7 +46,7 @@ class EvaluatingTrainer(_BaseTrainer):
         self._sft_sums = torch.zeros(2, dtype=_sum_dtype(device), device=device)
         self._eval_sums: torch.Tensor | None = None
         self._scores: dict[str, float] = {}  # of the answers at the evaluation that is going on
-        self._starts_as_expert = starts_as_expert(self.model, self.accelerator)
+        self._is_expert_without_adapter = is_expert_without_adapter(self.model, self.train_dataset, self.accelerator)
         self.drift_warnings = DriftWarnings()
 
     @abstractmethod
@@ -96,7 +96,7 @@ class EvaluatingTrainer(_BaseTrainer):
             label_entropy = -torch.special.xlogy(label_probs, label_probs).sum(-1)[row, step]
             ones = torch.ones_like(label_entropy)
             values = [ones, steps.kl_divergence + added, steps.entropy, steps.agreement, label_entropy]
-            if self._starts_as_expert:
+            if self._is_expert_without_adapter:
                 with adapter_off(self.accelerator.unwrap_model(model, keep_torch_compile=False)):
                     expert = self.steps_of(model, inputs)
                 logits = [self.vocabulary.select(each.logits) for each in (outputs, expert)]
@@ -157,7 +157,7 @@ class EvaluatingTrainer(_BaseTrainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         device = self.accelerator.device
         names = ["loss", "entropy", "mean_token_accuracy", "label_entropy"]
-        names += ["kl_to_expert", "expert_loss"] if self._starts_as_expert else []
+        names += ["kl_to_expert", "expert_loss"] if self._is_expert_without_adapter else []
         self._eval_sums = torch.zeros(1 + len(names), dtype=_sum_dtype(device), device=device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         weight, *sums = self._eval_sums.tolist()

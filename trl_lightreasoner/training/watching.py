@@ -1,6 +1,7 @@
 """Metrics watched during training: the distance from the original expert, and the model's certainty.
 
-With its adapter switched off, the model is the expert, if the adapter starts at zero. No second model is in memory.
+With its adapter switched off, the model is the expert, if the adapter starts at zero or the labels were made without
+it, as those of a later round are. No second model is in memory.
 Both warnings compare with the labels: a model that has learned them, pi_theta = v_C, is D_KL(v_C || pi_E) away from
 the expert and has the entropy of v_C.
 """
@@ -10,10 +11,12 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from transformers import logging
 
 from ..contrast import CHUNK_ELEMENTS, step_divergence
+from ..steps.dataset import read_samplings
 
 
 logger = logging.get_logger(__name__)
@@ -23,19 +26,33 @@ _MAX_DRIFT = 2.0
 _MIN_ENTROPY = 0.5
 
 
-def starts_as_expert(model: torch.nn.Module, accelerator: Accelerator) -> bool:
+def is_expert_without_adapter(
+    model: torch.nn.Module, dataset: Dataset | IterableDataset, accelerator: Accelerator
+) -> bool:
     """
-    Whether the model with its adapter switched off is the expert that training starts from, which is true for a LoRA
-    adapter that changes nothing yet. Call it before training, on all processes.
+    Whether the model with its adapter switched off is the expert of the labels: the expert that training starts from,
+    if a LoRA adapter changes nothing yet, or the one that `label_expert="base"` names. Call it before training, on all
+    processes.
     """
     if not isinstance(model, PeftModel):
         return False
-    plain = all(isinstance(config, LoraConfig) and config.bias == "none" for config in model.peft_config.values())
+    configs = model.peft_config.values()
+    plain = all(isinstance(config, LoraConfig) and config.bias == "none" for config in configs)
+    if plain and _are_of_base(dataset):  # an adapter that begins with a share of the weights takes it from the base
+        return all(config.init_lora_weights in (True, False, "gaussian") for config in configs)
     # These are zero at first, unless the adapter was trained before or begins with a share of the weights (PiSSA);
     # under FSDP the weights can be on the main process alone
     zero = [p for n, p in model.named_parameters() if "lora_B" in n or "lora_embedding_A" in n]
     adapts = not plain or any(not p.is_meta and p.any() for p in zero)
     return not accelerator.reduce(torch.tensor(float(adapts), device=accelerator.device), reduction="sum")
+
+
+def _are_of_base(dataset: Dataset | IterableDataset) -> bool:
+    """Whether all labels are of an expert without adapter, although some of the answers are of one with an adapter."""
+    samplings = read_samplings([dataset]) if isinstance(dataset, Dataset) else []
+    of_base = [(each.get("settings") or {}).get("label_expert") == "base" for each in samplings]
+    without = [isinstance(each.get("expert"), dict) and not each["expert"].get("adapter") for each in samplings]
+    return any(of_base) and all(map(max, of_base, without))
 
 
 @contextmanager
