@@ -125,7 +125,7 @@ def test_no_folder_is_needed_and_none_is_left(tiny, tmp_path, monkeypatch):
 def test_the_config_file_of_sample_can_be_used(tmp_path):
     (tmp_path / "both.yaml").write_text("expert: e\namateur: a\ndataset_name: d\noutput_dir: o\nbeta: 0.1\n")
     args, sampling_args = make_parser().parse(["--config", str(tmp_path / "both.yaml"), "--num_prompts", "7"])
-    assert (args.expert, args.num_prompts, sampling_args.beta) == ("e", 7, 0.1)
+    assert (args.expert, sampling_args.num_prompts, sampling_args.beta) == ("e", 7, 0.1)
     assert make_sample_parser().parse(["--config", str(tmp_path / "both.yaml")])[1].output_dir == "o"
 
 
