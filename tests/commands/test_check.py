@@ -132,7 +132,7 @@ def test_the_config_file_of_sample_can_be_used(tmp_path):
 def test_its_settings_are_those_of_sampling():
     fields = {field.name: field.default for field in dataclasses.fields(ContrastiveSamplingConfig)}
     own = {field.name: field.default for field in dataclasses.fields(CheckSamplingConfig)}
-    assert fields | {"output_dir": own["output_dir"]} == own
+    assert fields | {"output_dir": own["output_dir"], "num_prompts": 50} == own
 
 
 def test_what_a_model_says_does_not_steer_the_terminal(tokenizer, tmp_path, prompts_file, expert_path, capsys):
