@@ -21,7 +21,8 @@ from transformers import TrainerState
 from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer, push_dataset_to_hub
 from trl_lightreasoner.commands.cli import main
 from trl_lightreasoner.evaluation.evaluation import Evaluation
-from trl_lightreasoner.hub.cards import add_evaluation, dataset_card, draw_curve
+from trl_lightreasoner.hub.cards import add_evaluation, dataset_card
+from trl_lightreasoner.hub.training_curve import draw_curve
 from trl_lightreasoner.models.provenance import hub_id, public_name
 
 from ..local_hub import TOKEN, LocalHub, local_hub
