@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from trl_lightreasoner.processes import Processes
-from trl_lightreasoner.steps.prompt_sources import read_prompts, take_messages
+from trl_lightreasoner.steps.prompt_sources import read_prompts, source_of, take_messages
 
 
 SYSTEM, QUESTION = {"role": "system", "content": "Think."}, {"role": "user", "content": "What is 2+2?"}
@@ -96,3 +96,27 @@ def test_an_answer_at_the_end_of_a_conversation_is_left_out_with_a_warning(caplo
 def test_conversations_beside_prompts_or_completions_are_not_touched(column):
     dataset = Dataset.from_dict({column: ["one"], "messages": [[QUESTION, ANSWER]]})
     assert read(dataset).to_list() == dataset.to_list()
+
+
+@pytest.mark.parametrize(
+    ("card", "told"), [("---\nlanguage:\n- en\n---\n", {"language": ["en"]}), ("", {}), (None, {})]
+)
+def test_rows_of_the_hub_are_known_by_their_commit(card, told, tmp_path, monkeypatch):
+    commit, snapshots = "0123456789" * 4, tmp_path / "hub" / "datasets--Owner--A--B" / "snapshots"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = tmp_path / "datasets" / "Owner___a--b" / "default" / "0.0.0" / commit
+    folder.mkdir(parents=True)
+    rows = Dataset.from_dict({"prompt": ["one", "two"]}).map(
+        lambda row: row, cache_file_name=str(folder / "train.arrow"), load_from_cache_file=False
+    )
+    assert source_of(rows) is None  # whose they are, nothing says
+    (snapshots / commit).mkdir(parents=True)
+    if card is not None:
+        (snapshots / commit / "README.md").write_text(card)
+    assert source_of(rows.select([1])) == {"dataset": "Owner/A--B", "revision": commit, **told}
+
+
+def test_rows_of_this_machine_have_no_source(tmp_path):
+    Dataset.from_dict({"prompt": ["one"]}).save_to_disk(str(tmp_path / "rows"))
+    assert source_of(Dataset.load_from_disk(str(tmp_path / "rows"))) is None
+    assert source_of(Dataset.from_dict({"prompt": ["one"]})) is None

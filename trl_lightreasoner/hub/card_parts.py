@@ -37,9 +37,15 @@ def sampling_rows(sampling: dict[str, Any]) -> list[tuple[str, str]]:
         if name in _PAPERS_LABEL and value == _PAPERS_LABEL[name]:
             continue
         if value is not None or name in ("alpha", "beta"):
-            rows.append((name, "not known" if value is None else f"{value} nats" if name == "beta" else value))
+            shown = "not known" if value is None else show(value)
+            rows.append((name, f"{shown} nats" if name == "beta" and value is not None else shown))
     if sampling.get("per_device_batch_size"):
-        rows.append(("rows together", str(sampling["per_device_batch_size"])))
+        rows.append(("rows together", show(sampling["per_device_batch_size"])))
+    source = sampling.get("prompt_source") or {}
+    revision = f", revision {source['revision']}" if source.get("revision") else ""
+    rows.append(
+        ("source of the prompts", f"{link(source.get('dataset'), 'datasets/')}{revision}" if source else "not known")
+    )
     if prompt_format := sampling.get("prompt_format"):
         rows.append(("prompts", f"by {PromptFormat(**prompt_format)}"))
     version = (sampling.get("versions") or {}).get("trl-lightreasoner")
@@ -64,6 +70,34 @@ def _describe(model: dict[str, Any] | None) -> str:
 def versions() -> dict[str, str]:
     packages = ("trl", "transformers", "peft", "torch", "datasets", "tokenizers")
     return {"trl-lightreasoner": __version__, **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def languages_of(samplings: Iterable[dict[str, Any]]) -> list[str] | None:
+    """The languages of the prompts of some samplings, if all of them are known."""
+    names: list[str] = []
+    for sampling in samplings:
+        language = (sampling.get("prompt_source") or {}).get("language")
+        if language is None:
+            return None
+        names += [each for each in ([language] if isinstance(language, str) else language) if isinstance(each, str)]
+    return list(dict.fromkeys(names)) or None
+
+
+def show(value: Any) -> str:
+    """
+    A value as people read it.
+
+    Example:
+
+    ```python
+    >>> show(1024), show(1e-4), show(1.0), show(True)
+    ('1,024', '0.0001', '1', 'True')
+
+    ```
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(getattr(value, "value", value))  # of an enum
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def link(name: str | None, kind: str = "") -> str:

@@ -6,8 +6,10 @@ beside it stays.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,13 +17,27 @@ from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from datasets.info import DatasetInfosDict
 from datasets.splits import SplitInfo
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
+from huggingface_hub.repocard import metadata_load
 
+from ..models.hub_access import cache_if_unreachable
 from ..models.provenance import describe_quantization, hub_id, public_name
 from ..models.weights import describe_model, get_base_model, is_peft_model
 from ..steps.dataset import count_steps, read_samplings
 from ..steps.training_rows import has_corrections
 from ..text import printable
-from .card_parts import CITATION, LINES, PAPER_ID, TAGS, link, replace_part, sampling_rows, table, versions
+from .card_parts import (
+    CITATION,
+    LINES,
+    PAPER_ID,
+    TAGS,
+    languages_of,
+    link,
+    replace_part,
+    sampling_rows,
+    show,
+    table,
+    versions,
+)
 from .training_curve import curve_table
 
 
@@ -44,7 +60,10 @@ _MEANINGS = {
     "step_weights": "weight of each kept step in the mean of the loss",
     "sampling_metadata": "JSON: models, revisions, settings and versions",
 }
-_SETTINGS = ("learning_rate", "lr_scheduler_type", "optim", "max_length", "one_step_per_row", "seed")
+_SETTINGS = ("learning_rate", "lr_scheduler_type", "optim", "max_length", "one_step_per_row")
+# For the quick start of a model
+_LOOKED_THROUGH, _MAX_PROMPT_CHARACTERS = 100, 600
+_SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")  # of datasets, as the Hub calls them
 _UNKNOWN = "The rows do not say."
 
 
@@ -71,8 +90,11 @@ def model_card(
     is_adapter = is_peft_model(model)
     base_name = get_base_model(model).config._name_or_path
     base_model = hub_id(base_name)
+    samplings = read_samplings([trainer.train_dataset]) if isinstance(trainer.train_dataset, Dataset) else []
     data = ModelCardData(
         base_model=base_model,
+        **licence_of(base_name),
+        language=languages_of(samplings),
         datasets=dataset_name,
         library_name="peft" if is_adapter else "transformers",
         model_name=model_name,
@@ -107,6 +129,27 @@ def model_card(
     return card
 
 
+@cache
+def licence_of(model: str) -> dict[str, Any]:
+    """
+    The licence of a model, as the card beside it says: `license`, and `license_name` and `license_link` if it is one
+    that the Hub does not know. Empty if there is no card, or it does not say.
+    """
+    from transformers.utils import cached_file
+
+    if not os.path.isdir(model) and hub_id(model) is None:
+        return {}
+    names = ("missing_entries", "connection_errors", "gated_repo")
+    quietly = {f"_raise_exceptions_for_{name}": False for name in names}
+    try:
+        with cache_if_unreachable(model):
+            path = cached_file(model, "README.md", **quietly)
+        metadata = (metadata_load(path) if path else None) or {}
+    except Exception:  # a card that cannot be had or read is no reason to lose a training
+        return {}
+    return {name: metadata[name] for name in ("license", "license_name", "license_link") if metadata.get(name)}
+
+
 def add_evaluation(card: ModelCard, evaluation: "Evaluation") -> None:
     """Put accuracies into a model card: a table in its text, and `model-index` in its metadata."""
     settings = evaluation.results["settings"]
@@ -131,7 +174,7 @@ def dataset_card(splits: dict[str, Dataset], repo_id: str, existing: DatasetCard
         existing ([`~huggingface_hub.DatasetCard`], *optional*):
             The card that is there. Its metadata, of which `datasets` takes care, and what people wrote are kept.
     """
-    card = existing or DatasetCard("---\n---\n")
+    card = existing or DatasetCard("---\n{}\n---\n")
     infos = DatasetInfosDict.from_dataset_card_data(card.data)
     info = infos.get("default")
     others = {name: split for name, split in ((info and info.splits) or {}).items() if name not in splits}
@@ -164,8 +207,23 @@ def dataset_card(splits: dict[str, Dataset], repo_id: str, existing: DatasetCard
         infos.to_dataset_card_data(card.data)
     card.text = replace_part(card.text, "steps", text.strip())
     card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *TAGS]))
+    num_rows = sum(map(len, splits.values())) + sum(split.num_examples for split in others.values())
+    card.data["size_categories"] = [_size_category(num_rows)]
+    if languages := card.data.get("language") or languages_of(samplings):
+        card.data["language"] = languages
+    sources = [(each.get("prompt_source") or {}).get("dataset") for each in samplings]
+    if sources := list(dict.fromkeys(name for name in sources if hub_id(name))):
+        card.data["source_datasets"] = card.data.get("source_datasets") or sources
     card.data["task_categories"] = card.data.get("task_categories") or ["text-generation"]
     return card
+
+
+def _size_category(num_rows: int) -> str:
+    """Its name on the Hub."""
+    index = len(str(num_rows)) - len("1000") + 1  # of the first limit that is above it
+    if index <= 0:
+        return f"n<{_SIZES[0]}"
+    return f"{_SIZES[index - 1]}<n<{_SIZES[index]}" if index < len(_SIZES) else f"n>{_SIZES[-1]}"
 
 
 class _Told(NamedTuple):
@@ -213,15 +271,33 @@ def _makings(makings: dict[str, str]) -> str:
 
 
 def _example_prompt(trainer: "Trainer") -> str:
-    """A prompt in the form of those that were trained on, as a literal of Python."""
+    """A prompt of those that were trained on, or one in their form, as a literal of Python."""
     question = "What is 17 * 3?"
-    if trainer.prompt_format is not None:
+    if (known := _short_prompt(trainer.train_dataset)) is not None:
+        prompt = known
+    elif trainer.prompt_format is not None:
         prompt = trainer.prompt_format.make_prompt(question)
     elif getattr(trainer.processing_class, "chat_template", None) is not None:
         prompt = [{"role": "user", "content": question}]
     else:
         prompt = question
     return json.dumps(prompt, ensure_ascii=False)
+
+
+def _short_prompt(dataset: Any) -> Any:
+    """The first prompt of few words that needs nothing beside it, such as tools."""
+    if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
+        return None
+    for row in dataset.with_format(None).select(range(min(_LOOKED_THROUGH, len(dataset)))):
+        prompt = row["prompt"]
+        if isinstance(prompt, list):  # where rows have different keys, Arrow fills in nulls
+            prompt = [{key: value for key, value in message.items() if value is not None} for message in prompt]
+            if prompt[-1].get("role") == "assistant":
+                continue
+        beside = row.get("tools") or row.get("chat_template_kwargs")
+        if prompt and not beside and len(json.dumps(prompt)) <= _MAX_PROMPT_CHARACTERS:
+            return prompt
+    return None
 
 
 def _data_rows(dataset: Any, dataset_name: str | None) -> list[tuple[str, str]]:
@@ -236,8 +312,8 @@ def _data_rows(dataset: Any, dataset_name: str | None) -> list[tuple[str, str]]:
 
 def _setting_rows(trainer: "Trainer", model: Any) -> list[tuple[str, Any]]:
     args = trainer.args
-    rows: list[tuple[str, Any]] = [("beta", f"{trainer.beta} nats" if trainer.beta else "all kept steps")]
-    settings = {name: getattr(args, name) for name in _SETTINGS}
+    rows: list[tuple[str, Any]] = [("beta", f"{show(trainer.beta)} nats" if trainer.beta else "all kept steps")]
+    settings = {name: getattr(args, name) for name in _SETTINGS} | {"seed": str(args.seed)}
     if trainer.optimizer_cls_and_kwargs is not None:
         optimizer, kwargs = trainer.optimizer_cls_and_kwargs
         settings |= {"optim": optimizer.__name__, "learning_rate": kwargs.get("lr", "the optimizer's own")}
@@ -248,8 +324,8 @@ def _setting_rows(trainer: "Trainer", model: Any) -> list[tuple[str, Any]]:
         rows.append(("weights of the kept steps", "a column of the dataset"))
     rows_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows.append(("rows an update", rows_per_update))
-    rows.append(("updates", f"{trainer.state.global_step:,}"))
-    rows.append(("epochs", f"{trainer.state.epoch or 0:.2f}"))
+    rows.append(("updates", trainer.state.global_step))
+    rows.append(("epochs", round(trainer.state.epoch or 0.0, 2)))
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "none"
     rows.append(("mixed precision", precision))
     described = describe_model(model)
@@ -264,7 +340,7 @@ def _setting_rows(trainer: "Trainer", model: Any) -> list[tuple[str, Any]]:
             targets = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
         rows += [("LoRA r", lora.r), ("LoRA alpha", lora.lora_alpha), ("LoRA dropout", lora.lora_dropout)]
         rows.append(("LoRA target modules", targets))
-    return [(name, getattr(value, "value", value)) for name, value in rows]
+    return [(name, show(value)) for name, value in rows]
 
 
 def _adapter_type(model: "PeftModel") -> str:

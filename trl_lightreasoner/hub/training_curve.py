@@ -69,9 +69,9 @@ def curve_table(state: "TrainerState") -> str:
 
     def cell(log: dict[str, float], name: str) -> str:
         error = f" +- {log[_ACCURACY_ERROR]:.2g}" if name == _ACCURACY and name in log else ""
-        return f"{log[name]:.4g}{error}" if name in log else ""
+        return f"{log[name]:.3g}{error}" if name in log else ""
 
-    rows = [[step, *(cell(log, name) for name in names)] for step, log in logs]
+    rows = [[f"{step:,}", *(cell(log, name) for name in names)] for step, log in logs]
     return table(["update", *names], rows) if rows else ""
 
 

@@ -20,7 +20,7 @@ from ..models.weights import short_name, weight_fingerprint
 from ..processes import Processes
 from ..steps.dataset import kl_quantiles
 from ..steps.prompt_format import PromptFormat, format_of_prompts
-from ..steps.prompt_sources import read_prompts
+from ..steps.prompt_sources import read_prompts, source_of
 from ..steps.prompts import check_prompts
 from ..steps.run_file import run_date
 from ..steps.writer import StepWriter, describe_rows
@@ -298,7 +298,7 @@ class ContrastiveStepSampler:
         self.batch_size = self.processes.on_main(lambda: self._find_batch_size(encoded, plan, scoring_only))
         try:
             done = self.processes.on_main(
-                lambda: writer.open({**self._identity(encoded), **describe_rows(dataset)}, self._metadata())
+                lambda: writer.open({**self._identity(encoded), **describe_rows(dataset)}, self._metadata(dataset))
             )
             if not self.processes.is_main:
                 writer.join()
@@ -497,7 +497,7 @@ class ContrastiveStepSampler:
         reading = {"by": "covering", "description": self.other_amateur.reading}
         return {"shared_tokens": self.other_amateur.num_shared, "amateur_reading": reading}
 
-    def _metadata(self) -> dict[str, Any]:
+    def _metadata(self, dataset: Dataset) -> dict[str, Any]:
         return make_metadata(
             {"expert": (self.expert, self._names[0]), "amateur": (self.amateur, self._names[1])},
             {name: getattr(self.args, name) for name in _SETTINGS},
@@ -507,4 +507,5 @@ class ContrastiveStepSampler:
             self._prompt_format,
             self.processing_class,
             None if self._vllm is None else self._vllm.version,
+            source_of(dataset),
         )

@@ -1,10 +1,14 @@
 """Prompts as users have them, in a list, a Dataset or a stream, as a Dataset with a column `prompt`."""
 
+import re
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, IterableDataset, List
+from huggingface_hub import constants
+from huggingface_hub.repocard import metadata_load
 from transformers import logging
 
 from ..processes import Processes
@@ -77,6 +81,27 @@ def take_messages(dataset: Dataset, column: str) -> Dataset:
         "`completion`."
     )
     return map_rows(dataset.with_format(None), _leave_answer_out, desc="Leaving answers out")
+
+
+def source_of(dataset: Dataset) -> dict[str, Any] | None:
+    """
+    Where a dataset was loaded from, if that is one repository on the Hub.
+
+    Returns:
+        `dict` with the id, `dataset`, the `revision`, and `language` if the dataset's card says so.
+    """
+    # `load_dataset` names the folder of the rows after the commit, and so does the cache of the Hub, which has the id
+    # as it is written
+    commits = {Path(file["filename"]).parent.name for file in dataset.cache_files}
+    if len(commits) != 1 or not re.fullmatch("[0-9a-f]{40}", commit := commits.pop()):
+        return None
+    snapshots = list(Path(constants.HF_HUB_CACHE).glob(f"datasets--*--*/snapshots/{commit}"))
+    if len(snapshots) != 1:
+        return None
+    name = snapshots[0].parents[1].name.removeprefix("datasets--").replace("--", "/", 1)
+    card = snapshots[0] / "README.md"
+    language = (metadata_load(card) or {}).get("language") if card.is_file() else None
+    return {"dataset": name, "revision": commit, **({} if language is None else {"language": language})}
 
 
 def _read_stream(dataset: IterableDataset, num_prompts: int) -> Dataset:
