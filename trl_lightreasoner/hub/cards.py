@@ -23,6 +23,7 @@ from ..models.hub_access import cache_if_unreachable
 from ..models.provenance import describe_quantization, hub_id, public_name
 from ..models.weights import describe_model, get_base_model, is_peft_model
 from ..steps.dataset import count_steps, read_samplings
+from ..steps.prompt_format import PromptFormat
 from ..steps.training_rows import has_corrections
 from ..text import printable
 from .card_parts import (
@@ -42,7 +43,7 @@ from .training_curve import curve_table
 
 
 if TYPE_CHECKING:  # slow to import, and a Dataset's card does without
-    from peft import PeftModel
+    from peft import PeftConfig
     from transformers import Trainer
 
     from ..evaluation.evaluation import Evaluation
@@ -110,7 +111,7 @@ def model_card(
         data,
         template_path=str(Path(__file__).with_name("model_card_template.md")),
         is_adapter=is_adapter,
-        adapter_type=_adapter_type(model) if is_adapter else None,
+        adapter_type=adapter_type(model.active_peft_config) if is_adapter else None,
         base_model=link(base_name),
         hub_model_id=trainer.hub_model_id or model_name,
         prompt=_example_prompt(trainer),
@@ -135,19 +136,27 @@ def licence_of(model: str) -> dict[str, Any]:
     The licence of a model, as the card beside it says: `license`, and `license_name` and `license_link` if it is one
     that the Hub does not know. Empty if there is no card, or it does not say.
     """
+    path = find_card(model)
+    try:
+        metadata = (metadata_load(path) if path else None) or {}
+    except Exception:  # a card that cannot be read is no reason to lose a training
+        return {}
+    return {name: metadata[name] for name in ("license", "license_name", "license_link") if metadata.get(name)}
+
+
+def find_card(model: str, revision: str | None = None) -> str | None:
+    """The file of the card beside a model or an adapter, given by its id or path, or `None` if it cannot be had."""
     from transformers.utils import cached_file
 
     if not os.path.isdir(model) and hub_id(model) is None:
-        return {}
+        return None
     names = ("missing_entries", "connection_errors", "gated_repo")
     quietly = {f"_raise_exceptions_for_{name}": False for name in names}
-    try:
-        with cache_if_unreachable(model):
-            path = cached_file(model, "README.md", **quietly)
-        metadata = (metadata_load(path) if path else None) or {}
-    except Exception:  # a card that cannot be had or read is no reason to lose a training
-        return {}
-    return {name: metadata[name] for name in ("license", "license_name", "license_link") if metadata.get(name)}
+    with cache_if_unreachable(model):
+        try:
+            return cached_file(model, "README.md", revision=revision, **quietly)
+        except OSError:  # there is no such model any more
+            return None
 
 
 def add_evaluation(card: ModelCard, evaluation: "Evaluation") -> None:
@@ -272,15 +281,19 @@ def _makings(makings: dict[str, str]) -> str:
 
 def _example_prompt(trainer: "Trainer") -> str:
     """A prompt of those that were trained on, or one in their form, as a literal of Python."""
-    question = "What is 17 * 3?"
-    if (known := _short_prompt(trainer.train_dataset)) is not None:
-        prompt = known
-    elif trainer.prompt_format is not None:
-        prompt = trainer.prompt_format.make_prompt(question)
-    elif getattr(trainer.processing_class, "chat_template", None) is not None:
-        prompt = [{"role": "user", "content": question}]
-    else:
-        prompt = question
+    known = _short_prompt(trainer.train_dataset)
+    if known is None:
+        return make_example(trainer.prompt_format, trainer.processing_class)
+    return json.dumps(known, ensure_ascii=False)
+
+
+def make_example(prompt_format: PromptFormat | None, tokenizer: Any) -> str:
+    """A prompt of that format, or else of the tokenizer's, as a literal of Python."""
+    prompt: Any = "What is 17 * 3?"
+    if prompt_format is not None:
+        prompt = prompt_format.make_prompt(prompt)
+    elif getattr(tokenizer, "chat_template", None) is not None:
+        prompt = [{"role": "user", "content": prompt}]
     return json.dumps(prompt, ensure_ascii=False)
 
 
@@ -333,20 +346,32 @@ def _setting_rows(trainer: "Trainer", model: Any) -> list[tuple[str, Any]]:
     rows += [(name, described[name]) for name in ("attention", "device")]
     if described["quantization"]:
         rows.append(("quantization", describe_quantization(described["quantization"])))
-    if is_peft_model(model) and _adapter_type(model) == "LoRA":
-        lora = model.active_peft_config
-        targets = lora.target_modules
-        if not isinstance(targets, str | None):  # "all-linear" becomes the name of every layer
-            targets = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
-        rows += [("LoRA r", lora.r), ("LoRA alpha", lora.lora_alpha), ("LoRA dropout", lora.lora_dropout)]
-        rows.append(("LoRA target modules", targets))
+    if is_peft_model(model):
+        rows += adapter_rows(model.active_peft_config)
     return [(name, show(value)) for name, value in rows]
 
 
-def _adapter_type(model: "PeftModel") -> str:
+def adapter_rows(config: "PeftConfig") -> list[tuple[str, Any]]:
+    """Size and place of an adapter, if it is LoRA."""
     from peft import LoraConfig
 
-    config = model.active_peft_config
+    if not isinstance(config, LoraConfig):
+        return []
+    targets = config.target_modules
+    if not isinstance(targets, str | None):  # "all-linear" becomes the name of every layer
+        targets = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
+    return [
+        ("LoRA r", config.r),
+        ("LoRA alpha", config.lora_alpha),
+        ("LoRA dropout", config.lora_dropout),
+        ("LoRA target modules", targets),
+    ]
+
+
+def adapter_type(config: "PeftConfig") -> str:
+    """Its name, as people write it."""
+    from peft import LoraConfig
+
     return "LoRA" if isinstance(config, LoraConfig) else config.peft_type.value
 
 
