@@ -2,17 +2,19 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetInfo
 from datasets.info import DatasetInfosDict
 from datasets.splits import SplitDict, SplitInfo
 from huggingface_hub import DatasetCard, ModelCard
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig
 
 from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
 from trl_lightreasoner.hub.card_parts import languages_of
 from trl_lightreasoner.hub.cards import _size_category, dataset_card, licence_of
+from trl_lightreasoner.hub.merged_card import merged_card
 
 
 @pytest.fixture
@@ -146,3 +148,20 @@ def test_numbers_are_written_for_people(card_of):
     text = card_of(max_length=2048, learning_rate=1.25e-4, seed=12345).text
     assert "| max_length | 2,048 |" in text and "| learning_rate | 0.000125 |" in text and "| seed | 12345 |" in text
     assert "| epochs | 0 |" in text
+
+
+# Of a merged model
+
+
+def test_a_merged_model_names_base_model_and_adapter_on_the_hub(expert, tokenizer):
+    names = {"folder": Path("/data/me/merged"), "base": "Qwen/Qwen2.5-Math-1.5B", "adapter_name": "me/adapter"}
+    measured = {"change": 0.1234, "difference": 1.25e-6, "num_tokens": 64}
+    card = merged_card(
+        expert, tokenizer, **names, adapter=LoHaConfig(), adapter_card=None, prompt_format=None, **measured
+    )
+    card = ModelCard(str(card))
+    assert (card.data.base_model, card.data.base_model_relation) == ("Qwen/Qwen2.5-Math-1.5B", "finetune")
+    assert card.data.library_name == "transformers" and card.data.tags is None
+    assert "with the LOHA adapter [me/adapter](https://huggingface.co/me/adapter) merged" in card.text
+    assert "| divergence from the base model | 0.12 nats a token |" in card.text and "/data" not in card.text
+    assert example_of(card) == [{"role": "user", "content": "What is 17 * 3?"}] and "## Licence" in card.text
