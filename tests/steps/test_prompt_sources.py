@@ -86,7 +86,7 @@ def test_conversations_are_prompts():
     ]
 
 
-def test_an_answer_at_the_end_of_a_conversation_is_left_out_with_a_warning(caplog, propagated_logs):
+def test_an_answer_at_the_end_of_a_conversation_is_left_out_with_a_warning(caplog):
     dataset = Dataset.from_dict({"messages": [[QUESTION, ANSWER, NEXT, ANSWER, ANSWER], [QUESTION]]})
     assert take_messages(dataset, "messages")["prompt"][:] == [[QUESTION, ANSWER, NEXT], [QUESTION]]
     assert "'messages' end with an answer in 1 of 2 rows. It is left out" in caplog.text

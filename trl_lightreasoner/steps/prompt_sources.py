@@ -1,26 +1,29 @@
 """Prompts as users have them, in a list, a Dataset or a stream, as a Dataset with a column `prompt`."""
 
+import logging
 import re
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from datasets import Dataset, IterableDataset, List
 from huggingface_hub import constants
 from huggingface_hub.repocard import metadata_load
-from transformers import logging
 
-from ..processes import Processes
 from .caches import map_rows
 from .dataset import check_dataset
 
 
-logger = logging.get_logger(__name__)
+if TYPE_CHECKING:  # slow to import, and the flags of a command do without
+    from ..processes import Processes
+
+
+logger = logging.getLogger(__name__)
 
 
 def read_prompts(
-    prompts: Dataset | IterableDataset | list[Any], num_prompts: int | None, processes: Processes
+    prompts: Dataset | IterableDataset | list[Any], num_prompts: int | None, processes: "Processes"
 ) -> Dataset:
     """
     Prompts as a Dataset.
