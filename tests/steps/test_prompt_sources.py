@@ -1,5 +1,7 @@
 """Lists, streams and conversations become a Dataset of prompts."""
 
+from types import SimpleNamespace
+
 import pytest
 from datasets import Dataset, Features, IterableDataset, List, Value
 
@@ -57,6 +59,14 @@ def test_a_stream_is_read_up_to_the_limit():
     read_rows = read(IterableDataset.from_generator(rows), 3).to_list()
     assert read_rows == [{"prompt": f"{number}+1=", "answer": number + 1} for number in range(3)]
     assert len(seen) < 1000
+
+
+def test_every_process_has_the_rows_that_the_main_one_read():
+    def on_main(read):  # of another process
+        return Dataset.from_dict({"prompt": ["the main one's"]})
+
+    rows = read_prompts(stream({"prompt": "mine"}), 1, SimpleNamespace(on_main=on_main))
+    assert rows["prompt"][:] == ["the main one's"]
 
 
 def test_a_stream_without_a_limit_is_refused():
