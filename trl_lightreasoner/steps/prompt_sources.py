@@ -50,6 +50,8 @@ def read_prompts(
         prompts = processes.on_main(lambda: _read_stream(prompts, num_prompts))
     elif isinstance(prompts, list):
         prompts = _as_dataset(prompts[:num_prompts])
+    elif isinstance(prompts, str):
+        raise TypeError("`dataset` must be a `datasets.Dataset` or a list, got `str`. Put the prompt into a list.")
     check_dataset(prompts)
     if num_prompts is not None and num_prompts < len(prompts):
         prompts = prompts.select(range(num_prompts))
