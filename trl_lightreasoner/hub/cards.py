@@ -357,8 +357,8 @@ def adapter_rows(config: "PeftConfig") -> list[tuple[str, Any]]:
 
     if not isinstance(config, LoraConfig):
         return []
-    targets = config.target_modules
-    if not isinstance(targets, str | None):  # "all-linear" becomes the name of every layer
+    targets = config.target_modules or "PEFT's choice"
+    if not isinstance(targets, str):  # "all-linear" becomes the name of every layer
         targets = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
     return [
         ("LoRA r", config.r),
