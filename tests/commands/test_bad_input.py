@@ -864,7 +864,9 @@ def test_good_settings_of_an_optimizer(optim_args, tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "error", "sentence"),
     [
-        (["What is 2+2?"], TypeError, r"`dataset` must be a `datasets\.Dataset`, got `list`\."),
+        ("2+2=", TypeError, r"`dataset` must be a `datasets\.Dataset` or a list, got `str`\. Put .* into a list\."),
+        (("2+2=",), TypeError, r"`dataset` must be a `datasets\.Dataset`, got `tuple`\."),
+        ([2, "2+2="], ValueError, r"A list of prompts must hold texts, .* it holds int and str\. Give rows as .*"),
         (
             DatasetDict({"train": Dataset.from_dict({"prompt": ["2+2="]})}),
             TypeError,

@@ -125,14 +125,14 @@ def test_no_folder_is_needed_and_none_is_left(tiny, tmp_path, monkeypatch):
 def test_the_config_file_of_sample_can_be_used(tmp_path):
     (tmp_path / "both.yaml").write_text("expert: e\namateur: a\ndataset_name: d\noutput_dir: o\nbeta: 0.1\n")
     args, sampling_args = make_parser().parse(["--config", str(tmp_path / "both.yaml"), "--num_prompts", "7"])
-    assert (args.expert, args.num_prompts, sampling_args.beta) == ("e", 7, 0.1)
+    assert (args.expert, sampling_args.num_prompts, sampling_args.beta) == ("e", 7, 0.1)
     assert make_sample_parser().parse(["--config", str(tmp_path / "both.yaml")])[1].output_dir == "o"
 
 
 def test_its_settings_are_those_of_sampling():
     fields = {field.name: field.default for field in dataclasses.fields(ContrastiveSamplingConfig)}
     own = {field.name: field.default for field in dataclasses.fields(CheckSamplingConfig)}
-    assert fields | {"output_dir": own["output_dir"]} == own
+    assert fields | {"output_dir": own["output_dir"], "num_prompts": 50} == own
 
 
 def test_what_a_model_says_does_not_steer_the_terminal(tokenizer, tmp_path, prompts_file, expert_path, capsys):

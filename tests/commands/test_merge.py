@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import (
     LilyConfig,
     LNTuningConfig,
@@ -132,6 +133,42 @@ def test_the_model_is_a_plain_one(adapter_path, tmp_path):
     weights = load_file(tmp_path / "model" / "model.safetensors")
     assert weights.keys() == Qwen2ForCausalLM(merged.config).state_dict().keys()
     assert not (tmp_path / "model" / "adapter_config.json").exists()
+
+
+def test_the_model_has_a_card_of_its_own(base_path, adapter_path, tmp_path):
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\n---\nThe base.\n")
+    (tmp_path / "adapter" / "README.md").write_text(
+        "---\nlibrary_name: peft\nlanguage: en\nbase_model: me/base\n"
+        "tags: [trl, light-reasoner, peft, base_model:adapter:x]\n"
+        '---\n# adapter\n\nOf the adapter.\n\n```python\nprompt = "2+2="\n```\n\n## Training data\n\nProblems.\n\n'
+        "## Training curve\n\n![Loss](training_curve.png)\n\nA table.\n"
+    )
+    run_merge("--model", adapter_path, "--output_dir", tmp_path / "model")
+    text = (tmp_path / "model" / "README.md").read_text()
+    data = ModelCard(text).data
+    assert (data.library_name, data.license, data.language) == ("transformers", "mit", "en")
+    assert data.tags == ["trl", "light-reasoner"]
+    assert (data.base_model, data.get("base_model_relation")) == (None, None)  # it is a folder of this machine
+    assert "`base` with the LoRA adapter `adapter` merged" in text and str(tmp_path) not in text
+    assert "| LoRA target modules | q_proj, v_proj |" in text and "| parameters | " in text
+    assert "Problems." in text and "A table." in text and "![" not in text and "Of the adapter." not in text
+    assert 'prompt = "2+2="' in text and "peft" not in text.partition("## How it was made")[0].lower().replace(
+        "without peft", ""
+    )
+
+
+def test_the_quick_start_of_the_card_runs(adapter_path, tmp_path, monkeypatch, capsys):
+    run_merge("--model", adapter_path, "--output_dir", tmp_path / "model")
+    text = (tmp_path / "model" / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    exec(re.search("```python\n(.*?)```", text, re.DOTALL)[1], {})
+    assert "LightReasoner]" not in text and "## Training data" not in text  # that nobody has told
+
+
+def test_an_adapter_whose_card_cannot_be_read_is_merged(adapter_path, tmp_path):
+    (tmp_path / "adapter" / "README.md").write_text("---\n: [\n---\n")
+    run_merge("--model", adapter_path, "--output_dir", tmp_path / "model")
+    assert "# model" in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_the_base_model_and_the_adapter_stay_as_they_are(base_path, adapter_path, tmp_path):

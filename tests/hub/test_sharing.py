@@ -21,7 +21,8 @@ from transformers import TrainerState
 from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer, push_dataset_to_hub
 from trl_lightreasoner.commands.cli import main
 from trl_lightreasoner.evaluation.evaluation import Evaluation
-from trl_lightreasoner.hub.cards import add_evaluation, dataset_card, draw_curve
+from trl_lightreasoner.hub.cards import add_evaluation, dataset_card
+from trl_lightreasoner.hub.training_curve import draw_curve
 from trl_lightreasoner.models.provenance import hub_id, public_name
 
 from ..local_hub import TOKEN, LocalHub, local_hub
@@ -366,7 +367,7 @@ def test_a_long_curve_is_told_in_a_few_rows(expert_path, steps, tmp_path):
     trainer.state.log_history = [{"loss": 1 / step, "step": step} for step in range(1, 1001)]
     trainer.create_model_card()
     curve = table_rows((tmp_path / "README.md").read_text(), "Training curve")
-    assert len(curve) == 20 and (curve[0][0], curve[-1][0]) == ("1", "1000")
+    assert len(curve) == 20 and (curve[0][0], curve[-1][0]) == ("1", "1,000")
 
 
 def test_the_accuracies_of_a_training_are_told_with_their_errors(expert_path, steps, tmp_path):

@@ -183,6 +183,25 @@ def test_messages_get_the_chat_template(sample, loaded_tokenizer):
         assert row["prompt"] == message
 
 
+def test_a_list_a_stream_and_conversations_give_what_their_dataset_gives(sample, prompts):
+    questions = prompts["prompt"][:2]
+    from_dataset = sample(prompts_of(*questions))
+    assert_same_rows(sample(questions), from_dataset, exact=True)
+    assert_same_rows(sample(prompts.to_iterable_dataset(), num_prompts=2), from_dataset, exact=True)
+    messages = [[{"role": "user", "content": question}] for question in questions]
+    answered = [[*each, {"role": "assistant", "content": "12"}] for each in messages]
+    from_messages = sample(prompts_of(*messages))
+    assert_same_rows(sample(Dataset.from_dict({"messages": answered})), from_messages, exact=True)
+
+
+def test_the_default_folder_is_named_after_the_expert(prompts, expert_path, amateur_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sampler = ContrastiveStepSampler(expert_path, amateur_path)
+    assert sampler.args == ContrastiveSamplingConfig("expert-LightReasoner-steps")
+    assert len(sampler.sample(prompts.select([1]))) == len(sampler.sample(prompts.select([1]))) == 1
+    assert (tmp_path / "expert-LightReasoner-steps" / "run.json").is_file()
+
+
 def test_other_columns_are_carried_along(sample):
     features = Features(
         {"prompt": Value("string"), "level": ClassLabel(names=["easy", "hard"]), "note": Value("string")}

@@ -146,7 +146,11 @@ def test_the_format_lies_beside_what_is_trained(name, adapter):
 def test_the_card_shows_the_format_and_asks_in_it(adapter):
     card = open(f"{adapter}/README.md").read()
     assert "| prompts | by the chat template and the system prompt 'Think.' |" in card
-    assert 'prompt = [{"role": "system", "content": "Think."}, {"role": "user", "content": "What is 17 * 3?"}]' in card
+    asked = (
+        'prompt = [{"role": "system", "content": "Think."}, {"role": "user", "content": ' + json.dumps(text)
+        for text in QUESTIONS
+    )
+    assert any(each in card for each in asked)
 
 
 def test_merging_keeps_the_format(adapter, tmp_path):
@@ -188,9 +192,10 @@ def test_another_style_has_the_template_of_its_own(asked):
     assert "is evaluated with plain text 'Question: {question}\\nAnswer:'" in said
 
 
-def test_a_conversation_that_ends_with_its_answer_is_no_prompt():
+def test_a_dataset_of_conversations_needs_no_name_for_its_column():
     question = {"role": "user", "content": "What is 2+2?"}
-    dataset = Dataset.from_dict({"messages": [[question], [question, {"role": "assistant", "content": "4"}]]})
-    with pytest.raises(ValueError, match="Row 1: the messages of 'messages' end with an answer.*column `completion`"):
-        name_prompts(dataset, "messages")
-    assert name_prompts(dataset.select([0]), "messages")["prompt"][0] == [question]
+    dataset = Dataset.from_dict({"messages": [[question]]})
+    for column in ("messages", "prompt"):
+        assert name_prompts(dataset, column)["prompt"][0] == [question]
+    with pytest.raises(ValueError, match="no column 'question'"):
+        name_prompts(dataset, "question")

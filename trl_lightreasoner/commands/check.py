@@ -20,37 +20,28 @@ class CheckArguments(PairArguments):
     [`PairArguments`], and what `lightreasoner check` does with them.
 
     Parameters:
-        num_prompts (`int`, *optional*, defaults to `50`):
-            How many prompts are looked at, from the first.
         json (`bool`, *optional*, defaults to `False`):
             Whether to print one JSON object instead of text.
     """
 
-    num_prompts: int = field(
-        default=50,
-        metadata={"help": "How many prompts are looked at, from the first."},
-    )
     json: bool = field(
         default=False,
         metadata={"help": "Whether to print one JSON object instead of text."},
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.num_prompts < 1:
-            raise ValueError(f"`num_prompts` must be a whole number, 1 or more, got {self.num_prompts}.")
-
 
 @dataclass
 class CheckSamplingConfig(ContrastiveSamplingConfig):
     """
-    [`ContrastiveSamplingConfig`] without the need of a folder.
+    [`ContrastiveSamplingConfig`] without the need of a folder, for a few prompts.
 
     Parameters:
         output_dir (`str`, *optional*, defaults to `"steps"`):
             Unused: nothing is left behind. It can stand in a config file that `lightreasoner sample` reads as well.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Unused, like `output_dir`.
+        num_prompts (`int`, *optional*, defaults to `50`):
+            How many prompts are looked at, from the first.
     """
 
     output_dir: str = field(
@@ -64,6 +55,10 @@ class CheckSamplingConfig(ContrastiveSamplingConfig):
         default=False,
         metadata={"help": "Unused, like `output_dir`."},
     )
+    num_prompts: int = field(
+        default=50,
+        metadata={"help": "How many prompts are looked at, from the first."},
+    )
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
@@ -75,7 +70,7 @@ def main(args: CheckArguments, sampling_args: CheckSamplingConfig) -> int:
     sampler = make_sampler(args, sampling_args)
     prompts, prompt_format = load_prompts(args)
     announce_pair(args, sampling_args, prompts)
-    check = sampler.check(prompts, args.num_prompts, prompt_format)
+    check = sampler.check(prompts, sampling_args.num_prompts, prompt_format)
     if not sampler.processes.is_main:
         pass
     elif args.json:
@@ -83,6 +78,6 @@ def main(args: CheckArguments, sampling_args: CheckSamplingConfig) -> int:
     else:
         print(check.report())
         if check.promising:
-            flags = flags_of(args, ("num_prompts", "json")) + flags_of(sampling_args, ("output_dir",))
+            flags = flags_of(args, ("json",)) + flags_of(sampling_args, ("output_dir", "num_prompts"))
             print(next_command("sample", *flags, "--output_dir", "STEPS"))
     return 0 if check.promising else 1

@@ -85,7 +85,7 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 
 def main(args: MergeArguments) -> None:
     """
-    Merge an adapter into its base model, and save the result with tokenizer and generation config.
+    Merge an adapter into its base model, and save the result with tokenizer, generation config and card.
 
     Args:
         args ([`MergeArguments`]): What to merge, and where to.
@@ -121,6 +121,7 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
     import torch
 
     from ..generation.greedy import save_generation_config, without_generation_config
+    from ..hub.merged_card import load_card, merged_card
     from ..models.forward import divergence, next_token_log_probs
     from ..models.loading import left_out, load_model
     from ..steps.prompt_format import load_prompt_format
@@ -171,6 +172,20 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
                 f"token, where the adapter makes a difference of {change:.2g}. Load the adapter with PEFT as it is, "
                 "or merge in another `dtype`."
             )
+        card = merged_card(
+            loaded,
+            tokenizer,
+            folder=folder.absolute(),
+            base=base,
+            adapter_name=args.model,
+            adapter=adapter,
+            adapter_card=load_card(args.model, args.model_revision),
+            prompt_format=prompt_format,
+            change=change,
+            difference=nats,
+            num_tokens=len(ids),
+        )
+        card.save(folder / "README.md")
     except BaseException:  # the whole model or nothing; the folder was empty
         shutil.rmtree(folder, ignore_errors=True)
         raise

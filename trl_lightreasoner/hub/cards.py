@@ -5,12 +5,11 @@ path. A part that is made here stands between two comments and is replaced when 
 beside it stays.
 """
 
-import importlib.metadata
-import importlib.util
 import json
-import math
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,34 +17,37 @@ from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from datasets.info import DatasetInfosDict
 from datasets.splits import SplitInfo
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
+from huggingface_hub.repocard import metadata_load
 
-from .. import __version__
+from ..models.hub_access import cache_if_unreachable
 from ..models.provenance import describe_quantization, hub_id, public_name
 from ..models.weights import describe_model, get_base_model, is_peft_model
 from ..steps.dataset import count_steps, read_samplings
 from ..steps.prompt_format import PromptFormat
 from ..steps.training_rows import has_corrections
 from ..text import printable
+from .card_parts import (
+    CITATION,
+    LINES,
+    PAPER_ID,
+    TAGS,
+    languages_of,
+    link,
+    replace_part,
+    sampling_rows,
+    show,
+    table,
+    versions,
+)
+from .training_curve import curve_table
 
 
 if TYPE_CHECKING:  # slow to import, and a Dataset's card does without
-    from peft import PeftModel
-    from transformers import Trainer, TrainerState
+    from peft import PeftConfig
+    from transformers import Trainer
 
     from ..evaluation.evaluation import Evaluation
 
-
-PAPER_ID = "2510.07962"
-CITATION = """@inproceedings{wang-etal-2026-lightreasoner,
-  title     = {{L}ight{R}easoner: Can Small Language Models Teach Large Language Models Reasoning?},
-  author    = {Wang, Jingyuan and Chen, Yankai and Li, Zhonghang and Huang, Chao},
-  booktitle = {Proceedings of the 64th Annual Meeting of the Association for Computational Linguistics
-               (Volume 1: Long Papers)},
-  year      = {2026},
-  pages     = {2635--2663},
-  url       = {https://aclanthology.org/2026.acl-long.122/}
-}"""
-TAGS = ["trl", "light-reasoner"]
 
 _MEANINGS = {
     "prompt": "what was asked",
@@ -59,16 +61,10 @@ _MEANINGS = {
     "step_weights": "weight of each kept step in the mean of the loss",
     "sampling_metadata": "JSON: models, revisions, settings and versions",
 }
-# Of the label; they are told where they are others than the paper's
-_PAPERS_LABEL = {"contrast_strength": 1.0, "expert_anchor": 0.0}
-_SETTINGS = ("learning_rate", "lr_scheduler_type", "optim", "max_length", "one_step_per_row", "seed")
-_ACCURACY, _ACCURACY_ERROR = "eval_accuracy", "eval_accuracy_standard_error"
-_CURVE = (
-    *("loss", "entropy", "mean_token_accuracy"),
-    *(_ACCURACY, _ACCURACY_ERROR, "eval_loss", "eval_entropy", "eval_kl_to_expert"),
-)
-_MAX_CURVE_ROWS = 20
-_LINES = "\n\t"
+_SETTINGS = ("learning_rate", "lr_scheduler_type", "optim", "max_length", "one_step_per_row")
+# For the quick start of a model
+_LOOKED_THROUGH, _MAX_PROMPT_CHARACTERS = 100, 600
+_SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")  # of datasets, as the Hub calls them
 _UNKNOWN = "The rows do not say."
 
 
@@ -95,8 +91,11 @@ def model_card(
     is_adapter = is_peft_model(model)
     base_name = get_base_model(model).config._name_or_path
     base_model = hub_id(base_name)
+    samplings = read_samplings([trainer.train_dataset]) if isinstance(trainer.train_dataset, Dataset) else []
     data = ModelCardData(
         base_model=base_model,
+        **licence_of(base_name),
+        language=languages_of(samplings),
         datasets=dataset_name,
         library_name="peft" if is_adapter else "transformers",
         model_name=model_name,
@@ -112,23 +111,52 @@ def model_card(
         data,
         template_path=str(Path(__file__).with_name("model_card_template.md")),
         is_adapter=is_adapter,
-        adapter_type=_adapter_type(model) if is_adapter else None,
-        base_model=_link(base_name),
+        adapter_type=adapter_type(model.active_peft_config) if is_adapter else None,
+        base_model=link(base_name),
         hub_model_id=trainer.hub_model_id or model_name,
         prompt=_example_prompt(trainer),
         paper_id=trainer._paper["id"],
         sft_weight=trainer.args.sft_weight,
-        data=_table(["", ""], rows),
-        settings=_table(["", ""], _setting_rows(trainer, model)),
-        curve=_curve_table(trainer.state),
+        data=table(["", ""], rows),
+        settings=table(["", ""], _setting_rows(trainer, model)),
+        curve=curve_table(trainer.state),
         has_figure=has_figure,
-        versions="\n".join(f"- {name}: {version}" for name, version in _versions().items()),
+        versions="\n".join(f"- {name}: {version}" for name, version in versions().items()),
         citation=CITATION,
     )
-    card.text = printable(card.text, keep=_LINES)
+    card.text = printable(card.text, keep=LINES)
     if evaluation is not None:
         add_evaluation(card, evaluation)
     return card
+
+
+@cache
+def licence_of(model: str) -> dict[str, Any]:
+    """
+    The licence of a model, as the card beside it says: `license`, and `license_name` and `license_link` if it is one
+    that the Hub does not know. Empty if there is no card, or it does not say.
+    """
+    path = find_card(model)
+    try:
+        metadata = (metadata_load(path) if path else None) or {}
+    except Exception:  # a card that cannot be read is no reason to lose a training
+        return {}
+    return {name: metadata[name] for name in ("license", "license_name", "license_link") if metadata.get(name)}
+
+
+def find_card(model: str, revision: str | None = None) -> str | None:
+    """The file of the card beside a model or an adapter, given by its id or path, or `None` if it cannot be had."""
+    from transformers.utils import cached_file
+
+    if not os.path.isdir(model) and hub_id(model) is None:
+        return None
+    names = ("missing_entries", "connection_errors", "gated_repo")
+    quietly = {f"_raise_exceptions_for_{name}": False for name in names}
+    with cache_if_unreachable(model):
+        try:
+            return cached_file(model, "README.md", revision=revision, **quietly)
+        except OSError:  # there is no such model any more
+            return None
 
 
 def add_evaluation(card: ModelCard, evaluation: "Evaluation") -> None:
@@ -139,7 +167,7 @@ def add_evaluation(card: ModelCard, evaluation: "Evaluation") -> None:
         f"one standard error; {settings['prompt_style']} prompts, at most {settings['max_new_tokens']:,} "
         f"tokens.\n\n{evaluation.table()}"
     )
-    card.text = _replace_part(card.text, "evaluation", text, before="\n## Licence")
+    card.text = replace_part(card.text, "evaluation", text, before="\n## Licence")
     data: Any = card.data  # of a model
     data.model_name = data.model_name or "model"
     data.eval_results = evaluation.eval_results()
@@ -155,7 +183,7 @@ def dataset_card(splits: dict[str, Dataset], repo_id: str, existing: DatasetCard
         existing ([`~huggingface_hub.DatasetCard`], *optional*):
             The card that is there. Its metadata, of which `datasets` takes care, and what people wrote are kept.
     """
-    card = existing or DatasetCard("---\n---\n")
+    card = existing or DatasetCard("---\n{}\n---\n")
     infos = DatasetInfosDict.from_dataset_card_data(card.data)
     info = infos.get("default")
     others = {name: split for name, split in ((info and info.splits) or {}).items() if name not in splits}
@@ -175,9 +203,9 @@ def dataset_card(splits: dict[str, Dataset], repo_id: str, existing: DatasetCard
         # As `lightreasoner train` chooses
         layers='["q_proj", "v_proj"]' if has_corrections(first) else '"all-linear"',
         paper_id=PAPER_ID,
-        columns=_table(["column", "type", "meaning"], _column_rows(first.features)),
+        columns=table(["column", "type", "meaning"], _column_rows(first.features)),
         sampling=_makings({name: told.get(name, _Told()).making for name in others} | _makings_of(splits)),
-        counts=_table(
+        counts=table(
             ["split", "trajectories", "steps", "kept steps"],
             _count_rows(splits) + [told.get(name, _Told()).counts(name, each) for name, each in others.items()],
         ),
@@ -186,10 +214,25 @@ def dataset_card(splits: dict[str, Dataset], repo_id: str, existing: DatasetCard
     if info is not None:  # in which `datasets` leaves the columns of a split that was there before
         info.features = first.features
         infos.to_dataset_card_data(card.data)
-    card.text = _replace_part(card.text, "steps", text.strip())
+    card.text = replace_part(card.text, "steps", text.strip())
     card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *TAGS]))
+    num_rows = sum(map(len, splits.values())) + sum(split.num_examples for split in others.values())
+    card.data["size_categories"] = [_size_category(num_rows)]
+    if languages := card.data.get("language") or languages_of(samplings):
+        card.data["language"] = languages
+    sources = [(each.get("prompt_source") or {}).get("dataset") for each in samplings]
+    if sources := list(dict.fromkeys(name for name in sources if hub_id(name))):
+        card.data["source_datasets"] = card.data.get("source_datasets") or sources
     card.data["task_categories"] = card.data.get("task_categories") or ["text-generation"]
     return card
+
+
+def _size_category(num_rows: int) -> str:
+    """Its name on the Hub."""
+    index = len(str(num_rows)) - len("1000") + 1  # of the first limit that is above it
+    if index <= 0:
+        return f"n<{_SIZES[0]}"
+    return f"{_SIZES[index - 1]}<n<{_SIZES[index]}" if index < len(_SIZES) else f"n>{_SIZES[-1]}"
 
 
 class _Told(NamedTuple):
@@ -222,7 +265,7 @@ def _told(text: str) -> dict[str, _Told]:
 def _makings_of(splits: dict[str, Dataset]) -> dict[str, str]:
     """Of each split, a table of every sampling that its rows come from."""
     tables = {
-        name: [_table(["", ""], _sampling_rows(sampling)) for sampling in read_samplings([split])]
+        name: [table(["", ""], sampling_rows(sampling)) for sampling in read_samplings([split])]
         for name, split in splits.items()
     }
     return {name: "\n\n".join(each) or _UNKNOWN for name, each in tables.items()}
@@ -236,103 +279,54 @@ def _makings(makings: dict[str, str]) -> str:
     return "\n\n".join(f"### {', '.join(names)}\n\n{making}" for making, names in alike.items())
 
 
-def draw_curve(state: "TrainerState", path: str) -> bool:
-    """
-    Draw loss, entropy and accuracy over the updates, and say whether it was done: matplotlib must be installed and
-    something have been logged.
-    """
-    logs = _merged_logs(state)
-    if importlib.util.find_spec("matplotlib") is None or len(logs) < 2:
-        return False
-    from matplotlib.figure import Figure
-
-    answered = [(step, log[_ACCURACY], log[_ACCURACY_ERROR]) for step, log in logs.items() if _ACCURACY in log]
-    panels = [("loss", "eval_loss", "eval_kl_to_expert"), ("entropy", "eval_entropy")]
-    count = len(panels) + bool(answered)
-    figure = Figure(figsize=(4 * count, 3), layout="constrained")
-    every = list(figure.subplots(1, count))
-    if answered:
-        axes = every.pop(0)
-        steps, accuracies, errors = zip(*answered, strict=True)
-        axes.errorbar(steps, accuracies, yerr=errors, fmt="o-", markersize=3, capsize=3, label=_ACCURACY)
-        axes.legend()
-        axes.set(xlabel="update", ylabel="share, +- standard error")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    for axes, names in zip(every, panels, strict=True):
-        highest = 0.0
-        for name in names:
-            points = [(step, log[name]) for step, log in logs.items() if name in log]
-            if points:
-                axes.plot(*zip(*points, strict=True), "o-" if len(points) < 30 else "-", markersize=3, label=name)
-                highest = max(highest, *(value for _, value in points if math.isfinite(value)), 1e-6)
-        if axes.lines:
-            axes.legend()
-            axes.set_ylim(0, 1.1 * highest)
-        axes.set(xlabel="update", ylabel="nats, at kept steps")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, dpi=150)
-    return True
-
-
 def _example_prompt(trainer: "Trainer") -> str:
-    """A prompt in the form of those that were trained on, as a literal of Python."""
-    question = "What is 17 * 3?"
-    if trainer.prompt_format is not None:
-        prompt = trainer.prompt_format.make_prompt(question)
-    elif getattr(trainer.processing_class, "chat_template", None) is not None:
-        prompt = [{"role": "user", "content": question}]
-    else:
-        prompt = question
+    """A prompt of those that were trained on, or one in their form, as a literal of Python."""
+    known = _short_prompt(trainer.train_dataset)
+    if known is None:
+        return make_example(trainer.prompt_format, trainer.processing_class)
+    return json.dumps(known, ensure_ascii=False)
+
+
+def make_example(prompt_format: PromptFormat | None, tokenizer: Any) -> str:
+    """A prompt of that format, or else of the tokenizer's, as a literal of Python."""
+    prompt: Any = "What is 17 * 3?"
+    if prompt_format is not None:
+        prompt = prompt_format.make_prompt(prompt)
+    elif getattr(tokenizer, "chat_template", None) is not None:
+        prompt = [{"role": "user", "content": prompt}]
     return json.dumps(prompt, ensure_ascii=False)
 
 
+def _short_prompt(dataset: Any) -> Any:
+    """The first prompt of few words that needs nothing beside it, such as tools."""
+    if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
+        return None
+    for row in dataset.with_format(None).select(range(min(_LOOKED_THROUGH, len(dataset)))):
+        prompt = row["prompt"]
+        if isinstance(prompt, list):  # where rows have different keys, Arrow fills in nulls
+            prompt = [{key: value for key, value in message.items() if value is not None} for message in prompt]
+            if prompt[-1].get("role") == "assistant":
+                continue
+        beside = row.get("tools") or row.get("chat_template_kwargs")
+        if prompt and not beside and len(json.dumps(prompt)) <= _MAX_PROMPT_CHARACTERS:
+            return prompt
+    return None
+
+
 def _data_rows(dataset: Any, dataset_name: str | None) -> list[tuple[str, str]]:
-    rows = [("dataset", _link(dataset_name, "datasets/"))] if dataset_name else []
+    rows = [("dataset", link(dataset_name, "datasets/"))] if dataset_name else []
     if isinstance(dataset, Dataset):
         rows.append(("trajectories with a kept step", f"{len(dataset):,}"))
         rows.append(("kept steps", f"{count_steps(dataset):,}"))
         for sampling in read_samplings([dataset]):
-            rows += _sampling_rows(sampling)
+            rows += sampling_rows(sampling)
     return rows or [("dataset", "streamed")]
-
-
-def _sampling_rows(sampling: dict[str, Any]) -> list[tuple[str, str]]:
-    settings = sampling.get("settings") or {}
-    rows = [(f"{role} (pi_{role[0].upper()})", _describe(sampling.get(role))) for role in ("expert", "amateur")]
-    if reading := sampling.get("amateur_reading"):
-        rows.append(("how the amateur was read", reading["description"]))
-    for name, value in settings.items():
-        if name in _PAPERS_LABEL and value == _PAPERS_LABEL[name]:
-            continue
-        if value is not None or name in ("alpha", "beta"):
-            rows.append((name, "not known" if value is None else f"{value} nats" if name == "beta" else value))
-    if sampling.get("per_device_batch_size"):
-        rows.append(("rows together", str(sampling["per_device_batch_size"])))
-    if prompt_format := sampling.get("prompt_format"):
-        rows.append(("prompts", f"by {PromptFormat(**prompt_format)}"))
-    version = (sampling.get("versions") or {}).get("trl-lightreasoner")
-    return rows + ([("trl-lightreasoner", version)] if version else [])
-
-
-def _describe(model: dict[str, Any] | None) -> str:
-    if not model:
-        return "not known"
-    parts = [_link(model.get("model"))]
-    if isinstance(model.get("adapter"), str):
-        parts.append(f"adapter {_link(model['adapter'])}")
-    if model.get("revision"):
-        parts.append(f"revision {model['revision']}")
-    parts += [model["dtype"]] if model.get("dtype") else []
-    parts += [describe_quantization(model["quantization"])] if model.get("quantization") else []
-    parts += [f"{model['attention']} attention"] if model.get("attention") else []
-    parts += [f"on {model['device']}"] if model.get("device") else []
-    return ", ".join(parts)
 
 
 def _setting_rows(trainer: "Trainer", model: Any) -> list[tuple[str, Any]]:
     args = trainer.args
-    rows: list[tuple[str, Any]] = [("beta", f"{trainer.beta} nats" if trainer.beta else "all kept steps")]
-    settings = {name: getattr(args, name) for name in _SETTINGS}
+    rows: list[tuple[str, Any]] = [("beta", f"{show(trainer.beta)} nats" if trainer.beta else "all kept steps")]
+    settings = {name: getattr(args, name) for name in _SETTINGS} | {"seed": str(args.seed)}
     if trainer.optimizer_cls_and_kwargs is not None:
         optimizer, kwargs = trainer.optimizer_cls_and_kwargs
         settings |= {"optim": optimizer.__name__, "learning_rate": kwargs.get("lr", "the optimizer's own")}
@@ -343,8 +337,8 @@ def _setting_rows(trainer: "Trainer", model: Any) -> list[tuple[str, Any]]:
         rows.append(("weights of the kept steps", "a column of the dataset"))
     rows_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows.append(("rows an update", rows_per_update))
-    rows.append(("updates", f"{trainer.state.global_step:,}"))
-    rows.append(("epochs", f"{trainer.state.epoch or 0:.2f}"))
+    rows.append(("updates", trainer.state.global_step))
+    rows.append(("epochs", round(trainer.state.epoch or 0.0, 2)))
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "none"
     rows.append(("mixed precision", precision))
     described = describe_model(model)
@@ -352,49 +346,33 @@ def _setting_rows(trainer: "Trainer", model: Any) -> list[tuple[str, Any]]:
     rows += [(name, described[name]) for name in ("attention", "device")]
     if described["quantization"]:
         rows.append(("quantization", describe_quantization(described["quantization"])))
-    if is_peft_model(model) and _adapter_type(model) == "LoRA":
-        lora = model.active_peft_config
-        targets = lora.target_modules
-        if not isinstance(targets, str | None):  # "all-linear" becomes the name of every layer
-            targets = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
-        rows += [("LoRA r", lora.r), ("LoRA alpha", lora.lora_alpha), ("LoRA dropout", lora.lora_dropout)]
-        rows.append(("LoRA target modules", targets))
-    return [(name, getattr(value, "value", value)) for name, value in rows]
+    if is_peft_model(model):
+        rows += adapter_rows(model.active_peft_config)
+    return [(name, show(value)) for name, value in rows]
 
 
-def _adapter_type(model: "PeftModel") -> str:
+def adapter_rows(config: "PeftConfig") -> list[tuple[str, Any]]:
+    """Size and place of an adapter, if it is LoRA."""
     from peft import LoraConfig
 
-    config = model.active_peft_config
+    if not isinstance(config, LoraConfig):
+        return []
+    targets = config.target_modules or "PEFT's choice"
+    if not isinstance(targets, str):  # "all-linear" becomes the name of every layer
+        targets = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
+    return [
+        ("LoRA r", config.r),
+        ("LoRA alpha", config.lora_alpha),
+        ("LoRA dropout", config.lora_dropout),
+        ("LoRA target modules", targets),
+    ]
+
+
+def adapter_type(config: "PeftConfig") -> str:
+    """Its name, as people write it."""
+    from peft import LoraConfig
+
     return "LoRA" if isinstance(config, LoraConfig) else config.peft_type.value
-
-
-def _merged_logs(state: "TrainerState") -> dict[int, dict[str, float]]:
-    """What was logged at each update, of training and evaluation together."""
-    logs: dict[int, dict[str, float]] = {}
-    for log in state.log_history:
-        values = {name: log[name] for name in _CURVE if name in log}
-        if values:
-            logs.setdefault(log["step"], {}).update(values)
-    return dict(sorted(logs.items()))
-
-
-def _curve_table(state: "TrainerState") -> str:
-    logs = list(_merged_logs(state).items())
-    if len(logs) > _MAX_CURVE_ROWS:  # the first, the last, others at equal distances, and those with an accuracy
-        last = len(logs) - 1
-        shown = {round(i * last / (_MAX_CURVE_ROWS - 1)) for i in range(_MAX_CURVE_ROWS)}
-        answered = [i for i, (_, log) in enumerate(logs) if _ACCURACY in log]
-        shown |= set(answered[:: 1 + len(answered) // _MAX_CURVE_ROWS])
-        logs = [logs[i] for i in sorted(shown)]
-    names = [name for name in _CURVE if name != _ACCURACY_ERROR and any(name in log for _, log in logs)]
-
-    def cell(log: dict[str, float], name: str) -> str:
-        error = f" +- {log[_ACCURACY_ERROR]:.2g}" if name == _ACCURACY and name in log else ""
-        return f"{log[name]:.4g}{error}" if name in log else ""
-
-    rows = [[step, *(cell(log, name) for name in names)] for step, log in logs]
-    return _table(["update", *names], rows) if rows else ""
 
 
 def _column_rows(features: Features) -> list[tuple[str, str, str]]:
@@ -421,32 +399,3 @@ def _count_rows(splits: dict[str, Dataset]) -> list[tuple[str, ...]]:
         share = f" ({num_kept / num_steps:.1%})" if num_steps else ""
         rows.append((name, f"{len(dataset):,}", f"{num_steps:,}", f"{num_kept:,}{share}"))
     return rows
-
-
-def _versions() -> dict[str, str]:
-    packages = ("trl", "transformers", "peft", "torch", "datasets", "tokenizers")
-    return {"trl-lightreasoner": __version__, **{name: importlib.metadata.version(name) for name in packages}}
-
-
-def _link(name: str | None, kind: str = "") -> str:
-    found = hub_id(name)
-    return f"[{found}](https://huggingface.co/{kind}{found})" if found else f"`{public_name(name) or 'not named'}`"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
-    lines.insert(1, ["---"] * len(header))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _replace_part(text: str, name: str, part: str, before: str | None = None) -> str:
-    """`text` with the part of that name replaced, or put in front of `before`, or else at the end."""
-    start, end = f"<!-- lightreasoner: {name} -->", f"<!-- lightreasoner: end of {name} -->"
-    part = f"{start}\n{printable(part, keep=_LINES)}\n{end}"
-    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    if pattern.search(text):
-        return pattern.sub(lambda _: part, text, count=1)
-    at = text.find(before) if before else -1
-    if at >= 0:
-        return f"{text[:at].rstrip()}\n\n{part}\n{text[at:]}"
-    return f"{text.rstrip()}\n\n{part}\n".lstrip() if text.strip() else f"{part}\n"

@@ -94,7 +94,7 @@ def push_evaluation_to_hub(evaluation: "Evaluation", repo_id: str, token: str | 
         try:
             card = ModelCard.load(repo_id, token=token)
         except EntryNotFoundError:
-            card = ModelCard("---\n---\n")
+            card = ModelCard("---\n{}\n---\n")
         card.data.model_name = card.data.model_name or repo_id.split("/")[-1]
         add_evaluation(card, evaluation)
         _upload_card(card, repo_id, "model", token, "Add accuracies")

@@ -87,6 +87,12 @@ def get_base_model(model: torch.nn.Module) -> torch.nn.Module:
     return model.get_base_model() if is_peft_model(model) else model
 
 
+def short_name(model: "str | torch.nn.Module") -> str:
+    """The last part of the id or path of a model, for folders that are named after it."""
+    name = model if isinstance(model, str) else get_base_model(model).config._name_or_path
+    return name.rstrip("/").split("/")[-1]
+
+
 def weight_fingerprint(model: torch.nn.Module) -> str:
     """A checksum over the names, shapes, dtypes and bytes of all weights and the active adapters, on every device."""
     adapters = [model.active_adapters, model.get_model_status().enabled] if is_peft_model(model) else []

@@ -37,6 +37,12 @@ class ContrastiveSamplingConfig:
             Whether to delete the sampled steps in `output_dir`. Otherwise they are kept, and a run resumes only with
             the same models, settings and prompts.
 
+        > Parameters that control the prompts
+
+        num_prompts (`int`, *optional*):
+            Number of prompts to sample, from the start of the dataset. If `None`, all of them. Must be set for a
+            streamed dataset.
+
         > Parameters that control the models
 
         dtype (`str`, *optional*, defaults to `"auto"`):
@@ -120,6 +126,13 @@ class ContrastiveSamplingConfig:
         metadata={
             "help": "Whether to delete the sampled steps in `output_dir`. Otherwise they are kept, and a run resumes "
             "only with the same models, settings and prompts."
+        },
+    )
+    num_prompts: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of prompts to sample, from the start of the dataset. If `None`, all of them. Must be set "
+            "for a streamed dataset."
         },
     )
     dtype: str = field(
@@ -277,4 +290,6 @@ class ContrastiveSamplingConfig:
             )
         check_label_settings(self)
         check_vllm_settings(self)
-        check_whole_numbers(self, ("max_new_tokens",), optional=("max_prompt_length", "per_device_batch_size"))
+        check_whole_numbers(
+            self, ("max_new_tokens",), optional=("num_prompts", "max_prompt_length", "per_device_batch_size")
+        )

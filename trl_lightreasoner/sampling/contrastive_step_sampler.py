@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation.completions import GreedyDecoder, find_batch_size, run_in_batches, share_batches
@@ -16,10 +16,11 @@ from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
 from ..models.forward import check_causal
 from ..models.loading import add_quantization, load_config, load_tokenizer
-from ..models.weights import weight_fingerprint
+from ..models.weights import short_name, weight_fingerprint
 from ..processes import Processes
-from ..steps.dataset import check_dataset, kl_quantiles
+from ..steps.dataset import kl_quantiles
 from ..steps.prompt_format import PromptFormat, format_of_prompts
+from ..steps.prompt_sources import read_prompts, source_of
 from ..steps.prompts import check_prompts
 from ..steps.run_file import run_date
 from ..steps.writer import StepWriter, describe_rows
@@ -67,8 +68,9 @@ class ContrastiveStepSampler:
             expert's tokens by a covering over bytes. If `None`, the amateur is the expert itself, with
             `args.amateur_skipped_layers`, `args.amateur_system_prompt` or `args.amateur_prompt_template`. A base model
             and its adapter, in either order, are loaded as one model.
-        args ([`ContrastiveSamplingConfig`]):
-            Settings.
+        args ([`ContrastiveSamplingConfig`], *optional*):
+            Settings. If `None`, a default configuration is used, and the Dataset is saved in a folder named after the
+            expert, such as `Qwen2.5-Math-1.5B-LightReasoner-steps`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The expert's tokenizer, which also applies the chat template. If `None`, it is loaded from the expert's
             folder or repository.
@@ -88,7 +90,7 @@ class ContrastiveStepSampler:
     Example:
 
     ```python
-    >>> from datasets import Dataset
+    >>> from datasets import Dataset, IterableDataset
     >>> from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
 
     >>> sampler = ContrastiveStepSampler(
@@ -104,12 +106,14 @@ class ContrastiveStepSampler:
         self,
         expert: "str | PreTrainedModel | PeftModel",
         amateur: "str | PreTrainedModel | PeftModel | None",
-        args: ContrastiveSamplingConfig,
+        args: ContrastiveSamplingConfig | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         amateur_processing_class: PreTrainedTokenizerBase | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
         amateur_quantization_config: BitsAndBytesConfig | None = None,
     ):
+        if args is None:
+            args = ContrastiveSamplingConfig(f"{short_name(expert)}-LightReasoner-steps")
         self.args = args
         self.processes = Processes()
         common = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
@@ -194,17 +198,22 @@ class ContrastiveStepSampler:
         """The amateur, likewise. `None` until then if it is the expert itself."""
         return self._pair.amateur
 
-    def sample(self, dataset: Dataset, prompt_format: PromptFormat | None = None) -> Dataset:
+    def sample(self, dataset: Dataset | IterableDataset | list, prompt_format: PromptFormat | None = None) -> Dataset:
         """
         Sample and score every prompt of a dataset. Under `accelerate launch` or `torchrun` the processes share the
         prompts, and each returns the complete Dataset.
 
         Args:
-            dataset ([`~datasets.Dataset`]):
-                A prompt-only dataset, standard (`"prompt": text`) or conversational (`"prompt": [messages]`); or a
-                prompt-completion dataset, whose completions are scored instead of generated. Other columns are copied
-                as stored. A transform (`dataset.with_transform`) is applied before tokenizing, and must keep the
-                columns `prompt` and `completion`.
+            dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `list`):
+                Prompts, in one of these forms. A stream needs `args.num_prompts`. Columns other than those named here
+                are copied as stored. A transform (`dataset.with_transform`) is applied before tokenizing, and must
+                keep the columns `prompt` and `completion`.
+
+                - A prompt-only dataset, standard (`"prompt": text`) or conversational (`"prompt": [messages]`).
+                - A prompt-completion dataset, whose completions are scored instead of generated.
+                - A dataset without these columns and with `messages`. An answer at the end of a conversation is left
+                  out, with a warning.
+                - A list of texts, or of conversations.
             prompt_format ([`PromptFormat`], *optional*):
                 How the prompts were made from questions. It is stored with the Dataset and with models trained on it.
                 If `None`, it is inferred from messages: the system message that all of them begin with.
@@ -216,6 +225,7 @@ class ContrastiveStepSampler:
         Raises:
             `ValueError`: If the dataset is malformed or every prompt is skipped.
         """
+        dataset = read_prompts(dataset, self.args.num_prompts, self.processes)
         check_prompts(dataset, self.processing_class)
         if self.other_amateur is not None:
             self.other_amateur.check_prompts(dataset)
@@ -288,7 +298,7 @@ class ContrastiveStepSampler:
         self.batch_size = self.processes.on_main(lambda: self._find_batch_size(encoded, plan, scoring_only))
         try:
             done = self.processes.on_main(
-                lambda: writer.open({**self._identity(encoded), **describe_rows(dataset)}, self._metadata())
+                lambda: writer.open({**self._identity(encoded), **describe_rows(dataset)}, self._metadata(dataset))
             )
             if not self.processes.is_main:
                 writer.join()
@@ -303,13 +313,18 @@ class ContrastiveStepSampler:
             if self._vllm is not None:
                 self._vllm.close()
 
-    def check(self, dataset: Dataset, num_prompts: int = 50, prompt_format: PromptFormat | None = None) -> PairCheck:
+    def check(
+        self,
+        dataset: Dataset | IterableDataset | list,
+        num_prompts: int = 50,
+        prompt_format: PromptFormat | None = None,
+    ) -> PairCheck:
         """
         Sample some prompts and judge whether the pair is worth training. Nothing is saved, and `args.output_dir` is
         not used. Under several processes, which must be on one machine, each returns the same result.
 
         Args:
-            dataset ([`~datasets.Dataset`]):
+            dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `list`):
                 Prompts as for [`~ContrastiveStepSampler.sample`].
             num_prompts (`int`, *optional*, defaults to `50`):
                 Number of prompts to check, from the start of the dataset.
@@ -329,21 +344,20 @@ class ContrastiveStepSampler:
         >>> print(check)  # doctest: +SKIP
         ```
         """
-        check_dataset(dataset)
         if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < 1:
             raise ValueError(f"`num_prompts` must be a whole number, 1 or more, got {num_prompts!r}.")
         same_kwargs = self._expert_kwargs == self._amateur_kwargs
         reads_alike = all(getattr(self.args, name) is None for name in AMATEUR_SETTINGS)
         if isinstance(self.expert, str) and self.expert == self.amateur and same_kwargs and reads_alike:
             raise ValueError(_EQUAL_WEIGHTS)  # without loading them
+        checked = read_prompts(dataset, num_prompts, self.processes)
         folder = Path(self.processes.on_main(tempfile.mkdtemp))
         try:
             sampler = copy.copy(self)
             sampler._checks_in = folder
             # With the labels of all steps that are judged, whatever `beta` is
             beta = min(self.args.beta, JUDGED_AT)
-            sampler.args = replace(self.args, output_dir=str(folder / "steps"), beta=beta)
-            checked = dataset.select(range(min(num_prompts, len(dataset))))
+            sampler.args = replace(self.args, output_dir=str(folder / "steps"), num_prompts=None, beta=beta)
             sampled = sampler.sample(checked, prompt_format)
 
             def judge() -> PairCheck:
@@ -483,7 +497,7 @@ class ContrastiveStepSampler:
         reading = {"by": "covering", "description": self.other_amateur.reading}
         return {"shared_tokens": self.other_amateur.num_shared, "amateur_reading": reading}
 
-    def _metadata(self) -> dict[str, Any]:
+    def _metadata(self, dataset: Dataset) -> dict[str, Any]:
         return make_metadata(
             {"expert": (self.expert, self._names[0]), "amateur": (self.amateur, self._names[1])},
             {name: getattr(self.args, name) for name in _SETTINGS},
@@ -493,4 +507,5 @@ class ContrastiveStepSampler:
             self._prompt_format,
             self.processing_class,
             None if self._vllm is None else self._vllm.version,
+            source_of(dataset),
         )

@@ -29,6 +29,7 @@ def make_metadata(
     prompt_format: PromptFormat | None,
     tokenizer: PreTrainedTokenizerBase,
     vllm_version: str | None,
+    prompt_source: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
     The metadata that [`sampling_metadata`] returns, as JSON-serializable values.
@@ -42,6 +43,7 @@ def make_metadata(
         prompt_format ([`PromptFormat`], *optional*): How the prompts were made from questions.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's.
         vllm_version (`str`, *optional*): Version of the vLLM that generated the completions.
+        prompt_source (`dict[str, Any]`, *optional*): Where the prompts were loaded from, as of [`source_of`].
     """
     return {
         "method": "LightReasoner (arXiv 2510.07962)",
@@ -50,6 +52,7 @@ def make_metadata(
         "per_device_batch_size": batch_size,
         **shared,
         "eos_token_ids": eos_ids,
+        **({} if prompt_source is None else {"prompt_source": prompt_source}),
         "prompt_format": prompt_format and prompt_format.to_dict(),
         "chat_template_sha256": hashlib.sha256(_template_of(tokenizer).encode()).hexdigest(),
         "versions": {

@@ -15,6 +15,7 @@ from ..models.hub_access import from_cache_if_unreachable
 from ..text import read_text
 from .caches import map_rows
 from .dataset import read_samplings
+from .prompt_sources import take_messages
 
 
 FILE_NAME = "prompt_format.json"
@@ -157,10 +158,14 @@ def name_prompts(dataset: Dataset, column: str) -> Dataset:
     """
     The dataset with its column of prompts under the name `prompt`.
 
+    An answer at the end of a conversation is left out, with a warning. Where there is no column `prompt`, `messages`
+    takes its place.
+
     Raises:
-        `ValueError`: If there is no such column, another one has that name, or a row of it is a conversation that ends
-            with its answer.
+        `ValueError`: If there is no such column, or another one has that name.
     """
+    if column == "prompt" and "prompt" not in dataset.column_names and "messages" in dataset.column_names:
+        column = "messages"
     if column not in dataset.column_names:
         raise ValueError(
             f"The dataset has no column {column!r}; it has {dataset.column_names}. Name the one that holds the "
@@ -170,15 +175,9 @@ def name_prompts(dataset: Dataset, column: str) -> Dataset:
         return dataset
     if "prompt" in dataset.column_names:
         raise ValueError(f"The dataset has a column 'prompt' as well as {column!r}. Rename or remove one of them.")
-    if not isinstance(dataset.features[column], Value):
-        for index, messages in enumerate(dataset.with_format(None)[column]):
-            last = messages[-1] if isinstance(messages, list) and messages else None
-            if isinstance(last, dict) and last.get("role") == "assistant":
-                raise ValueError(
-                    f"Row {index}: the messages of {column!r} end with an answer, which would become part of the "
-                    "prompt. Move it into a column `completion` to score it, or remove it."
-                )
-    return dataset.rename_column(column, "prompt")
+    if isinstance(dataset.features[column], Value):
+        return dataset.rename_column(column, "prompt")
+    return take_messages(dataset, column)
 
 
 def has_messages(dataset: Dataset) -> bool:

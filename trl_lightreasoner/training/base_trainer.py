@@ -12,8 +12,9 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..generation.greedy import save_generation_config, without_generation_config
-from ..hub.cards import draw_curve, model_card
+from ..hub.cards import model_card
 from ..hub.sharing import hub_errors, open_repo
+from ..hub.training_curve import draw_curve
 from ..models.loading import hub_kwargs
 from ..models.provenance import hub_id
 from ..models.weights import get_base_model

@@ -12,7 +12,6 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..config_checks import check_flags, check_numbers, check_whole_numbers
-from ..models.weights import get_base_model
 
 
 # Of 8 rows each: 1,000 trajectories. More cost accuracy on true weights, however many prompts there were
@@ -288,23 +287,6 @@ class LightReasonerConfig(TrainingArguments):
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__)
         return copied
-
-
-def own_config(args: TrainingArguments | None, model: Any) -> LightReasonerConfig:
-    """
-    A copy of the user's settings, or the defaults for a model or its name, which a trainer may complete.
-    """
-    if args is None:
-        model_name = model if isinstance(model, str) else get_base_model(model).config._name_or_path
-        args = LightReasonerConfig(f"{model_name.rstrip('/').split('/')[-1]}-LightReasoner")
-    elif not isinstance(args, LightReasonerConfig):
-        dict_args = args.to_dict()
-        dict_args["hub_token"] = args.hub_token  # to_dict hides the hub_token
-        dict_args["eval_on_start"] = args.eval_on_start or None  # nobody may have said so
-        args = LightReasonerConfig(**dict_args)
-    args = copy.copy(args)
-    args.accelerator_config = copy.copy(args.accelerator_config)
-    return args
 
 
 def check_optimizer(args: TrainingArguments) -> None:

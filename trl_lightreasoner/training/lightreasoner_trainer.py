@@ -51,8 +51,9 @@ from .cuda_graphs import GraphedLayers, can_capture
 from .data_collator import DataCollatorForLightReasoner, with_indices
 from .dataset import prepare_dataset, prepare_sft_dataset, put_beside, sample_dataset
 from .evaluating import EvaluatingTrainer
-from .lightreasoner_config import LightReasonerConfig, own_config
+from .lightreasoner_config import LightReasonerConfig
 from .nonfinite_updates import SkipNonFiniteUpdates
+from .own_config import own_config
 from .packed_attention import can_pack, is_packed, pack, packed_attention
 from .resuming import RememberTraining
 from .saving import warn_of_left_out
@@ -75,8 +76,10 @@ class LightReasonerTrainer(EvaluatingTrainer):
               checkpoint's own if only an adapter is.
             - A [`~transformers.PreTrainedModel`].
             - A [`~peft.PeftModel`], which is trained as it is.
-        args ([`LightReasonerConfig`], *optional*):
-            Configuration for this trainer. If `None`, a default configuration is used.
+        args ([`LightReasonerConfig`] or [`~transformers.TrainingArguments`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used. Of another trainer's
+            configuration, such as [`~trl.SFTConfig`], the values that differ from its defaults are used, and for the
+            others the defaults of [`LightReasonerConfig`]. A warning names both, and settings that are ignored.
         data_collator ([`~transformers.DataCollator`], *optional*):
             Function to form a batch. Defaults to [`DataCollatorForLightReasoner`].
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):

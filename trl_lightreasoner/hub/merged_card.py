@@ -1,0 +1,122 @@
+"""The card of a model that an adapter was merged into, made of what the merge knows and of the adapter's card."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..models.provenance import hub_id
+from ..text import printable
+from .card_parts import LINES, PAPER_ID, TAGS, link, show, table
+from .cards import adapter_rows, adapter_type, find_card, licence_of, make_example
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..steps.prompt_format import PromptFormat
+
+# What an adapter's card says of itself alone, or the model says otherwise
+_OF_THE_ADAPTER = (
+    *("base_model", "base_model_relation", "library_name", "model_name"),
+    *("model-index", "pipeline_tag", "tags"),
+)
+_TAGS = ("peft", "lora")
+_LICENCE = "## Licence\n\nThe licence of the base model applies to what is derived from it."
+
+
+def merged_card(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    base: str,
+    adapter_name: str,
+    adapter: "PeftConfig",
+    adapter_card: ModelCard | None,
+    prompt_format: "PromptFormat | None",
+    change: float,
+    difference: float,
+    num_tokens: int,
+) -> ModelCard:
+    """
+    The card of a merged model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The merged model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer beside it.
+        folder (`Path`): Where it is, whose name is the title.
+        base (`str`): Id or path of the base model.
+        adapter_name (`str`): Id or path of the adapter.
+        adapter ([`~peft.PeftConfig`]): Of the adapter.
+        adapter_card ([`~huggingface_hub.ModelCard`], *optional*): As of [`load_card`].
+        prompt_format ([`PromptFormat`], *optional*): Format of the prompts that the adapter was trained on.
+        change (`float`): Divergence of base model and adapter from the base model, in nats a token.
+        difference (`float`): Divergence of the merged model from base model and adapter, in nats a token.
+        num_tokens (`int`): Number of tokens that both were measured on.
+    """
+    told: dict[str, Any] = adapter_card.data.to_dict() if adapter_card is not None else {}
+    tags = [tag for tag in told.get("tags") or [] if tag not in _TAGS and not str(tag).startswith("base_model:")]
+    is_ours = TAGS[-1] in tags
+    base_model = hub_id(base)
+    data = ModelCardData(
+        base_model=base_model,
+        base_model_relation="finetune" if base_model else None,
+        library_name="transformers",
+        model_name=folder.name,
+        pipeline_tag="text-generation",
+        tags=tags or None,
+        **(licence_of(base) | {name: value for name, value in told.items() if name not in _OF_THE_ADAPTER}),
+    )
+    making = [
+        ("base model", link(base)),
+        ("adapter", link(adapter_name)),
+        *((name, show(value)) for name, value in adapter_rows(adapter)),
+        ("parameters", show(model.num_parameters())),
+        ("dtype of the weights", str(model.dtype).removeprefix("torch.")),
+        ("divergence from the base model", f"{change:.2g} nats a token"),
+        ("divergence from base model and adapter", f"{difference:.2g} nats a token"),
+    ]
+    text = adapter_card.text if adapter_card is not None and is_ours else ""
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("merged_card_template.md")),
+        model_name=folder.name,
+        base_model=link(base),
+        adapter=link(adapter_name),
+        adapter_type=adapter_type(adapter),
+        is_ours=is_ours,
+        paper_id=PAPER_ID,
+        prompt=_example_of(text) or make_example(prompt_format, tokenizer),
+        making=table(["", ""], making),
+        num_tokens=num_tokens,
+        rest=_rest_of(text) or _LICENCE,
+    )
+    card.text = printable(card.text, keep=LINES)
+    return card
+
+
+def load_card(model: str, revision: str | None = None) -> ModelCard | None:
+    """The card beside an adapter, or `None` if there is none that can be read."""
+    path = find_card(model, revision)
+    try:
+        return None if path is None else ModelCard.load(path)
+    except Exception:  # a card that cannot be read is no reason to lose a model
+        return None
+
+
+def _example_of(text: str) -> str | None:
+    """The prompt of the quick start of a card of ours, if it is one still."""
+    found = re.search("^prompt = (.+)$", text, re.MULTILINE)
+    try:
+        return json.dumps(json.loads(found[1]), ensure_ascii=False) if found else None
+    except ValueError:
+        return None
+
+
+def _rest_of(text: str) -> str:
+    """What a card of ours says of the training, without the picture, which lies beside the adapter."""
+    _, title, rest = text.partition("\n## Training data\n")
+    return re.sub(r"^!\[.*\]\(training_curve\.png\)\n\n?", "", f"{title}{rest}".strip(), flags=re.MULTILINE)
