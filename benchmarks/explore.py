@@ -50,6 +50,7 @@ from trl_lightreasoner import (
     EvaluationConfig,
     LightReasonerConfig,
     LightReasonerTrainer,
+    PromptFormat,
     count_steps,
 )
 from trl_lightreasoner.evaluation.evaluation import Candidate, grade_candidates
@@ -58,7 +59,7 @@ from trl_lightreasoner.evaluation.statistics import Z_95
 from trl_lightreasoner.models.adapter_loading import load_adapter
 from trl_lightreasoner.models.loading import load_model, load_tokenizer
 from trl_lightreasoner.processes import Processes
-from trl_lightreasoner.steps.prompt_format import SYSTEM_PROMPT, PromptFormat
+from trl_lightreasoner.steps.prompt_format import SYSTEM_PROMPT
 from trl_lightreasoner.training.adapters import choose_target_modules, target_modules
 
 

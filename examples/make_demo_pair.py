@@ -103,7 +103,7 @@ to five steps and nothing else. Do not use it for anything but demonstrations an
 | data | {num_problems:,} generated problems (`trl_lightreasoner.demo.task`), no text from anywhere else |
 | solutions | {solutions} |
 | training | from scratch, {num_steps:,} steps of {batch_size} documents, AdamW {learning_rate}, seed {seed} |
-| licence | Apache-2.0 |
+| license | Apache-2.0 |
 
 Made with `python examples/make_demo_pair.py --output_dir OUTPUT --size {size} --seed {seed}`.
 """

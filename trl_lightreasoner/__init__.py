@@ -17,6 +17,7 @@ _MODULES = {
     "LightReasonerConfig": "training.lightreasoner_config",
     "LightReasonerTrainer": "training.lightreasoner_trainer",
     "PairCheck": "sampling.pair_check",
+    "PromptFormat": "steps.prompt_format",
     "RunConfig": "pipeline.run_config",
     "RunResult": "pipeline.run",
     "TuneConfig": "pipeline.tune_config",
@@ -45,6 +46,7 @@ __all__ = [
     "LightReasonerConfig",
     "LightReasonerTrainer",
     "PairCheck",
+    "PromptFormat",
     "RunConfig",
     "RunResult",
     "TuneConfig",
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
     from .sampling.contrastive_step_sampler import ContrastiveStepSampler
     from .sampling.pair_check import PairCheck, check_steps
     from .steps.dataset import count_steps, kl_quantiles, raise_beta, sampling_metadata
+    from .steps.prompt_format import PromptFormat
     from .steps.published_steps import import_published_steps
     from .training.data_collator import DataCollatorForLightReasoner
     from .training.lightreasoner_config import LightReasonerConfig

@@ -168,7 +168,7 @@ def test_demo_pair_is_at_most_four_megabytes():
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_demo_pair_has_a_model_card_with_a_licence(role):
+def test_demo_pair_has_a_model_card_with_a_license(role):
     assert "license: apache-2.0" in (DEMO_PAIR / role / "README.md").read_text(encoding="utf-8")
 
 

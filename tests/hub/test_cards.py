@@ -1,4 +1,4 @@
-"""What the cards say of licence, language, size, source and example: as much as is known, and nothing else."""
+"""What the cards say of license, language, size, source and example: as much as is known, and nothing else."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from peft import LoHaConfig, LoraConfig
 
 from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
 from trl_lightreasoner.hub.card_parts import languages_of
-from trl_lightreasoner.hub.cards import _size_category, dataset_card, licence_of
+from trl_lightreasoner.hub.cards import _size_category, dataset_card, license_of
 from trl_lightreasoner.hub.merged_card import merged_card
 
 
@@ -113,17 +113,17 @@ def test_the_cards_tell_limits(card_of, steps):
 # Of a model
 
 
-def test_the_licence_is_that_of_the_base_model_where_its_card_says_so(card_of):
+def test_the_license_is_that_of_the_base_model_where_its_card_says_so(card_of):
     card = card_of(beside="---\nlicense: other\nlicense_name: toy\nlicense_link: LICENSE\nlanguage: en\n---\nA model.")
     assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "toy", "LICENSE")
     assert card.data.language is None  # that of the prompts is not known
 
 
 @pytest.mark.parametrize("beside", [None, "A model.", "---\ntags: [a]\n---\n", "---\n: [\n---\n"])
-def test_without_a_card_that_tells_it_there_is_no_licence(beside, tmp_path):
+def test_without_a_card_that_tells_it_there_is_no_license(beside, tmp_path):
     if beside is not None:
         (tmp_path / "README.md").write_text(beside)
-    assert licence_of(str(tmp_path)) == {} == licence_of("") == licence_of("nobody/has-this")
+    assert license_of(str(tmp_path)) == {} == license_of("") == license_of("nobody/has-this")
 
 
 def test_the_language_of_the_prompts_is_that_of_the_model(card_of, steps):
@@ -164,4 +164,4 @@ def test_a_merged_model_names_base_model_and_adapter_on_the_hub(expert, tokenize
     assert card.data.library_name == "transformers" and card.data.tags is None
     assert "with the LOHA adapter [me/adapter](https://huggingface.co/me/adapter) merged" in card.text
     assert "| divergence from the base model | 0.12 nats a token |" in card.text and "/data" not in card.text
-    assert example_of(card) == [{"role": "user", "content": "What is 17 * 3?"}] and "## Licence" in card.text
+    assert example_of(card) == [{"role": "user", "content": "What is 17 * 3?"}] and "## License" in card.text

@@ -206,7 +206,7 @@ def test_a_dataset_card_tells_columns_models_settings_and_counts(shared):
     num_steps, num_kept = sum(map(len, mine["completion_ids"])), sum(map(len, mine["step_positions"]))
     counts = ["train", "6", f"{num_steps:,}", f"{num_kept:,} ({num_kept / num_steps:.1%})"]
     assert table_rows(card.text, "Size") == [counts]
-    assert "inherit their licences" in card.text and "@inproceedings{wang-etal-2026-lightreasoner" in card.text
+    assert "inherit their licenses" in card.text and "@inproceedings{wang-etal-2026-lightreasoner" in card.text
     assert "https://huggingface.co/papers/2510.07962" in card.text
 
 

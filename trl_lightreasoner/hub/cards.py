@@ -94,7 +94,7 @@ def model_card(
     samplings = read_samplings([trainer.train_dataset]) if isinstance(trainer.train_dataset, Dataset) else []
     data = ModelCardData(
         base_model=base_model,
-        **licence_of(base_name),
+        **license_of(base_name),
         language=languages_of(samplings),
         datasets=dataset_name,
         library_name="peft" if is_adapter else "transformers",
@@ -131,9 +131,9 @@ def model_card(
 
 
 @cache
-def licence_of(model: str) -> dict[str, Any]:
+def license_of(model: str) -> dict[str, Any]:
     """
-    The licence of a model, as the card beside it says: `license`, and `license_name` and `license_link` if it is one
+    The license of a model, as the card beside it says: `license`, and `license_name` and `license_link` if it is one
     that the Hub does not know. Empty if there is no card, or it does not say.
     """
     path = find_card(model)
@@ -167,7 +167,7 @@ def add_evaluation(card: ModelCard, evaluation: "Evaluation") -> None:
         f"one standard error; {settings['prompt_style']} prompts, at most {settings['max_new_tokens']:,} "
         f"tokens.\n\n{evaluation.table()}"
     )
-    card.text = replace_part(card.text, "evaluation", text, before="\n## Licence")
+    card.text = replace_part(card.text, "evaluation", text, before="\n## License")
     data: Any = card.data  # of a model
     data.model_name = data.model_name or "model"
     data.eval_results = evaluation.eval_results()

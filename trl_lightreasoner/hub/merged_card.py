@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..models.provenance import hub_id
 from ..text import printable
 from .card_parts import LINES, PAPER_ID, TAGS, link, show, table
-from .cards import adapter_rows, adapter_type, find_card, licence_of, make_example
+from .cards import adapter_rows, adapter_type, find_card, license_of, make_example
 
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _OF_THE_ADAPTER = (
     *("model-index", "pipeline_tag", "tags"),
 )
 _TAGS = ("peft", "lora")
-_LICENCE = "## Licence\n\nThe licence of the base model applies to what is derived from it."
+_LICENSE = "## License\n\nThe license of the base model applies to what is derived from it."
 
 
 def merged_card(
@@ -68,7 +68,7 @@ def merged_card(
         model_name=folder.name,
         pipeline_tag="text-generation",
         tags=tags or None,
-        **(licence_of(base) | {name: value for name, value in told.items() if name not in _OF_THE_ADAPTER}),
+        **(license_of(base) | {name: value for name, value in told.items() if name not in _OF_THE_ADAPTER}),
     )
     making = [
         ("base model", link(base)),
@@ -92,7 +92,7 @@ def merged_card(
         prompt=_example_of(text) or make_example(prompt_format, tokenizer),
         making=table(["", ""], making),
         num_tokens=num_tokens,
-        rest=_rest_of(text) or _LICENCE,
+        rest=_rest_of(text) or _LICENSE,
     )
     card.text = printable(card.text, keep=LINES)
     return card
