@@ -178,8 +178,8 @@ def shared_vocabulary(
         first = renamed[0]
         names = f"{expert_tokenizer.convert_ids_to_tokens(first)!r} and {amateur_token[first]!r}"
         logger.warning(
-            f"{len(renamed)} added tokens have another name for the expert than for the amateur (the first is id "
-            f"{first}: {names}). They take no part in any probability, and the amateur reads them under its own name."
+            f"{len(renamed)} added tokens have different names in the two tokenizers (the first is id {first}: "
+            f"{names}). They are excluded from all probabilities, and the amateur reads them under its own name."
         )
     return Vocabulary(shared)
 

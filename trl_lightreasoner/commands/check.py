@@ -44,25 +44,25 @@ class CheckArguments(PairArguments):
 @dataclass
 class CheckSamplingConfig(ContrastiveSamplingConfig):
     """
-    [`ContrastiveSamplingConfig`] without the need of a folder.
+    [`ContrastiveSamplingConfig`] that needs no folder.
 
     Parameters:
         output_dir (`str`, *optional*, defaults to `"steps"`):
-            Unused: nothing is left behind. It can stand in a config file that `lightreasoner sample` reads as well.
+            Not used, since nothing is saved. Allowed so that `lightreasoner sample` can share the config file.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
-            Unused, like `output_dir`.
+            Not used, like `output_dir`.
     """
 
     output_dir: str = field(
         default="steps",
         metadata={
-            "help": "Unused: nothing is left behind. It can stand in a config file that `lightreasoner sample` reads "
-            "as well."
+            "help": "Not used, since nothing is saved. Allowed so that `lightreasoner sample` can share the config "
+            "file."
         },
     )
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Unused, like `output_dir`."},
+        metadata={"help": "Not used, like `output_dir`."},
     )
 
 

@@ -131,7 +131,7 @@ class GreedyDecoder:
 
     def _go_on_plainly(self, reason: str) -> None:
         self.by_graph = False
-        logger.warning(f"Completions are made by `generate`, which is slower than CUDA graphs: {reason}.")
+        logger.warning(f"Completions are generated without CUDA graphs, which is slower: {reason}.")
 
 
 def find_batch_size(model: torch.nn.Module, longest: int | None, num_rows: int, num_processes: int) -> int:
@@ -198,7 +198,7 @@ def batches_that_fit(
             clear_device_cache(garbage_collection=True)
             batch_size = (len(indices) + 1) // 2
             logger.warning(
-                f"Memory ran out with {len(indices)} prompts together; going on with {batch_size}.",
+                f"Memory ran out with a batch of {len(indices)} prompts. Continuing with {batch_size}.",
                 main_process_only=False,  # each process logs its own
             )
             continue
@@ -240,7 +240,7 @@ def run_in_batches(
             to_go -= len(indices)
             if received and to_go:
                 logger.warning(
-                    f"Stopped with {to_go:,} prompts to go. Run the same again to go on.",
+                    f"Interrupted with {to_go:,} prompts left. Rerun the same command to resume.",
                     main_process_only=False,
                 )
                 raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])

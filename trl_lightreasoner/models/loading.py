@@ -182,10 +182,7 @@ def load_config(model: "str | PreTrainedModel | PeftModel", name: str = "model",
                 raise ValueError(
                     f"The config.json of the {name} {source!r} cannot be read: {' '.join(str(error).split())}"
                 ) from error
-            raise ValueError(
-                f"The {name} {source!r} cannot be found. It must be a folder with a config.json, or the id of a model "
-                "on the Hub. Private and gated models need `hf auth login`, offline ones must be in the cache."
-            ) from error
+            raise _not_found(source, name) from error
         _check_bitsandbytes(kwargs.get("quantization_config") or getattr(config, "quantization_config", None), name)
         is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
             getattr(config, "auto_map", None) or {}  # custom code
@@ -256,7 +253,10 @@ def load_tokenizer(
         `ValueError`: If there is none, it is damaged, or the model does not know where it came from.
     """
     if isinstance(model, str):
-        source, repository = _locate(model, name, kwargs)
+        try:
+            source, repository = _locate(model, name, kwargs)
+        except OSError as error:
+            raise _not_found(model, name) from error
         if source != model and _has_tokenizer(model, hub_kwargs(kwargs)):
             # The class of the tokenizer depends on a config.json, which an adapter lacks
             config = AutoConfig.from_pretrained(source, **repository)
@@ -285,9 +285,27 @@ def _load_tokenizer(source: str, name: str, repository: dict[str, Any]) -> PreTr
     try:
         return AutoTokenizer.from_pretrained(source, **repository)
     except Exception as error:  # tokenizers raises no narrower type
+        if not _has_config(source, repository):
+            raise _not_found(source, name) from error
         raise ValueError(
             f"The tokenizer of the {name} {source!r} cannot be loaded: {' '.join(str(error).split()).rstrip('.')}."
         ) from error
+
+
+def _not_found(source: str, name: str) -> ValueError:
+    return ValueError(
+        f"The {name} {source!r} cannot be found. It must be a folder with a config.json, or the id of a model on the "
+        "Hub. Private and gated models need `hf auth login`, offline ones must be in the cache."
+    )
+
+
+def _has_config(source: str, repository: dict[str, Any]) -> bool:
+    """Whether a folder exists, or a repository on the Hub has a config.json that can be loaded."""
+    try:
+        where = {name: value for name, value in repository.items() if name != "trust_remote_code"}
+        return os.path.isdir(source) or cached_file(source, "config.json", **where) is not None
+    except OSError:
+        return False
 
 
 def _has_tokenizer(source: str, repository: dict[str, Any]) -> bool:

@@ -145,8 +145,9 @@ def add_trained(
         return
     kwargs: dict[str, Any] = {"dtype": (metadata.get("expert") or {}).get("dtype") or "auto"}
     kwargs |= {"local_files_only": True} if local_files_only else {}
+    own_tokenizer = load_tokenizer(trained, "trained model", **kwargs)
     try:
-        if load_tokenizer(trained, "trained model", **kwargs).get_vocab() != tokenizer.get_vocab():
+        if own_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise ValueError("its tokens differ from the expert's")
         if isinstance(trained, str) and isinstance(expert, PreTrainedModel) and load_adapter_config(trained):
             generation_config = expert.generation_config

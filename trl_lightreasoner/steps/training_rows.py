@@ -262,7 +262,7 @@ def prepare_rows(
                 f"The column {column!r} of the {name} dataset must hold lists of {'whole ' if whole else ''}numbers, "
                 f"got {features[column]}. {remedy}."
             )
-    limit, remedy = f"max_length={max_length}", "raise it"
+    limit, remedy = f"`max_length={max_length}`", "raise it"
     if context is not None and (max_length is None or context < max_length):
         max_length, limit, remedy = context, f"the model's context of {context} tokens", "sample with shorter prompts"
     dataset = dataset.with_format(None)  # lists, whatever format the user has set
@@ -285,7 +285,7 @@ def prepare_rows(
     if isinstance(dataset, IterableDataset):
         prepared = dataset.map(prepare, with_indices=True, batched=True)
         if next(iter(prepared), None) is None:
-            least = f" of beta={beta} or more" if beta else ""
+            least = f" that reaches `beta={beta}`" if beta else ""
             raise ValueError(
                 f"The {name} dataset has no step to train on: none of its streamed rows has one{least} within {limit}."
             )
@@ -298,13 +298,13 @@ def prepare_rows(
         elif num_too_long == num_steps:
             reason = f"all {num_steps:,} of its steps are beyond {limit}; {remedy}"
         else:
-            reason = f"none of its {num_steps:,} steps reaches beta={beta}; lower it"
+            reason = f"none of its {num_steps:,} steps reaches `beta={beta}`; lower it"
         raise ValueError(f"The {name} dataset has no step to train on: {reason}.")
     if "step_weights" in prepared.column_names and not any(map(any, prepared["step_weights"])):
         raise ValueError(f"The {name} dataset has no step to train on: all of its `step_weights` are 0.")
     if num_too_long:
         logger.warning(
-            f"Dropped {num_too_long:,} of {num_steps:,} steps of the {name} dataset, which lie beyond {limit}."
+            f"Dropped {num_too_long:,} of {num_steps:,} steps of the {name} dataset, which are beyond {limit}."
         )
     return prepared
 
