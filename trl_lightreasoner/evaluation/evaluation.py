@@ -69,9 +69,9 @@ class Evaluation:
 
     Attributes:
         results (`dict[str, Any]`):
-            What results.json holds. Under `"benchmarks"` and the name of each: `num_problems`, and for `"model"` and
-            `"baseline"` `accuracy`, `standard_error`, `mean_tokens`, `num_cut` and `num_undecided`; `"difference"` as
-            of [`PairedDifference`]. Fractions are between 0 and 1.
+            The content of results.json. `"benchmarks"` has an entry per benchmark with `num_problems`, and for
+            `"model"` and `"baseline"` their `accuracy`, `standard_error`, `mean_tokens`, `num_cut` and
+            `num_undecided`. `"difference"` holds the fields of [`PairedDifference`]. Fractions are between 0 and 1.
     """
 
     results: dict[str, Any]
