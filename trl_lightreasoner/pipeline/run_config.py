@@ -58,7 +58,8 @@ class RunConfig:
             one, and otherwise `question`.
         answer_column (`str`, *optional*):
             Column that holds the answers to the held-out questions: the answer alone, or a solution that has it after
-            `####` or in `\boxed{}`. If `None`, it is `answer` if there is one. Without answers no question is held out.
+            `####` or in `\boxed{}`. If `None`, it is `answer` if there is one. Without answers no question is held
+            out.
         num_prompts (`int`, *optional*, defaults to `1000`):
             Number of questions to sample, from the start of the dataset. Their answers are not used.
         num_held_out (`int`, *optional*, defaults to `500`):

@@ -35,7 +35,7 @@ CURVE_TEXTS = {
     "mean_token_accuracy": f"Fraction of the kept steps at which π<sub>θ</sub> and {V_C} have the same most probable "
     "token.",
     "grad_norm": "Before clipping.",
-    "learning_rate": "As the schedule sets it.",
+    "learning_rate": "As set by the schedule.",
     "num_nonfinite_updates": "Updates skipped because of NaN or Inf gradients.",
     "accuracy_num_cut": "Answers longer than <code>eval_max_new_tokens</code>.",
     "accuracy_num_undecided": "Answers that could not be graded. They count as wrong.",
@@ -233,9 +233,9 @@ def _kept_by_position(datasets: list[ReportedDataset]) -> str:
         )
     ]
     head = ["Tokens", *(f"{_column(each, datasets)}{name}" for each in datasets for name in ("kept", "share"))]
-    text = "Of the steps that reach a position, how many are kept."
+    text = "Fraction of the steps at a position that are kept."
     chart_html = chart.html("Share of steps kept against the position.")
-    return figure("Where kept steps lie", text, chart_html, head, _by_position(datasets, columns))
+    return figure("Where the kept steps are", text, chart_html, head, _by_position(datasets, columns))
 
 
 # Labels

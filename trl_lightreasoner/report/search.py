@@ -48,7 +48,7 @@ def _counts(dataset: ReportedDataset, is_named: bool) -> str:
     rows = [(f"{kept:,}", f"{count:,}") for kept, count in enumerate(np.bincount(counts).tolist()) if count]
     median = write_number(float(np.median(counts)))
     return (
-        f'<details class="numbers counts"><summary>Kept steps a prompt{where}: {median} in the median, '
+        f'<details class="numbers counts"><summary>Kept steps per prompt{where}: {median} in the median, '
         f"{counts[-1]:,} at most; {(counts == 0).sum():,} of {len(counts):,} prompts have none</summary>"
         f"{table(('Kept steps', 'Prompts'), rows)}</details>"
     )
