@@ -1,6 +1,6 @@
 """The search of a report: its form, the data that is searched, and the same data as CSV.
 
-The form is in `page_files/search.html`, and the searching is done by `index.js`.
+The form is in `page_files/search.html`, and `index.js` does the search.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ _FORM = Path(__file__).parent / "page_files" / "search.html"
 
 
 def page_index(datasets: list[ReportedDataset]) -> dict[str, Any]:
-    """What the page searches, with a key by which it knows the files that lie beside it."""
+    """The data that the page searches, with a key that identifies its files of rows."""
     first, data = 0, []
     for each in datasets:
         data.append(index_data(each.index, each.name, each.statistics.beta, each.texts, first))
@@ -37,7 +37,7 @@ def save_index(datasets: list[ReportedDataset], folder: Path) -> None:
 
 
 def search_form(datasets: list[ReportedDataset]) -> str:
-    """The form, and how many kept steps the prompts have."""
+    """The form, and the numbers of kept steps per prompt."""
     counts = "".join(_counts(each, len(datasets) > 1) for each in datasets)
     return _FORM.read_text(encoding="utf-8").replace("$counts", counts)
 
