@@ -1,4 +1,4 @@
-"""Settings of `run_pipeline`: what a user would set; everything else is set by the single commands."""
+"""Settings of `run_pipeline`: the common ones. All others are set with the single commands."""
 
 from dataclasses import dataclass, field
 
@@ -379,7 +379,7 @@ class RunConfig:
             )
         if self.prompt_template is not None:
             self.prompt_template = read_template(self.prompt_template)
-        # The other numbers are checked by the settings of the stages, which are made of them before anything is done
+        # The other numbers are checked when the settings of the stages are made from them, before any work
         check_numbers(self, ("alpha", "learning_rate"))
         if isinstance(self.benchmarks, str):
             self.benchmarks = [self.benchmarks]
