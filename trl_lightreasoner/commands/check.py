@@ -1,4 +1,4 @@
-"""`lightreasoner check`: is this pair worth it? Fifty prompts, one verdict and its reasons; nothing is left behind."""
+"""`lightreasoner check`: judge a pair of models on fifty prompts. Prints a verdict with its reasons, and saves nothing."""
 
 import json
 from dataclasses import dataclass, field
@@ -17,18 +17,18 @@ EXAMPLE = r"""example:
 @dataclass
 class CheckArguments(PairArguments):
     """
-    [`PairArguments`], and what `lightreasoner check` does with them.
+    [`PairArguments`], and the settings of `lightreasoner check`.
 
     Parameters:
         num_prompts (`int`, *optional*, defaults to `50`):
-            How many prompts are looked at, from the first.
+            Number of prompts to check, from the start of the dataset.
         json (`bool`, *optional*, defaults to `False`):
             Whether to print one JSON object instead of text.
     """
 
     num_prompts: int = field(
         default=50,
-        metadata={"help": "How many prompts are looked at, from the first."},
+        metadata={"help": "Number of prompts to check, from the start of the dataset."},
     )
     json: bool = field(
         default=False,

@@ -105,7 +105,7 @@ def write_report(
         if isinstance(tokenizer, str):
             notes.append(f"Tokens are shown by number: {tokenizer}. Name the expert with --expert.")
             tokenizer = None
-        reason: str | None = "they were not to be loaded"
+        reason: str | None = "loading the models is turned off"
         if load_models:
             reason = add_probabilities(trajectories, metadata, expert, amateur)
         if reason is not None and any(trajectory.steps for trajectory in trajectories):
