@@ -1,4 +1,4 @@
-"""`lightreasoner check`: judge a pair of models on fifty prompts. Prints a verdict with its reasons, and saves nothing."""
+"""`lightreasoner check`: judge a pair of models on fifty prompts: one verdict with its reasons. Nothing is saved."""
 
 import json
 from dataclasses import dataclass, field
