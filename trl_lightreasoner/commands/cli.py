@@ -17,7 +17,7 @@ COMMANDS = {
     "run": "do everything in one process: train an adapter from a pair and a dataset, and judge it",
     "tune": "try twenty settings on one sampling, and confirm the best one on other questions",
     "check": "judge a pair of models on fifty prompts: one verdict with its reasons",
-    "sample": "sample prompts into a Dataset of kept steps",
+    "sample": "turn prompts into a Dataset of kept steps",
     "train": "train an adapter on a Dataset of kept steps",
     "merge": "merge an adapter into a plain model",
     "report": "show kept steps as an HTML page, one dataset or two side by side",

@@ -1,4 +1,4 @@
-"""`lightreasoner sample`: sample prompts into a Dataset of kept steps."""
+"""`lightreasoner sample`: turn prompts into a Dataset of kept steps."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
