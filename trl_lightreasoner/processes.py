@@ -54,7 +54,7 @@ class Processes:
             torch.distributed.broadcast_object_list(outcome, src=0, group=self.group)
         except RuntimeError as closed:  # another process has closed its connection
             raise ConnectionError(
-                f"Process {self.index} waited for another one, which has ended. Run the same again to go on."
+                f"Process {self.index} waited for another process, which has ended. Rerun the same command to resume."
             ) from closed
         result, error = outcome
         if error is not None:

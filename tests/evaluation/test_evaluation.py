@@ -422,7 +422,7 @@ def test_an_answer_that_cannot_be_graded_is_counted_and_shown(
     assert main([str(part) for part in ("eval", "--model", expert_path, *flags)]) == 0
     reasons = "over 5 seconds (2), RecursionError (1)"
     assert f"3 of 10 answers could not be graded: {reasons}. They count as wrong." in caplog.text
-    said = "3 of 10 answers of the model could not be graded, and count as wrong; the column `failure` of"
+    said = "3 of 10 answers of the model could not be graded and count as wrong. The column `failure` of"
     assert f"{said} {tmp_path / 'out' / 'model'} says why." in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["benchmarks"]["gsm8k"]["model"]["num_undecided"] == 3
