@@ -152,7 +152,7 @@ def test_renamed_special_tokens_are_left_out_with_a_warning(caplog):
     assert expert.eos_token_id == amateur.eos_token_id == 4
     shared = shared_vocabulary(expert, amateur, 8, 8)
     assert shared.ids.tolist() == [0, 1, 2, 3, 5]
-    assert "1 added tokens have another name" in caplog.text
+    assert "1 added tokens have different names" in caplog.text
     assert "(the first is id 4: '<|im_end|>' and '<|Assistant|>')" in caplog.text
 
 

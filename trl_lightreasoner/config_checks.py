@@ -1,4 +1,4 @@
-"""Checks of the fields that several configs have: each refuses a value in one sentence that names the field."""
+"""Checks of fields that several configs share. Each refuses a value with a sentence that names the field."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def check_init_kwargs(config: Any, names: Iterable[str]) -> None:
-    for name in names:  # JSON on the command line
+    for name in names:  # given as JSON on the command line
         setattr(config, name, _as_dict(name, getattr(config, name)))
 
 
@@ -21,7 +21,7 @@ def check_choices(config: Any, names: Iterable[str]) -> None:
 def check_output_dir(config: Any) -> None:
     if not config.output_dir or not isinstance(config.output_dir, str | os.PathLike):
         raise ValueError(f"`output_dir` must name a folder, got {config.output_dir!r}.")
-    config.output_dir = os.path.expanduser(config.output_dir)  # as TrainingArguments do
+    config.output_dir = os.path.expanduser(config.output_dir)  # as TrainingArguments does
 
 
 def check_flags(config: Any, names: Iterable[str]) -> None:
@@ -63,13 +63,13 @@ def check_amateur_settings(config: Any) -> None:
 def check_label_settings(config: Any) -> None:
     check_numbers(config, ("contrast_strength", "expert_anchor"))
     for name in ("contrast_strength", "expert_anchor"):
-        # Above it the rounding of a log-probability in fp32, which it multiplies, would show in the label
+        # It multiplies the fp32 rounding of a log-probability, which above this value would show in the label
         if not 0 <= getattr(config, name) <= 100:
             raise ValueError(f"`{name}` must be a number from 0 to 100, got {getattr(config, name)}.")
     if config.contrast_strength == config.expert_anchor == 0:
         raise ValueError(
-            "`contrast_strength` and `expert_anchor` are both 0, so that a label would hold every plausible token as "
-            "equally probable. The paper's are 1 and 0; 0 and 1 give the expert's own distribution."
+            "`contrast_strength` and `expert_anchor` are both 0, which makes every plausible token of a label equally "
+            "probable. The paper uses 1 and 0. 0 and 1 give the expert's own distribution."
         )
 
 

@@ -1,13 +1,13 @@
 """The method as pure tensor functions: logits in, kept steps and loss out. No models, no files.
 
-Names and equations are the paper's (LightReasoner, arXiv 2510.07962, section 3): at a step t the expert pi_E and the
-amateur pi_A give two distributions over one vocabulary. `step_divergence` says how much they disagree,
-`plausibility_mask` which tokens the expert takes seriously, `contrastive_label` what the expert knows there that the
-amateur does not (v_C), and `contrastive_loss` how far a model is from that label. `contrast_steps` runs the first
-three over many steps.
+Names and equations follow the paper (LightReasoner, arXiv 2510.07962, section 3). At a step t the expert pi_E and the
+amateur pi_A give two distributions over one vocabulary. `step_divergence` measures how much they disagree,
+`plausibility_mask` selects the tokens that the expert finds plausible, `contrastive_label` computes what the expert
+knows and the amateur does not (v_C), and `contrastive_loss` measures how far a model is from that label.
+`contrast_steps` applies the first three to many steps.
 
-Everything from the log-softmax on is fp32 and in log space, whatever the dtype of the logits, and works on a few rows
-at a time, so that the memory it needs beside its inputs does not grow with the number of steps.
+From the log-softmax on, everything is computed in fp32 and log space, whatever the dtype of the logits. Rows are
+processed a few at a time, so that the extra memory does not grow with the number of steps.
 """
 
 import math
@@ -25,7 +25,7 @@ CHUNK_ELEMENTS = 2**26
 
 class ContrastedSteps(NamedTuple):
     """
-    What [`contrast_steps`] returns for N steps, K of them kept.
+    Result of [`contrast_steps`] for N steps, of which K are kept.
 
     Attributes:
         kl_divergence (`torch.Tensor` of shape `(N,)`, fp32):
@@ -33,9 +33,9 @@ class ContrastedSteps(NamedTuple):
         kept (`torch.Tensor` of shape `(N,)`, bool):
             Whether the divergence is at least beta.
         label_ids (`torch.Tensor` of shape `(K, S)`, int64):
-            Columns of the vocabulary in v_C's support, most probable first; S is the largest support.
+            Columns of the vocabulary in v_C's support, most probable first. S is the size of the largest support.
         label_probs (`torch.Tensor` of shape `(K, S)`, fp32):
-            v_C there. Columns beyond a step's own support hold probability 0.
+            v_C there. Columns beyond a step's own support have probability 0.
     """
 
     kl_divergence: torch.Tensor
@@ -46,7 +46,7 @@ class ContrastedSteps(NamedTuple):
 
 class ContrastiveLoss(NamedTuple):
     """
-    What [`contrastive_loss`] returns for N steps.
+    Result of [`contrastive_loss`] for N steps.
 
     Attributes:
         kl_divergence (`torch.Tensor` of shape `(N,)`, fp32):
@@ -63,7 +63,7 @@ class ContrastiveLoss(NamedTuple):
 
 
 class NonFiniteLogitsError(ValueError):
-    """Logits of `model` ("expert" or "amateur") at `row` hold NaN or infinity, so no probability can be trusted."""
+    """Logits of `model` ("expert" or "amateur") at `row` are NaN or infinite, so no probability can be trusted."""
 
     def __init__(self, model: str, row: int, place: str | None = None):
         self.model, self.row = model, row
@@ -82,7 +82,7 @@ def step_divergence(expert_logps: torch.Tensor, amateur_logps: torch.Tensor) -> 
         amateur_logps (`torch.Tensor` of shape `(N, V)`): Log-probabilities of the amateur.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`: Nats, never negative; exactly 0 where the two are the same.
+        `torch.Tensor` of shape `(N,)`: Nats, never negative, and exactly 0 if the two are equal.
 
     Example:
 
@@ -99,15 +99,15 @@ def step_divergence(expert_logps: torch.Tensor, amateur_logps: torch.Tensor) -> 
 
 def plausibility_mask(expert_logps: torch.Tensor, alpha: float) -> torch.Tensor:
     """
-    V_mask: the tokens that the expert holds at least alpha times as probable as its favourite (section 3.2).
+    V_mask: the tokens whose expert probability is at least alpha times that of the most probable one (section 3.2).
 
     Args:
         expert_logps (`torch.Tensor` of shape `(N, V)`): Log-probabilities of the expert, or its logits: the normaliser
-            cancels, and on logits a tie at the edge is not lost to rounding.
-        alpha (`float`): Share of the largest probability, in (0, 1]. A token exactly at the edge is in.
+            cancels, and with logits a tie at the threshold is not lost to rounding.
+        alpha (`float`): Fraction of the largest probability, in (0, 1]. A token exactly at the threshold is included.
 
     Returns:
-        `torch.Tensor` of shape `(N, V)`, bool. The favourite is always in.
+        `torch.Tensor` of shape `(N, V)`, bool. The most probable token is always included.
 
     Example:
 
@@ -129,8 +129,8 @@ def contrastive_label(
     expert_anchor: float = 0.0,
 ) -> torch.Tensor:
     """
-    v_C: the softmax of log pi_E - log pi_A over the plausible tokens (section 3.2), or with gamma and lambda that of
-    lambda log pi_E + gamma (log pi_E - log pi_A).
+    v_C: the softmax of log pi_E - log pi_A over the plausible tokens (section 3.2). With gamma and lambda it is the
+    softmax of lambda log pi_E + gamma (log pi_E - log pi_A).
 
     Args:
         expert_logps (`torch.Tensor` of shape `(N, V)`): Log-probabilities of the expert.
@@ -153,7 +153,7 @@ def contrastive_label(
     ```
     """
     contrast = expert_logps - amateur_logps
-    if (contrast_strength, expert_anchor) != (1.0, 0.0):  # the paper's needs no further pass
+    if (contrast_strength, expert_anchor) != (1.0, 0.0):  # the paper's label needs no further pass
         contrast = contrast_strength * contrast + expert_anchor * expert_logps
     return contrast.masked_fill(~mask, -math.inf).softmax(-1)
 
@@ -167,7 +167,7 @@ def contrast_steps(
     expert_anchor: float = 0.0,
 ) -> ContrastedSteps:
     """
-    Find the informative steps among N and the label of each.
+    Find the informative ones among N steps, and the label of each.
 
     Args:
         expert_logits (`torch.Tensor` of shape `(N, V)`): Raw logits of the expert, any floating dtype.
@@ -201,7 +201,7 @@ def contrast_steps(
     else:
         chunks = zip(expert_logits.split(rows), amateur_logits.split(rows), strict=True)
         divergence = torch.cat([step_divergence(*map(_log_softmax, chunk)) for chunk in chunks])
-    # One logit that is NaN or infinite is enough to make it so
+    # A single logit that is NaN or infinite makes the divergence so
     if not divergence.isfinite().all():
         _refuse_nonfinite(expert_logits, amateur_logits)
     kept = divergence >= beta
@@ -210,8 +210,8 @@ def contrast_steps(
         mask = plausibility_mask(expert_logits[steps].float(), alpha)
         expert_logps, amateur_logps = (_log_softmax(logits[steps]) for logits in (expert_logits, amateur_logits))
         label = contrastive_label(expert_logps, amateur_logps, mask, contrast_strength, expert_anchor)
-        del expert_logps, amateur_logps  # as large as the chunk, of which one is to be alive
-        # topk keeps the dense rows no longer than the chunk lives; outside a row's own support it picks zeros
+        del expert_logps, amateur_logps  # each is as large as a chunk, and only one chunk should be in memory
+        # After topk the dense rows are freed with the chunk. Outside a row's own support it selects zeros
         labels.append(label.topk(int(mask.sum(-1).max()) if len(mask) else 0))
     support = max(label.values.shape[1] for label in labels)
     return ContrastedSteps(
@@ -230,7 +230,7 @@ def contrastive_loss(logits: torch.Tensor, label_ids: torch.Tensor, label_probs:
         logits (`torch.Tensor` of shape `(N, V)`): Raw logits of pi_theta at the kept steps, any floating dtype.
         label_ids (`torch.Tensor` of shape `(N, S)`, int64): Columns of v_C's support, most probable first, padded with
             any valid column.
-        label_probs (`torch.Tensor` of shape `(N, S)`, fp32): v_C there; 0 marks padding.
+        label_probs (`torch.Tensor` of shape `(N, S)`, fp32): v_C there. Padding has probability 0.
 
     Returns:
         [`ContrastiveLoss`]
@@ -247,10 +247,10 @@ def contrastive_loss(logits: torch.Tensor, label_ids: torch.Tensor, label_probs:
     """
     rows = _rows_per_chunk(logits)
     parts = []
-    # `split` rather than slices: its backward writes the gradient once instead of adding up one full tensor a chunk
+    # `split` rather than slices: its backward writes the gradient once instead of adding a full tensor per chunk
     for chunk in zip(logits.split(rows), label_ids.split(rows), label_probs.split(rows), strict=True):
         if torch.is_grad_enabled() and logits.requires_grad and len(logits) > rows:
-            # The fp32 copy of a chunk is made again in the backward pass, so that one chunk is alive at a time
+            # The fp32 copy of a chunk is recomputed in the backward pass, so only one chunk is in memory at a time
             parts.append(checkpoint(_chunk_loss, *chunk, use_reentrant=False))
         else:
             parts.append(_chunk_loss(*chunk))
@@ -266,7 +266,7 @@ def _chunk_loss(
     divergence = negative_entropy - (label_probs * logps.gather(-1, label_ids)).sum(-1)
     with torch.no_grad():
         entropy = -(logps.exp() * logps).sum(-1)
-        # The first column is the favourite; there is none where there is no step at all
+        # The first column is the most probable token. There is none without any step
         agreement = (logps.argmax(-1, keepdim=True) == label_ids[:, :1]).any(-1)
     return divergence, entropy, agreement
 

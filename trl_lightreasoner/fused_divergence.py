@@ -1,8 +1,8 @@
-"""D_KL(pi_E || pi_A) from logits in one pass over the vocabulary, for CUDA GPUs; a Triton kernel.
+"""D_KL(pi_E || pi_A) from logits in one pass over the vocabulary: a Triton kernel for CUDA GPUs.
 
-Written with PyTorch alone (`step_divergence` of two log-softmaxes) the same takes about fifteen passes over fp32
-copies of the logits, which are the largest tensors of the whole method. A program of the kernel reads the two rows of
-a step once, block by block, and keeps five numbers in fp32: both maxima and normalisers, and the sum of p_E (e - a).
+With PyTorch alone (`step_divergence` of two log-softmaxes) the same computation takes about fifteen passes over fp32
+copies of the logits, the largest tensors of the whole method. A program of the kernel reads the two rows of a step
+once, block by block, and keeps five numbers in fp32: both maxima and normalisers, and the sum of p_E (e - a).
 """
 
 import contextlib
@@ -39,11 +39,10 @@ def _compiles() -> bool:
 
 def compile_ahead(expert_logits: torch.Tensor, amateur_logits: torch.Tensor, device: torch.device) -> None:
     """
-    Compile in a thread what [`fused_divergence`] of such logits needs, which takes more than a second, while a GPU
-    generates what is to be scored.
+    Compile the kernel of [`fused_divergence`] in a thread, which takes more than a second, while the GPU generates.
 
     Args:
-        expert_logits (`torch.Tensor` of shape `(1, V)`): Of the dtype and with the strides to come, on any device.
+        expert_logits (`torch.Tensor` of shape `(1, V)`): Example with the later dtype and strides, on any device.
         amateur_logits (`torch.Tensor` of shape `(1, V)`): Likewise.
         device (`torch.device`): Where the logits will be.
     """
@@ -52,7 +51,7 @@ def compile_ahead(expert_logits: torch.Tensor, amateur_logits: torch.Tensor, dev
         return
 
     def work() -> None:
-        # What fails here will fail again when it is needed
+        # A failure here will occur again when the kernel is needed
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)), contextlib.suppress(Exception):
             examples = (
                 torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device=device)
@@ -66,14 +65,14 @@ def compile_ahead(expert_logits: torch.Tensor, amateur_logits: torch.Tensor, dev
 
 def fused_divergence(expert_logits: torch.Tensor, amateur_logits: torch.Tensor) -> torch.Tensor:
     """
-    What [`~trl_lightreasoner.contrast.step_divergence`] returns of the log-softmax of two models' logits.
+    [`~trl_lightreasoner.contrast.step_divergence`] of the log-softmax of two models' logits.
 
     Args:
         expert_logits (`torch.Tensor` of shape `(N, V)`): Raw logits of the expert, any floating dtype.
         amateur_logits (`torch.Tensor` of shape `(N, V)`): Raw logits of the amateur.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`, fp32: Nats; NaN or infinity where a logit is.
+        `torch.Tensor` of shape `(N,)`, fp32: Nats. NaN or infinite if a logit of the row is.
     """
     global _compiling
     if _compiling is not None:
@@ -115,5 +114,5 @@ if triton is not None:
             a_sum = a_sum * tl.exp(a_max - new_max) + tl.sum(tl.exp(a - new_max), 0)
             a_max = new_max
         kl = difference / e_sum - (e_max - a_max) - (tl.log(e_sum) - tl.log(a_sum))
-        # Rounding can make it negative; a comparison lets NaN through
+        # Rounding can make it negative. The comparison keeps NaN
         tl.store(divergence + row, tl.where(kl < 0.0, 0.0, kl))

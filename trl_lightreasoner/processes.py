@@ -1,4 +1,4 @@
-"""The processes that share one sampling run: one, or as many as `accelerate launch` or `torchrun` started."""
+"""The processes that share one run: a single one, or all that `accelerate launch` or `torchrun` has started."""
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -14,18 +14,18 @@ T = TypeVar("T")
 
 class Processes:
     """
-    Deals work out and lets processes wait for each other for as long as it takes.
+    Distributes work, and lets processes wait for each other without a time limit.
 
-    One prompt's answer can take much longer than another's, and the default process group gives up after minutes. So
-    this one has no limit; a process that dies closes its connections, which ends the waiting of the others.
+    One prompt can take much longer to answer than another, and the default process group times out after minutes. So
+    this group has no timeout. If a process dies, its connections close, and the others stop waiting.
 
     Attributes:
-        index (`int`): This process, from 0.
-        count (`int`): How many there are.
+        index (`int`): Index of this process, from 0.
+        count (`int`): Number of processes.
     """
 
     def __init__(self):
-        # Of processes without an accelerator it forms a group only if it is told so
+        # Without an accelerator it forms a group only if it is told to
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
         self.index, self.count = state.process_index, state.num_processes
         if self.count > 1:
@@ -36,11 +36,11 @@ class Processes:
         return self.index == 0
 
     def share(self, batches: Sequence[T]) -> Sequence[T]:
-        """Every `count`-th of the batches, so that a list sorted by length is dealt out evenly."""
+        """Every `count`-th batch, so that a list sorted by length is distributed evenly."""
         return batches[self.index :: self.count]
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """What `function` returns or raises, called by the main process when all have come here; the same on all."""
+        """Call `function` on the main process when all have arrived. All processes get its result or its error."""
         if self.count == 1:
             return function()
         outcome: list[Any] = [None, None]
@@ -52,9 +52,9 @@ class Processes:
                 except Exception as raised:
                     outcome[1] = raised
             torch.distributed.broadcast_object_list(outcome, src=0, group=self.group)
-        except RuntimeError as closed:  # a connection was closed
+        except RuntimeError as closed:  # another process has closed its connection
             raise ConnectionError(
-                f"Process {self.index} waited for another one, which has ended. Run the same again to go on."
+                f"Process {self.index} waited for another process, which has ended. Rerun the same command to resume."
             ) from closed
         result, error = outcome
         if error is not None:

@@ -1,8 +1,7 @@
-"""Where Python looks for modules: not in the folder that a program was started in, where a `queue.py` or a `sympy.py`
-of somebody else's may lie.
+"""Keep Python from importing modules from the current folder, which may hold an unrelated `queue.py` or `sympy.py`.
 
-`python -m` and `python -c` put that folder first, before the standard library. So this imports nothing that is not
-there already when Python has started.
+`python -m` and `python -c` put that folder first, before the standard library. So this module imports only what is
+already loaded when Python has started.
 """
 
 import os
@@ -11,8 +10,8 @@ import sys
 
 def safe_path() -> list[str]:
     """
-    `sys.path` without the current folder and without that of the script, as `python -P` has it. Where the package
-    itself lies in one of them, that folder comes last.
+    `sys.path` without the current folder and that of the script, as with `python -P`. If the package itself is in one
+    of them, that folder comes last.
     """
     script = getattr(sys.modules.get("__main__"), "__file__", None)
     unsafe = {os.path.realpath(""), os.path.realpath(os.path.dirname(script or ""))}
@@ -22,5 +21,5 @@ def safe_path() -> list[str]:
 
 
 def start_processes_safely() -> None:
-    """Have the processes that this one starts from now on, whoever starts them, leave out the current folder."""
+    """Make all processes that this one starts from now on leave out the current folder."""
     os.environ["PYTHONSAFEPATH"] = "1"

@@ -1,4 +1,4 @@
-"""Text that comes in from files, and text that leaves for a terminal or a card."""
+"""Read text from files, and make text safe for a terminal or a card."""
 
 import unicodedata
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 
 def read_text(path: str | Path, what: str) -> str:
     """
-    The text of a file that people wrote, in UTF-8 whatever the locale is, with or without a byte order mark.
+    Read a user's text file as UTF-8, whatever the locale, with or without a byte order mark.
 
     Args:
         path (`str` or `Path`): The file.
         what (`str`): What to call it in an error message, with a capital letter.
 
     Raises:
-        `ValueError`: If it is not in UTF-8; names the line.
+        `ValueError`: If it is not in UTF-8. The message names the line.
     """
     if (line := line_not_in_utf8(path)) is not None:
         raise ValueError(f"{what} {str(path)!r} is not in UTF-8 (line {line}). Save it as UTF-8.")
@@ -21,7 +21,7 @@ def read_text(path: str | Path, what: str) -> str:
 
 
 def line_not_in_utf8(path: str | Path) -> int | None:
-    """The number, from 1, of the first line of a file that is not in UTF-8; `None` if all are."""
+    """The number, from 1, of the first line of a file that is not in UTF-8, or `None`."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -33,8 +33,8 @@ def line_not_in_utf8(path: str | Path) -> int | None:
 
 def printable(text: str, keep: str = "") -> str:
     """
-    `text` with control characters escaped, apart from those to `keep`: what a model or a file says must not steer a
-    terminal, or hide in a card.
+    Escape the control characters of a text, except those to `keep`. Text from a model or a file must not control a
+    terminal or be hidden in a card.
 
     Example:
 
@@ -50,7 +50,7 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def _is_seen(char: str) -> bool:
-    return char.isprintable() or unicodedata.category(char) == "Zs"  # a space of no common width
+    return char.isprintable() or unicodedata.category(char) == "Zs"  # unusual spaces
 
 
 def _escape(char: str) -> str:

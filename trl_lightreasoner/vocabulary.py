@@ -1,8 +1,8 @@
-"""Which columns of the logits are tokens, and which of them two models share.
+"""Which columns of the logits are tokens, and which of these two models share.
 
 A model's logits can be wider than its tokenizer (Qwen2.5 pads 151,665 tokens to 151,936 or 152,064 columns), and two
-models of one family can be padded differently. So what is shared is found by comparing tokens and ids, never sizes,
-and a column that no token owns takes no part in any probability, whatever value it holds.
+models of one family can be padded differently. So shared tokens are found by comparing tokens and ids, never sizes. A
+column that belongs to no token is excluded from every probability, whatever its value.
 """
 
 import copy
@@ -16,10 +16,10 @@ logger = logging.get_logger(__name__)
 
 class Vocabulary:
     """
-    The token ids over which probabilities are taken.
+    The token ids over which probabilities are computed.
 
     Args:
-        ids (`list[int]`): Token ids, in any order. Two tokens of one id count once.
+        ids (`list[int]`): Token ids, in any order. Duplicates count once.
 
     Example:
 
@@ -38,7 +38,7 @@ class Vocabulary:
         members = sorted(set(ids))
         self.ids = torch.tensor(members, dtype=torch.long)
         self._size = len(members)
-        # The usual case: real tokens come first, so that a view does what a copy would
+        # The usual case: real tokens come first, so a view is enough
         self._is_prefix = members != [] and members[-1] == self._size - 1
         self._members = range(self._size) if self._is_prefix else frozenset(members)
 
@@ -49,23 +49,23 @@ class Vocabulary:
         return token_id in self._members
 
     def to(self, device: torch.device) -> "Vocabulary":
-        """The same vocabulary, its ids on another device."""
+        """The same vocabulary with its ids on another device."""
         moved = copy.copy(self)
         moved.ids = self.ids.to(device)
         return moved
 
     def select(self, logits: torch.Tensor) -> torch.Tensor:
-        """Columns of `logits` `(..., W)` in the vocabulary, `(..., len(self))`: a view where that is possible."""
+        """Columns of `logits` `(..., W)` in the vocabulary, `(..., len(self))`, as a view if possible."""
         if self._is_prefix:
             return logits[..., : len(self)]
         return logits.index_select(-1, self.ids.to(logits.device))
 
     def ids_of(self, columns: torch.Tensor) -> torch.Tensor:
-        """Token ids of columns of what [`~Vocabulary.select`] returns."""
+        """Token ids of columns in the result of [`~Vocabulary.select`]."""
         return columns if self._is_prefix else self.ids.to(columns.device)[columns]
 
     def columns_of(self, ids: torch.Tensor) -> torch.Tensor:
-        """Columns of token ids, the inverse of [`~Vocabulary.ids_of`]. The ids must be in the vocabulary."""
+        """Columns of token ids, the inverse of [`~Vocabulary.ids_of`]. All ids must be in the vocabulary."""
         return ids if self._is_prefix else torch.searchsorted(self.ids.to(ids.device), ids)
 
     def contains(self, ids: torch.Tensor) -> torch.Tensor:
@@ -76,12 +76,12 @@ class Vocabulary:
 
 
 class OtherTokensError(ValueError):
-    """Two tokenizers give one id to two tokens or two ids to one token."""
+    """Two tokenizers assign one id to two tokens, or two ids to one token."""
 
 
 def model_vocabulary(tokenizer: PreTrainedTokenizerBase, width: int, name: str = "model") -> Vocabulary:
     """
-    Every token of one tokenizer, EOS and added tokens included, that has a column in the logits.
+    Every token of one tokenizer that has a column in the logits, including EOS and added tokens.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
@@ -89,13 +89,13 @@ def model_vocabulary(tokenizer: PreTrainedTokenizerBase, width: int, name: str =
         name (`str`): What to call the model in an error message.
 
     Raises:
-        `ValueError`: If no token has one.
+        `ValueError`: If no token has a column.
     """
     return Vocabulary(list(_tokens_with_logits(tokenizer, width, name).values()))
 
 
 def _tokens_with_logits(tokenizer: PreTrainedTokenizerBase, width: int, name: str) -> dict[str, int]:
-    # A tokenizer can have more: Gemma 3 of 1B has no embedding for an image's token
+    # A tokenizer can have more tokens: Gemma 3 1B has no embedding for the image token
     vocabulary = {token: token_id for token, token_id in tokenizer.get_vocab().items() if token_id < width}
     if not vocabulary:
         raise ValueError(
@@ -106,10 +106,10 @@ def _tokens_with_logits(tokenizer: PreTrainedTokenizerBase, width: int, name: st
 
 def check_embedded(ids: list[int], tokenizer: PreTrainedTokenizerBase, width: int, row: int, name: str) -> None:
     """
-    Refuse a row with a token for which a model of `width` embeddings has none.
+    Refuse a row with a token beyond the `width` embeddings of a model.
 
     Raises:
-        `ValueError`: Naming row and token.
+        `ValueError`: If there is one. The message names the row and the token.
     """
     token_id = max(ids, default=0)
     if token_id >= width:
@@ -126,12 +126,12 @@ def shared_vocabulary(
     amateur_width: int,
 ) -> Vocabulary:
     """
-    The tokens that two models hold under the same id.
+    The tokens that have the same id in two models.
 
-    One tokenizer may have tokens that the other lacks (they are not shared), and added tokens of one may stand where
-    the other has differently named ones, one of them special (DeepSeek-R1-Distill-Qwen beside Qwen2.5; neither is
-    shared, with a warning).
-    Any other difference means that the amateur would read another text than the expert wrote, and is refused.
+    One tokenizer may have tokens that the other lacks, which are not shared. An added token of one may also have the
+    id of a differently named one of the other, if one of them is special (DeepSeek-R1-Distill-Qwen and Qwen2.5).
+    Neither is shared then, and a warning is logged. With any other difference the amateur would read a different text
+    from the one that the expert wrote, so it is refused.
 
     Args:
         expert_tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's tokenizer.
@@ -143,8 +143,8 @@ def shared_vocabulary(
         [`Vocabulary`]
 
     Raises:
-        [`OtherTokensError`]: If the tokenizers give one id to two tokens or two ids to one token. It is a `ValueError`
-            that names the first.
+        [`OtherTokensError`]: If the tokenizers assign one id to two tokens, or two ids to one token. It is a
+            `ValueError` that names the first one.
     """
     expert = _tokens_with_logits(expert_tokenizer, expert_width, "expert")
     amateur = _tokens_with_logits(amateur_tokenizer, amateur_width, "amateur")
@@ -152,7 +152,7 @@ def shared_vocabulary(
         return Vocabulary(list(expert.values()))
     amateur_token = {token_id: token for token, token_id in amateur.items()}
     added = _added_ids(expert_tokenizer) & _added_ids(amateur_tokenizer)
-    special = special_ids(expert_tokenizer) | special_ids(amateur_tokenizer)  # two added words are other text
+    special = special_ids(expert_tokenizer) | special_ids(amateur_tokenizer)  # added words are text
     shared, renamed = [], []
     for token, token_id in sorted(expert.items(), key=lambda item: item[1]):
         other = amateur_token.get(token_id)
@@ -178,14 +178,14 @@ def shared_vocabulary(
         first = renamed[0]
         names = f"{expert_tokenizer.convert_ids_to_tokens(first)!r} and {amateur_token[first]!r}"
         logger.warning(
-            f"{len(renamed)} added tokens have another name for the expert than for the amateur (the first is id "
-            f"{first}: {names}). They take no part in any probability, and the amateur reads them under its own name."
+            f"{len(renamed)} added tokens have different names in the two tokenizers (the first is id {first}: "
+            f"{names}). They are excluded from all probabilities, and the amateur reads them under its own name."
         )
     return Vocabulary(shared)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that stand for something other than text; words that were added do not."""
+    """Tokens that stand for something other than text. Added words are not among them."""
     added = tokenizer.added_tokens_decoder.items()
     return {token_id for token_id, token in added if token.special} | set(tokenizer.all_special_ids)
 

@@ -217,7 +217,7 @@ SAMPLE = [
     prompts("long.jsonl", SKIPPED.format("no room", "choose models with a longer context")),
     prompts(
         "long.jsonl",
-        SKIPPED.format("longer than max_prompt_length=9", "raise `max_prompt_length`"),
+        SKIPPED.format("longer than `max_prompt_length=9`", "raise `max_prompt_length`"),
         max_prompt_length="9",
     ),
     prompts(
@@ -495,7 +495,7 @@ TRAIN = [
     setting(
         "max_length",
         "1",
-        r"The train dataset has no step to train on: all 2 of its steps are beyond max_length=1; raise it\.",
+        r"The train dataset has no step to train on: all 2 of its steps are beyond `max_length=1`; raise it\.",
     ),
     setting(
         "dataset_name",
@@ -532,14 +532,14 @@ TRAIN = [
     setting(
         "lora_r",
         "4",
-        r"`--lora_r` is for a new adapter, and '{folder}/adapter' is an adapter already, which is trained further as "
-        r"it is\. Leave it out, or make a plain model of the adapter by `lightreasoner merge` first\.",
+        r"`--lora_r` applies only to a new adapter, but '{folder}/adapter' is an existing adapter, which is trained "
+        r"further\. Leave it out, or first merge the adapter into a plain model with `lightreasoner merge`\.",
         model_name_or_path="{folder}/adapter",
     ),
     setting(
         "lora_target_modules",
         "v_proj",
-        r"`--lora_target_modules` is for a new adapter, and with `--use_peft false` all weights are trained\. .*",
+        r"`--lora_target_modules` applies only to a new adapter, but `--use_peft false` trains all weights\. .*",
         use_peft="false",
     ),
     setting("lora_dropout", "nan", r"`lora_dropout` must be in \[0, 1\), got nan\."),

@@ -101,5 +101,12 @@ def test_advice_speaks_of_flags(tmp_path, capsys):
         return capsys.readouterr().err.partition(": error: ")[2]
 
     sentence = told("system_prompt: Think.", "--prompt_style", "raw")
-    assert sentence == "`--prompt_style raw` goes with neither `--conversational` nor `--system_prompt`.\n"
+    assert sentence == "`--prompt_style raw` cannot be combined with `--conversational` or `--system_prompt`.\n"
     assert told("alpha: [1]").startswith("`alpha` in the config file must be one value")  # of which it is a key
+
+
+def test_logged_warnings_speak_of_flags(expert_path, amateur_path, tmp_path, caplog):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "2+2="}\n{"prompt": "2+2=4, 3+3=6, 4+4="}\n')
+    flags = ["--expert", expert_path, "--amateur", amateur_path, "--dataset_name", str(tmp_path / "prompts.jsonl")]
+    main(["sample", *flags, "--output_dir", str(tmp_path / "steps"), "--max_prompt_length=5", "--max_new_tokens=4"])
+    assert "Skipped 1 of 2 prompts: 1 longer than `--max_prompt_length 5`" in caplog.text

@@ -286,7 +286,7 @@ def no_weights(monkeypatch):
 def test_what_is_no_adapter_is_refused(adapter, refused, no_weights, tmp_path):
     adapter = adapter.format(tmp_path=tmp_path)
     assert refused(adapter=adapter).startswith(
-        f"{adapter!r} is no adapter: there is no adapter_config.json. Name the folder or the Hub id of one"
+        f"{adapter!r} is not an adapter: there is no adapter_config.json. Name the folder of `lightreasoner train`"
     )
 
 
@@ -309,7 +309,7 @@ def test_a_base_model_that_is_gone_is_refused(base_path, refused, no_weights):
     message = refused()
     assert message.startswith(f"The base model {base_path!r} cannot be found.")
     assert message.endswith(
-        "The adapter's config names it; if it is elsewhere by now, say where with `--base_model_name_or_path`."
+        "The adapter's config names this base model. If it has moved, give its path with `--base_model_name_or_path`."
     )
 
 
@@ -326,15 +326,15 @@ def test_an_adapter_that_names_no_base_model_is_refused(refused, no_weights, tmp
 
 def test_a_base_model_that_is_an_adapter_is_refused(adapter_path, refused, no_weights):
     message = refused("--base_model_name_or_path", adapter_path)
-    assert message.startswith(f"The base model {adapter_path!r} is an adapter itself. Merge that one first")
+    assert message.startswith(f"The base model {adapter_path!r} is itself an adapter. Merge it first")
 
 
-def test_a_base_model_that_is_quantised_is_refused(base_path, refused, no_weights, tmp_path):
+def test_a_base_model_that_is_quantized_is_refused(base_path, refused, no_weights, tmp_path):
     path = tmp_path / "base" / "config.json"
     quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
     assert refused() == (
-        f"The base model {base_path!r} is quantised, and merging into its weights would round the adapter away. Name "
+        f"The base model {base_path!r} is quantized, so merging into its weights would round the adapter away. Name "
         "the same model in full precision with `--base_model_name_or_path`."
     )
 
@@ -368,7 +368,7 @@ def test_an_adapter_of_tied_embeddings_is_refused(config, names, tokenizer, refu
 )
 def test_an_adapter_that_cannot_be_merged_is_refused(config, kind, base_path, refused, no_weights, tmp_path):
     adapter = save_adapter(base_path, tmp_path / "other", config)
-    assert refused(adapter=adapter).startswith(f"An adapter of this kind ({kind}) cannot be merged into the weights")
+    assert refused(adapter=adapter).startswith(f"An adapter of this type ({kind}) cannot be merged into the weights")
 
 
 def test_an_adapter_of_virtual_tokens_is_refused(base_path, refused, no_weights, tmp_path):
@@ -381,7 +381,9 @@ def test_an_adapter_of_virtual_tokens_is_refused(base_path, refused, no_weights,
 def test_an_adapter_without_sound_weights_is_refused(content, adapter_path, refused, no_weights, tmp_path):
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     path.unlink() if content is None else path.write_bytes(content)
-    assert refused().startswith(f"The weights of the adapter {adapter_path!r} are missing or damaged.")
+    assert refused().startswith(
+        f"The weights of the adapter {adapter_path!r}, adapter_model.safetensors, are missing or damaged."
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -391,7 +393,7 @@ def test_an_adapter_that_is_not_finite_is_refused(value, refused, no_weights, tm
     name = next(iter(weights))
     weights[name][0, 0] = value
     save_file(weights, path, metadata={"format": "pt"})
-    assert refused().startswith(f"The adapter's weights hold NaN or infinity, first in {name!r}.")
+    assert refused().startswith(f"The adapter's weights contain NaN or infinity, first in {name!r}.")
 
 
 def test_a_merge_that_is_not_finite_is_refused(adapter_path, base_path, expert, refused):

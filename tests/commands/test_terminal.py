@@ -63,7 +63,7 @@ def test_ctrl_c_in_the_first_seconds_is_one_line(tmp_path):
 
 
 class Parser:
-    explain = str
+    explain = with_flags = str
 
     def __init__(self, *args):
         self.args = args
@@ -80,27 +80,27 @@ class Settings:
 @pytest.mark.parametrize(
     ("prog", "file", "overwrite", "sentence"),
     [
-        ("lightreasoner sample", "run.json", False, " The same command goes on where it stopped."),
-        ("sample.py", "run.json", False, " The same command goes on where it stopped."),
+        ("lightreasoner sample", "run.json", False, " Rerun the same command to resume."),
+        ("sample.py", "run.json", False, " Rerun the same command to resume."),
         (
             "lightreasoner run",
             "run.json",
             True,
-            " The same command, without `--overwrite_output_dir`, goes on where it stopped.",
+            " Rerun the same command without `--overwrite_output_dir` to resume.",
         ),
-        ("lightreasoner eval", "model/gsm8k/run.json", False, " The same command goes on where it stopped."),
+        ("lightreasoner eval", "model/gsm8k/run.json", False, " Rerun the same command to resume."),
         ("lightreasoner sample", "other.json", False, ""),
         ("lightreasoner check", "run.json", False, ""),
         (
             "lightreasoner train",
             "checkpoint-5/trainer_state.json",
             False,
-            " The same command with `--resume_from_checkpoint true` goes on from the last checkpoint.",
+            " Rerun the same command with `--resume_from_checkpoint true` to resume from the last checkpoint.",
         ),
         ("lightreasoner train", "run.json", False, ""),
     ],
 )
-def test_ctrl_c_says_how_to_go_on(prog, file, overwrite, sentence, tmp_path, capsys):
+def test_ctrl_c_says_how_to_resume(prog, file, overwrite, sentence, tmp_path, capsys):
     def command(settings):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()

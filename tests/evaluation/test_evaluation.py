@@ -249,7 +249,7 @@ def test_memory_that_runs_out_halves_the_batch(config, expert_path, monkeypatch,
     monkeypatch.setattr(answering.Answering, "complete", limited)
     args = config()
     evaluate(expert_path, args)
-    assert sizes == [2] * 5 and "Memory ran out with 4 prompts together; going on with 2." in caplog.text
+    assert sizes == [2] * 5 and "Memory ran out with a batch of 4 prompts. Continuing with 2." in caplog.text
     assert answers_of(args.output_dir) == answers_of(expected.output_dir)
 
 
@@ -422,7 +422,7 @@ def test_an_answer_that_cannot_be_graded_is_counted_and_shown(
     assert main([str(part) for part in ("eval", "--model", expert_path, *flags)]) == 0
     reasons = "over 5 seconds (2), RecursionError (1)"
     assert f"3 of 10 answers could not be graded: {reasons}. They count as wrong." in caplog.text
-    said = "3 of 10 answers of the model could not be graded, and count as wrong; the column `failure` of"
+    said = "3 of 10 answers of the model could not be graded and count as wrong. The column `failure` of"
     assert f"{said} {tmp_path / 'out' / 'model'} says why." in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["benchmarks"]["gsm8k"]["model"]["num_undecided"] == 3
@@ -556,7 +556,7 @@ def unloadable(monkeypatch):
             "The tokenizer of the baseline has no chat template. Set `--prompt_style raw`",
         ),
         (["--output_dir", "{bad}/empty.txt"], "Cannot write to '{bad}/empty.txt/model/gsm8k'"),
-        (["--load_in_4bit", "--load_in_8bit"], "`--load_in_4bit` and `--load_in_8bit` exclude each other."),
+        (["--load_in_4bit", "--load_in_8bit"], "`--load_in_4bit` and `--load_in_8bit` cannot be combined."),
         (["--use_vllm"], "`--use_vllm` needs vLLM: "),
         (["--model_init_kwargs", "[1]"], "`--model_init_kwargs` must be a dict"),
         (["--max_sample", "1"], "There is no flag `--max_sample`. Did you mean `--max_samples`?"),

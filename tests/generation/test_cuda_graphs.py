@@ -228,7 +228,7 @@ def test_where_no_graph_can_be_captured_generate_goes_on(sample, steps, use_grap
     assert sampled["completion_ids"][:] == steps["completion_ids"][:]
     (message,) = [record.getMessage() for record in caplog.records if "CUDA graphs" in record.getMessage()]
     assert message.endswith(
-        "Completions are made by `generate`, which is slower than CUDA graphs: operation not permitted when stream is "
+        "Completions are generated without CUDA graphs, which is slower: operation not permitted when stream is "
         "capturing."
     )
 

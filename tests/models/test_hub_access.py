@@ -80,7 +80,7 @@ def test_whatever_loads_from_the_hub_looks_there_once(load, asked):
 
 
 def test_a_merge_of_an_adapter_that_is_nowhere_asks_once(asked, tmp_path):
-    with pytest.raises(ValueError, match="'me/adapter' is no adapter"):
+    with pytest.raises(ValueError, match="'me/adapter' is not an adapter"):
         merge(MergeArguments("me/adapter", str(tmp_path / "model")))
     assert asked == [constants.ENDPOINT]
 

@@ -188,6 +188,8 @@ def test_the_dtype_is_the_checkpoints_own_unless_given(tmp_path, expert, stored)
 def test_a_model_that_is_nowhere_gives_one_clear_sentence(name):
     with pytest.raises(ValueError, match=f"^The expert '{name}' cannot be found. It must be a folder with"):
         load_config(name, "expert")
+    with pytest.raises(ValueError, match=f"^The expert '{name}' cannot be found. It must be a folder with"):
+        load_tokenizer(name, "expert")
 
 
 def test_an_adapter_whose_base_model_is_nowhere_names_the_base_model(tmp_path, expert):

@@ -432,7 +432,7 @@ def test_what_is_sampled_in_4_bits_is_trained_in_4_bits_without_a_warning(sample
 def test_4_and_8_bits_together_are_refused(prefix, sample, capsys):
     assert sample(f"--{prefix}load_in_4bit", f"--{prefix}load_in_8bit") == 2
     stderr = capsys.readouterr().err
-    assert f": error: `--{prefix}load_in_4bit` and `--{prefix}load_in_8bit` exclude each other.\n" in stderr
+    assert f": error: `--{prefix}load_in_4bit` and `--{prefix}load_in_8bit` cannot be combined.\n" in stderr
 
 
 def test_the_commands_say_how_to_install_bitsandbytes(without_bitsandbytes, sample, paths, steps, tmp_path, capsys):

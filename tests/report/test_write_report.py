@@ -561,7 +561,7 @@ def test_the_datasets_can_come_from_a_config_file(tmp_path):
     [
         ([], "A dataset is missing. It comes first: `lightreasoner report DATASET --output_dir DIR`."),
         (["a", "b", "c"], "A report shows one dataset or two side by side, got 3."),
-        (["a", "a"], "The two datasets are the same. Name two, or one alone."),
+        (["a", "a"], "The two datasets are the same. Name two different ones, or only one."),
         (
             ["a", "--output_dir", "x", "b"],
             "Unexpected argument 'b'. The datasets come first: `lightreasoner report DATASET",
@@ -572,7 +572,8 @@ def test_the_datasets_can_come_from_a_config_file(tmp_path):
         (["{prompts}"], "The dataset has no column 'prompt_ids'; it has ['prompt']. Make it with"),
         (["{steps}", "--training_dir", "nowhere"], "'nowhere' is not the output folder of a training"),
         (["{steps}", "--output_dir", "{prompts}"], "'{prompts}' is a file. Choose another `--output_dir`."),
-        (["{steps}", "--expert", "nowhere"], "The tokenizer of the expert 'nowhere' cannot be loaded"),
+        (["{steps}", "--expert", "nowhere"], "The expert 'nowhere' cannot be found. It must be a folder with"),
+        (["{steps}", "--model", "nowhere"], "The trained model 'nowhere' cannot be found. It must be a folder with"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(argv, sentence, steps, tmp_path, monkeypatch, capsys):

@@ -295,7 +295,7 @@ def test_skipped_prompts_are_counted_and_the_rest_is_sampled(sample, loaded_toke
     ]
     made = sample(prompts_of(*texts), max_prompt_length=99)
     assert made["prompt"][:] == [QUESTIONS[0], QUESTIONS[1], texts[-1]]
-    assert "Skipped 4 of 7 prompts: 2 empty, 2 longer than max_prompt_length=99" in caplog.text
+    assert "Skipped 4 of 7 prompts: 2 empty, 2 longer than `max_prompt_length=99`" in caplog.text
 
 
 def test_prompts_without_room_are_counted(sample, loaded_tokenizer, caplog):
@@ -377,8 +377,8 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(sample, prompts, monke
     sizes = run_out_beyond(monkeypatch, name, largest=2)
     assert_same_rows(sample(prompts, per_device_batch_size=6), expected)
     assert sizes == [2, 2, 2]
-    assert "Memory ran out with 6 prompts together; going on with 3." in caplog.text
-    assert "Memory ran out with 3 prompts together; going on with 2." in caplog.text
+    assert "Memory ran out with a batch of 6 prompts. Continuing with 3." in caplog.text
+    assert "Memory ran out with a batch of 3 prompts. Continuing with 2." in caplog.text
 
 
 def test_out_of_memory_with_one_prompt_is_an_error(sample, prompts, loaded_tokenizer, monkeypatch):

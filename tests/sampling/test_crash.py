@@ -331,7 +331,7 @@ def run_command_and_signal(number: int, argv: list[str], log: str) -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_batch_and_says_how_to_go_on(
+def test_a_signal_ends_the_batch_and_says_how_to_resume(
     number, status, forkserver, expert_path, amateur_path, sampler, many_prompts, left_alone, tmp_path
 ):
     many_prompts.to_json(tmp_path / "prompts.jsonl")
@@ -343,7 +343,7 @@ def test_a_signal_ends_the_batch_and_says_how_to_go_on(
     process.start()
     process.join(120)
     assert process.exitcode == status
-    assert "Stopped with 38 prompts to go. Run the same again to go on." in log.read_text()
+    assert "Interrupted with 38 prompts left. Rerun the same command to resume." in log.read_text()
     assert "Traceback" not in log.read_text()
     assert len(shards(tmp_path / "steps")) == 1
     again = sampler().sample(many_prompts)  # the command knows that these are questions as they are

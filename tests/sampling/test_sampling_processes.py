@@ -123,7 +123,9 @@ def test_processes_that_share_no_folder_are_told_so(start, tmp_path):
         "other disk/run.json' of the main process is not visible. Choose an `output_dir` that all processes share."
     )
     assert message in (tmp_path / "other disk-1.log").read_text()
-    message = "ConnectionError: Process 0 waited for another one, which has ended. Run the same again to go on."
+    message = (
+        "ConnectionError: Process 0 waited for another process, which has ended. Rerun the same command to resume."
+    )
     assert message in (tmp_path / "steps-0.log").read_text()
 
 

@@ -179,7 +179,7 @@ def test_steps_beyond_the_models_context_are_dropped_as_those_beyond_max_length(
     for max_length in (None, 6):
         assert prepare(dataset_of(ROW), max_length, context=5)[0]["step_positions"] == [0, 2]
     assert (
-        caplog.text.count("Dropped 1 of 3 steps of the train dataset, which lie beyond the model's context of 5") == 2
+        caplog.text.count("Dropped 1 of 3 steps of the train dataset, which are beyond the model's context of 5") == 2
     )
     with pytest.raises(ValueError, match="all 3 of its steps are beyond the model's context of 2 tokens; sample with"):
         prepare(dataset_of(ROW), context=2)
@@ -216,7 +216,7 @@ def test_dropped_steps_are_counted_in_a_warning(caplog):
     with caplog.at_level(logging.WARNING, logger="trl_lightreasoner.steps.training_rows"):
         prepare(dataset_of(ROW, ONE_STEP, ROW), max_length=5)
     assert [record.message for record in caplog.records] == [
-        "Dropped 2 of 7 steps of the train dataset, which lie beyond max_length=5."
+        "Dropped 2 of 7 steps of the train dataset, which are beyond `max_length=5`."
     ]
 
 
@@ -243,7 +243,7 @@ def test_a_dataset_without_a_kept_step_is_refused_with_the_remedy():
 
 
 def test_a_dataset_whose_steps_are_all_too_long_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match="all 3 of its steps are beyond max_length=2; raise it"):
+    with pytest.raises(ValueError, match="all 3 of its steps are beyond `max_length=2`; raise it"):
         prepare(dataset_of(ROW), max_length=2)
 
 
@@ -393,10 +393,10 @@ def test_beta_needs_the_divergence_of_every_step():
 
 
 def test_a_dataset_below_beta_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match="none of its 3 steps reaches beta=3.0; lower it"):
+    with pytest.raises(ValueError, match="none of its 3 steps reaches `beta=3.0`; lower it"):
         prepare(Dataset.from_list([with_divergence([2.0] * 4)]), beta=3.0)
 
 
 def test_too_long_steps_are_counted_whatever_the_threshold(caplog):
     prepare(Dataset.from_list([with_divergence([0.1, 2.0, 2.0, 2.0])]), max_length=5, beta=0.8)
-    assert "Dropped 1 of 3 steps of the train dataset, which lie beyond max_length=5." in caplog.text
+    assert "Dropped 1 of 3 steps of the train dataset, which are beyond `max_length=5`." in caplog.text

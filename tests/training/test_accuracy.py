@@ -256,7 +256,7 @@ def test_batches_are_halved_when_memory_runs_out(demo_steps, questions, tmp_path
 
     monkeypatch.setattr(answering.Answering, "complete", limited)
     assert trainer.evaluate()["eval_accuracy"] == expected
-    assert sizes == [3] * 2 and "Memory ran out with 6 prompts together; going on with 3." in caplog.text
+    assert sizes == [3] * 2 and "Memory ran out with a batch of 6 prompts. Continuing with 3." in caplog.text
 
 
 def test_a_question_without_room_counts_as_wrong_with_a_warning(demo_steps, questions, tmp_path, caplog):

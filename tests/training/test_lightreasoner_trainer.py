@@ -599,7 +599,9 @@ def test_held_out_rows_that_do_not_reach_it_are_evaluated_as_they_are(expert, st
 
 def test_held_out_rows_that_do_not_reach_a_threshold_of_the_users_are_refused(expert, steps, tmp_path):
     args = config(tmp_path, beta=1.0)
-    with pytest.raises(ValueError, match="The eval dataset has no step to train on: none .* reaches beta=1.0; lower"):
+    with pytest.raises(
+        ValueError, match="The eval dataset has no step to train on: none .* reaches `beta=1.0`; lower"
+    ):
         LightReasonerTrainer(expert, args, train_dataset=diverging(steps, 2.0), eval_dataset=diverging(steps, 0.5))
 
 

@@ -1,5 +1,5 @@
-"""The `lightreasoner` program, a module a command.
+"""The `lightreasoner` program, one module per command.
 
-In: flags and YAML files. Out: what the package makes of them, or one sentence about a mistake. Holds no rule of the
-method: every command is a few calls that a user could write.
+Input: flags and YAML files. Output: the package's results, or one sentence about a mistake. Must not contain any part
+of the method: every command is a few calls that a user could write.
 """

@@ -1,4 +1,4 @@
-"""What the commands share: a parser that answers a mistake in one sentence, and how a dataset is named."""
+"""What the commands share: a parser that reports a mistake in one sentence, and the quantization flags."""
 
 import argparse
 import json
@@ -17,18 +17,18 @@ from .flag_names import guess, other_names, settings_as_flags, shown_name
 from .help_page import HelpFormatter, make_sections, metavar
 
 
-if TYPE_CHECKING:  # slow to import, and `--help` needs none of them
+if TYPE_CHECKING:  # slow to import, and not needed for `--help`
     from transformers import BitsAndBytesConfig
     from trl import ModelConfig
 
 
-# As `--bf16` and `--fp16` of the Trainer call them
+# Short names, as in `--bf16` and `--fp16` of the Trainer
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def split_list(text: str) -> list[str]:
     """
-    Values between commas, but for those in brackets, as in patterns.
+    Split a text at commas, except within brackets, which patterns contain.
 
     Example:
 
@@ -49,20 +49,20 @@ class _HelpAll(argparse.Action):
 
 
 class ConfigFileError(ValueError):
-    """A mistake in a config file, whose settings are keys and not flags."""
+    """A mistake in a config file, whose settings are keys instead of flags."""
 
 
 class ArgumentParser(TrlParser):
     """
-    [`~trl.TrlParser`] whose mistakes are `ValueError`s of one sentence: unknown flags and keys are refused with the
-    name that was probably meant, and a value in a YAML file must be what the flag would take.
+    [`~trl.TrlParser`] that reports mistakes as `ValueError`s of one sentence. Unknown flags and keys are refused, with
+    the name that was probably meant. A value in a YAML file must be one that the flag accepts.
 
     Args:
         dataclass_types (`Iterable[type]`): Dataclasses whose fields become flags.
         first (`str`, *optional*): Field whose values may come first, without their flag.
-        hint (`str`, *optional*): What is said where a value stands in another place without a flag.
-        common (`Sequence[str]`, *optional*): Fields that `--help` shows beside those of groups. The others need
-            `--help-all`. If `None`, `--help` shows all.
+        hint (`str`, *optional*): Advice for a value without a flag in another place.
+        common (`Sequence[str]`, *optional*): Fields that `--help` shows, besides those in sections. The others need
+            `--help-all`. If `None`, `--help` shows all fields.
         refused (`Sequence[str]`, *optional*): Fields that the command refuses, which no help shows.
         kwargs: For [`argparse.ArgumentParser`].
 
@@ -100,16 +100,16 @@ class ArgumentParser(TrlParser):
         super().__init__(dataclass_types=dataclass_types, allow_abbrev=False, **kwargs)
         if common is not None:
             self.add_argument("--help-all", action=_HelpAll, nargs=0, help="Show every flag and exit.")
-        # `parse` takes `--config` out before argparse sees it; declared for `--help`
+        # `parse` removes `--config` before argparse sees it. It is declared for `--help`
         self.add_argument("--config", help="YAML file whose keys are the flags below. Flags override it.")
         self._fields = [action.dest for action in self._actions if action.dest in self._hints]
         self._other_names = other_names(self._fields)
         self._name_flags()
 
     def _name_flags(self) -> None:
-        """Let every flag have its other names too, and be shown by one."""
+        """Let every flag have its other names too, and show it by a single one."""
         for action in self._actions:
-            if action.dest not in self._fields or action.const is False:  # of `--no_...`
+            if action.dest not in self._fields or action.const is False:  # `--no_...`
                 continue
             names = [name for name, field in self._other_names.items() if field == action.dest]
             for name in {*names, *(name.replace("_", "-") for name in names)}:
@@ -120,14 +120,16 @@ class ArgumentParser(TrlParser):
                 action.metavar = metavar(action)
 
     def explain(self, error: Exception) -> str:
-        """What an error says, with the settings of this command written as its flags."""
-        if isinstance(error, ConfigFileError):
-            return str(error)
+        """The message of an error, in terms of this command's flags."""
+        return str(error) if isinstance(error, ConfigFileError) else self.with_flags(str(error))
+
+    def with_flags(self, message: str) -> str:
+        """A message with the settings of this command written as flags."""
         flags = {name: f"--{shown_name(name, self._other_names)}" for name in self._fields}
-        return settings_as_flags(str(error), flags)
+        return settings_as_flags(message, flags)
 
     def parse(self, args: Sequence[str]) -> tuple:
-        """Instances of the dataclasses, from flags and from the YAML file that `--config` names."""
+        """Instances of the dataclasses, from the flags and the YAML file of `--config`."""
         if self._first is not None and args and not args[0].startswith("-"):
             args = [f"--{self._first}", *args]
         args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
@@ -138,7 +140,7 @@ class ArgumentParser(TrlParser):
                 raise ValueError("`--config` needs the path of a YAML file.")
             if "--config" in args[index + 1 :]:
                 raise ValueError("`--config` can be given once.")
-            # As `parse_args_and_config` does, which reads the file in the encoding of the locale
+            # Like `parse_args_and_config`, which would read the file in the encoding of the locale
             config = _read_config(args[index + 1])
             os.environ.update({key: str(value) for key, value in config.pop("env", {}).items()})
             unknown_keys = self.set_defaults_with_config(**config)
@@ -151,7 +153,7 @@ class ArgumentParser(TrlParser):
         return tuple(value for value in parsed if not isinstance(value, argparse.Namespace))
 
     def format_help(self, everything: bool = False) -> str:
-        """What `--help` shows; with `everything`, `--help-all`."""
+        """The text of `--help`, or of `--help-all` with `everything`."""
         shown = [
             action
             for action in self._actions
@@ -173,7 +175,7 @@ class ArgumentParser(TrlParser):
         return formatter.format_help()
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        if action.nargs == "+" and action.dest != self._first:  # where a file's name may have a comma
+        if action.nargs == "+" and action.dest != self._first:  # whose file names may contain commas
             arg_strings = [part for each in arg_strings for part in split_list(each)]
         return super()._get_values(action, arg_strings)
 
@@ -183,7 +185,7 @@ class ArgumentParser(TrlParser):
         return super()._get_value(action, arg_string)
 
     def _check_flags(self, args: Sequence[str], unknown_keys: list[str]) -> None:
-        """Refuse keys and flags that there are not, and tell in one go which flags are missing."""
+        """Refuse unknown keys and flags, and report all missing flags at once."""
         if unknown_keys:
             raise ConfigFileError(self._unknown("key", unknown_keys[0]))
         required = [action for action in self._actions if action.required]
@@ -192,7 +194,7 @@ class ArgumentParser(TrlParser):
         given, unknown = self.parse_known_args(args)
         for action in required:
             action.required = True
-        # What comes behind an unknown flag is its value
+        # What follows an unknown flag is its value
         sentences = [self._unknown("flag", arg) for i, arg in enumerate(unknown) if i == 0 or arg.startswith("--")]
         missing = [action.option_strings[0] for action in required if getattr(given, action.dest) is None]
         if missing:
@@ -204,7 +206,7 @@ class ArgumentParser(TrlParser):
         raise ValueError(self.sentence(message))
 
     def sentence(self, message: str) -> str:
-        """What is told of a mistake that argparse has found."""
+        """A mistake that argparse has found, as a sentence."""
         return f"{message[:1].upper()}{message[1:].rstrip('.')}."
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
@@ -217,12 +219,12 @@ class ArgumentParser(TrlParser):
             value = kwargs.get(action.dest)
             if action.dest not in ("help", "config") and value is not None:
                 kwargs[action.dest] = self._as_flag_would(action, value)
-        unknown = [key for key in ("help", "config") if key in kwargs]  # flags, but not settings
+        unknown = [key for key in ("help", "config") if key in kwargs]  # flags that are not settings
         return [f"--{key} {kwargs.pop(key)}" for key in unknown] + super().set_defaults_with_config(**kwargs)
 
     def _as_flag_would(self, action: argparse.Action, value: Any) -> Any:
         takes_list, hint = action.nargs in ("+", "*"), self._hints[action.dest]
-        # What a flag can only hold as text
+        # A flag can hold these only as text
         if isinstance(value, dict) and "dict" in hint or isinstance(value, list) and "list" in hint and not takes_list:
             return value
         if isinstance(value, dict) or isinstance(value, list) != takes_list:
@@ -272,11 +274,11 @@ def _read_config(path: str) -> dict[str, Any]:
 
 
 def quantization_of(model_args: "ModelConfig") -> "BitsAndBytesConfig | None":
-    """The quantization that TRL's flags ask for; where no dtype is named, it computes in bfloat16."""
+    """The quantization set by TRL's flags. Without a dtype it computes in bfloat16."""
     if not (model_args.load_in_4bit or model_args.load_in_8bit):
         return None
-    from trl import get_quantization_config  # with all that TRL's trainers need
+    from trl import get_quantization_config  # imports all that TRL's trainers need
 
-    # TRL takes the dtype for the one to compute in as well, which has to be named
+    # TRL also uses the dtype for computing, so it must be explicit
     dtype = "bfloat16" if model_args.dtype in (None, "auto") else model_args.dtype
     return get_quantization_config(replace(model_args, dtype=dtype))

@@ -1,4 +1,4 @@
-"""`lightreasoner check`: is this pair worth it? Fifty prompts, one verdict and its reasons; nothing is left behind."""
+"""`lightreasoner check`: judge a pair of models on fifty prompts: one verdict with its reasons. Nothing is saved."""
 
 import json
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ EXAMPLE = r"""example:
 @dataclass
 class CheckArguments(PairArguments):
     """
-    [`PairArguments`], and what `lightreasoner check` does with them.
+    [`PairArguments`], and the settings of `lightreasoner check`.
 
     Parameters:
         json (`bool`, *optional*, defaults to `False`):
@@ -33,31 +33,31 @@ class CheckArguments(PairArguments):
 @dataclass
 class CheckSamplingConfig(ContrastiveSamplingConfig):
     """
-    [`ContrastiveSamplingConfig`] without the need of a folder, for a few prompts.
+    [`ContrastiveSamplingConfig`] for a few prompts, which needs no folder.
 
     Parameters:
         output_dir (`str`, *optional*, defaults to `"steps"`):
-            Unused: nothing is left behind. It can stand in a config file that `lightreasoner sample` reads as well.
+            Not used, since nothing is saved. Allowed so that `lightreasoner sample` can share the config file.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
-            Unused, like `output_dir`.
+            Not used, like `output_dir`.
         num_prompts (`int`, *optional*, defaults to `50`):
-            How many prompts are looked at, from the first.
+            Number of prompts to check, from the start of the dataset.
     """
 
     output_dir: str = field(
         default="steps",
         metadata={
-            "help": "Unused: nothing is left behind. It can stand in a config file that `lightreasoner sample` reads "
-            "as well."
+            "help": "Not used, since nothing is saved. Allowed so that `lightreasoner sample` can share the config "
+            "file."
         },
     )
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Unused, like `output_dir`."},
+        metadata={"help": "Not used, like `output_dir`."},
     )
     num_prompts: int = field(
         default=50,
-        metadata={"help": "How many prompts are looked at, from the first."},
+        metadata={"help": "Number of prompts to check, from the start of the dataset."},
     )
 
 

@@ -1,4 +1,4 @@
-"""The `lightreasoner` program. Only the command that runs is imported, so that `--help` answers at once."""
+"""The `lightreasoner` program. It imports only the command that runs, so that `--help` answers at once."""
 
 import gc
 import logging
@@ -9,28 +9,28 @@ from pathlib import Path
 
 from ..safe_path import start_processes_safely
 from ..text import printable
-from .terminal import speak
+from .terminal import speak, translated_warnings
 
 
 COMMANDS = {
-    "demo": "see the method work on the bundled pair: offline, on a CPU, in a minute",
-    "run": "all of it: a pair and a dataset to an adapter and a verdict, in one process",
-    "tune": "twenty settings from one sampling, and the best of them confirmed on other questions",
-    "check": "is this pair of models worth it? fifty prompts, one verdict and its reasons",
-    "sample": "prompts to a Dataset of kept steps",
-    "train": "a Dataset of kept steps to an adapter",
-    "merge": "an adapter to a plain model",
-    "report": "kept steps as a page to look at, two datasets side by side",
-    "import": "the published scripts' JSON lines to a Dataset of kept steps",
-    "eval": "how many problems of seven benchmarks a model solves, and a baseline beside it",
-    "env": "versions and devices, to copy into a bug report",
+    "demo": "try the method on a bundled pair: offline, on a CPU, in a minute",
+    "run": "do everything in one process: train an adapter from a pair and a dataset, and judge it",
+    "tune": "try twenty settings on one sampling, and confirm the best one on other questions",
+    "check": "judge a pair of models on fifty prompts: one verdict with its reasons",
+    "sample": "turn prompts into a Dataset of kept steps",
+    "train": "train an adapter on a Dataset of kept steps",
+    "merge": "merge an adapter into a plain model",
+    "report": "show kept steps as an HTML page, one dataset or two side by side",
+    "import": "convert the published scripts' JSON lines to a Dataset of kept steps",
+    "eval": "measure a model's accuracy on seven benchmarks, and compare it with a baseline",
+    "env": "print versions and devices for a bug report",
 }
-_MODULES = {"import": "import_steps"}  # a word that Python keeps to itself
-_GOES_ON = ("run", "sample", "eval")  # by the same command, after it was broken off
+_MODULES = {"import": "import_steps"}  # a keyword of Python
+_RESUMABLE = ("run", "sample", "eval")  # by the same command
 
 USAGE = f"""usage: lightreasoner COMMAND [--flag VALUE ...] [--config FILE.yaml]
 
-LightReasoner (arXiv 2510.07962): a small model shows a large one, without labels, which steps to learn from.
+LightReasoner (arXiv 2510.07962): a weaker model shows a stronger one, without labels, which steps to learn from.
 
 commands:
 {chr(10).join(f"  {name:<8} {text}" for name, text in COMMANDS.items())}
@@ -40,8 +40,8 @@ commands:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Run the program. Returns its exit status: 0, 2 for a mistake that the user can mend, 1 if `check` says no, 130
-    after Ctrl-C, and 141 if nobody reads what it prints.
+    Run the program and return its exit status: 0 for success, 1 if `check` says no, 2 for an error that the user can
+    fix, 130 after Ctrl-C, and 141 if its output is closed.
     """
     return speak("lightreasoner", lambda: _main(sys.argv[1:] if argv is None else list(argv)))
 
@@ -64,13 +64,13 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def run(prog: str, make_parser: Callable, command: Callable, argv: Sequence[str]) -> int:
-    """Parse `argv` and run one command; a mistake of the user's becomes one sentence on stderr and exit status 2."""
+    """Parse `argv` and run one command. A user's mistake becomes one sentence on stderr and exit status 2."""
     return speak(prog, lambda: _run(prog, make_parser, command, argv))
 
 
 def _run(prog: str, make_parser: Callable, command: Callable, argv: Sequence[str]) -> int:
     start_processes_safely()
-    # PEFT imports it, used or not, and it would tell at its start that a kernel for 4 bits on CPUs is not installed
+    # PEFT imports bitsandbytes even if unused, which would then warn of a missing kernel for 4 bits on CPUs
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     args: tuple = ()
     explain: Callable[[Exception], str] = str
@@ -78,35 +78,37 @@ def _run(prog: str, make_parser: Callable, command: Callable, argv: Sequence[str
         parser = make_parser(prog)
         explain = parser.explain
         args = parser.parse(argv)
-        outcome = command(*args)
+        with translated_warnings(parser.with_flags):
+            outcome = command(*args)
         _leave_process_group()
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"{prog}: error: {printable(' '.join(explain(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(prog, args)) from None
+        raise KeyboardInterrupt(_how_to_resume(prog, args)) from None
     return outcome if isinstance(outcome, int) else 0
 
 
-def _how_to_go_on(prog: str, args: tuple) -> str:
-    """What to do after Ctrl-C, where there is something to go on with."""
+def _how_to_resume(prog: str, args: tuple) -> str:
+    """How to resume after Ctrl-C, empty if there is nothing to resume."""
     name = prog.split()[-1].removesuffix(".py")
     for each in args:
         folder = Path(getattr(each, "output_dir", None) or "")
         begun = any(place.is_file() for pattern in ("run.json", "*/*/run.json") for place in folder.glob(pattern))
-        if name in _GOES_ON and begun and hasattr(each, "overwrite_output_dir"):
-            without = ", without `--overwrite_output_dir`," if each.overwrite_output_dir else ""
-            return f"The same command{without} goes on where it stopped."
+        if name in _RESUMABLE and begun and hasattr(each, "overwrite_output_dir"):
+            without = " without `--overwrite_output_dir`" if each.overwrite_output_dir else ""
+            return f"Rerun the same command{without} to resume."
         if name == "train" and any(folder.glob("checkpoint-*/trainer_state.json")):
-            return "The same command with `--resume_from_checkpoint true` goes on from the last checkpoint."
+            return "Rerun the same command with `--resume_from_checkpoint true` to resume from the last checkpoint."
     return ""
 
 
 def _leave_process_group() -> None:
-    """With threads of the group still at work, the end of a process can be an abort."""
+    """Destroy the process group. If its threads are still at work, the process can abort at exit."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        # The threads end with the last holder of the group. DDP, held by a trainer, which is a cycle, must go before:
-        # freed by it, the group would wait for its threads with the GIL held, and they may be waiting for the GIL
+        # The threads end when the last reference to the group is gone. DDP holds one, and is itself held by a trainer,
+        # which is a reference cycle. So it must be collected first: if DDP freed the group, the group would wait for
+        # its threads while holding the GIL, which they may be waiting for
         gc.collect()
         distributed.destroy_process_group()

@@ -16,7 +16,7 @@ from .running_on import announce
 
 NUM_UNLABELLED = 200
 NUM_TEST = 300
-# A pair this small can be trained in fewer updates than the default, at a larger rate, on all kept steps: in seconds.
+# A pair this small is trained in seconds: with fewer updates than the default, a larger rate and all kept steps.
 NUM_UPDATES = 50
 LEARNING_RATE = 5e-4
 _BATCH_SIZE = 50
@@ -71,7 +71,7 @@ def main(args: DemoArguments) -> dict[str, float]:
 
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
-    announce("float32", f"{_BATCH_SIZE} prompts at a time", "prompts by the chat template", cpu=True)
+    announce("float32", f"{_BATCH_SIZE} prompts at a time", "prompts in the chat template", cpu=True)
     start = time.perf_counter()
     folder = Path(args.output_dir)
     tokenizer = load_tokenizer(str(PAIR / "expert"))
@@ -117,7 +117,7 @@ def main(args: DemoArguments) -> dict[str, float]:
     log_in_lines(trainer)
     trainer.train()
     trainer.save_model()
-    trainer.save_state()  # with the log, which `lightreasoner report` draws
+    trainer.save_state()  # includes the log that `lightreasoner report` plots
 
     print(f"4. The trained expert answers the {NUM_TEST} test problems")
     after = _answer(trainer.model.eval(), tokenizer, test)
@@ -157,7 +157,7 @@ def report(
     metrics: dict[str, float],
     folder: Path,
 ) -> str:
-    """What the demo prints at the end: three answers before and after, a table, and a line of what was seen."""
+    """The demo's final output: three answers before and after training, a table of accuracies, and a summary."""
     lines = [""]
     for problem, (old, old_right), (new, new_right) in list(zip(problems, before, after, strict=True))[:3]:
         lines += [
@@ -175,8 +175,8 @@ def report(
     lines += [
         "",
         f"{gain:+.1f} points from {metrics['num_kept_steps']:,} steps of {metrics['num_unlabelled_problems']} "
-        f"problems whose answers nobody saw, {metrics['num_updates']} updates, {metrics['seconds']:.0f} s in all.",
-        f"{folder}/dataset holds the steps, {folder}/adapter the adapter, {folder}/metrics.json the numbers.",
+        f"problems without their answers, in {metrics['num_updates']} updates and {metrics['seconds']:.0f} s.",
+        f"The steps are in {folder}/dataset, the adapter in {folder}/adapter, and metrics in {folder}/metrics.json.",
         next_command(
             "report", f"{folder}/dataset", "--training_dir", f"{folder}/adapter", "--output_dir", f"{folder}/report"
         ),

@@ -1,4 +1,4 @@
-"""`lightreasoner env`: versions and devices, to copy into a bug report."""
+"""`lightreasoner env`: print versions and devices for a bug report."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from .running_on import device_names
 EXAMPLE = r"""example:
   lightreasoner env"""
 
-# What computes, and what can be installed beside it
+# Required packages, then optional ones
 _PACKAGES = (
     *("trl-lightreasoner", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub"),
     *("bitsandbytes", "vllm", "liger-kernel", "deepspeed", "math-verify", "matplotlib", "optuna"),

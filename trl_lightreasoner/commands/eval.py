@@ -1,4 +1,4 @@
-"""`lightreasoner eval`: how many problems of seven benchmarks a model solves, and a baseline beside it."""
+"""`lightreasoner eval`: measure a model's accuracy on seven benchmarks, and compare it with a baseline."""
 
 import shlex
 from dataclasses import dataclass, field
@@ -22,41 +22,42 @@ class EvaluationArguments:
 
     Parameters:
         model (`str`):
-            Id or path of a model or an adapter.
+            Hub id or path of a model or an adapter.
         baseline (`str`, *optional*):
-            Id or path of what it is compared with, problem by problem; of an adapter, mostly its base model.
+            Hub id or path of the model to compare it with, problem by problem. For an adapter, usually its base model.
         load_in_4bit (`bool`, *optional*, defaults to `False`):
-            Whether to load both in 4 bits.
+            Whether to load both models in 4 bits.
         load_in_8bit (`bool`, *optional*, defaults to `False`):
-            Whether to load both in 8 bits.
+            Whether to load both models in 8 bits.
         bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`):
             Quantization type of models in 4 bits: `"nf4"` or `"fp4"`.
         use_bnb_nested_quant (`bool`, *optional*, defaults to `False`):
             Whether to use nested quantization for models in 4 bits.
         push_to_hub (`bool`, *optional*, defaults to `False`):
-            Whether to write the accuracies into the model card on the Hub.
+            Whether to add the accuracies to the model card on the Hub.
         hub_model_id (`str`, *optional*):
-            The repository of that card, as owner/name. If not set, `model`.
+            Repository of that card, as owner/name. If not set, it is `model`.
         hub_token (`str`, *optional*):
-            Token for the upload. If not set, the one of `hf auth login`.
+            Token for the upload. If not set, it is the one from `hf auth login`.
     """
 
     model: str = field(
-        metadata={"help": "Id or path of a model or an adapter."},
+        metadata={"help": "Hub id or path of a model or an adapter."},
     )
     baseline: str | None = field(
         default=None,
         metadata={
-            "help": "Id or path of what it is compared with, problem by problem; of an adapter, mostly its base model."
+            "help": "Hub id or path of the model to compare it with, problem by problem. For an adapter, usually its "
+            "base model."
         },
     )
     load_in_4bit: bool = field(
         default=False,
-        metadata={"help": "Whether to load both in 4 bits."},
+        metadata={"help": "Whether to load both models in 4 bits."},
     )
     load_in_8bit: bool = field(
         default=False,
-        metadata={"help": "Whether to load both in 8 bits."},
+        metadata={"help": "Whether to load both models in 8 bits."},
     )
     bnb_4bit_quant_type: str = field(
         default="nf4",
@@ -68,20 +69,20 @@ class EvaluationArguments:
     )
     push_to_hub: bool = field(
         default=False,
-        metadata={"help": "Whether to write the accuracies into the model card on the Hub."},
+        metadata={"help": "Whether to add the accuracies to the model card on the Hub."},
     )
     hub_model_id: str | None = field(
         default=None,
-        metadata={"help": "The repository of that card, as owner/name. If not set, `model`."},
+        metadata={"help": "Repository of that card, as owner/name. If not set, it is `model`."},
     )
     hub_token: str | None = field(
         default=None,
-        metadata={"help": "Token for the upload. If not set, the one of `hf auth login`."},
+        metadata={"help": "Token for the upload. If not set, it is the one from `hf auth login`."},
     )
 
     def __post_init__(self):
         if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("`load_in_4bit` and `load_in_8bit` exclude each other.")
+            raise ValueError("`load_in_4bit` and `load_in_8bit` cannot be combined.")
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
@@ -104,16 +105,16 @@ def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
         raise ValueError(
             f"{script_args.model!r} is a folder. Name the repository of its model card with `--hub_model_id`."
         )
-    if script_args.push_to_hub and Processes().is_main:  # who may not write shall know it now
+    if script_args.push_to_hub and Processes().is_main:  # fail now if the user may not write
         repo_id = open_repo(repo_id, token=script_args.hub_token)
-    datasets.disable_progress_bars()  # of every file; the bar of the answers stays
+    datasets.disable_progress_bars()  # those of files. The bar of the answers remains
     names = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
     quantization = quantization_of(
         ModelConfig(dtype=args.dtype, **{name: getattr(script_args, name) for name in names})
     )
     kwargs = {
         "trust_remote_code": args.trust_remote_code,
-        **(args.model_init_kwargs or {}),  # type: ignore[dict-item]  # no text by now
+        **(args.model_init_kwargs or {}),  # type: ignore[dict-item]  # already parsed
     }
     own = kwargs.pop("dtype", args.dtype)
     dtype = dtype_of(script_args.model, own, **kwargs)
@@ -121,7 +122,7 @@ def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
     announce(
         f"model in {dtype}",
         prompts_at_a_time(args.per_device_batch_size),
-        "questions by the chat template" if style == "chat" else "questions as plain text",
+        "questions in the chat template" if style == "chat" else "questions as plain text",
     )
     evaluation = evaluate(script_args.model, args, script_args.baseline, quantization_config=quantization)
     if not Processes().is_main:
@@ -136,12 +137,12 @@ def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
         if num_cut:
             print(
                 f"{num_cut:,} of {num_answers:,} answers of the {role} did not end within {args.max_new_tokens:,} "
-                "tokens or the context, and were graded as they stand."
+                "tokens or the model's context. They were graded as they stand."
             )
         if num_undecided:
             print(
-                f"{num_undecided:,} of {num_answers:,} answers of the {role} could not be graded, and count as wrong; "
-                f"the column `failure` of {Path(args.output_dir, role)} says why."
+                f"{num_undecided:,} of {num_answers:,} answers of the {role} could not be graded and count as wrong. "
+                f"The column `failure` of {Path(args.output_dir, role)} says why."
             )
     print(f"Percent, +- one standard error. Answers and results.json are in {args.output_dir}.")
     if script_args.push_to_hub:

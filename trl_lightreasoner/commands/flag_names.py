@@ -1,13 +1,13 @@
-"""One name for one thing: what flags are called here, by TRL, and by users of other programs."""
+"""Names of flags: ours, TRL's, and those that users of other programs expect."""
 
 import difflib
 import re
 from collections.abc import Collection, Mapping
 
 
-# By the name here, TRL's. Both work in every command, as a flag and as a key of a config file
+# From our name to TRL's. Both work in every command, as a flag and as a key of a config file
 _TRL_NAMES = {"expert": "model_name_or_path", "model": "model_name_or_path", "dataset_split": "dataset_train_split"}
-# What else a thing may be called; of each line, the first that a command has is meant
+# Names that users may expect. In each line, the first name is the one that they mean
 _SYNONYMS = (
     ("expert", "model", "model_id", "model_path", "base_model", "teacher", "teacher_model"),
     ("model", "expert", "adapter", "adapter_path", "lora_path", "checkpoint"),
@@ -37,7 +37,7 @@ _SYNONYMS = (
 
 def other_names(fields: Collection[str]) -> dict[str, str]:
     """
-    The other names that fields of a command have, each with its field.
+    Other names of a command's fields, each with its field.
 
     Example:
 
@@ -59,13 +59,13 @@ def other_names(fields: Collection[str]) -> dict[str, str]:
 
 
 def shown_name(field: str, others: Mapping[str, str]) -> str:
-    """What a field is called in help and messages: its name here, where TRL has another."""
+    """The name of a field in help and messages: ours if TRL has another."""
     return next((name for name, each in others.items() if each == field and name in _TRL_NAMES), field)
 
 
 def guess(name: str, known: Collection[str]) -> str | None:
     """
-    The known name that was probably meant.
+    The known name that the user probably meant.
 
     Example:
 
@@ -84,11 +84,11 @@ def guess(name: str, known: Collection[str]) -> str | None:
 
 def settings_as_flags(text: str, flags: Mapping[str, str]) -> str:
     """
-    Advice with its settings written as flags.
+    Write the settings in a message as flags.
 
     Args:
-        text (`str`): Advice, as of the Python library.
-        flags (`Mapping[str, str]`): By the name of a setting, its flag.
+        text (`str`): Message of the Python library.
+        flags (`Mapping[str, str]`): From the name of a setting to its flag.
 
     Example:
 

@@ -1,12 +1,12 @@
-"""How `--help` shows flags: in sections, with short names of values, and defaults where there are any."""
+"""Format of `--help`: sections of flags, short names of values, and defaults if there are any."""
 
 import argparse
 from collections.abc import Sequence
 
 
-# By the name of its type, what stands for a flag's value
+# Placeholder of a flag's value, by the name of its type
 _METAVARS = {"string_to_bool": "true|false", "int": "N", "float": "X"}
-# What has a section of its own: beginnings of names
+# Sections of flags, by the beginnings of their names
 _SECTIONS = {
     "LoRA": ("use_peft", "lora_", "use_rslora", "use_dora"),
     "quantization": ("load_in_", "amateur_load_in_", "bnb_", "use_bnb_"),
@@ -15,14 +15,14 @@ _SECTIONS = {
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults, where there are any, and the lines of an example as they are."""
+    """Shows defaults if there are any, and keeps the line breaks of examples."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 def metavar(action: argparse.Action) -> str:
-    """What stands for a flag's value."""
+    """The placeholder of a flag's value."""
     return _METAVARS.get(getattr(action.type, "__name__", ""), "TEXT")
 
 
@@ -30,12 +30,12 @@ def make_sections(
     actions: Sequence[argparse.Action], common: Sequence[str] | None
 ) -> tuple[dict[str, list[argparse.Action]], list[argparse.Action]]:
     """
-    The sections of a help, and the actions that are in none.
+    The sections of a help page, and the actions that are in none of them.
 
     Args:
-        actions (`Sequence[argparse.Action]`): All that may be shown.
-        common (`Sequence[str]`, *optional*): Fields of the first section, in their order. If `None`, it has all that
-            no other section has.
+        actions (`Sequence[argparse.Action]`): All actions that may be shown.
+        common (`Sequence[str]`, *optional*): Fields of the first section, in order. If `None`, it has all fields that
+            are in no other section.
     """
 
     def title_of(action: argparse.Action) -> str:

@@ -1,4 +1,4 @@
-"""`lightreasoner import`: the published scripts' JSON lines to a Dataset of kept steps."""
+"""`lightreasoner import`: convert the published scripts' JSON lines to a Dataset of kept steps."""
 
 from dataclasses import dataclass, field
 
@@ -18,11 +18,11 @@ class ImportArguments:
 
     Parameters:
         file (`str`):
-            JSON lines that the published scripts sampled, a step a line.
+            File of JSON lines that the published scripts have sampled, one step per line.
         output_dir (`str`):
             Folder for the Dataset.
         expert (`str`):
-            Id or path of the expert that sampled them: its tokenizer reads the text.
+            Hub id or path of the expert that sampled the steps. Its tokenizer reads the text.
         system_prompt (`str`, *optional*, defaults to `"Please reason step by step."`):
             System message before each question.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
@@ -32,13 +32,13 @@ class ImportArguments:
     """
 
     file: str = field(
-        metadata={"help": "JSON lines that the published scripts sampled, a step a line."},
+        metadata={"help": "File of JSON lines that the published scripts have sampled, one step per line."},
     )
     output_dir: str = field(
         metadata={"help": "Folder for the Dataset."},
     )
     expert: str = field(
-        metadata={"help": "Id or path of the expert that sampled them: its tokenizer reads the text."},
+        metadata={"help": "Hub id or path of the expert that sampled the steps. Its tokenizer reads the text."},
     )
     system_prompt: str = field(
         default="Please reason step by step.",

@@ -1,4 +1,4 @@
-"""`lightreasoner merge`: an adapter to a plain model."""
+"""`lightreasoner merge`: merge an adapter into its base model, for a plain model that needs no PEFT."""
 
 import shutil
 from dataclasses import dataclass, field
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-_FEW_TOKENS = 64  # that show whether two models say the same
-# PEFT has no merge for these; what most of them add depends on the input
+_FEW_TOKENS = 64  # number of tokens to compare two models with
+# PEFT cannot merge these. What most of them add depends on the input
 _UNMERGEABLE_TYPES = ("ADAPTION_PROMPT", "LILY")
 
 
@@ -31,44 +31,46 @@ class MergeArguments:
 
     Parameters:
         model (`str`):
-            Id or path of the adapter.
+            Hub id or path of the adapter.
         output_dir (`str`):
-            Folder for the model: new or empty.
+            Folder for the model, new or empty.
         base_model_name_or_path (`str`, *optional*):
-            Id or path of the base model in full precision. If not set, it is the one that the adapter's config names.
+            Hub id or path of the base model in full precision. If not set, it is the one named in the adapter's
+            config.
         model_revision (`str`, *optional*):
-            Branch, tag or commit id of the adapter. The base model's is the one that the adapter's config names.
+            Branch, tag or commit id of the adapter. The revision of the base model is the one named in the adapter's
+            config.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Data type in which the weights are merged and saved: `"auto"` (the base model's own), `"bfloat16"`,
+            Data type for merging and saving the weights: `"auto"` (the base model's own), `"bfloat16"`,
             `"float16"` or `"float32"`.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to allow loading models and tokenizers that ship custom Python code.
     """
 
     model: str = field(
-        metadata={"help": "Id or path of the adapter."},
+        metadata={"help": "Hub id or path of the adapter."},
     )
     output_dir: str = field(
-        metadata={"help": "Folder for the model: new or empty."},
+        metadata={"help": "Folder for the model, new or empty."},
     )
     base_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Id or path of the base model in full precision. If not set, it is the one that the adapter's "
-            "config names."
+            "help": "Hub id or path of the base model in full precision. If not set, it is the one named in the "
+            "adapter's config."
         },
     )
     model_revision: str | None = field(
         default=None,
         metadata={
-            "help": "Branch, tag or commit id of the adapter. The base model's is the one that the adapter's config "
-            "names."
+            "help": "Branch, tag or commit id of the adapter. The revision of the base model is the one named in the "
+            "adapter's config."
         },
     )
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "Data type in which the weights are merged and saved: 'auto' (the base model's own), 'bfloat16', "
+            "help": "Data type for merging and saving the weights: 'auto' (the base model's own), 'bfloat16', "
             "'float16' or 'float32'.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
@@ -88,11 +90,11 @@ def main(args: MergeArguments) -> None:
     Merge an adapter into its base model, and save the result with tokenizer, generation config and card.
 
     Args:
-        args ([`MergeArguments`]): What to merge, and where to.
+        args ([`MergeArguments`]): What to merge, and where to write it.
 
     Raises:
-        `ValueError`: If the folder is taken, there is no such adapter or base model, or no plain model in full
-            precision can give what the two give together. Nothing is written then.
+        `ValueError`: If the folder is not empty, there is no such adapter or base model, or no plain model in full
+            precision gives the same predictions. Nothing is written then.
 
     Example:
 
@@ -117,7 +119,7 @@ def main(args: MergeArguments) -> None:
 
 
 def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder: Path) -> None:
-    """The merged model to the folder, or nothing."""
+    """Write the merged model to the folder. After an error the folder is removed."""
     import torch
 
     from ..generation.greedy import save_generation_config, without_generation_config
@@ -143,8 +145,8 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
     dtype = dtype_of(base, args.dtype, "base model", **base_kwargs)
     announce(f"merged in {dtype}", cpu=True)
     try:
-        tell("1/3 Loading base model and adapter")
-        # On the CPU, whose memory holds what a GPU might not
+        tell("1/3 Loading the base model and the adapter")
+        # On the CPU, whose memory may be larger than the GPU's
         model = load_model(base, dtype=args.dtype, device_map=None, **base_kwargs)
         missing = left_out(model, base, **base_kwargs)
         adapted = load_fitting(model, args)
@@ -161,16 +163,16 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
         tokenizer.save_pretrained(folder)
         if prompt_format is not None:
             prompt_format.save(folder)
-        tell("3/3 Comparing with base model and adapter")
-        del model, adapted, merged  # the memory may hold one
+        tell("3/3 Comparing with the base model and the adapter")
+        del model, adapted, merged  # there may be memory for only one
         loaded = load_model(str(folder), dtype=dtype, device_map=None, trust_remote_code=args.trust_remote_code)
         nats = divergence(expected, next_token_log_probs(loaded.eval(), ids))
         # In half precision the weights round the adapter a little
         if nats > max(1e-5 if dtype == torch.float32 else 1e-2, 0.1 * change):
             raise ValueError(
-                f"The merged model is not what base model and adapter are together: it differs by {nats:.2g} nats a "
-                f"token, where the adapter makes a difference of {change:.2g}. Load the adapter with PEFT as it is, "
-                "or merge in another `dtype`."
+                f"The merged model differs from the base model with the adapter by {nats:.2g} nats per token, and the "
+                f"adapter itself changes only {change:.2g}. Load the adapter with PEFT instead, or merge in another "
+                "`dtype`."
             )
         card = merged_card(
             loaded,
@@ -186,20 +188,20 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
             num_tokens=len(ids),
         )
         card.save(folder / "README.md")
-    except BaseException:  # the whole model or nothing; the folder was empty
+    except BaseException:  # no partial model. The folder was empty
         shutil.rmtree(folder, ignore_errors=True)
         raise
     print(f"The model is in {args.output_dir}.")
     if missing:
         print(
-            f"It is the language model alone: {len(missing):,} tensors of {base!r} are not in it, such as "
-            f"{missing[0]!r}. For the whole model load the base model and the adapter with PEFT."
+            f"It is only the language model, without {len(missing):,} tensors of {base!r}, such as {missing[0]!r}. "
+            "For the whole model, load the base model and the adapter with PEFT."
         )
     print(next_command("eval", "--model", args.output_dir, "--output_dir", "EVALUATION"))
 
 
 def check_output_dir(args: MergeArguments) -> Path:
-    """The folder, if a model may be written there."""
+    """The output folder. Refuses one that cannot be used."""
     folder = Path(args.output_dir)
     if folder.exists() and folder.resolve() == Path(args.model).resolve():
         raise ValueError(f"{args.output_dir!r} is the adapter's own folder. Choose another `output_dir`.")
@@ -213,7 +215,7 @@ def check_output_dir(args: MergeArguments) -> Path:
 
 
 def find_adapter(args: MergeArguments) -> "PeftConfig":
-    """The adapter's configuration, if it is one that can be merged."""
+    """The adapter's configuration. Refuses an adapter that cannot be merged."""
     from peft import PeftConfig
     from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -226,8 +228,8 @@ def find_adapter(args: MergeArguments) -> "PeftConfig":
         found = None
     if found is None:
         raise ValueError(
-            f"{path!r} is no adapter: there is no adapter_config.json. Name the folder or the Hub id of one, such as "
-            "`lightreasoner train` makes; a model without an adapter needs no merging."
+            f"{path!r} is not an adapter: there is no adapter_config.json. Name the folder of `lightreasoner train`, "
+            "or the Hub id of an adapter. A model without an adapter needs no merging."
         )
     adapter = PeftConfig.from_pretrained(path, revision=revision)
     check_adapter(adapter, "model")
@@ -238,13 +240,13 @@ def find_adapter(args: MergeArguments) -> "PeftConfig":
     else:
         return adapter
     raise ValueError(
-        f"An adapter of this kind ({reason}) cannot be merged into the weights of its base model. Load it with PEFT "
-        "as it is, or train one of another kind, such as LoRA."
+        f"An adapter of this type ({reason}) cannot be merged into the weights of its base model. Load it with PEFT "
+        "instead, or train an adapter of another type, such as LoRA."
     )
 
 
 def check_base(base: str, adapter: "PeftConfig", args: MergeArguments, base_kwargs: dict) -> None:
-    """Refuses a base model that is not there, or whose weights cannot take the adapter."""
+    """Refuse a base model that cannot be found, or into whose weights the adapter cannot be merged."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
     from ..models.loading import load_config
@@ -255,30 +257,30 @@ def check_base(base: str, adapter: "PeftConfig", args: MergeArguments, base_kwar
         if args.base_model_name_or_path is not None:
             raise
         raise ValueError(
-            f"{error} The adapter's config names it; if it is elsewhere by now, say where with "
+            f"{error} The adapter's config names this base model. If it has moved, give its path with "
             "`--base_model_name_or_path`."
         ) from error
     if find_adapter_config_file(base, revision=base_kwargs.get("revision")) is not None:
         raise ValueError(
-            f"The base model {base!r} is an adapter itself. Merge that one first, and name the result with "
+            f"The base model {base!r} is itself an adapter. Merge it first, and name the result with "
             "`--base_model_name_or_path`."
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            f"The base model {base!r} is quantised, and merging into its weights would round the adapter away. Name "
+            f"The base model {base!r} is quantized, so merging into its weights would round the adapter away. Name "
             "the same model in full precision with `--base_model_name_or_path`."
         )
     names = find_tied(config, adapter, args.trust_remote_code)
     if names:
         raise ValueError(
-            f"The adapter changes {' and '.join(names)}, and the base model ties its input and output embeddings: "
-            "merging would change one with the other, or untie them. Load the adapter with PEFT as it is, or train "
-            "one without them in `target_modules` and `modules_to_save`."
+            f"The adapter changes {' and '.join(names)}, and the base model ties its input and output embeddings. "
+            "Merging would change both, or untie them. Load the adapter with PEFT instead, or train one without them "
+            "in `target_modules` and `modules_to_save`."
         )
 
 
 def find_tied(config: "PretrainedConfig", adapter: "PeftConfig", trust_remote_code: bool) -> list[str]:
-    """Names of those of the tied embeddings that the adapter changes as modules."""
+    """Names of the tied embeddings that the adapter changes as modules."""
     import torch
     from peft.tuners.tuners_utils import check_target_module_exists
     from transformers import AutoModelForCausalLM
@@ -300,7 +302,7 @@ def find_tied(config: "PretrainedConfig", adapter: "PeftConfig", trust_remote_co
 
 
 def find_tokenizer(base: str, args: MergeArguments, base_kwargs: dict) -> "PreTrainedTokenizerBase":
-    """The tokenizer beside the adapter, or else the base model's."""
+    """The adapter's tokenizer, or else that of the base model."""
     from transformers import AutoTokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -309,18 +311,18 @@ def find_tokenizer(base: str, args: MergeArguments, base_kwargs: dict) -> "PreTr
         if not get_tokenizer_config(source, revision=args.model_revision):
             source, kwargs = base, base_kwargs
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-        if len(tokenizer) > len(tokenizer.all_special_tokens):  # transformers makes an empty one where there is none
+        if len(tokenizer) > len(tokenizer.all_special_tokens):  # without files transformers makes an empty one
             return tokenizer
         reason = "there is none"
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
     raise ValueError(
-        f"No tokenizer can be loaded from {source!r} ({reason}). Save the model's tokenizer beside the adapter."
+        f"No tokenizer can be loaded from {source!r} ({reason}). Save the model's tokenizer in the adapter's folder."
     )
 
 
 def check_weights(args: MergeArguments) -> None:
-    """Refuses an adapter whose weights are missing or not finite, before the base model is loaded."""
+    """Refuse an adapter whose weights are missing or not finite, before the base model is loaded."""
     from peft import load_peft_weights
     from safetensors import SafetensorError
 
@@ -328,19 +330,19 @@ def check_weights(args: MergeArguments) -> None:
         weights = load_peft_weights(args.model, device="cpu", revision=args.model_revision)
     except (ValueError, OSError, SafetensorError) as error:
         raise ValueError(
-            f"The weights of the adapter {args.model!r} are missing or damaged. They are to be in "
-            "adapter_model.safetensors; merge another checkpoint, or get the file again."
+            f"The weights of the adapter {args.model!r}, adapter_model.safetensors, are missing or damaged. Merge "
+            "another checkpoint, or download or save the file again."
         ) from error
     broken = [name for name, weight in weights.items() if not weight.isfinite().all()]
     if broken:
         raise ValueError(
-            f"The adapter's weights hold NaN or infinity, first in {broken[0]!r}. Merge an earlier checkpoint, or "
+            f"The adapter's weights contain NaN or infinity, first in {broken[0]!r}. Merge an earlier checkpoint, or "
             "train it again."
         )
 
 
 def load_fitting(model: "PreTrainedModel", args: MergeArguments) -> "PeftModel":
-    """The model with the adapter, if all of the adapter has a place there that no other weight shares."""
+    """Load the adapter onto the model. Refuses one that does not fit, or that changes a shared weight."""
     from ..models.adapter_loading import load_adapter
 
     try:
@@ -352,19 +354,19 @@ def load_fitting(model: "PreTrainedModel", args: MergeArguments) -> "PeftModel":
         names.setdefault(id(parameter), []).append(name)
     for shared in names.values():
         adapted_names = [name for name in shared if ".base_layer." in name and ".token_adapter." not in name]
-        if len(shared) > 1 and adapted_names:  # tokens that are trained stay tied
+        if len(shared) > 1 and adapted_names:  # trained tokens stay tied
             where = " and ".join(name.replace(".base_layer.", ".") for name in shared[:2])
             raise ValueError(
-                f"The adapter changes a weight that the base model uses in several places ({where}): merged into one, "
-                "it would change the others. Load the adapter with PEFT as it is."
+                f"The adapter changes a weight that the base model uses in several places ({where}). Merging it into "
+                "one would change the others. Load the adapter with PEFT instead."
             )
     return adapted
 
 
 def merge(adapted: "PeftModel") -> "PreTrainedModel":
-    """The model with the adapter in its weights."""
+    """Merge the adapter into the weights of its model."""
     try:
         return adapted.merge_and_unload(safe_merge=True)
     except (NotImplementedError, ValueError) as error:
         reason = str(error).rstrip(".")
-        raise ValueError(f"PEFT cannot merge the adapter: {reason}. Load it with PEFT as it is.") from error
+        raise ValueError(f"PEFT cannot merge the adapter: {reason}. Load it with PEFT instead.") from error

@@ -1,4 +1,4 @@
-"""The command that comes next, which a command ends with."""
+"""The suggestion of a next command, which a command prints at its end."""
 
 import json
 import shlex
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def flags_of(args: Any, without: Sequence[str] = ()) -> list[str]:
-    """The flags by which a dataclass is what it is, for a command that takes them as well."""
+    """The flags that reproduce a dataclass, for another command with the same flags."""
     flags: list[str] = []
     for field in fields(args):
         value = getattr(args, field.name)
@@ -20,5 +20,5 @@ def flags_of(args: Any, without: Sequence[str] = ()) -> list[str]:
 
 
 def next_command(name: str, *flags: str) -> str:
-    """The line that tells which command comes next."""
+    """The line that suggests the next command."""
     return f"Next: {shlex.join(['lightreasoner', name, *flags])}"

@@ -1,4 +1,4 @@
-"""What `lightreasoner sample` and `check` take alike: two models, and prompts."""
+"""Arguments that `lightreasoner sample` and `check` share: two models, and prompts."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -23,12 +23,12 @@ class PairArguments:
 
     Parameters:
         expert (`str`):
-            Id or path of the stronger model, which is to be fine-tuned afterwards.
+            Hub id or path of the stronger model, which will be fine-tuned.
         amateur (`str`, *optional*):
-            Id or path of the weaker model, of any vocabulary. If `None`, it is the expert itself, with
-            `amateur_skipped_layers`, or behind an `amateur_system_prompt` or `amateur_prompt_template`.
+            Hub id or path of the weaker model, which may have any vocabulary. If `None`, the amateur is the expert
+            itself, with `amateur_skipped_layers`, `amateur_system_prompt` or `amateur_prompt_template`.
         dataset_name (`str`):
-            Prompts: a dataset on the Hub, a folder, or a file (JSON lines, Parquet, CSV).
+            Dataset of prompts: on the Hub, a folder, or a file (JSON lines, Parquet, CSV).
         dataset_config (`str`, *optional*):
             Configuration of the dataset.
         dataset_split (`str`, *optional*, defaults to `"train"`):
@@ -36,15 +36,15 @@ class PairArguments:
         prompt_column (`str`, *optional*, defaults to `"prompt"`):
             Column that holds the prompts, as text or as lists of messages.
         prompt_style (`str`, *optional*):
-            What is made of text in `prompt_column`: `"chat"`: a user's message, so that the expert's chat template is
-            applied. `"raw"`: plain text, in `prompt_template`. If `None`, text is taken as it is.
+            How to prompt with text in `prompt_column`. `"chat"`: as a user message, in the expert's chat template.
+            `"raw"`: as plain text, in `prompt_template`. If `None`, the text is used as it is.
         conversational (`bool`, *optional*, defaults to `False`):
-            The same as `prompt_style` `"chat"`.
+            Short for `prompt_style` `"chat"`.
         system_prompt (`str`, *optional*):
             System message before each prompt. Implies `conversational`.
         prompt_template (`str`, *optional*):
-            Text with {question} in it, or a file with such text, in which each text prompt is put. If `None`, the
-            prompt alone for `"chat"`, and for `"raw"` `"Question: {question}"` with a line `"Answer:"` below.
+            Prompt template: text that contains {question}, or a file that holds such text. If `None`, it is the prompt
+            alone for `"chat"`, and for `"raw"` it is `"Question: {question}"` followed by a line `"Answer:"`.
         load_in_4bit (`bool`, *optional*, defaults to `False`):
             Whether to load the expert in 4 bits.
         load_in_8bit (`bool`, *optional*, defaults to `False`):
@@ -60,16 +60,16 @@ class PairArguments:
     """
 
     expert: str = field(
-        metadata={"help": "Id or path of the stronger model, which is to be fine-tuned afterwards."},
+        metadata={"help": "Hub id or path of the stronger model, which will be fine-tuned."},
     )
     dataset_name: str = field(
-        metadata={"help": "Prompts: a dataset on the Hub, a folder, or a file (JSON lines, Parquet, CSV)."},
+        metadata={"help": "Dataset of prompts: on the Hub, a folder, or a file (JSON lines, Parquet, CSV)."},
     )
     amateur: str | None = field(
         default=None,
         metadata={
-            "help": "Id or path of the weaker model, of any vocabulary. If `None`, it is the expert itself, with "
-            "`amateur_skipped_layers`, or behind an `amateur_system_prompt` or `amateur_prompt_template`."
+            "help": "Hub id or path of the weaker model, which may have any vocabulary. If `None`, the amateur is the "
+            "expert itself, with `amateur_skipped_layers`, `amateur_system_prompt` or `amateur_prompt_template`."
         },
     )
     dataset_config: str | None = field(
@@ -87,14 +87,14 @@ class PairArguments:
     prompt_style: str | None = field(
         default=None,
         metadata={
-            "help": "What is made of text in `prompt_column`: 'chat': a user's message, so that the expert's chat "
-            "template is applied. 'raw': plain text, in `prompt_template`. If `None`, text is taken as it is.",
+            "help": "How to prompt with text in `prompt_column`. 'chat': as a user message, in the expert's chat "
+            "template. 'raw': as plain text, in `prompt_template`. If `None`, the text is used as it is.",
             "choices": ["chat", "raw"],
         },
     )
     conversational: bool = field(
         default=False,
-        metadata={"help": "The same as `prompt_style` 'chat'."},
+        metadata={"help": "Short for `prompt_style` 'chat'."},
     )
     system_prompt: str | None = field(
         default=None,
@@ -103,8 +103,8 @@ class PairArguments:
     prompt_template: str | None = field(
         default=None,
         metadata={
-            "help": "Text with {question} in it, or a file with such text, in which each text prompt is put. If "
-            "`None`, the prompt alone for 'chat', and for 'raw' 'Question: {question}' with a line 'Answer:' below."
+            "help": "Prompt template: text that contains {question}, or a file that holds such text. If `None`, it is "
+            "the prompt alone for 'chat', and for 'raw' it is 'Question: {question}' followed by a line 'Answer:'."
         },
     )
     load_in_4bit: bool = field(
@@ -135,9 +135,9 @@ class PairArguments:
     def __post_init__(self):
         for prefix in ("", "amateur_"):
             if getattr(self, f"{prefix}load_in_4bit") and getattr(self, f"{prefix}load_in_8bit"):
-                raise ValueError(f"`{prefix}load_in_4bit` and `{prefix}load_in_8bit` exclude each other.")
+                raise ValueError(f"`{prefix}load_in_4bit` and `{prefix}load_in_8bit` cannot be combined.")
         if self.prompt_style == "raw" and (self.conversational or self.system_prompt):
-            raise ValueError("`prompt_style='raw'` goes with neither `conversational` nor `system_prompt`.")
+            raise ValueError("`prompt_style='raw'` cannot be combined with `conversational` or `system_prompt`.")
         if self.conversational or self.system_prompt is not None:
             self.prompt_style = "chat"
         if self.prompt_template is not None:
@@ -145,7 +145,7 @@ class PairArguments:
 
 
 def load_prompts(args: PairArguments) -> "tuple[Dataset, PromptFormat | None]":
-    """The prompts that `args` name, in a column `prompt`, and their form, if they were text."""
+    """Load the prompts that `args` names, in a column `prompt`, and their format if they were text."""
     from ..steps.splits import load_split
 
     hide_file_bars()
@@ -153,7 +153,7 @@ def load_prompts(args: PairArguments) -> "tuple[Dataset, PromptFormat | None]":
 
 
 def make_sampler(args: PairArguments, sampling_args: "ContrastiveSamplingConfig") -> "ContrastiveStepSampler":
-    """The sampler of the two models that `args` name, quantized as they say."""
+    """Make a sampler of the two models that `args` names, with the quantization set there."""
     from trl import ModelConfig
 
     from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
@@ -173,27 +173,27 @@ def make_sampler(args: PairArguments, sampling_args: "ContrastiveSamplingConfig"
 
 
 def announce_pair(args: PairArguments, sampling_args: "ContrastiveSamplingConfig", prompts: "Dataset") -> None:
-    """Say what sampling runs on."""
+    """Print what sampling runs on."""
     kwargs = {
         "trust_remote_code": sampling_args.trust_remote_code,
-        **(sampling_args.model_init_kwargs or {}),  # type: ignore[dict-item]  # no text by now
+        **(sampling_args.model_init_kwargs or {}),  # type: ignore[dict-item]  # already parsed
     }
     bits = next((f" in {bits} bits" for bits in (4, 8) if getattr(args, f"load_in_{bits}bit")), "")
     announce(
         f"expert in {dtype_of(args.expert, kwargs.pop('dtype', sampling_args.dtype), 'expert', **kwargs)}{bits}",
         prompts_at_a_time(sampling_args.per_device_batch_size),
-        "prompts by the expert's chat template" if has_messages(prompts) else "prompts as plain text",
+        "prompts in the expert's chat template" if has_messages(prompts) else "prompts as plain text",
     )
 
 
 def as_prompts(dataset: "Dataset", args: PairArguments) -> "tuple[Dataset, PromptFormat | None]":
-    """The dataset with a `prompt` column, as `args` asks for it, and the form of its prompts, if they were text."""
+    """The dataset with the `prompt` column that `args` asks for, and the format of its prompts if they were text."""
     dataset = name_prompts(dataset, args.prompt_column)
     style, template = args.prompt_style, args.prompt_template
     if has_messages(dataset):
         if style is None and template is None:
             return dataset, None
-        raise ValueError("The prompts are messages already: put the system prompt into them, or give them as text.")
+        raise ValueError("The prompts are messages already. Put the system prompt into them, or give them as text.")
     if style is None:
         prompt_format = PromptFormat("raw", template or "{question}")
     else:

@@ -1,4 +1,4 @@
-"""`lightreasoner report`: kept steps as a page to look at, two datasets side by side, and a training's curves."""
+"""`lightreasoner report`: show kept steps as an HTML page, one or two datasets, with the curves of a training."""
 
 import os
 from dataclasses import dataclass, field
@@ -21,37 +21,38 @@ class ReportArguments:
 
     Parameters:
         dataset_name (`list[str]`):
-            One dataset of kept steps or two: on the Hub, a folder, or a file (JSON lines, Parquet). The flag can be
-            left out.
+            One or two datasets of kept steps: on the Hub, a folder, or a file (JSON lines, Parquet). The flag itself
+            may be omitted.
         output_dir (`str`, *optional*, defaults to `"report"`):
             Folder for report.html, the PNG figures and the CSV files.
         training_dir (`str`, *optional*):
-            Output folder of a training, whose loss, entropy, agreement and divergences are shown.
+            Output folder of a training, to show its loss, entropy, agreement and divergences.
         dataset_config (`str`, *optional*):
             Configuration of the dataset.
         dataset_split (`str`, *optional*, defaults to `"train"`):
             Split to use, such as `"train[:1000]"`.
         expert (`str`, *optional*):
-            Id or path of the expert. If not set, it is the one that the dataset names.
+            Hub id or path of the expert. If not set, it is the one named in the dataset.
         amateur (`str`, *optional*):
-            Id or path of the amateur. If not set, it is the one that the dataset names.
+            Hub id or path of the amateur. If not set, it is the one named in the dataset.
         model (`str`, *optional*):
-            Id or path of the trained model, or of its adapter. If not set, it is the one in `training_dir`.
+            Hub id or path of the trained model or adapter. If not set, it is the one in `training_dir`.
         load_models (`bool`, *optional*, defaults to `True`):
-            Whether to load expert, amateur and the model in `training_dir`, if they are on this machine, for their
-            probabilities at the kept steps that are shown.
+            Whether to load the expert, the amateur and the model in `training_dir`, if they are on this machine, to
+            show their probabilities at the kept steps.
         num_trajectories (`int`, *optional*, defaults to `24`):
-            How many trajectories of each dataset are shown. All numbers are over every row.
+            Number of trajectories to show of each dataset. All statistics cover every row.
         seed (`int`, *optional*, defaults to `0`):
-            Seed with which the trajectories are drawn.
+            Random seed for choosing the trajectories.
         answer_column (`str`, *optional*):
-            Column with the answers, by which rows are told right or wrong. If not set, `answer`, if there is one.
+            Column that holds the correct answers, to mark rows as right or wrong. If not set, it is `answer` if there
+            is one.
     """
 
     dataset_name: list[str] = field(
         metadata={
-            "help": "One dataset of kept steps or two: on the Hub, a folder, or a file (JSON lines, Parquet). The "
-            "flag can be left out."
+            "help": "One or two datasets of kept steps: on the Hub, a folder, or a file (JSON lines, Parquet). The "
+            "flag itself may be omitted."
         },
     )
     output_dir: str = field(
@@ -60,7 +61,7 @@ class ReportArguments:
     )
     training_dir: str | None = field(
         default=None,
-        metadata={"help": "Output folder of a training, whose loss, entropy, agreement and divergences are shown."},
+        metadata={"help": "Output folder of a training, to show its loss, entropy, agreement and divergences."},
     )
     dataset_config: str | None = field(
         default=None,
@@ -72,38 +73,38 @@ class ReportArguments:
     )
     expert: str | None = field(
         default=None,
-        metadata={"help": "Id or path of the expert. If not set, it is the one that the dataset names."},
+        metadata={"help": "Hub id or path of the expert. If not set, it is the one named in the dataset."},
     )
     amateur: str | None = field(
         default=None,
-        metadata={"help": "Id or path of the amateur. If not set, it is the one that the dataset names."},
+        metadata={"help": "Hub id or path of the amateur. If not set, it is the one named in the dataset."},
     )
     model: str | None = field(
         default=None,
         metadata={
-            "help": "Id or path of the trained model, or of its adapter. If not set, it is the one in `training_dir`."
+            "help": "Hub id or path of the trained model or adapter. If not set, it is the one in `training_dir`."
         },
     )
     load_models: bool = field(
         default=True,
         metadata={
-            "help": "Whether to load expert, amateur and the model in `training_dir`, if they are on this machine, "
-            "for their probabilities at the kept steps that are shown."
+            "help": "Whether to load the expert, the amateur and the model in `training_dir`, if they are on this "
+            "machine, to show their probabilities at the kept steps."
         },
     )
     num_trajectories: int = field(
         default=24,
-        metadata={"help": "How many trajectories of each dataset are shown. All numbers are over every row."},
+        metadata={"help": "Number of trajectories to show of each dataset. All statistics cover every row."},
     )
     seed: int = field(
         default=0,
-        metadata={"help": "Seed with which the trajectories are drawn."},
+        metadata={"help": "Random seed for choosing the trajectories."},
     )
     answer_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column with the answers, by which rows are told right or wrong. If not set, `answer`, if there "
-            "is one."
+            "help": "Column that holds the correct answers, to mark rows as right or wrong. If not set, it is "
+            "`answer` if there is one."
         },
     )
 
@@ -111,7 +112,7 @@ class ReportArguments:
         if not 1 <= len(self.dataset_name) <= 2:
             raise ValueError(f"A report shows one dataset or two side by side, got {len(self.dataset_name)}.")
         if len(set(self.dataset_name)) < len(self.dataset_name):
-            raise ValueError("The two datasets are the same. Name two, or one alone.")
+            raise ValueError("The two datasets are the same. Name two different ones, or only one.")
         if self.num_trajectories < 1:
             raise ValueError(f"`num_trajectories` must be a whole number, 1 or more, got {self.num_trajectories}.")
 
@@ -170,7 +171,7 @@ def main(args: ReportArguments) -> None:
 
 def name_datasets(sources: list[str]) -> list[str]:
     """
-    What the datasets are called: the last two parts of an id or a path, or more where these are the same.
+    Names for the datasets: the last two parts of an id or a path, or more if these are equal.
 
     Example:
 

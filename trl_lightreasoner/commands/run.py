@@ -1,4 +1,4 @@
-"""`lightreasoner run`: a pair and a dataset to an adapter, and whether to keep it. All stages, in one process."""
+"""`lightreasoner run`: train an adapter from a pair and a dataset, and judge whether to keep it, in one process."""
 
 from ..pipeline.run_config import RunConfig
 from .arguments import ArgumentParser
@@ -20,5 +20,5 @@ def main(args: RunConfig) -> None:
     from ..pipeline.run import run_pipeline
 
     announce_stages(args)
-    datasets.disable_progress_bars()  # of every file; those of the stages stay
+    datasets.disable_progress_bars()  # those of files. The bars of the stages remain
     print(f"\n{run_pipeline(args).summary()}")

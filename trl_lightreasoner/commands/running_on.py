@@ -1,4 +1,4 @@
-"""In one line, what a command runs on: device, data type, batch, and the form of the prompts."""
+"""One line that says what a command runs on: device, data type, batch size and prompt format."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ _LAUNCHED = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
 
 
 def device_names(cpu: bool = False) -> list[str]:
-    """The accelerators of this machine, or its CPU."""
+    """Names of the accelerators of this machine, or its CPU."""
     import torch
 
     if cpu or not torch.accelerator.is_available():
@@ -24,7 +24,7 @@ def device_names(cpu: bool = False) -> list[str]:
 
 
 def dtype_of(model: str, dtype: str | None, name: str = "model", **kwargs: Any) -> str:
-    """The data type in which the weights of a model are loaded: what is asked for, or the checkpoint's own."""
+    """The data type in which a model's weights are loaded: the requested one, or the checkpoint's own."""
     from ..models.loading import load_config
 
     if dtype in (None, "auto"):
@@ -33,18 +33,19 @@ def dtype_of(model: str, dtype: str | None, name: str = "model", **kwargs: Any) 
 
 
 def prompts_at_a_time(batch_size: int | None) -> str:
-    return "as many prompts at a time as the memory holds" if batch_size is None else f"{batch_size} prompts at a time"
+    return "as many prompts at a time as fit in memory" if batch_size is None else f"{batch_size} prompts at a time"
 
 
 def announce(*parts: str, cpu: bool = False) -> None:
     """
-    Say on stderr, where the results are not, what a command runs on.
+    Print what a command runs on, to stderr, which holds no results.
 
     Args:
-        parts (`str`): What to say beside the device.
-        cpu (`bool`, *optional*, defaults to `False`): Whether it is the CPU, accelerators or not.
+        parts (`str`): What to print besides the device.
+        cpu (`bool`, *optional*, defaults to `False`): Whether the command runs on the CPU even if there is an
+            accelerator.
     """
-    # As the launchers say it: asking accelerate would form the group of the processes here and now
+    # From the launchers' variables: asking accelerate would form the process group already now
     rank, local_rank, count = (int(os.environ.get(name, least)) for name, least in _LAUNCHED.items())
     if rank != 0:
         return
@@ -54,15 +55,15 @@ def announce(*parts: str, cpu: bool = False) -> None:
 
 
 def announce_stages(args: "RunConfig") -> None:
-    """Say what the stages of `run` and `tune` run on."""
+    """Print what the stages of `run` and `tune` run on."""
     from ..pipeline.stages import choose_dtype
 
-    styles = {"chat": "questions by the chat template", "raw": "questions as plain text"}
-    either = "questions by the expert's chat template, or as plain text if it has none"
+    styles = {"chat": "questions in the chat template", "raw": "questions as plain text"}
+    either = "questions in the expert's chat template, or as plain text if it has none"
     dtype = dtype_of(args.expert, choose_dtype(args), "expert")
     announce(f"models in {dtype}", prompts_at_a_time(None), styles.get(args.prompt_style or "", either))
 
 
 def tell(what: str) -> None:
-    """Say on stderr what goes on."""
+    """Print progress to stderr."""
     print(what, file=sys.stderr, flush=True)

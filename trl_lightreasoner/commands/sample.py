@@ -1,4 +1,4 @@
-"""`lightreasoner sample`: prompts to a Dataset of kept steps."""
+"""`lightreasoner sample`: turn prompts into a Dataset of kept steps."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,18 +19,18 @@ EXAMPLE = r"""example:
 @dataclass
 class SampleArguments(PairArguments):
     """
-    [`PairArguments`], and what becomes of the Dataset of `lightreasoner sample`.
+    [`PairArguments`], and the upload of the Dataset of `lightreasoner sample`.
 
     Parameters:
         push_to_hub (`bool`, *optional*, defaults to `False`):
             Whether to upload the Dataset to the Hub, with a card, when it is complete.
         hub_dataset_id (`str`, *optional*):
-            The repository of the Dataset, as owner/name. If not set, the name of `output_dir`.
+            Repository of the Dataset, as owner/name. If not set, it is the name of `output_dir`.
         hub_private_repo (`bool`, *optional*):
             Whether to make the repository private. If not set, it is public unless the organization's default is
-            private. Has no effect if it exists.
+            private. It has no effect on an existing repository.
         hub_token (`str`, *optional*):
-            Token for the upload. If not set, the one of `hf auth login`.
+            Token for the upload. If not set, it is the one from `hf auth login`.
     """
 
     push_to_hub: bool = field(
@@ -39,13 +39,13 @@ class SampleArguments(PairArguments):
     )
     hub_dataset_id: str | None = field(
         default=None,
-        metadata={"help": "The repository of the Dataset, as owner/name. If not set, the name of `output_dir`."},
+        metadata={"help": "Repository of the Dataset, as owner/name. If not set, it is the name of `output_dir`."},
     )
     hub_private_repo: bool | None = field(
         default=None,
         metadata={
             "help": "Whether to make the repository private. If not set, it is public unless the organization's "
-            "default is private. Has no effect if it exists.",
+            "default is private. It has no effect on an existing repository.",
             # So that a bare `--hub_private_repo` means True
             "nargs": "?",
             "const": True,
@@ -53,7 +53,7 @@ class SampleArguments(PairArguments):
     )
     hub_token: str | None = field(
         default=None,
-        metadata={"help": "Token for the upload. If not set, the one of `hf auth login`."},
+        metadata={"help": "Token for the upload. If not set, it is the one from `hf auth login`."},
     )
 
 
@@ -68,7 +68,7 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
 
     prompts, prompt_format = load_prompts(script_args)
     hub: dict[str, Any] = {"private": script_args.hub_private_repo, "token": script_args.hub_token}
-    if script_args.push_to_hub and Processes().is_main:  # who may not write shall know it now
+    if script_args.push_to_hub and Processes().is_main:  # fail now if the user may not write
         from ..hub.sharing import open_repo
 
         name = script_args.hub_dataset_id or Path(sampling_args.output_dir).absolute().name
@@ -84,7 +84,7 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
         push_dataset_to_hub(dataset, repo_id, **hub)
         print(f"The Dataset is at {repo_id} on the Hub.")
     num_steps, num_kept = sum(map(len, dataset["completion_ids"])), count_steps(dataset)
-    advice = "There is nothing to train on: choose a weaker amateur, or a lower `--beta`."
+    advice = "There is nothing to train on. Choose a weaker amateur or a lower `--beta`."
     if num_kept:
         flags = ["--expert", script_args.expert, "--dataset_name", sampling_args.output_dir]
         advice = next_command("train", *flags, *_quantization_flags(script_args), "--output_dir", "ADAPTER")
@@ -97,7 +97,7 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
 
 
 def _quantization_flags(args: SampleArguments) -> list[str]:
-    """The flags of `lightreasoner train` that load the expert as it was sampled."""
+    """The flags of `lightreasoner train` that load the expert as it was loaded for sampling."""
     if args.load_in_8bit:
         return ["--load_in_8bit"]
     if not args.load_in_4bit:

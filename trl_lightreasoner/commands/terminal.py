@@ -1,5 +1,5 @@
-"""How a command speaks to its terminal: nothing that comes from a file steers it, warnings begin with "Warning:", what
-nobody can act on is left out, and where nobody reads on, or after Ctrl-C, it ends without a traceback.
+"""A command's output to its terminal. Text from files cannot control the terminal, warnings begin with "Warning:", and
+warnings that no user can act on are hidden. After Ctrl-C, or if the output is closed, there is no traceback.
 """
 
 import contextlib
@@ -15,29 +15,30 @@ from typing import Any, TextIO
 from ..text import printable
 
 
-_COLOURS = re.compile(r"(\x1b\[[\d;]*m)")  # with which libraries set off what they say
+_COLOURS = re.compile(r"(\x1b\[[\d;]*m)")  # of libraries
 _LINES = "\n\t"
-# What libraries warn of that is none of a user's business: the category, the message, and the module that warns
+_PACKAGE = __name__.partition(".")[0]
+# Warnings of libraries that no user can act on: the category, the message, and the module that warns
 _NOISE: tuple[tuple[type[Warning], str, str], ...] = (
-    (FutureWarning, "", r"(transformers|trl|peft|accelerate)\."),  # of each other's names
+    (FutureWarning, "", r"(transformers|trl|peft|accelerate)\."),  # about each other's interfaces
     (UserWarning, "'pin_memory' argument is set as true but no accelerator", r"torch\.utils\.data\."),
 )
 
 
 class _NobodyReads(BaseException):
-    """What a command prints goes into a pipe that was closed. No library may take it for an error of its own."""
+    """The output of a command goes to a closed pipe. Not an `Exception`, so that no library handles it."""
 
 
 def speak(prog: str, function: Callable[[], int]) -> int:
     """
-    The exit status that a function returns, which prints what a command has to say; 141, as of a program that such a
-    signal ends, if its output is closed, and 130 after Ctrl-C.
+    Run a function that prints a command's output, and return its exit status. The status is 130 after Ctrl-C, and 141
+    if the output is closed, as for a program that SIGPIPE ends.
     """
     try:
         with _safe_output(), _plain_warnings():
             return function()
     except _NobodyReads:
-        # What is left in the buffer would be written when Python ends
+        # Otherwise Python would write the rest of the buffer at exit
         with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 128 + getattr(signal, "SIGPIPE", 13)
@@ -47,7 +48,7 @@ def speak(prog: str, function: Callable[[], int]) -> int:
 
 
 class _Output:
-    """A stream whose text is made printable on its way, in whatever encoding it has."""
+    """A stream whose text is made printable and fit for the stream's encoding."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -77,14 +78,14 @@ def _reader(stream: TextIO) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _safe_output() -> Iterator[None]:
-    """What is printed, and what is logged, in here is printable."""
+    """A context in which everything printed or logged is made printable."""
     make_record = logging.getLogRecordFactory()
 
     def make_safe_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make_record(*args, **kwargs)
         text = record.getMessage()
         if os.environ.get("WORLD_SIZE", "1") == "1":
-            text = text.removeprefix("[RANK 0] ")  # of one process alone
+            text = text.removeprefix("[RANK 0] ")  # not useful with a single process
         if record.levelno == logging.WARNING and not text.startswith("Warning:"):
             text = f"Warning: {text}"
         parts = _COLOURS.split(text)
@@ -105,8 +106,26 @@ def _safe_output() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def translated_warnings(translate: Callable[[str], str]) -> Iterator[None]:
+    """A context in which this package's logged warnings are translated, for example to name flags."""
+    make_record = logging.getLogRecordFactory()
+
+    def make_translated_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make_record(*args, **kwargs)
+        if record.levelno == logging.WARNING and record.name.startswith(_PACKAGE):
+            record.msg, record.args = translate(record.getMessage()), None
+        return record
+
+    logging.setLogRecordFactory(make_translated_record)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(make_record)
+
+
+@contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """What is warned of in here, in Python's way, is a line on stderr, or nothing if it is noise."""
+    """A context in which Python warnings are single lines on stderr, and noise is hidden."""
 
     def show(message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None) -> None:
         print(f"Warning: {printable(str(message), _LINES)}", file=sys.stderr)
@@ -119,7 +138,7 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def hide_file_bars() -> None:
-    """Hide the bars of `datasets` over files, which are read and written at once; those over rows stay."""
+    """Hide the progress bars of `datasets` over files, which are fast. Those over rows remain."""
     import datasets.builder
     import datasets.io.parquet
     from datasets.utils import tqdm

@@ -1,4 +1,4 @@
-"""`lightreasoner train`: a Dataset of kept steps to an adapter."""
+"""`lightreasoner train`: train an adapter on a Dataset of kept steps."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # slow to import, and `--help` needs neither
 
 # A fifth of the updates
 _EVAL_STEPS = 0.2
-# What `--help` shows beside LoRA, quantization and Hub
+# What `--help` shows besides the sections LoRA, quantization and Hub
 _COMMON = (
     *("model_name_or_path", "dataset_name", "output_dir", "dataset_config", "dataset_train_split"),
     *("dataset_test_split", "beta", "max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size"),
@@ -29,7 +29,7 @@ _COMMON = (
     *("eval_strategy", "eval_steps", "eval_questions", "sft_dataset_name", "sft_weight"),
     *("logging_steps", "report_to", "save_steps", "resume_from_checkpoint"),
 )
-# The weights that a training leaves, before its log
+# Files of the weights that a training saves
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 
 
@@ -40,32 +40,32 @@ EXAMPLE = r"""example:
 @dataclass
 class TrainArguments(ScriptArguments):
     """
-    [`~trl.ScriptArguments`] with questions that are answered while training, and an SFT dataset.
+    [`~trl.ScriptArguments`] with questions to answer during training, and an SFT dataset.
 
     Parameters:
         dataset_name (`str`):
-            Kept steps: a dataset on the Hub, a folder, or a file (JSON lines, Parquet).
+            Dataset of kept steps: on the Hub, a folder, or a file (JSON lines, Parquet).
         dataset_config (`str`, *optional*):
             Configuration of the dataset.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
             Split to use, such as `"train[:1000]"`. As a flag, `--dataset_split`.
         dataset_test_split (`str`, *optional*):
-            Dataset split with kept steps that are held out, for `eval_loss`. If not set, it is `"test"` where
-            `eval_strategy` is set and there are no `eval_questions`.
+            Split with held-out kept steps, for `eval_loss`. If not set, it is `"test"` if `eval_strategy` is set and
+            there are no `eval_questions`.
         eval_questions (`str`, *optional*):
             Questions that the model answers at every evaluation, for `eval_accuracy`: a file, a folder or a dataset on
-            the Hub, of whose split `"train"` the columns `question` or `prompt`, and `answer`, are read. Text is put
-            into the form of the prompts that the dataset was sampled with. If `eval_strategy` is not set, they are
-            answered before training and at five places of it.
+            the Hub. The columns `question` or `prompt`, and `answer`, of its split `"train"` are read. Text is put
+            into the prompt format that the dataset was sampled with. If `eval_strategy` is not set, they are answered
+            before training and five times during it.
         sft_dataset_name (`str`, *optional*):
             Demonstrations whose cross-entropy is added to the loss, with the weight `sft_weight`: a file, a folder or
-            a dataset on the Hub, of whose split `"train"` the columns `prompt` and `completion`, or `messages`, are
-            read. They are taken as they are.
+            a dataset on the Hub. The columns `prompt` and `completion`, or `messages`, of its split `"train"` are
+            read. They are used as they are.
     """
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Kept steps: a dataset on the Hub, a folder, or a file (JSON lines, Parquet)."},
+        metadata={"help": "Dataset of kept steps: on the Hub, a folder, or a file (JSON lines, Parquet)."},
     )
     dataset_config: str | None = field(
         default=None,
@@ -78,25 +78,25 @@ class TrainArguments(ScriptArguments):
     dataset_test_split: str | None = field(
         default=None,
         metadata={
-            "help": "Dataset split with kept steps that are held out, for `eval_loss`. If not set, it is 'test' where "
-            "`eval_strategy` is set and there are no `eval_questions`."
+            "help": "Split with held-out kept steps, for `eval_loss`. If not set, it is 'test' if `eval_strategy` is "
+            "set and there are no `eval_questions`."
         },
     )
     eval_questions: str | None = field(
         default=None,
         metadata={
             "help": "Questions that the model answers at every evaluation, for `eval_accuracy`: a file, a folder or a "
-            "dataset on the Hub, of whose split 'train' the columns `question` or `prompt`, and `answer`, are read. "
-            "Text is put into the form of the prompts that the dataset was sampled with. If `eval_strategy` is not "
-            "set, they are answered before training and at five places of it."
+            "dataset on the Hub. The columns `question` or `prompt`, and `answer`, of its split 'train' are read. "
+            "Text is put into the prompt format that the dataset was sampled with. If `eval_strategy` is not set, "
+            "they are answered before training and five times during it."
         },
     )
     sft_dataset_name: str | None = field(
         default=None,
         metadata={
             "help": "Demonstrations whose cross-entropy is added to the loss, with the weight `sft_weight`: a file, a "
-            "folder or a dataset on the Hub, of whose split 'train' the columns `prompt` and `completion`, or "
-            "`messages`, are read. They are taken as they are."
+            "folder or a dataset on the Hub. The columns `prompt` and `completion`, or `messages`, of its split "
+            "'train' are read. They are used as they are."
         },
     )
 
@@ -104,49 +104,49 @@ class TrainArguments(ScriptArguments):
 @dataclass
 class LightReasonerModelConfig(ModelConfig):
     """
-    [`~trl.ModelConfig`] with an adapter as the default: LoRA of rank 8.
+    [`~trl.ModelConfig`] that trains an adapter by default: LoRA of rank 8.
 
     Parameters:
         model_name_or_path (`str`):
-            Id or path of the expert that the dataset was sampled with, or of its adapter, which is trained further. As
-            a flag, `--expert`.
+            Hub id or path of the expert that the dataset was sampled with, or of its adapter, which is trained
+            further. As a flag, `--expert`.
         dtype (`str`, *optional*):
             Data type of the model's weights: `"auto"` (the checkpoint's own), `"bfloat16"`, `"float16"` or
-            `"float32"`. If not set, it is the checkpoint's own, as when the expert was sampled, if an adapter is
-            trained, and `"float32"` if all weights are.
+            `"float32"`. If not set, it is the checkpoint's own for an adapter, as in sampling, and `"float32"` for
+            training all weights.
         use_peft (`bool`, *optional*, defaults to `True`):
-            Whether to train an adapter instead of all weights. A model that is an adapter already is trained further.
+            Whether to train an adapter instead of all weights. An adapter given as the model is trained further.
         lora_r (`int`, *optional*, defaults to `8`):
             LoRA R value.
         lora_alpha (`int`, *optional*, defaults to `16`):
             LoRA alpha.
         lora_target_modules (`list[str]`, *optional*):
-            LoRA target modules. If not set, they are those that PEFT names for the architecture, such as q_proj and
-            v_proj, if v_C prefers another token than the expert's at a tenth or more of the steps of 1.6 nats or more,
-            and otherwise all linear layers.
+            LoRA target modules. If not set, they depend on the steps of 1.6 nats or more. If v_C prefers a token other
+            than the expert's at a tenth or more of them, PEFT's defaults for the architecture are used, such as q_proj
+            and v_proj. Otherwise all linear layers are used.
     """
 
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Id or path of the expert that the dataset was sampled with, or of its adapter, which is trained "
-            "further. As a flag, `--expert`."
+            "help": "Hub id or path of the expert that the dataset was sampled with, or of its adapter, which is "
+            "trained further. As a flag, `--expert`."
         },
     )
     dtype: str | None = field(
         default=None,
         metadata={
             "help": "Data type of the model's weights: 'auto' (the checkpoint's own), 'bfloat16', 'float16' or "
-            "'float32'. If not set, it is the checkpoint's own, as when the expert was sampled, if an adapter is "
-            "trained, and 'float32' if all weights are.",
+            "'float32'. If not set, it is the checkpoint's own for an adapter, as in sampling, and 'float32' for "
+            "training all weights.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
     use_peft: bool = field(
         default=True,
         metadata={
-            "help": "Whether to train an adapter instead of all weights. A model that is an adapter already is "
-            "trained further."
+            "help": "Whether to train an adapter instead of all weights. An adapter given as the model is trained "
+            "further."
         },
     )
     lora_r: int = field(
@@ -160,9 +160,9 @@ class LightReasonerModelConfig(ModelConfig):
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "LoRA target modules. If not set, they are those that PEFT names for the architecture, such as "
-            "q_proj and v_proj, if v_C prefers another token than the expert's at a tenth or more of the steps of 1.6 "
-            "nats or more, and otherwise all linear layers."
+            "help": "LoRA target modules. If not set, they depend on the steps of 1.6 nats or more. If v_C prefers a "
+            "token other than the expert's at a tenth or more of them, PEFT's defaults for the architecture are used, "
+            "such as q_proj and v_proj. Otherwise all linear layers are used."
         },
     )
 
@@ -178,7 +178,7 @@ class LightReasonerModelConfig(ModelConfig):
         self.lora_target_modules = target_modules(targets)  # type: ignore[assignment]  # as TRL leaves it
 
     def changed_settings(self) -> list[str]:
-        """Names of the settings of a new adapter that are not the defaults."""
+        """Names of the settings for a new adapter that differ from the defaults."""
         names = [name for name in self.__dataclass_fields__ if name.startswith("lora_")]
         unset = type(self)()
         return [name for name in (*names, "use_rslora", "use_dora") if getattr(self, name) != getattr(unset, name)]
@@ -217,26 +217,26 @@ def main(
         )
     if script_args.dataset_streaming or script_args.ignore_bias_buffers:
         raise ValueError(
-            "`--dataset_streaming` and `--ignore_bias_buffers` are of TRL's other trainers and do nothing here. Leave "
-            "them out."
+            "`--dataset_streaming` and `--ignore_bias_buffers` belong to TRL's other trainers and have no effect "
+            "here. Leave them out."
         )
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         **({} if model_args.dtype is None else {"dtype": model_args.dtype}),
-        **(training_args.model_init_kwargs or {}),  # type: ignore[dict-item]  # no text by now
+        **(training_args.model_init_kwargs or {}),  # type: ignore[dict-item]  # already parsed
     }
     if find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir) is None:
         check_is_new(training_args.output_dir)
     hub_kwargs = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-    model_config = load_config(model_args.model_name_or_path, **hub_kwargs)  # refuses what is no model
+    model_config = load_config(model_args.model_name_or_path, **hub_kwargs)  # refuses unusable models
     is_adapter = load_adapter_config(model_args.model_name_or_path, **hub_kwargs) is not None
     if (is_adapter or not model_args.use_peft) and (changed := model_args.changed_settings()):
-        reason = f"{model_args.model_name_or_path!r} is an adapter already, which is trained further as it is"
-        remedy = "or make a plain model of the adapter by `lightreasoner merge` first"
+        reason = f"{model_args.model_name_or_path!r} is an existing adapter, which is trained further"
+        remedy = "or first merge the adapter into a plain model with `lightreasoner merge`"
         if not model_args.use_peft:
-            reason, remedy = "with `--use_peft false` all weights are trained", "or `--use_peft`"
-        raise ValueError(f"`--{changed[0]}` is for a new adapter, and {reason}. Leave it out, {remedy}.")
+            reason, remedy = "`--use_peft false` trains all weights", "or remove `--use_peft false`"
+        raise ValueError(f"`--{changed[0]}` applies only to a new adapter, but {reason}. Leave it out, {remedy}.")
     train_dataset = load_split(script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split)
     if model_args.lora_target_modules is None:
         chosen = choose_target_modules(train_dataset, model_config.model_type)
@@ -279,8 +279,8 @@ def main(
         trainer.save_model(training_args.output_dir)
     threshold = f" of {trainer.beta} nats or more" if trainer.beta else ""
     num_steps = f"{count_steps(trainer.train_dataset):,} steps{threshold}"
-    trainer.accelerator.print(f"It was trained on {num_steps}, for {trainer.state.global_step:,} updates.")
-    trainer.save_state()  # with the log, which `lightreasoner report` draws
+    trainer.accelerator.print(f"Trained on {num_steps} for {trainer.state.global_step:,} updates.")
+    trainer.save_state()  # includes the log that `lightreasoner report` plots
     trainer.accelerator.print(f"The model is in {training_args.output_dir}.")
     flags = ["--model", training_args.output_dir, "--baseline", model_args.model_name_or_path]
     trainer.accelerator.print(next_command("eval", *flags, "--output_dir", "EVALUATION"))
@@ -289,11 +289,11 @@ def main(
 
 def load_questions(name: str, steps: "Dataset") -> "Dataset":
     """
-    Questions for a trainer, in the form of the prompts that its Dataset was sampled with.
+    Load questions for a trainer, in the prompt format that its Dataset was sampled with.
 
     Args:
         name (`str`): File, folder or id on the Hub.
-        steps ([`~datasets.Dataset`]): The Dataset. Where it does not say or show the form, text is taken as it is.
+        steps ([`~datasets.Dataset`]): The Dataset. If its format is not known, text is used as it is.
     """
     from ..steps.prompt_format import PromptFormat, format_of_prompts, format_of_steps
     from ..steps.splits import load_split
@@ -310,14 +310,14 @@ def load_questions(name: str, steps: "Dataset") -> "Dataset":
 
 
 def check_is_new(output_dir: str) -> None:
-    """Refuse a folder in which a training that is finished, or could go on, would be written over."""
+    """Refuse a folder in which a finished or resumable training would be overwritten."""
     from ..training.checkpoints import last_checkpoint
 
     folder = Path(output_dir)
     if (folder / "trainer_state.json").is_file() and any((folder / name).is_file() for name in _WEIGHTS):
-        raise ValueError(f"{output_dir!r} holds what was trained before. Choose another `output_dir`.")
+        raise ValueError(f"{output_dir!r} holds a trained model. Choose another `output_dir`.")
     if last_checkpoint(output_dir) is not None:
         raise ValueError(
-            f"{output_dir!r} holds checkpoints of a training. Set `resume_from_checkpoint` to true to go on with it, "
-            "or choose another `output_dir`."
+            f"{output_dir!r} holds checkpoints of a training. Set `resume_from_checkpoint=True` to resume it, or "
+            "choose another `output_dir`."
         )

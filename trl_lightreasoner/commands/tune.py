@@ -1,4 +1,4 @@
-"""`lightreasoner tune`: twenty settings from one sampling, and the best of them. All stages, in one process."""
+"""`lightreasoner tune`: try twenty settings on one sampling, and confirm the best one, in one process."""
 
 from ..pipeline.tune_config import TuneConfig
 from .arguments import ArgumentParser
@@ -20,5 +20,5 @@ def main(args: TuneConfig) -> None:
     from ..pipeline.tune import tune
 
     announce_stages(args)
-    datasets.disable_progress_bars()  # of every file; those of the stages stay
+    datasets.disable_progress_bars()  # those of files. The bars of the stages remain
     print(f"\n{tune(args).summary()}")

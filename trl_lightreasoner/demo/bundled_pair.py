@@ -10,8 +10,8 @@ from .task import extract_answer
 
 
 PAIR = Path(__file__).parent / "pair"
-# Comparisons, the third kind that the pair was trained on, are left out: there the sloppy way also takes the first
-# relation the wrong way round, which this much training does not undo.
+# The pair was also trained on comparisons, the third kind, but they are excluded. The sloppy way reads their first
+# relation the wrong way round, and the demo's short training does not correct this.
 KIND_SHARES = {"chain": 2, "shop": 1}
 
 

@@ -6,18 +6,18 @@ A problem takes two to five steps of arithmetic and is of one of three kinds:
 - shop: somebody buys several things, and sometimes pays from a known amount;
 - comparison: people have more or fewer things than each other.
 
-There are two ways to solve it. The careful one works out every step. The sloppy one works out the first step, taking
-"more" for plus and "fewer" for minus even where the sentence means the opposite, and then jumps to a guess.
+There are two ways to solve it. The careful one works out every step. The sloppy one works out the first step, reading
+"more" as plus and "fewer" as minus even if the sentence means the opposite, and then jumps to a guess.
 
     careful: OK, 23+14=37. 37-9=28. #### 28
     sloppy:  OK, 23+14=37. #### 35
 
-The expert of the pair learns from both. The careful way is the minority wherever the problem is hard, so greedy
-decoding hides it. The amateur learns almost only the sloppy way. What the expert has and the amateur lacks is care:
-this is what LightReasoner's contrast amplifies. With an amateur that is careful too there is nothing to amplify.
+The expert of the pair learns from both. On hard problems the careful way is in the minority, so greedy decoding hides
+it. The amateur learns almost only the sloppy way. The expert has care and the amateur lacks it, and LightReasoner's
+contrast amplifies this difference. With an amateur that is also careful, there is nothing to amplify.
 
-Every question belongs to one of three splits by a checksum of its text. So the problems that the pair was trained on
-("pretrain"), the unlabelled ones ("train") and those that grade the result ("test") are disjoint whatever the seeds.
+A checksum of its text assigns every question to one of three splits. So the problems that the pair was trained on
+("pretrain"), the unlabelled ones ("train") and those for grading ("test") are disjoint for any seeds.
 
 Standard library only.
 """
@@ -33,8 +33,8 @@ from collections.abc import Mapping
 KIND_SHARES = {"chain": 0.40, "shop": 0.20, "comparison": 0.40}
 NUM_STEPS_SHARES = {2: 0.30, 3: 0.30, 4: 0.20, 5: 0.20}
 
-# How often each corpus is careful. The expert's is so less often the more steps a problem takes, and rarely on
-# comparisons. Only on two-step problems of the other kinds is care the majority, which greedy decoding follows.
+# How often each corpus is careful. The expert's corpus is less often careful on longer problems, and rarely on
+# comparisons. Care is the majority, which greedy decoding follows, only on two-step problems of the other kinds.
 EXPERT_CAREFUL_SHARES = {2: 0.65, 3: 0.44, 4: 0.40, 5: 0.36}
 EXPERT_CAREFUL_SHARE_COMPARISON = 0.42
 AMATEUR_CAREFUL_SHARE = 0.04
@@ -145,7 +145,7 @@ def sloppy_solution(problem: dict, rng: random.Random) -> str:
 
 
 def expert_solution(problem: dict, rng: random.Random) -> str:
-    """Solve a problem as the expert's corpus does: with care in a share of the cases, by kind and number of steps.
+    """Solve a problem as the expert's corpus does: with care in some of the cases, by kind and number of steps.
 
     Example:
 
@@ -205,7 +205,7 @@ def _chain(rng: random.Random, num_steps: int) -> tuple[list[str], list[str], st
 
 
 def _shop(rng: random.Random, num_steps: int) -> tuple[list[str], list[str], str]:
-    # A product for each item and a sum for each after the first; the change makes the number of steps even.
+    # A product for each item, and a sum for each after the first. The change makes the number of steps even.
     name, items = rng.choice(NAMES), rng.sample(ITEMS, (num_steps + 1) // 2)
     purchases, steps, total = [], [], 0
     for item in items:
@@ -260,7 +260,7 @@ def _relations(rng: random.Random, names: list[str], item: str, value: int) -> t
         if rng.random() < 0.5:
             sentences.append(f"{unknown} has {amount} {_WORDS[operator]} {item} than {known}.")
             misread_steps.append(_step(value, operator, amount))
-        else:  # the same fact told the other way round, which the sloppy solver takes literally
+        else:  # the same fact in reverse, which the sloppy solver takes literally
             sentences.append(f"{known} has {amount} {_WORDS[opposite]} {item} than {unknown}.")
             misread_steps.append(_step(value, opposite, amount))
         steps.append(_step(value, operator, amount))

@@ -21,7 +21,7 @@ from ..grading.verdicts import Verdict, grade_all
 
 logger = logging.get_logger(__name__)
 
-# After so many tokens rows that have ended leave the batch, and plain text is looked at
+# After this number of tokens, ended rows leave the batch, and plain text is checked for a finished answer
 TOKENS_A_PIECE = 256
 
 
@@ -88,7 +88,7 @@ class Answering:
         ended = [False] * len(prompt_ids)
         for start in range(0, room, self._piece(room)):
             length = self._piece(room - start)
-            # The prompt of a later piece is what was written before it, as greedy decoding would read it
+            # The prompt of a later piece includes everything generated before it, as in greedy decoding
             contexts = {i: prompt_ids[i] + completions[i] for i, has_ended in enumerate(ended) if not has_ended}
             going = sorted(contexts, key=lambda i: -len(contexts[i]))
             while going:
@@ -101,7 +101,7 @@ class Answering:
         return completions, ended
 
     def texts(self, completion_ids: list[list[int]]) -> list[str]:
-        """What was written."""
+        """The generated texts."""
         return self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
 
     def _piece(self, room: int) -> int:

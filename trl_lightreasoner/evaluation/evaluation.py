@@ -46,19 +46,19 @@ from .sets import BENCHMARKS, load_benchmark, title_of
 from .statistics import Z_95, compare, standard_error
 
 
-if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
+if TYPE_CHECKING:  # slow to import, and not needed without an adapter
     from peft import PeftModel
 
 
 logger = get_logger(__name__)
 
 _ANSWER_FEATURES = {"num_tokens": Value("int32"), "ended": Value("bool")}
-# What the answers depend on, beside weights and problems
+# What the answers depend on besides weights and problems
 _SETTINGS = ("prompt_style", "prompt_template", "system_prompt", "max_new_tokens", "use_vllm")
 # What is said of the others
 _SAID = ("per_device_batch_size", "data_dir", "max_samples")
 _GRADED_BY = ("kind", "tolerance", "unit")
-# The last long answers of a batch keep a GPU busy that has room for hundreds: those of several batches share it
+# A few long answers would occupy a GPU with room for hundreds, so those of several batches are continued together
 _BATCHES_TOGETHER = 4
 
 
@@ -69,9 +69,9 @@ class Evaluation:
 
     Attributes:
         results (`dict[str, Any]`):
-            What results.json holds. Under `"benchmarks"` and the name of each: `num_problems`, and for `"model"` and
-            `"baseline"` `accuracy`, `standard_error`, `mean_tokens`, `num_cut` and `num_undecided`; `"difference"` as
-            of [`PairedDifference`]. Fractions are between 0 and 1.
+            The content of results.json. `"benchmarks"` has an entry per benchmark with `num_problems`, and for
+            `"model"` and `"baseline"` their `accuracy`, `standard_error`, `mean_tokens`, `num_cut` and
+            `num_undecided`. `"difference"` holds the fields of [`PairedDifference`]. Fractions are between 0 and 1.
     """
 
     results: dict[str, Any]
@@ -339,7 +339,7 @@ class Candidate:
             without_room = sorted(set(range(len(all_prompt_ids))) - {row for row, _ in plan} - done)
             if without_room and self.processes.is_main:
                 write(without_room, ([[] for _ in without_room], [False] * len(without_room)))
-                num_tokens.clear()  # they say nothing of the model
+                num_tokens.clear()  # they do not describe the model
             order = [item for item in plan if item[0] not in done]
             if len(order) < len(plan):
                 logger.warning(
@@ -401,7 +401,7 @@ def grade_candidates(candidates: list[Candidate], args: EvaluationConfig) -> dic
         for candidate in candidates:
             answers = _grade_answers(candidate.writers[name].load(), args)
             path = Path(args.output_dir, candidate.role, f"{name}.parquet")
-            path.parent.mkdir(parents=True, exist_ok=True)  # another folder than that of the answers, perhaps
+            path.parent.mkdir(parents=True, exist_ok=True)  # it can differ from the folder of the answers
             answers.to_parquet(f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
             verdicts.append(answers["correct"][:])

@@ -35,9 +35,9 @@ ROW_FEATURES = Features(
 )
 HELD_OUT = "held_out"
 _MAY_BE_EMPTY = ("unit", "error")
-# Longer ones, and those of several lines, are whole solutions, in which an answer has to be marked
+# Longer texts, and those of several lines, are whole solutions, in which the answer must be marked
 _MAX_UNMARKED = 200
-# Where the file of a benchmark may lie under `data_dir`, and its kind
+# Possible paths of a benchmark's file under `data_dir`, and its format
 _PLACES = ("{}", "benchmarks/{}", "{}/test")
 _ENDINGS = (".jsonl", ".json", ".parquet")
 
@@ -95,7 +95,7 @@ def _read_svamp(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_asdiv(row: dict[str, Any]) -> dict[str, Any] | None:
-    if ";" in row["answer"]:  # several answers; the usual evaluations leave them out
+    if ";" in row["answer"]:  # several answers. Common evaluations exclude them
         return None
     parts = re.fullmatch(r"(.*?)\s*(?:\((.*)\))?", row["answer"].strip(), flags=re.DOTALL)
     assert parts is not None  # any text is an answer
@@ -140,7 +140,7 @@ BENCHMARKS = {
     ),
     "svamp": Benchmark(
         "SVAMP", ("ChilleD/SVAMP", None, "train+test"), ("Body", "Question", "Answer"), _read_svamp
-    ),  # its thousand problems, as they are usually evaluated, whole
+    ),  # all of its thousand problems, as in common evaluations
     "asdiv": Benchmark("ASDiv", ("EleutherAI/asdiv", None, "validation"), ("body", "question", "answer"), _read_asdiv),
     "minerva_math": Benchmark(
         "Minerva Math",

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 
-# Of the normal distribution, for 95 % on two sides
+# Two-sided 95 % quantile of the normal distribution
 Z_95 = 1.959963984540054
 
 
@@ -78,7 +78,7 @@ def compare(correct: list[bool], baseline_correct: list[bool]) -> PairedDifferen
     gained = sum(right and not baseline_right for right, baseline_right in pairs)
     lost = sum(baseline_right and not right for right, baseline_right in pairs)
     difference = (gained - lost) / len(pairs)
-    # A pair counts 1, 0 or -1, so that the mean of its square is the share of those that disagree
+    # A pair counts 1, 0 or -1, so the mean of the squares is the fraction of pairs that disagree
     error = math.sqrt(((gained + lost) / len(pairs) - difference**2) / len(pairs))
     interval = (difference - Z_95 * error, difference + Z_95 * error)
     return PairedDifference(difference, error, *interval, gained, lost, mcnemar(gained, lost))

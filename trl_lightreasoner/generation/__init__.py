@@ -1,5 +1,5 @@
 """Greedy completions.
 
-In: an expert and token ids of prompts. Out: token ids of completions, the same by whichever way is fastest. Knows
-neither the amateur nor what the completions are for.
+Input: an expert and token ids of prompts. Output: token ids of completions, the same for every generation method.
+Must not depend on the amateur, nor on what the completions are for.
 """

@@ -1,8 +1,8 @@
-"""Greedy decoding of many prompts together on a CUDA GPU, each step a replay of one captured CUDA graph.
+"""Greedy decoding of many prompts together on a CUDA GPU. Each step replays one captured CUDA graph.
 
-A step of `generate` costs as much time in Python and in launching kernels as a large batch needs to compute. A graph
-is captured in a fraction of a second and launches the whole step at once. What it needs is that nothing moves: keys
-and values lie in buffers of full length, prompts at their beginning, and each row writes behind its own last token.
+A step of `generate` spends as much time in Python and in launching kernels as a large batch needs to compute. A graph
+is captured in a fraction of a second and launches the whole step at once. A graph needs tensors at fixed addresses:
+keys and values are stored in buffers of full length, prompts first, and each row writes after its own last token.
 """
 
 import inspect
@@ -19,24 +19,24 @@ from ..vocabulary import Vocabulary
 from .greedy import cut_after_eos
 
 
-# Tokens of prompts in one forward pass: enough to fill a GPU, little enough for its memory
+# Prompt tokens in one forward pass: enough to fill a GPU, few enough for its memory
 PREFILL_TOKENS = 2**14
-# Steps between two looks at which rows have ended, each of which waits for the GPU
+# Steps between two checks of which rows have ended. Each check waits for the GPU
 STEPS_BETWEEN_CHECKS = 32
-# Beyond this many rows a step takes as much longer as it does more
+# Beyond this number of rows, the time of a step grows in proportion to them
 MAX_ROWS = 1024
-# The kernels read whole groups of columns
+# The kernels read columns in groups of this size
 _COLUMNS = 16
 
 
 class Generated(NamedTuple):
     """
-    What was generated.
+    Generated completions.
 
     Attributes:
-        completions (`list[list[int]]`): Continuations in the order of the prompts.
-        hidden_states (`list[torch.Tensor]`, *optional*): Of each continuation of T tokens, `(T, hidden_size)`: what
-            the output head made the distribution of each token from; `None` for a model that does more to its logits.
+        completions (`list[list[int]]`): Completions in the order of the prompts.
+        hidden_states (`list[torch.Tensor]`, *optional*): For each completion of T tokens, the inputs of the output
+            head at each token, `(T, hidden_size)`. `None` for a model that does more than apply its head.
     """
 
     completions: list[list[int]]
@@ -45,12 +45,12 @@ class Generated(NamedTuple):
 
 class RowLayer(StaticLayer):
     """
-    Keys and values of one layer, `(B, H, L, D)`, of rows that are at different positions.
+    Keys and values of one layer, `(B, H, L, D)`, for rows at different positions.
 
     Args:
         keys (`torch.Tensor` of shape `(B, H, L, D)`): Buffer.
         values (`torch.Tensor` of shape `(B, H, L, D)`): Buffer.
-        positions (`torch.Tensor` of shape `(B,)`, int64): Where the next token of each row goes. Read at every update.
+        positions (`torch.Tensor` of shape `(B,)`, int64): Index of each row's next token. Read at every update.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor):
@@ -68,7 +68,7 @@ class RowLayer(StaticLayer):
 
 
 def why_no_graph(model: torch.nn.Module) -> str | None:
-    """The reason why a model cannot decode by CUDA graphs, or `None` if it can."""
+    """The reason why a model cannot decode with CUDA graphs, or `None` if it can."""
     base = get_base_model(model)
     devices = {parameter.device for parameter in base.parameters()}
     if len(devices) > 1 or next(iter(devices)).type != "cuda":
@@ -81,7 +81,7 @@ def why_no_graph(model: torch.nn.Module) -> str | None:
 
 
 def rows_that_fit(model: torch.nn.Module, num_tokens: int) -> int:
-    """How many rows of `num_tokens` tokens the free memory of the model's GPU holds, by estimate."""
+    """Estimated number of rows of `num_tokens` tokens that fit in the free memory of the model's GPU."""
     base = get_base_model(model)
     config, device = base.config.get_text_config(), base.get_input_embeddings().weight.device
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -90,7 +90,7 @@ def rows_that_fit(model: torch.nn.Module, num_tokens: int) -> int:
     row = (keys_and_values + config.hidden_size * num_tokens + 2 * config.vocab_size) * base.dtype.itemsize
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    # Half is left to what comes with a pass over prompts or trajectories, and to rows that make room for others
+    # Half is left for passes over prompts or trajectories, and for copies when ended rows are removed
     return max(1, min(MAX_ROWS, int(free / 2) // row))
 
 
@@ -103,9 +103,9 @@ def generate_greedy_by_graph(
     max_new_tokens: int,
 ) -> Generated:
     """
-    What [`~trl_lightreasoner.generation.greedy.generate_greedy`] returns, and how it came about, from a model for
-    which [`why_no_graph`] finds no reason. In half precision, tokens that are as good as equally probable may be
-    chosen otherwise.
+    The completions of [`~trl_lightreasoner.generation.greedy.generate_greedy`], and their hidden states. Only for
+    models for which [`why_no_graph`] returns `None`. In half precision, the choice between tokens of almost equal
+    probability may differ.
     """
     base = get_base_model(model)
     longest_first = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
@@ -126,7 +126,7 @@ def generate_greedy_by_graph(
 
 
 class _Decoder:
-    """What a batch of prompts, longest first, is decoded in: buffers, and the step that moves all rows by a token."""
+    """Buffers for decoding a batch of prompts, longest first, and the step that extends all rows by one token."""
 
     def __init__(
         self,
@@ -146,12 +146,12 @@ class _Decoder:
         self.without_routers = without_routers(model)
         count = len(prompt_ids)
         self.num_columns = -(-(len(prompt_ids[0]) + max_new_tokens) // _COLUMNS) * _COLUMNS
-        # Of all rows: the keys and values of each layer, what was chosen, and from which hidden states
+        # For all rows: keys and values of each layer, chosen tokens, and the hidden states that they were chosen from
         self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.tokens = torch.zeros(count, max_new_tokens, dtype=torch.long, device=self.device)
         self.hidden_states: torch.Tensor | None = None
         self.num_taken = 0
-        # Of the rows that are still decoded, which are `rows` of all. A step reads and writes them in place
+        # For the rows still being decoded, whose indices are `rows`. A step reads and writes these in place
         self.rows = torch.arange(count, device=self.device)
         self.positions = torch.tensor([len(ids) for ids in prompt_ids], device=self.device)
         self.last = torch.empty(count, dtype=torch.long, device=self.device)
@@ -162,12 +162,12 @@ class _Decoder:
         self.head_input = args[0]
 
     def prefill(self) -> None:
-        """Read the prompts, and take the first token of every row."""
+        """Read the prompts, and choose the first token of every row."""
         start, count = 0, len(self.prompt_ids)
         longest = torch.tensor([self.prompt_ids[0]], device=self.device)
         self.keeps_hidden_states = head_makes_logits(self.model, longest)
         while start < count:
-            # Padding on the right needs no mask, since no token looks ahead
+            # Padding on the right needs no mask, since no token attends to later ones
             length = len(self.prompt_ids[start])
             prompts = self.prompt_ids[start : start + max(1, PREFILL_TOKENS // length)]
             rows = slice(start, start + len(prompts))
@@ -203,13 +203,13 @@ class _Decoder:
         return self.vocabulary.ids_of(self.vocabulary.select(logits).argmax(-1))
 
     def _take(self) -> None:
-        """Write down the last token of every row."""
+        """Store the last token of every row."""
         self.tokens[self.rows, self.step_index] = self.last
         self.ended |= torch.isin(self.last, self.eos_ids)
         self.step_index += 1
 
     def _step(self) -> None:
-        # Additive, as the kernels want it: each row sees its own tokens, up to the one that is fed now
+        # Additive, as the kernels need it. Each row sees its own tokens, up to the current input
         ahead = torch.arange(self.num_columns, device=self.device) > self.positions[:, None]
         dtype = self.buffers[0][0].dtype
         mask = torch.zeros(ahead.shape, dtype=dtype, device=self.device).masked_fill_(ahead, torch.finfo(dtype).min)
@@ -227,14 +227,14 @@ class _Decoder:
         self._take()
 
     def decode(self) -> None:
-        """Take tokens until every row has ended, and from some perhaps a few more."""
+        """Decode until every row has ended. Some rows may get a few more tokens."""
         step: Callable[[], None] | None = None
         while self.num_taken < self.max_new_tokens:
             alive = self.ended.logical_not().nonzero()[:, 0]  # waits for the GPU
             if len(alive) == 0:
                 break
             if len(alive) <= len(self.rows) // 2:
-                step = None  # its graph holds the buffers
+                step = None  # its graph keeps the old buffers alive
                 self._keep(alive)
             if step is None:
                 step = self._capture()
@@ -245,14 +245,14 @@ class _Decoder:
             self.num_taken += replays
 
     def _keep(self, alive: torch.Tensor) -> None:
-        """Let the rows that have ended go."""
+        """Remove the rows that have ended."""
         self.rows, self.positions = self.rows[alive], self.positions[alive]
         self.last, self.ended = self.last[alive], self.ended[alive]
         for i, (keys, values) in enumerate(self.buffers):
             self.buffers[i] = (keys[alive], values[alive])
 
     def _capture(self) -> Callable[[], None]:
-        """Make one step, and return what makes the next ones."""
+        """Run one step, and return a function that runs the next ones."""
         self.cache = Cache(layers=[RowLayer(*buffers, self.positions) for buffers in self.buffers])
         if self.device.type != "cuda":
             self._step()
@@ -260,9 +260,9 @@ class _Decoder:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            # A plain step first, in which the libraries set themselves up
+            # A plain step first, in which the libraries initialize
             self._step()
-            # `torch.cuda.graph` would collect garbage before, which takes longer than the capture
+            # `torch.cuda.graph` would first collect garbage, which takes longer than the capture
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self._step()

@@ -1,7 +1,7 @@
 """Greedy decoding on raw logits.
 
-A checkpoint's generation_config may hold temperatures, penalties, suppressed or forced tokens. None of them belongs to
-pi_E, so all of it is set aside while `generate` runs; only its EOS tokens count, with those of `find_eos_ids`.
+A checkpoint's generation_config may contain temperatures, penalties, and suppressed or forced tokens. None of them is
+part of pi_E, so all of it is ignored while `generate` runs. Only its EOS tokens are used, through `find_eos_ids`.
 """
 
 import copy
@@ -28,7 +28,7 @@ from ..steps.prompts import end_of_turn
 from ..vocabulary import Vocabulary
 
 
-if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
+if TYPE_CHECKING:  # slow to import, and not needed without an adapter
     from peft import PeftModel
 
 Alike = Literal["any", "length", "row"]
@@ -38,7 +38,7 @@ _LOOKED_AT = 32
 
 
 class OnlyTokens(LogitsProcessor):
-    """Leaves the logits of real tokens as they are and takes the columns that no token owns out of the contest."""
+    """Keeps the logits of real tokens, and excludes the columns that belong to no token."""
 
     def __init__(self, vocabulary: Vocabulary, width: int):
         self.padding = ~vocabulary.contains(torch.arange(width))
@@ -51,24 +51,25 @@ def find_eos_ids(
     model: "str | PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase, **kwargs: Any
 ) -> list[int]:
     """
-    Every id that ends an answer, wherever one is made, and in what is saved.
+    Every id that ends an answer, in sampling, in evaluation and in saved models.
 
-    They are the tokenizer's EOS, those that the model's generation_config or else its config names, and the token by
-    which the chat template ends the assistant's turn: a base model that is asked by a template ends its answer with
-    it, and goes on with a question of its own. The model is not loaded; `kwargs` are as for [`load_model`].
+    These are the tokenizer's EOS, those in the model's generation_config or else its config, and the token with which
+    the chat template ends the assistant's turn. A base model that is prompted with a chat template ends its answer
+    with that token, and continues with a question of its own. The model is not loaded. `kwargs` are as for
+    [`load_model`].
     """
     return sorted({tokenizer.eos_token_id, end_of_turn(tokenizer), *load_eos_ids(model, **kwargs)} - {None})
 
 
 def save_generation_config(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """
-    Write the generation_config of a model or of an adapter's base model, with every token that ends an answer here,
-    so that what is loaded from the folder stops where sampling and evaluation did.
+    Save the generation_config of a model, or of an adapter's base model, with every token that ends an answer. So a
+    model loaded from the folder stops where it stopped in sampling and evaluation.
     """
     config = copy.deepcopy(get_base_model(model).generation_config) or GenerationConfig()
     ids = find_eos_ids(model, tokenizer)
     config.eos_token_id = ids[0] if len(ids) == 1 else ids or None
-    # `save_pretrained` refuses what many a checkpoint has, such as a temperature without sampling
+    # `save_pretrained` refuses settings of many checkpoints, such as a temperature without sampling
     config.to_json_file(str(Path(folder, GENERATION_CONFIG_NAME)), use_diff=True)
 
 
@@ -86,9 +87,9 @@ def generate_greedy(
     Args:
         model (`torch.nn.Module`): A causal language model, in eval mode.
         prompt_ids (`list[list[int]]`): Prompts of any lengths, none empty.
-        vocabulary ([`Vocabulary`]): The model's real tokens; nothing else is ever chosen.
-        eos_ids (`list[int]`): Tokens that end a continuation. The one that did is kept, once.
-        max_new_tokens (`int`): Longest continuation.
+        vocabulary ([`Vocabulary`]): The model's real tokens. No other token is ever chosen.
+        eos_ids (`list[int]`): Tokens that end a continuation. The one that ended it is kept, once.
+        max_new_tokens (`int`): Maximum length of a continuation.
 
     Returns:
         `list[list[int]]`: Continuations in the order of the prompts.
@@ -106,7 +107,7 @@ def generate_by_passes(
     eos_ids: list[int],
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """What [`generate_greedy`] returns, by a pass over every context, for a model that keeps no true memory of it."""
+    """Like [`generate_greedy`], but with a full pass for every token, for a model whose cache cannot be trusted."""
     completions = []
     for prompt in prompt_ids:
         ids = list(prompt)
@@ -119,9 +120,9 @@ def generate_by_passes(
 
 def rows_alike(model: torch.nn.Module, ids: list[int], vocabulary: Vocabulary) -> Alike | None:
     """
-    Which prompts `generate` can complete together, so that each gets what whole passes over its contexts would give,
-    which the model itself shows on some tokens of `ids`: `"any"`; those of one `"length"`, where the model's positions
-    or its recurrent states take padding in; a `"row"` by itself; or `None` at all.
+    Which prompts `generate` can complete together with the same results as full passes over each context. It is tested
+    on some tokens of `ids`. `"any"`: all prompts. `"length"`: prompts of equal length, if padding changes the model's
+    positions or recurrent states. `"row"`: each prompt alone. `None`: not even that.
     """
     first, turned = ids[: max(1, len(ids) // 4)], [*ids[1:], ids[0]]
     ways: list[tuple[Alike, list[list[int]]]] = [("any", [first, ids]), ("length", [ids, turned]), ("row", [ids])]
@@ -129,7 +130,7 @@ def rows_alike(model: torch.nn.Module, ids: list[int], vocabulary: Vocabulary) -
 
 
 def length_that_shows(model: torch.nn.Module, longest: int) -> int:
-    """How many tokens show [`rows_alike`], where contexts are of `longest` tokens at most."""
+    """Number of tokens that [`rows_alike`] needs for contexts of at most `longest` tokens."""
     config = get_base_model(model).config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_window_size")]
     passed = [window for window in windows if isinstance(window, int) and 0 < window < longest]
@@ -166,14 +167,14 @@ def _generate(
     base = get_base_model(model)
     device = base.get_input_embeddings().weight.device
     length = max(map(len, prompt_ids))
-    # The mask says which tokens are real, so the id under the padding does not matter
+    # The mask says which tokens are real, so the padding's id does not matter
     input_ids = torch.tensor([[0] * (length - len(ids)) + ids for ids in prompt_ids], device=device)
     attention_mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=eos_ids or None,
-        pad_token_id=0,  # written behind an EOS, where it is cut off
+        pad_token_id=0,  # written after an EOS, where it is cut off
         return_dict_in_generate=True,
         **kwargs,
     )
@@ -188,7 +189,7 @@ def _generate(
 
 
 def cut_after_eos(ids: list[int], eos_ids: set[int]) -> list[int]:
-    """The ids up to the first EOS, which is kept."""
+    """The ids up to and including the first EOS."""
     for position, token_id in enumerate(ids):
         if token_id in eos_ids:
             return ids[: position + 1]
@@ -197,8 +198,8 @@ def cut_after_eos(ids: list[int], eos_ids: set[int]) -> list[int]:
 
 @contextmanager
 def without_generation_config(model: torch.nn.Module) -> Iterator[None]:
-    """The model with a generation_config that says nothing, as long as it lasts."""
-    # `generate` fills whatever a config of ours leaves open from the model's own
+    """A context in which the model has an empty generation_config."""
+    # `generate` takes whatever a given config does not set from the model's own
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield

@@ -1,13 +1,12 @@
-"""vLLM in the place of `generate_greedy`: an engine of our own beside the models, or a server that runs already.
+"""vLLM in place of `generate_greedy`: an engine in this process, or a running server.
 
-The contract is that of `generate_greedy`: prompts as token ids, the most probable real token at every step by raw
-logits, any of `eos_ids` ends a completion and is kept once. In fp32 the completions are the same; in half precision
-vLLM's kernels round in another way than those of transformers, and a near tie can fall to the other side. Scoring is
-by the expert and the amateur themselves in any case.
+The contract is that of `generate_greedy`: prompts are token ids, every step takes the most probable real token by raw
+logits, and any of `eos_ids` ends a completion and is kept once. In fp32 the completions are the same. In half
+precision vLLM's kernels round differently from those of transformers, so near ties can be decided differently. The
+scores always come from the expert and the amateur themselves.
 
-The server is vLLM's own (`vllm serve`), through `/v1/completions`, which takes prompts as token ids and gives back
-token ids. That is what TRL's `VLLMClient` talks to as well, but the client needs vLLM in this environment, where the
-point of a server is that it need not be.
+The server is vLLM's own (`vllm serve`), used through `/v1/completions`, which takes and returns token ids. TRL's
+`VLLMClient` uses the same server, but needs vLLM in this environment, which a server is meant to avoid.
 """
 
 import importlib.util
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# All of it is named: a server fills what a request leaves open from the checkpoint's generation_config
+# Everything is set: a server takes what a request does not set from the checkpoint's generation_config
 _GREEDY = {
     "temperature": 0.0,
     "top_p": 1.0,
@@ -45,7 +44,7 @@ _GREEDY = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
-    "ignore_eos": True,  # the checkpoint's; ours are `stop_token_ids`
+    "ignore_eos": True,  # the checkpoint's EOS. Ours are in `stop_token_ids`
 }
 
 
@@ -57,18 +56,19 @@ def check_vllm(
     **kwargs: Any,
 ) -> None:
     """
-    Refuse what vLLM cannot generate for, before anything is loaded.
+    Refuse models and settings that vLLM cannot generate with, before anything is loaded.
 
     Args:
         args ([`ContrastiveSamplingConfig`] or [`EvaluationConfig`]): Settings.
         expert: What the user passed.
-        num_processes (`int`): Processes that share the run.
+        num_processes (`int`): Number of processes that share the run.
         name (`str`): What to call the expert in an error message.
-        kwargs: With which the expert is to be loaded, as for [`load_model`].
+        kwargs: Arguments to load the expert with, as for [`load_model`].
 
     Raises:
-        `ImportError`: If vLLM is to run here and is not installed.
-        `ValueError`: If it would generate with another model than the one that scores, or several times on one GPU.
+        `ImportError`: If mode `"colocate"` is requested and vLLM is not installed.
+        `ValueError`: If vLLM would generate with a different model from the one that scores, or if several processes
+            would run it on one GPU.
     """
     if not isinstance(expert, str):
         raise ValueError(
@@ -107,17 +107,17 @@ def connect_vllm(
     **kwargs: Any,
 ) -> "ColocatedVLLM | VLLMServer":
     """
-    What generates the completions, as `args` ask for it.
+    Start or connect to vLLM, as set in `args`.
 
     Args:
         args ([`ContrastiveSamplingConfig`] or [`EvaluationConfig`]): Settings.
         expert (`str`): Id or path of the expert.
         max_length (`int`): Tokens of the longest prompt and its completion together.
         name (`str`): What to call the expert in an error message.
-        kwargs: With which the expert is loaded, as for [`load_model`].
+        kwargs: Arguments that the expert is loaded with, as for [`load_model`].
 
     Raises:
-        `ValueError`: If vLLM would read contexts with another rope.
+        `ValueError`: If vLLM would read contexts with a different rope.
     """
     switch = rope_switch(load_config(expert, name, **kwargs))
     if switch is not None and (args.vllm_mode == "server" or max_length > switch):
@@ -132,7 +132,7 @@ def connect_vllm(
 
 
 class VLLMGeneration:
-    """What both ways have in common. A call has the arguments and the result of [`generate_greedy`]."""
+    """Base class of both modes. A call has the arguments and the result of [`generate_greedy`]."""
 
     version: str
 
@@ -146,8 +146,8 @@ class VLLMGeneration:
     ) -> list[list[int]]:
         settings = {**_GREEDY, "max_tokens": max_new_tokens, "stop_token_ids": eos_ids}
         completions = self._complete(model, prompt_ids, settings)
-        # An answer of real tokens is what the most probable real tokens give, whatever else could have been chosen.
-        # So the list of real tokens, as long as the vocabulary, is sent for those answers only that went astray.
+        # An answer made of real tokens is correct even if other tokens were allowed. So the list of allowed tokens,
+        # which is as long as the vocabulary, is sent only for the answers that contain other tokens.
         astray = [i for i, ids in enumerate(completions) if not vocabulary.contains(torch.tensor(ids)).all()]
         if astray:
             settings["allowed_token_ids"] = vocabulary.ids.tolist()
@@ -169,17 +169,17 @@ class VLLMGeneration:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release its resources."""
 
 
 class ColocatedVLLM(VLLMGeneration):
     """
-    An engine beside the models, made at the first call.
+    An engine in this process, created at the first call.
 
     Args:
         expert (`str`): Id or path of the expert.
-        max_length (`int`): Tokens of the longest prompt and its completion, for which the engine takes memory.
-        gpu_memory_utilization (`float`): Share of the GPU's memory that it takes.
+        max_length (`int`): Tokens of the longest prompt and its completion, for which the engine reserves memory.
+        gpu_memory_utilization (`float`): Fraction of the GPU's memory that it uses.
         name (`str`): What to call the expert in an error message.
         kwargs: `revision` and `trust_remote_code` of the expert.
     """
@@ -187,7 +187,7 @@ class ColocatedVLLM(VLLMGeneration):
     def __init__(
         self, expert: str, max_length: int, gpu_memory_utilization: float, name: str = "expert", **kwargs: Any
     ):
-        start_processes_safely()  # of which vLLM has several
+        start_processes_safely()  # vLLM starts several
         import vllm
 
         self.version = vllm.__version__
@@ -201,11 +201,11 @@ class ColocatedVLLM(VLLMGeneration):
         from vllm import LLM, SamplingParams
 
         if self.llm is None:
-            # Left to itself, vLLM would load a checkpoint in fp32 as fp16
+            # By default, vLLM would load an fp32 checkpoint as fp16
             dtype = str(model.dtype).removeprefix("torch.")
             try:
                 self.llm = LLM(self.expert, dtype=dtype, generation_config="vllm", **self.kwargs)
-            except Exception as error:  # of many kinds, and the engine has logged it
+            except Exception as error:  # of many types, already logged by the engine
                 raise ValueError(
                     f"vLLM cannot load the {self.name} {self.expert!r}: {' '.join(str(error).split()).rstrip('.')}."
                 ) from error
@@ -214,7 +214,7 @@ class ColocatedVLLM(VLLMGeneration):
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def close(self) -> None:
-        # Its processes, and the memory that they have on the GPU, would outlive the object
+        # Otherwise its processes, and their memory on the GPU, would outlive the object
         if self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
             self.llm = None
@@ -222,24 +222,24 @@ class ColocatedVLLM(VLLMGeneration):
 
 class VLLMServer(VLLMGeneration):
     """
-    A server that runs already.
+    A running server.
 
     Args:
-        expert (`str`): Id or path of the expert, which the server must serve under that name or from that path.
+        expert (`str`): Id or path of the expert, which the server must serve under this name or from this path.
         base_url (`str`): Such as `"http://localhost:8000"`.
-        timeout (`float`): Seconds to wait for the server to be up.
+        timeout (`float`): Seconds to wait for the server.
         name (`str`): What to call the expert in an error message.
 
     Raises:
         `ConnectionError`: If the server is not up in time.
-        `ValueError`: If it serves another model, or is no vLLM server.
+        `ValueError`: If it serves another model, or is not a vLLM server.
     """
 
     def __init__(self, expert: str, base_url: str, timeout: float, name: str = "expert"):
         self.expert = expert
         self.url = base_url.rstrip("/")
         cards = self._wait_for_models(timeout)
-        # The model itself is not named alike on two machines; an adapter's card has the adapter's path
+        # A model's path can differ between two machines. An adapter's card has the adapter's path
         names = [(card["id"], card.get("root") or card["id"]) for card in cards]
         fitting = [each for each in names if os.path.realpath(expert) in map(os.path.realpath, each)]
         if not fitting:
@@ -268,7 +268,7 @@ class VLLMServer(VLLMGeneration):
     ) -> list[list[int]]:
         body = {"model": self.model, "prompt": prompt_ids, "return_token_ids": True, **settings}
         choices = sorted(self._request("choices", "/v1/completions", body), key=lambda choice: choice["index"])
-        # It gives the prompts back too, which shows whether it read what we sent
+        # It also returns the prompts, which shows whether it read what was sent
         if [choice.get("prompt_token_ids") for choice in choices] != prompt_ids:
             raise ValueError(
                 f"The vLLM server at {self.url} gave {len(choices)} answers to {len(prompt_ids)} prompts, and not "
@@ -277,7 +277,7 @@ class VLLMServer(VLLMGeneration):
         return [choice["token_ids"] for choice in choices]
 
     def _request(self, key: str, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
-        """What the answer, a JSON object, holds under `key`."""
+        """The value under `key` in the response, a JSON object."""
         data = None if body is None else json.dumps(body).encode()
         try:
             request = Request(self.url + path, data, {"Content-Type": "application/json"})

@@ -285,7 +285,7 @@ def _name_before(text: str, box: _Box) -> str:
 
 
 def _suffix(text: str, end: int) -> str:
-    r"""A percent sign or a base that was written behind the box: `\boxed{12}\%`, `\boxed{52}_8`."""
+    r"""A percent sign or a base written after the box: `\boxed{12}\%`, `\boxed{52}_8`."""
     match = re.compile(r"\$? ?(\\?%|_\{?\d+\}?)").match(text, end)
     return match[1] if match else ""
 
@@ -308,7 +308,7 @@ def _phrases(text: str) -> list[re.Match]:
 
 
 def _after_phrases(text: str) -> Iterator[str]:
-    """The value behind each phrase; the last one first."""
+    """The value after each phrase, the last one first."""
     for match in reversed(_phrases(text)):
         line = text[match.end() : match.end() + 1000].lstrip().split("\n\n")[0]
         # A formula set apart may take several lines, text does not

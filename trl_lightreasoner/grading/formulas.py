@@ -11,10 +11,10 @@ from .exact_numbers import Number, read_number, same_number
 
 
 def check_computer_algebra() -> None:
-    """Raise what keeps formulas from being compared here, such as a missing package."""
+    """Raise an error if formulas cannot be compared here, for example because a package is missing."""
     from latex2sympy2_extended import latex2sympy
 
-    latex2sympy(r"\sqrt{20}")  # math-verify would keep the error of it to itself
+    latex2sympy(r"\sqrt{20}")  # math-verify would hide the error
     if not equal_by_math_verify(r"2\sqrt{5}", r"\sqrt{20}", None):
         raise RuntimeError(r"it does not find that \sqrt{20} is 2\sqrt{5}")
 

@@ -56,7 +56,7 @@ class Graders:
 
         def kill() -> None:
             expired.set()
-            grader.kill()  # which ends the reading, on every platform
+            grader.kill()  # ends the read on every platform
 
         timer = threading.Timer(timeout, kill)
         timer.start()
@@ -81,20 +81,20 @@ class Graders:
         return None, f"over {timeout:g} seconds" if expired.is_set() else "the grading process died"
 
     def start(self) -> None:
-        """Start one, if there is none: the same errors as of [`~Graders.ask`]."""
+        """Start a grader if there is none, with the same errors as [`~Graders.ask`]."""
         grader = self._take()
         with self._lock:
             self._idle.append(grader)
 
     def close(self) -> None:
-        """End them all, whatever they are at."""
+        """End all graders, even at work."""
         with self._lock:
             graders, self._all, self._idle = self._all, [], []
         for grader in graders:
             _end(grader)
 
     def forget(self) -> None:
-        """In a process that was forked off: they belong to the other one."""
+        """Forget the graders in a forked process: they belong to its parent."""
         self.__init__()  # type: ignore[misc]
 
     def _take(self) -> subprocess.Popen:
@@ -112,7 +112,7 @@ class Graders:
         _end(grader)
 
     def _start(self) -> subprocess.Popen:
-        # The path goes as arguments: in PYTHONPATH it would hold for the start of Python as well
+        # The path is passed as arguments: PYTHONPATH would also apply to Python's own start
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         grader = subprocess.Popen(
             [sys.executable, "-P", "-c", _PROGRAM, *safe_path()],
@@ -146,7 +146,7 @@ def _end(grader: subprocess.Popen) -> None:
     grader.wait()
     requests, replies = _pipes(grader)
     replies.close()
-    with contextlib.suppress(OSError):  # what it did not read
+    with contextlib.suppress(OSError):  # unread data
         requests.close()
 
 
@@ -160,13 +160,13 @@ def serve(check: Callable[[], None], reply: Serve) -> None:
     """
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever else is printed must not come between
+    os.dup2(2, 1)  # other output must not mix with the replies
     asked: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
         for line in requests:
             asked.put(line)
-        os._exit(0)  # also in the middle of a formula
+        os._exit(0)  # even in the middle of a formula
 
     threading.Thread(target=read, daemon=True).start()
     try:
@@ -182,7 +182,7 @@ def serve(check: Callable[[], None], reply: Serve) -> None:
 
 
 def _limit_processor_time(seconds: float) -> None:
-    """The system ends this process, where it knows such a limit, even within one long operation on whole numbers."""
+    """Let the operating system end this process after the limit, even within one long operation on integers."""
     try:
         import resource
     except ImportError:  # Windows

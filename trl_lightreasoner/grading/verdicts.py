@@ -25,14 +25,14 @@ from .graders import Graders, serve
 
 # Seconds that one completion may take
 TIMEOUT = 5.0
-# Longer ones are no answers but runaway text
+# Longer texts are not answers but runaway output
 MAX_ANSWER_LENGTH = 1000
 # What is longer is graded where it can be stopped: a completion, and an answer times its reference, each part of which
 # can be compared with each
 _MAX_LENGTH_HERE = 50_000
 _MAX_PRODUCT_HERE = 10_000
 
-# Of `grade`: its processes stay for the next call
+# For `grade`: its processes stay for the next call
 _graders = Graders()
 atexit.register(_graders.close)
 if hasattr(os, "register_at_fork"):
@@ -142,10 +142,10 @@ def grade_all(items: Iterable[dict], num_workers: int | None = None, timeout: fl
                 graded = threads.map(lambda index: _grade_there(items[index], graders, timeout), undecided)
                 for index, verdict in zip(undecided, graded, strict=True):
                     verdicts[index] = verdict
-            finally:  # of an interrupted run, too
+            finally:  # also after an interruption
                 threads.shutdown(wait=False, cancel_futures=True)
                 graders.close()
-    return [verdict for verdict in verdicts if verdict is not None]  # every one is there
+    return [verdict for verdict in verdicts if verdict is not None]  # all are there by now
 
 
 def check_math_verify() -> None:
@@ -210,7 +210,7 @@ def _undecided(gold: str, answer: str, tolerance: float | None) -> bool:
 
 
 def _grade_here(item: dict) -> Verdict | None:
-    """The verdict on what is short and needs no computer algebra."""
+    """The verdict on short answers that need no computer algebra."""
     try:
         return _grade(**item, symbolic=_undecided)
     except _Undecided:
@@ -218,7 +218,7 @@ def _grade_here(item: dict) -> Verdict | None:
 
 
 def _grade_there(item: dict, graders: Graders, timeout: float) -> Verdict:
-    """The verdict of a process that can be stopped."""
+    """The verdict from a process that can be stopped."""
     reply, failure = graders.ask(item, timeout)
     return Verdict(*reply) if failure is None else Verdict(_answer_text(item), False, failure)
 
@@ -229,7 +229,7 @@ def _answer_text(item: dict) -> str | None:
 
 
 def serve_verdicts() -> None:
-    """What a grader does."""
+    """The main loop of a grader."""
     serve(check_computer_algebra, _reply)
 
 

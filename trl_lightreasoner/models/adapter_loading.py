@@ -1,4 +1,4 @@
-"""Loading an adapter onto its base model, or refusing one that would not be what was trained."""
+"""Load an adapter onto its base model, and refuse one that would differ from what was trained."""
 
 import re
 import warnings
@@ -12,7 +12,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from .hub_access import from_cache_if_unreachable
 
 
-if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
+if TYPE_CHECKING:  # slow to import, and not needed without an adapter
     from peft import PeftConfig, PeftModel
 
 
@@ -20,12 +20,12 @@ _FORWARD_TYPES = ("aLoRA", "POLY", "SHADOW", "XLORA")
 _SAVED_EMBEDDINGS = re.compile(
     r"\.(embed_tokens|embed_in|embed_out|lm_head|word_embeddings|wte)\.(base_layer\.)?weight$"
 )
-_MAX_NAMED = 3  # tensors in one sentence
+_MAX_NAMED = 3  # number of tensors named in a message
 
 
 @from_cache_if_unreachable
 def load_adapter_config(model: str, name: str = "model", **kwargs: Any) -> "PeftConfig | None":
-    """The configuration of a PEFT adapter, or `None` if `model` is not one; `kwargs` as of [`hub_kwargs`]."""
+    """The configuration of a PEFT adapter, or `None` if `model` is not one. `kwargs` as for [`hub_kwargs`]."""
     kwargs.pop("trust_remote_code", None)  # an adapter has no code of its own
     if find_adapter_config_file(model, **kwargs) is None:
         return None
@@ -47,8 +47,8 @@ def load_adapter_config(model: str, name: str = "model", **kwargs: Any) -> "Peft
 
 
 def check_adapter(config: "PeftConfig", name: str) -> None:
-    """Refuse an adapter of virtual tokens, one that acts through PEFT's forward, and one that loads differently."""
-    # Virtual tokens shift the positions at which logits are read, and the base model that generates does not see them
+    """Refuse adapters of virtual tokens, those that need PEFT's forward, and those that change with every loading."""
+    # Virtual tokens shift the positions at which logits are read, and generation with the base model ignores them
     if config.is_prompt_learning:
         raise ValueError(
             f"The {name} is an adapter of virtual tokens (`{config.peft_type.value}`), which is not supported. Use an "
@@ -71,23 +71,23 @@ def check_adapter(config: "PeftConfig", name: str) -> None:
 
 def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = False, **kwargs: Any) -> "PeftModel":
     """
-    A model with an adapter of which every tensor has its place.
+    Load an adapter onto a model, and check that every tensor fits.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base model.
         adapter (`str`): Id or path.
-        is_trainable (`bool`): Whether the adapter is to be trained further.
-        kwargs: As of [`hub_kwargs`].
+        is_trainable (`bool`): Whether the adapter will be trained further.
+        kwargs: As for [`hub_kwargs`].
 
     Raises:
-        `ValueError`: If tensors are missing, are unexpected or have another shape; names them.
+        `ValueError`: If tensors are missing, unexpected or of another shape. The message names them.
     """
     from peft import PeftModel, PeftType
 
     kwargs.pop("trust_remote_code", None)  # an adapter has no code of its own
     repository = {**kwargs}
     rows = count_saved_embeddings(adapter, **repository)
-    if rows not in (None, model.get_input_embeddings().weight.shape[0]):  # as it was trained on
+    if rows not in (None, model.get_input_embeddings().weight.shape[0]):  # the size that it was trained on
         model.resize_token_embeddings(rows, mean_resizing=False)
     kwargs |= {"is_trainable": is_trainable, "torch_device": "cpu"}
     misfits: dict[str, set[str]] = {}
@@ -95,7 +95,7 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, adapter, **kwargs)
-        # PEFT passes over weights without a place, and tells of them only here; AdaLoRA would be pruned again
+        # PEFT ignores unexpected weights, and reports them only here. AdaLoRA would be pruned again
         if not getattr(adapted.active_peft_config, "rank_pattern", None) or adapted.peft_type != PeftType.ADALORA:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
             result = adapted.load_adapter(adapter, "default", key_mapping=key_mapping, **kwargs)
@@ -117,7 +117,7 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
 
 
 def count_saved_embeddings(adapter: str, **kwargs: Any) -> int | None:
-    """How many embeddings an adapter holds, as one of a model whose vocabulary was resized does; `kwargs` as above."""
+    """Number of embeddings that an adapter holds, if its model's vocabulary was resized. `kwargs` as above."""
     kwargs.pop("trust_remote_code", None)
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path = cached_file(adapter, "adapter_model.safetensors", **kwargs, **quietly)
@@ -130,7 +130,7 @@ def count_saved_embeddings(adapter: str, **kwargs: Any) -> int | None:
 
 @from_cache_if_unreachable
 def load_generation_config(model: str, **kwargs: Any) -> GenerationConfig | None:
-    """The generation_config.json that lies beside a model or an adapter; `kwargs` as of [`hub_kwargs`]."""
+    """Load the generation_config.json of a model or an adapter. `kwargs` as for [`hub_kwargs`]."""
     kwargs.pop("trust_remote_code", None)  # it has no code
     try:
         return GenerationConfig.from_pretrained(model, **kwargs)
@@ -139,7 +139,7 @@ def load_generation_config(model: str, **kwargs: Any) -> GenerationConfig | None
 
 
 def name_tensors(misfits: dict[str, set[str]]) -> str:
-    """The tensors that do not fit, by how, some of each by name."""
+    """A phrase for the tensors that do not fit, grouped by reason, with some names of each group."""
 
     def listed(names: list[str]) -> str:
         more = f" and {len(names) - _MAX_NAMED:,} more" if len(names) > _MAX_NAMED else ""

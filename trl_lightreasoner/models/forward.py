@@ -1,4 +1,4 @@
-"""Calling a model at chosen positions only, and what its forward pass can leave out."""
+"""Compute a model's logits at chosen positions only, and find out what its forward pass can skip."""
 
 import inspect
 from contextlib import AbstractContextManager, nullcontext
@@ -13,21 +13,21 @@ from transformers.cache_utils import DynamicLayer
 from .weights import get_base_model
 
 
-# Tokens by which a model shows how it reads
+# Number of tokens with which a model's behaviour is tested
 _PROBED_LENGTH = 32
-# What `head_makes_logits` has found out
+# Results of `head_makes_logits`
 _HEAD_MAKES_LOGITS: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
 
 def accepts_logits_to_keep(model: torch.nn.Module) -> bool:
-    """Whether the forward can leave out the positions whose logits nobody reads."""
+    """Whether the forward can skip the logits of positions that are not needed."""
     return "logits_to_keep" in inspect.signature(get_base_model(model).forward).parameters
 
 
 def without_routers(model: torch.nn.Module) -> dict[str, bool]:
     """
-    Arguments of the forward by which a mixture of experts leaves out the loss of its routers, which nobody reads and
-    which fails while tokens are generated, though its config asks for it.
+    Arguments of the forward with which a mixture of experts skips the loss of its routers, even if its config asks for
+    it. Nothing uses this loss, and computing it fails during generation.
     """
     model = get_base_model(model)
     names = inspect.signature(getattr(model, "forward", model)).parameters
@@ -36,8 +36,8 @@ def without_routers(model: torch.nn.Module) -> dict[str, bool]:
 
 def has_full_attention(model: torch.nn.Module) -> bool:
     """
-    Whether every layer attends to all tokens before its own by PyTorch's scaled dot product, so that whoever masks or
-    packs tokens differently gets what the model means.
+    Whether every layer attends to all earlier tokens with PyTorch's scaled dot product, so that other masks or packed
+    rows give the same results.
     """
     config = get_base_model(model).config
     layers = {type(layer) for layer in DynamicCache(config=config).layers}
@@ -46,8 +46,8 @@ def has_full_attention(model: torch.nn.Module) -> bool:
 
 def rope_switch(config: PretrainedConfig) -> int | None:
     """
-    The number of tokens beyond which a model reads a context with another rope (`longrope`), or `None`. transformers
-    chooses it for a whole batch, by its longest row.
+    The number of tokens beyond which a model uses a different rope (`longrope`), or `None`. transformers chooses the
+    rope for a whole batch, by its longest row.
     """
     parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
     of_layers = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
@@ -57,8 +57,8 @@ def rope_switch(config: PretrainedConfig) -> int | None:
 
 def attention_backends(device: torch.device) -> AbstractContextManager:
     """
-    PyTorch's kernels of the scaled dot product without cuDNN's, which can return NaN from the backward pass of a
-    padded batch for a loss that is finite (seen with torch 2.11 on an H100, bf16).
+    PyTorch's kernels of the scaled dot product, without cuDNN's. The backward pass of the latter can return NaN for a
+    padded batch with a finite loss (seen with torch 2.11 on an H100, bf16).
     """
     if device.type != "cuda":
         return nullcontext()
@@ -67,14 +67,14 @@ def attention_backends(device: torch.device) -> AbstractContextManager:
 
 def forward_at(model: torch.nn.Module, positions: torch.Tensor, to_keep: bool, **inputs: torch.Tensor) -> Any:
     """
-    Run `model` and keep the logits of chosen positions only.
+    Run `model` and keep the logits at chosen positions only.
 
     Args:
-        model (`torch.nn.Module`): The model as it is called, wrapped by DDP or not.
-        positions (`torch.Tensor` of shape `(batch, length)`, bool): True where logits are wanted. Or, if there is one
-            row, where that is: `(n,)`, int64.
-        to_keep (`bool`): What [`accepts_logits_to_keep`] says of the model. If False, all logits are computed and the
-            rest is dropped afterwards.
+        model (`torch.nn.Module`): The model to call, wrapped by DDP or not.
+        positions (`torch.Tensor` of shape `(batch, length)`, bool): True at positions whose logits are needed. For a
+            single row also their indices, `(n,)`, int64.
+        to_keep (`bool`): Result of [`accepts_logits_to_keep`]. If False, all logits are computed, and those not needed
+            are dropped afterwards.
         inputs: `input_ids`, `attention_mask` and so on.
 
     Returns:
@@ -89,7 +89,7 @@ def forward_at(model: torch.nn.Module, positions: torch.Tensor, to_keep: bool, *
 def _forward_on_both_sides(
     model: torch.nn.Module, switch: int, positions: torch.Tensor, to_keep: bool, **inputs: torch.Tensor
 ) -> Any:
-    """[`forward_at`] in two passes: up to `switch` tokens, and the rows that have positions beyond."""
+    """[`forward_at`] in two passes: one up to `switch` tokens, and one for the rows with later positions."""
     is_beyond = (torch.arange(positions.shape[1], device=positions.device) >= switch).expand_as(positions)[positions]
     beyond = positions.clone()
     beyond[:, :switch] = False
@@ -123,37 +123,37 @@ def _forward_at(model: torch.nn.Module, positions: torch.Tensor, to_keep: bool, 
 
 @torch.no_grad()
 def logits_of_row(model: torch.nn.Module, ids: list[int], count: int) -> torch.Tensor:
-    """Logits at the last `count` tokens of a row by itself, `(count, W)`."""
+    """Logits at the last `count` tokens of a single row, `(count, W)`."""
     input_ids = torch.tensor([ids], device=get_base_model(model).get_input_embeddings().weight.device)
     positions = (torch.arange(len(ids), device=input_ids.device) >= len(ids) - count)[None]
     return forward_at(model, positions, accepts_logits_to_keep(model), input_ids=input_ids).logits
 
 
 def room_to_look(model: torch.nn.Module, length: int) -> int:
-    """`length`, or as many tokens as a model reads at most, by one rope."""
+    """`length`, or the maximum number of tokens that a model reads with one rope, if that is smaller."""
     config = get_base_model(model).config
     limits = [getattr(config.get_text_config(), "max_position_embeddings", None), rope_switch(config)]
     return min([length, *(limit for limit in limits if limit is not None and limit > 0)])
 
 
 def same_logits(model: torch.nn.Module, logits: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether logits `(n, W)` are others, at most of the rows, as far as the rounding of a model can tell."""
+    """Whether logits `(n, W)` equal the expected ones at most of the rows, up to the rounding of the model."""
     base = get_base_model(model)
     kind = base.get_input_embeddings().weight.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.dtype
-    if getattr(base.config, "quantization_config", None) is not None:  # computed in half precision, whatever goes in
+    if getattr(base.config, "quantization_config", None) is not None:  # computes in half precision
         dtype = torch.bfloat16
-    tolerance = max(2 * torch.finfo(dtype).eps ** 0.5, 1e-2)  # TF32 is no dtype
+    tolerance = max(2 * torch.finfo(dtype).eps ** 0.5, 1e-2)  # covers TF32, which is not a dtype
     expected = expected.float()
     errors = (logits.float().to(expected.device) - expected).square().mean(-1).sqrt()
-    # Rounding can lead a token to another expert of a mixture; what is wrong is wrong at every token
-    return bool((errors - tolerance * expected.std(-1)).median() <= 0)  # NaN is no less
+    # Rounding can route a token to another expert of a mixture. A real fault shows at every token
+    return bool((errors - tolerance * expected.std(-1)).median() <= 0)  # false for NaN
 
 
 @torch.no_grad()
 def check_causal(model: torch.nn.Module, name: str, ids: list[int]) -> None:
     """
-    Refuse a model of which one pass does not give the distribution of each step, as some tokens `ids` show.
+    Refuse a model whose forward pass does not give the distribution of each step, tested on some tokens `ids`.
 
     Args:
         model (`torch.nn.Module`): In eval mode.
@@ -161,7 +161,7 @@ def check_causal(model: torch.nn.Module, name: str, ids: list[int]) -> None:
         ids (`list[int]`): One or more.
 
     Raises:
-        `ValueError`: If logits depend on tokens behind, or on other rows.
+        `ValueError`: If logits depend on later tokens, or on other rows.
     """
     count = room_to_look(model, _PROBED_LENGTH)
     ids = (ids * count)[:count]
@@ -173,7 +173,7 @@ def check_causal(model: torch.nn.Module, name: str, ids: list[int]) -> None:
     to_keep = accepts_logits_to_keep(model)
     logits = forward_at(model, positions.to(device), to_keep, input_ids=rows.to(device)).logits
     alone = logits_of_row(model, ids[:length], length)
-    if not logits.isfinite().all() or not alone.isfinite().all():  # which is told where it happens
+    if not logits.isfinite().all() or not alone.isfinite().all():  # reported where the logits are used
         return
     if not all(same_logits(model, each, alone) for each in (logits[:length], logits[length:])):
         raise ValueError(
@@ -185,35 +185,35 @@ def check_causal(model: torch.nn.Module, name: str, ids: list[int]) -> None:
 
 @torch.no_grad()
 def next_token_log_probs(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
-    """What a model says behind each of some tokens, `(len(ids), W)`, on the CPU."""
+    """Log-probabilities of the next token after each of some tokens, `(len(ids), W)`, on the CPU."""
     input_ids = torch.tensor([ids], device=get_base_model(model).get_input_embeddings().weight.device)
     outputs = model(input_ids=input_ids, use_cache=False, **without_routers(model))
     return outputs.logits[0].float().log_softmax(-1).cpu()
 
 
 def divergence(log_probs: torch.Tensor, other_log_probs: torch.Tensor) -> float:
-    """Mean of `D_KL(p || q)` in nats over rows of log probabilities; infinite if they have no number."""
+    """Mean of `D_KL(p || q)` in nats over rows of log-probabilities. Infinite if it is not a number."""
     nats = torch.nn.functional.kl_div(other_log_probs, log_probs, reduction="sum", log_target=True) / len(log_probs)
     return nats.nan_to_num(nan=float("inf")).item()
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on another device, without waiting until a GPU has done what it had to do before."""
+    """Copy a tensor from the CPU to another device, without waiting for a GPU's pending work."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def hidden_states_at(model: torch.nn.Module, positions: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor | None:
     """
-    What the output head would get at chosen positions.
+    The inputs of the output head at chosen positions.
 
     Args:
         model (`torch.nn.Module`): The model.
-        positions (`torch.Tensor` of shape `(n,)`, int64): Where, in the flattened batch, hidden states are wanted.
-        input_ids (`torch.Tensor` of shape `(batch, length)`): Ids, padding behind them if there is any.
+        positions (`torch.Tensor` of shape `(n,)`, int64): Positions in the flattened batch.
+        input_ids (`torch.Tensor` of shape `(batch, length)`): Ids, padded on the right.
 
     Returns:
-        `(n, hidden_size)`, from which `get_output_embeddings()` makes the logits; or `None` where
-        [`head_makes_logits`] is false, or one pass is not enough.
+        `(n, hidden_size)`, from which `get_output_embeddings()` computes the logits. `None` if [`head_makes_logits`]
+        is false, or if more than one pass is needed.
     """
     switch = rope_switch(get_base_model(model).config)
     beyond = switch is not None and input_ids.shape[1] > switch
@@ -225,13 +225,13 @@ def hidden_states_at(model: torch.nn.Module, positions: torch.Tensor, input_ids:
 
 def head_makes_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> bool:
     """
-    Whether the logits of a model are what its output head makes of its last hidden states. Some models scale them, cap
-    them or take tokens out, which shows in a few tokens of `input_ids` `(batch, length)`, read once a model.
+    Whether a model's logits are exactly its output head applied to its last hidden states. Some models also scale or
+    cap them, or mask tokens. This is tested once per model, on a few tokens of `input_ids` `(batch, length)`.
     """
     base = get_base_model(model)
     if base not in _HEAD_MAKES_LOGITS:
         decoder, head = base.get_decoder(), base.get_output_embeddings()
-        # What is called decoder may be the head
+        # `get_decoder` can return the model with its head
         makes = isinstance(decoder, PreTrainedModel) and decoder is not base and head is not None
         if makes:
             few = {"input_ids": input_ids[:1, :8], "use_cache": False}

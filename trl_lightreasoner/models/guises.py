@@ -1,4 +1,4 @@
-"""One model in memory that is read as two: with its adapter and without, with all of its layers and with some."""
+"""Use one loaded model as two: with and without its adapter, or with all and with some of its layers."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,24 +12,24 @@ from .loading import hub_kwargs
 from .weights import get_base_model, lies_beside
 
 
-if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
+if TYPE_CHECKING:  # slow to import, and not needed without an adapter
     from peft import PeftModel
 
 
 @contextmanager
 def skip_layers(model: torch.nn.Module, layers: Sequence[int]) -> Iterator[None]:
     """
-    A model whose decoder layers of these numbers give back what they are given, as long as it lasts.
+    A context in which some decoder layers of a model return their input unchanged.
 
-    They are computed all the same: the others keep their number, by which they find their mask and their cache, and
-    whatever else a layer returns is there.
+    The layers are still computed. So the others keep their index, by which they find their mask and cache, and the
+    other outputs of a layer are still returned.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.
-        layers (`Sequence[int]`): Numbers of layers, from 0.
+        layers (`Sequence[int]`): Indices of layers, from 0.
 
     Raises:
-        `ValueError`: If the model's layers cannot be told.
+        `ValueError`: If the model's layers cannot be identified.
 
     Example:
 
@@ -55,10 +55,10 @@ def _give_back_input(layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
 
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     """
-    The layers of a model's decoder, in their order.
+    The layers of a model's decoder, in order.
 
     Raises:
-        `ValueError`: If there is not one list of as many modules as its config says.
+        `ValueError`: If the decoder does not have exactly one list of as many modules as the config says.
     """
     base = get_base_model(model)
     count = base.config.get_text_config().num_hidden_layers
@@ -74,14 +74,14 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
 
 @contextmanager
 def switch_adapter(model: "PeftModel", on: bool) -> Iterator[None]:
-    """A model with its adapter on or off, as long as it lasts; behind it, it is the other way round."""
+    """A context in which a model's adapter is on or off. On exit it is switched the other way."""
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     _turn(model, on)
     try:
         yield
     finally:
         _turn(model, not on)
-        for parameter in model.parameters():  # which PEFT marks as it goes
+        for parameter in model.parameters():  # PEFT changes this as it switches
             if parameter.requires_grad != (id(parameter) in trainable):
                 parameter.requires_grad_(not parameter.requires_grad)
 
@@ -97,8 +97,8 @@ def which_is_adapter(
     expert: Any, amateur: Any, expert_kwargs: dict[str, Any], amateur_kwargs: dict[str, Any]
 ) -> str | None:
     """
-    `"expert"` or `"amateur"` if that one is an adapter beside the weights of the other, both named by id or path and
-    loaded alike, so that one model in memory is both; otherwise `None`. The keyword arguments are as for
+    Which of the two is an adapter of the other, so that one loaded model can serve as both: `"expert"`, `"amateur"` or
+    `None`. Both must be named by id or path and loaded alike. The keyword arguments are as for
     [`~trl_lightreasoner.models.loading.load_model`].
     """
     if not (isinstance(expert, str) and isinstance(amateur, str)):
@@ -113,7 +113,7 @@ def which_is_adapter(
     adapter, base = (0, 1) if configs[0] is not None else (1, 0)
     config, name = configs[adapter], (expert, amateur)[adapter]
     assert config is not None
-    # Where the base model's weights or embeddings are changed, there are two models
+    # An adapter that changes the base model's weights or embeddings needs two models
     if not lies_beside(config) or config.bias != "none" or count_saved_embeddings(name, **repositories[adapter]):
         return None
     revisions = (config.revision or "main", repositories[base].get("revision") or "main")
@@ -124,7 +124,7 @@ def which_is_adapter(
 
 
 def _settings(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Of the arguments of `load_model`, those that do not say where it is found, comparable."""
+    """The arguments of `load_model` that do not say where to find the model, as comparable values."""
     elsewhere = hub_kwargs(kwargs)
     values = {name: value for name, value in kwargs.items() if name not in elsewhere}
     return {name: value.to_dict() if hasattr(value, "to_dict") else value for name, value in values.items()}

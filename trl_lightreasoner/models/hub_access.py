@@ -1,4 +1,4 @@
-"""What is in the cache is loaded at once where there is no network, not after each file was asked for six times."""
+"""Without a network, load from the cache at once, instead of after six requests for every file."""
 
 import logging
 import os
@@ -15,12 +15,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_SECONDS = 300  # for which an answer holds
-_answer: tuple[float, bool] | None = None  # when it was given, and whether the Hub was there
+_SECONDS = 300  # validity of an answer
+_answer: tuple[float, bool] | None = None  # time of the answer, and whether the Hub was reachable
 
 
 def from_cache_if_unreachable(load: Callable[..., T]) -> Callable[..., T]:
-    """Let a function whose first argument can be the id of a model look into the cache alone, if the Hub is away."""
+    """Let a function whose first argument can be a model id use the cache alone if the Hub cannot be reached."""
 
     @wraps(load)
     def loaded(model: Any, *args: Any, **kwargs: Any) -> T:
@@ -32,7 +32,7 @@ def from_cache_if_unreachable(load: Callable[..., T]) -> Callable[..., T]:
 
 @contextmanager
 def cache_if_unreachable(*models: Any) -> Iterator[None]:
-    """Within it the cache alone is looked into, if one of the models is named by an id and the Hub is away."""
+    """A context that uses the cache alone if one of the models is given by id and the Hub cannot be reached."""
     is_id = any(isinstance(model, str) and not os.path.exists(model) for model in models)
     if not is_id or is_offline_mode() or _is_reachable():
         yield
@@ -41,7 +41,7 @@ def cache_if_unreachable(*models: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = False  # whoever uploads later asks anew
+        constants.HF_HUB_OFFLINE = False  # a later upload asks again
 
 
 def _is_reachable() -> bool:
@@ -50,7 +50,7 @@ def _is_reachable() -> bool:
         try:
             get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
             _answer = (time.monotonic(), True)
-        except Exception as error:  # what its HTTP client raises, now this one, now that
+        except Exception as error:  # its HTTP clients raise different errors
             logger.warning(
                 f"{constants.ENDPOINT} cannot be reached ({' '.join(str(error).split())}): models are loaded from the "
                 "cache."

@@ -1,10 +1,10 @@
-"""Loading an expert or an amateur, its config and its tokenizer, whichever way the user names it."""
+"""Load a model, its config and its tokenizer, however the user names it."""
 
 import json
 import os
 import re
 from pathlib import Path
-from pickle import UnpicklingError  # raised for files that hold more than tensors; none is read that way
+from pickle import UnpicklingError  # raised for files that hold more than tensors. Nothing is unpickled here
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +42,7 @@ from .hub_access import from_cache_if_unreachable
 from .weights import get_base_model, is_peft_model, settle_4bit_layers
 
 
-if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
+if TYPE_CHECKING:  # slow to import, and not needed without an adapter
     from peft import PeftModel
 
 
@@ -57,16 +57,16 @@ def load_model(
     model: "str | PreTrainedModel | PeftModel", is_trainable: bool = False, **kwargs: Any
 ) -> "PreTrainedModel | PeftModel":
     """
-    The model itself, loaded if it is named by an id or a path (of a model or of a PEFT adapter).
+    Load a model or a PEFT adapter given by id or path. A model is returned as it is.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What the user passed.
-        is_trainable (`bool`): Whether an adapter that is loaded is to be trained further.
+        is_trainable (`bool`): Whether a loaded adapter will be trained further.
         kwargs: For [`~transformers.AutoModelForCausalLM.from_pretrained`]. `dtype` defaults to `"auto"`, the
-            checkpoint's own; the device is the process's own.
+            checkpoint's own, and the device to that of the process.
 
     Raises:
-        `ValueError`: If the weights are not those of the config, or an argument is unknown.
+        `ValueError`: If the weights do not fit the config, or an argument is unknown.
     """
     if not isinstance(model, str):
         return settle_4bit_layers(model)
@@ -77,7 +77,7 @@ def load_model(
             f"The model {model!r} cannot be loaded: its weights are damaged, or hold Python objects, which could run "
             "code when loaded. Use a copy with *.safetensors files."
         ) from error
-    # What a wrong file or argument sets off, by PyTorch, safetensors, PEFT and transformers
+    # Raised by PyTorch, safetensors, PEFT and transformers for a wrong file or argument
     except (RuntimeError, TypeError, AttributeError, KeyError, SafetensorError) as error:
         raise ValueError(
             f"The model {model!r} cannot be loaded: {' '.join(str(error).split()).rstrip('.')}."
@@ -90,12 +90,12 @@ def _load_model(model: str, is_trainable: bool, **kwargs: Any) -> "PreTrainedMod
     if "device_map" not in kwargs and device.type != "cpu":
         kwargs["device_map"] = {"": device}
     source, repository = _locate(model, "model", kwargs)
-    # A shape that differs is told with the rest
+    # Different shapes are reported with the other misfits
     kwargs |= {**repository, "output_loading_info": True, "ignore_mismatched_sizes": True}
     loaded, info = AutoModelForCausalLM.from_pretrained(source, **kwargs)
-    unexpected = set(info["unexpected_keys"]) - {name for name, _ in loaded.named_buffers()}  # made anew
+    unexpected = set(info["unexpected_keys"]) - {name for name, _ in loaded.named_buffers()}  # computed on loading
     if is_text_part(loaded, AutoConfig.from_pretrained(source, **repository)):
-        unexpected = set()  # its other parts
+        unexpected = set()  # those of its other parts
     misfits = {
         "missing": info["missing_keys"],
         "unexpected": unexpected,
@@ -113,7 +113,7 @@ def _load_model(model: str, is_trainable: bool, **kwargs: Any) -> "PreTrainedMod
 
 
 def _other_shapes(model: PreTrainedModel) -> set[str]:
-    """Names of weights in 4 or 8 bits of which transformers has not compared the shapes."""
+    """Names of weights in 4 or 8 bits with a wrong shape, which transformers does not check."""
     return {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -125,12 +125,12 @@ def _other_shapes(model: PreTrainedModel) -> set[str]:
 
 
 def is_text_part(model: PreTrainedModel, config: PretrainedConfig) -> bool:
-    """Whether a model is the text part alone of what a config describes, which has vision or audio as well."""
+    """Whether a model is only the text part of a config's model, which also has vision or audio."""
     return config.model_type != model.config.model_type and "text_config" in config.sub_configs
 
 
 def left_out(model: PreTrainedModel, source: str, **kwargs: Any) -> list[str]:
-    """Names of a checkpoint's tensors that its causal language model has no use for; `kwargs` as of [`hub_kwargs`]."""
+    """Names of a checkpoint's tensors that its causal language model does not use. `kwargs` as for [`hub_kwargs`]."""
     kwargs = {name: value for name, value in kwargs.items() if name != "trust_remote_code"}
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     if index := cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **kwargs, **quietly):
@@ -143,25 +143,24 @@ def left_out(model: PreTrainedModel, source: str, **kwargs: Any) -> list[str]:
     kept = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     patterns = model._keys_to_ignore_on_load_unexpected or ()
     ignored = [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
-    return sorted(name for name in ignored if not any(each.endswith(name) for each in kept))  # or made anew
+    return sorted(name for name in ignored if not any(each.endswith(name) for each in kept))  # or computed on loading
 
 
 @from_cache_if_unreachable
 def load_config(model: "str | PreTrainedModel | PeftModel", name: str = "model", **kwargs: Any) -> PretrainedConfig:
     """
-    The model's configuration, without loading the model.
+    Load a model's configuration without the model, and check that LightReasoner can use the model.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What the user passed.
-        name (`str`): What to call it in an error message: "expert", "amateur", "model".
-        kwargs: As for [`load_model`]; of them, those count that say where the model is found and how it is quantized.
+        name (`str`): What to call it in an error message: "expert", "amateur" or "model".
+        kwargs: As for [`load_model`]. Only those that say where to find and how to quantize the model are used.
 
     Raises:
         `TypeError`: If it is none of the accepted types.
-        `ImportError`: If it is to be loaded in 4 or 8 bits and bitsandbytes is not installed.
-        `ValueError`: If it is an encoder-decoder model or an encoder, which have no next-token distribution, an
-            adapter of virtual tokens, or a folder whose weights are missing or damaged; or if the weights are to go
-            where there is no GPU.
+        `ImportError`: If loading in 4 or 8 bits needs bitsandbytes, and it is not installed.
+        `ValueError`: If it has no next-token distribution (an encoder or encoder-decoder model), is an adapter of
+            virtual tokens, cannot be found, has missing or damaged weights, or needs a GPU that is not there.
     """
     if isinstance(model, PreTrainedModel) or is_peft_model(model):
         if is_peft_model(model):
@@ -183,13 +182,10 @@ def load_config(model: "str | PreTrainedModel | PeftModel", name: str = "model",
                 raise ValueError(
                     f"The config.json of the {name} {source!r} cannot be read: {' '.join(str(error).split())}"
                 ) from error
-            raise ValueError(
-                f"The {name} {source!r} cannot be found. It must be a folder with a config.json, or the id of a model "
-                "on the Hub. Private and gated models need `hf auth login`, offline ones must be in the cache."
-            ) from error
+            raise _not_found(source, name) from error
         _check_bitsandbytes(kwargs.get("quantization_config") or getattr(config, "quantization_config", None), name)
         is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
-            getattr(config, "auto_map", None) or {}  # code of its own
+            getattr(config, "auto_map", None) or {}  # custom code
         )
     else:
         raise TypeError(
@@ -201,7 +197,7 @@ def load_config(model: "str | PreTrainedModel | PeftModel", name: str = "model",
             f"The {name} is an encoder-decoder model (`{config.model_type}`). LightReasoner needs a causal language "
             "model, such as Qwen2.5."
         )
-    # The mapping of causal models holds encoders too, which are causal with `is_decoder` only
+    # The mapping of causal models contains encoders, which are causal only with `is_decoder`
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     if is_encoder or not is_causal:
         raise ValueError(
@@ -224,9 +220,9 @@ def _check_device_map(device_map: Any) -> None:
 
 
 def _check_weights(model: str, name: str) -> None:
-    """Refuse a folder without weights or with damaged ones; of every file the header is read."""
+    """Refuse a folder with missing or damaged weights. Only the header of each file is read."""
     folder = Path(model)
-    if not folder.is_dir():  # of the Hub
+    if not folder.is_dir():  # on the Hub
         return
     if not any(path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)):
         raise ValueError(
@@ -245,21 +241,24 @@ def load_tokenizer(
     model: str | torch.nn.Module, name: str = "model", argument: str = "processing_class", **kwargs: Any
 ) -> PreTrainedTokenizerBase:
     """
-    The tokenizer that lies beside a model; for an adapter without one, beside its base model.
+    Load the tokenizer of a model. For an adapter without one, it is that of its base model.
 
     Args:
         model (`str` or `torch.nn.Module`): Id or path, or a loaded model that knows where it came from.
         name (`str`): What to call the model in an error message.
-        argument (`str`): The argument by which the user can pass a tokenizer instead.
-        kwargs: As for [`load_model`]; of them, those count that say where the model is found.
+        argument (`str`): The argument with which the user can pass a tokenizer instead.
+        kwargs: As for [`load_model`]. Only those that say where to find the model are used.
 
     Raises:
         `ValueError`: If there is none, it is damaged, or the model does not know where it came from.
     """
     if isinstance(model, str):
-        source, repository = _locate(model, name, kwargs)
+        try:
+            source, repository = _locate(model, name, kwargs)
+        except OSError as error:
+            raise _not_found(model, name) from error
         if source != model and _has_tokenizer(model, hub_kwargs(kwargs)):
-            # The kind of tokenizer is told by a config.json, which an adapter has not
+            # The class of the tokenizer depends on a config.json, which an adapter lacks
             config = AutoConfig.from_pretrained(source, **repository)
             own = _load_tokenizer(model, name, {**hub_kwargs(kwargs), "config": config})
             rows = count_saved_embeddings(model, **hub_kwargs(kwargs)) or config.get_text_config().vocab_size
@@ -274,7 +273,7 @@ def load_tokenizer(
     if not source:
         raise ValueError(f"The tokenizer of the {name} cannot be located. Pass the tokenizer as `{argument}`.")
     folder = Path(source)
-    if folder.is_dir() and not _has_tokenizer(source, repository):  # transformers would make an empty one
+    if folder.is_dir() and not _has_tokenizer(source, repository):  # transformers would create an empty one
         raise ValueError(
             f"The {name} has no tokenizer: {source!r} holds no tokenizer.json. Save the model's tokenizer there, or "
             f"pass it as `{argument}`."
@@ -285,14 +284,32 @@ def load_tokenizer(
 def _load_tokenizer(source: str, name: str, repository: dict[str, Any]) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source, **repository)
-    except Exception as error:  # tokenizers raises nothing narrower
+    except Exception as error:  # tokenizers raises no narrower type
+        if not _has_config(source, repository):
+            raise _not_found(source, name) from error
         raise ValueError(
             f"The tokenizer of the {name} {source!r} cannot be loaded: {' '.join(str(error).split()).rstrip('.')}."
         ) from error
 
 
+def _not_found(source: str, name: str) -> ValueError:
+    return ValueError(
+        f"The {name} {source!r} cannot be found. It must be a folder with a config.json, or the id of a model on the "
+        "Hub. Private and gated models need `hf auth login`, offline ones must be in the cache."
+    )
+
+
+def _has_config(source: str, repository: dict[str, Any]) -> bool:
+    """Whether a folder exists, or a repository on the Hub has a config.json that can be loaded."""
+    try:
+        where = {name: value for name, value in repository.items() if name != "trust_remote_code"}
+        return os.path.isdir(source) or cached_file(source, "config.json", **where) is not None
+    except OSError:
+        return False
+
+
 def _has_tokenizer(source: str, repository: dict[str, Any]) -> bool:
-    """Whether a tokenizer lies in a folder, or in a repository of the Hub."""
+    """Whether a folder, or a repository on the Hub, contains a tokenizer."""
     folder = Path(source)
     if folder.is_dir():
         return any(path for pattern in _VOCABULARY_FILES for path in folder.glob(pattern))
@@ -305,12 +322,12 @@ def _has_tokenizer(source: str, repository: dict[str, Any]) -> bool:
 @from_cache_if_unreachable
 def load_eos_ids(model: "str | PreTrainedModel | PeftModel", **kwargs: Any) -> set[int]:
     """
-    The ids that a model's generation_config names as EOS, or else its config, without loading the model.
+    The EOS ids in a model's generation_config, or else in its config, without loading the model.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What the user passed. An adapter's own
-            generation_config, as the trainer saves it, comes before that of its base model.
-        kwargs: As for [`load_model`]; of them, those count that say where the model is found.
+            generation_config, as the trainer saves it, takes precedence over that of its base model.
+        kwargs: As for [`load_model`]. Only those that say where to find the model are used.
     """
     if isinstance(model, str):
         source, repository = _locate(model, "model", kwargs)
@@ -327,16 +344,16 @@ def load_eos_ids(model: "str | PreTrainedModel | PeftModel", **kwargs: Any) -> s
 
 
 def _locate(model: str, name: str, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Id or path of the model, or of the base model of an adapter, and the arguments with which it is found."""
+    """Id or path of the model, or of an adapter's base model, and the arguments with which to find it."""
     repository = hub_kwargs(kwargs)
     if (adapter := load_adapter_config(model, name, **repository)) is None:
         return model, repository
-    # The user's revision is the adapter's, which names that of its base model
+    # The user's revision is that of the adapter. The adapter names the revision of its base model
     return adapter.base_model_name_or_path, {**repository, "revision": adapter.revision or "main"}
 
 
 def hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments of `from_pretrained` that say where a model is found, not how its weights are loaded."""
+    """The arguments of `from_pretrained` that say where to find a model, not how to load its weights."""
     names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
     return {name: kwargs[name] for name in names if name in kwargs}
 
@@ -355,17 +372,18 @@ def add_quantization(
     kwargs: dict[str, Any], model: Any, quantization_config: BitsAndBytesConfig | None, owner: str, prefix: str = ""
 ) -> dict[str, Any]:
     """
-    The keyword arguments of [`load_model`] with the quantization that the user asked for beside them.
+    Add the user's quantization to the keyword arguments of [`load_model`].
 
     Args:
         kwargs (`dict[str, Any]`): From the user's `model_init_kwargs`.
-        model (`str` or `torch.nn.Module`): What the user passed. A loaded model stays as it is, with a warning.
+        model (`str` or `torch.nn.Module`): What the user passed. A loaded model is not changed, and a warning is
+            logged.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*): What the user passed.
-        owner (`str`): Who took it: "trainer", "sampler".
-        prefix (`str`): Of the arguments' names, such as "amateur_".
+        owner (`str`): The class that it was passed to: "trainer" or "sampler".
+        prefix (`str`): Prefix of the arguments' names, such as "amateur_".
 
     Raises:
-        `ValueError`: If `kwargs` has one too.
+        `ValueError`: If `kwargs` also contains a quantization.
     """
     if quantization_config is None:
         return kwargs

@@ -1,4 +1,4 @@
-"""Whether the model that is trained is the expert that the steps were sampled with."""
+"""Check that the trained model is the expert that the steps were sampled with."""
 
 import json
 import os
@@ -22,24 +22,25 @@ def warn_of_another_expert(
     dataset: Dataset | IterableDataset, model: torch.nn.Module, name: str | None = None
 ) -> None:
     """
-    Warn of every way in which a model differs from the expert that `sampling_metadata` describes.
+    Warn of every difference between a model and the expert that `sampling_metadata` describes.
 
     Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The steps to be trained on, of one expert or
-            of several. One that does not say, or that would have to be read first, gives no warning.
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): As training starts, before a new adapter.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The steps to train on, of one or several
+            experts. There is no warning without metadata, or if the dataset is streamed.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model at the start of training, before a
+            new adapter is added.
         name (`str`, *optional*): Id or path of the model, if the user gave one.
     """
     if not isinstance(dataset, Dataset) or "sampling_metadata" not in dataset.column_names:
         return
     trained = describe_model(model, name)
-    # A new adapter changes nothing yet. Nor does one that begins with a share of the weights, as PiSSA and OLoRA do;
-    # whether it is still new, its weights do not tell
+    # A new adapter changes nothing yet, even one that starts with a part of the weights, such as PiSSA and OLoRA. Its
+    # weights do not show whether it is still new
     adapts = is_peft_model(model) and any(p.any() for n, p in model.named_parameters() if "lora_B" in n)
     is_told = name is not None or all(map(lies_beside, getattr(model, "peft_config", {}).values()))
     samplings = [_read_sampling(text) for text in dataset.unique("sampling_metadata")]
     experts = [sampling["expert"] for sampling in samplings if sampling]
-    # In a later round the labels are meant to be those of the expert without the adapter that is trained further
+    # In a later round the labels may come from the expert without the adapter that is trained further
     if any(sampling.get("settings", {}).get("label_expert") == "base" for sampling in samplings):
         trained, *experts = ({**each, "adapter": None} for each in (trained, *experts))
     pairs = [pair for expert in experts for pair in differences(expert, trained, adapts and is_told)]
@@ -52,15 +53,15 @@ def warn_of_another_expert(
 
 def differences(sampled: dict[str, Any], trained: dict[str, Any], adapts: bool = True) -> list[tuple[str, str]]:
     """
-    How two experts differ as functions.
+    Differences between two experts that can change their outputs.
 
     Args:
-        sampled, trained (`dict[str, Any]`): As of [`~trl_lightreasoner.models.weights.describe_model`].
-        adapts (`bool`): Whether the adapter of `trained`, if there is one, changes its base.
+        sampled, trained (`dict[str, Any]`): Results of [`~trl_lightreasoner.models.weights.describe_model`].
+        adapts (`bool`): Whether the adapter of `trained`, if there is one, changes its base model's outputs.
 
     Returns:
-        A pair of phrases for every difference. A folder may have moved, so that of paths the last part counts; weights
-        may be held in a wider dtype, as training in full does.
+        A pair of phrases for every difference. Only the last part of a path is compared, since a folder may have
+        moved. A wider dtype is not a difference, since full training uses one.
 
     Example:
 
@@ -93,14 +94,14 @@ def differences(sampled: dict[str, Any], trained: dict[str, Any], adapts: bool =
     dtypes = values("dtype")
     if set(dtypes) <= _FLOATS:
         was, is_now = (getattr(torch, dtype) for dtype in dtypes)
-        if torch.promote_types(was, is_now) != is_now:  # the weights lose digits
+        if torch.promote_types(was, is_now) != is_now:  # the weights lose precision
             pairs.append((f"in {dtypes[0]}", f"in {dtypes[1]}"))
     return pairs
 
 
 def hub_id(name: str | None) -> str | None:
     """
-    The id on the Hub (owner/name) of a model or dataset, or `None` for what lies on this machine.
+    The id on the Hub (owner/name) of a model or dataset, or `None` if it is a local path.
 
     Example:
 
@@ -118,12 +119,12 @@ def hub_id(name: str | None) -> str | None:
         validate_repo_id(name)
     except HFValidationError:
         return None
-    # A name without an owner is what is left of a path
+    # A name without an owner is the last part of a path
     return name if "/" in name and not os.path.exists(name) else None
 
 
 def public_name(name: str | None) -> str | None:
-    """A name that tells nothing of this machine: the id on the Hub, or the last part of a path."""
+    """A name that reveals nothing about this machine: the id on the Hub, or the last part of a path."""
     return hub_id(name) or (name or "").replace("\\", "/").rstrip("/").rpartition("/")[2] or None
 
 
@@ -131,7 +132,7 @@ def _read_sampling(text: str | None) -> dict[str, Any]:
     try:
         sampling = json.loads(text or "")
         is_ours = isinstance(sampling["expert"], dict)
-    except (TypeError, KeyError, ValueError):  # somebody else's column
+    except (TypeError, KeyError, ValueError):  # a column that is not ours
         return {}
     return sampling if is_ours else {}
 

@@ -1,7 +1,7 @@
-"""The bytes of each token of a tokenizer, and the tokens of any bytes: what two tokenizers have in common.
+"""The bytes of a tokenizer's tokens, and the tokens of any bytes, which is what two different tokenizers share.
 
-A tokenizer is read here as it goes on with a text: no BOS, no blank that SentencePiece puts before the first word, and
-no special token, whatever the text says.
+Texts are tokenized here as the continuation of another text: without BOS, without the space that SentencePiece puts
+before the first word, and without special tokens, even if the text contains their names.
 """
 
 import copy
@@ -16,9 +16,9 @@ from ..vocabulary import special_ids
 
 
 _BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
-# Texts that must come back from their tokens
+# Texts that must be restored exactly from their tokens
 _SAMPLE = "Ann has 12 apples, and\n\nBen's  cost $3.50 (x = 7).\n"
-# What a text can be put behind, to be read as one that goes on
+# Texts to put before another, so that it is tokenized as a continuation
 _ANCHORS = ("\n", ".", "a")
 
 
@@ -27,12 +27,12 @@ class TokenBytes:
     Tokens as byte strings.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Byte-level BPE, or SentencePiece's kinds.
-        width (`int`): Number of columns of the model's logits; tokens beyond have no bytes here.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Byte-level BPE, or one of SentencePiece's types.
+        width (`int`): Number of columns of the model's logits. Tokens beyond it have no bytes here.
         name (`str`): What to call the model in an error message.
 
     Raises:
-        `ValueError`: If the bytes of its tokens cannot be told.
+        `ValueError`: If the bytes of its tokens cannot be determined.
 
     Example:
 
@@ -56,7 +56,7 @@ class TokenBytes:
         self.bytes: list[bytes | None] = [None] * width
         for token, token_id in tokenizer.get_vocab().items():
             if token_id < width and token_id not in special:
-                as_text = byte_level and token_id in added  # which are not spelled in bytes
+                as_text = byte_level and token_id in added  # added tokens are stored as plain text
                 self.bytes[token_id] = token.encode() if as_text else _bytes_of(token, byte_level)
         self.ids: dict[bytes, list[int]] = {}
         for token_id, content in enumerate(self.bytes):
@@ -67,7 +67,7 @@ class TokenBytes:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
-        # Of a tokenizer that begins every text with a blank, the rest is read behind another text
+        # A tokenizer that adds a space to every text gets another text before it
         alone = self._encode([_SAMPLE])[0]
         self._anchors = ("",) if self.join(alone) == _SAMPLE.encode() else _ANCHORS
         self._anchor_ids = self._encode(list(self._anchors))
@@ -75,31 +75,31 @@ class TokenBytes:
             raise ValueError(_refusal(name))
 
     def join(self, ids: list[int] | tuple[int, ...]) -> bytes | None:
-        """The bytes of some tokens; `None` if one of them has none."""
+        """The bytes of some tokens, or `None` if one of them has none."""
         parts = [self.bytes[token_id] if token_id < len(self.bytes) else None for token_id in ids]
         return None if None in parts else b"".join(parts)  # type: ignore[arg-type]
 
     def starting_with(self, beginning: bytes) -> list[int]:
-        """Tokens whose bytes begin with these."""
+        """Tokens whose bytes begin with the given ones."""
         low = bisect_left(self._sorted, beginning)
         high = bisect_left(self._sorted, True, lo=low, key=lambda content: not content.startswith(beginning))
         return [token_id for content in self._sorted[low:high] for token_id in self.ids[content]]
 
     def going_on(self, beginning: bytes, most: int) -> list[bytes]:
-        """What, at most, `most` longer tokens have behind these bytes."""
+        """The remaining bytes of up to `most` longer tokens that begin with the given bytes."""
         low = bisect_right(self._sorted, beginning)
         longer = self._sorted[low : low + most]
         return [content[len(beginning) :] for content in longer if content.startswith(beginning)]
 
     def encode(self, content: bytes) -> list[int] | None:
         """
-        The tokens of bytes, of which the last can be part of a character; `None` if the tokenizer does not give them
-        back, such as what it normalizes, or what is no UTF-8.
+        The tokens of some bytes, which may end within a character. `None` if the tokens do not restore the bytes, for
+        example if the tokenizer normalizes them or they are not UTF-8.
         """
         return self.encode_all([content])[0]
 
     def encode_all(self, contents: list[bytes]) -> list[list[int] | None]:
-        """The same of many byte strings."""
+        """The same for many byte strings."""
         texts = [split_characters(content) for content in contents]
         found: list[list[int] | None] = [None] * len(contents)
         open_rows = [row for row, text in enumerate(texts) if text is not None]
@@ -119,7 +119,7 @@ class TokenBytes:
 
 
 def split_characters(content: bytes) -> tuple[str, bytes] | None:
-    """Bytes as text and the beginning of a character behind it; `None` if they are no UTF-8."""
+    """Split bytes into text and the start of an incomplete character. `None` if they are not UTF-8."""
     try:
         return content.decode(), b""
     except UnicodeDecodeError as error:
@@ -137,7 +137,7 @@ def _bytes_of(token: str, byte_level: bool) -> bytes | None:
 
 
 def _decoders_of(backend: Tokenizer) -> set[str]:
-    """Types of the decoder and of its parts."""
+    """Types of the tokenizer's decoder and of its parts."""
     if backend.decoder is None:
         return set()
     parts, kinds = [json.loads(backend.decoder.__getstate__())], set()

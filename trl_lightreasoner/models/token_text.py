@@ -1,4 +1,4 @@
-"""Token ids as text to be trusted: what cannot be seen, or would move what stands around it, is spelled out."""
+"""Token ids as text that can be trusted: characters that are invisible or move other text are spelled out."""
 
 import unicodedata
 
@@ -15,8 +15,8 @@ _MARKS = {"\n": "\u21b5\n", "\t": "\u21e5"}
 
 def spell_out(text: str) -> str:
     """
-    `text` in which every character shows: a line break has an arrow before it, a tab is one, and other control
-    characters, directions of writing, zero widths, surrogates, private and unassigned ones are shown by number.
+    Make every character of a text visible. A line break gets an arrow before it, and a tab becomes an arrow. Other
+    invisible characters are shown by number: control, bidirectional, zero-width, surrogate, private and unassigned.
 
     Example:
 
@@ -33,12 +33,12 @@ def spell_out(text: str) -> str:
         for char in text
     ]  # fmt: skip
     if shown and unicodedata.combining(text[0]):
-        shown.insert(0, "\u25cc")  # which an accent would otherwise put on the token before
+        shown.insert(0, "\u25cc")  # otherwise an accent would be put on the token before
     return "".join(shown)
 
 
 def label_of(text: str) -> str:
-    """A token's text where it stands alone: blanks at its ends show, and a line break breaks no line."""
+    """The text of a single token: spaces at its ends are visible, and a line break does not break the line."""
     text = text.replace("\u21b5\n", "\u21b5")
     inner = text.strip(" ")
     if not inner:
@@ -49,7 +49,7 @@ def label_of(text: str) -> str:
 
 class TokenTexts:
     """
-    The text of each token of a tokenizer, spelled out; without a tokenizer, its number.
+    The text of each token of a tokenizer, spelled out. Without a tokenizer it is the token's number.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The expert's tokenizer.
@@ -72,7 +72,7 @@ class TokenTexts:
         if tokenizer is not None:
             self._size = len(tokenizer)
             self._special = special_ids(tokenizer)
-            # Some tokenizers take the blank from the first token of a text
+            # Some tokenizers remove the space from the first token of a text
             self._anchor = tokenizer("a", add_special_tokens=False).input_ids
             self._before = self._decode([])
 
@@ -84,7 +84,7 @@ class TokenTexts:
         return self._texts[token_id]
 
     def is_special(self, token_id: int) -> bool:
-        """Whether the token stands for something other than text, such as the end."""
+        """Whether the token stands for something other than text, such as EOS."""
         return self.tokenizer is not None and token_id in self._special
 
     def _text(self, token_id: int) -> str:

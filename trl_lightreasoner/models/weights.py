@@ -1,4 +1,4 @@
-"""What a loaded model says of itself: where it comes from, a checksum of its weights, and settled 4-bit layers."""
+"""Facts about a loaded model: its origin, a checksum of its weights, and stable 4-bit layers."""
 
 import hashlib
 import json
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 
 
-if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
+if TYPE_CHECKING:  # slow to import, and not needed without an adapter
     from peft import PeftConfig, PeftModel
 
 
-_BLOCK = 2**20  # words that are summed up together
-# Arguments of `from_pretrained` that say where a model is found and put, or show in its weights, dtype and attention
+_BLOCK = 2**20  # number of words that are summed together
+# Arguments of `from_pretrained` that say where to find or put a model, or that its weights, dtype or attention show
 _ELSEWHERE = (
     *("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "force_download", "subfolder"),
     *("device_map", "max_memory", "low_cpu_mem_usage", "offload_folder", "use_safetensors"),
@@ -23,16 +23,16 @@ _ELSEWHERE = (
 
 def settle_4bit_layers(model: torch.nn.Module) -> torch.nn.Module:
     """
-    The model itself, whose 4-bit layers no forward pass changes any more. To be called before the first one.
+    Keep forward passes from changing a model's 4-bit layers, and return the model. Call it before the first pass.
 
-    On a CPU with AVX512-BF16 bitsandbytes repacks the weights for inference in the first pass in evaluation mode;
-    training then gets wrong gradients, and saving wrong weights. On any device it casts the biases.
+    On a CPU with AVX512-BF16, bitsandbytes repacks the weights for inference in the first pass in evaluation mode.
+    After that, gradients and saved weights are wrong. On any device it casts the biases.
 
     Raises:
-        `ValueError`: If the weights are repacked already.
+        `ValueError`: If the weights have been repacked already.
     """
     for module in model.modules():
-        if not hasattr(module, "compute_type_is_set"):  # which bitsandbytes' `Linear4bit` alone has
+        if not hasattr(module, "compute_type_is_set"):  # only bitsandbytes' `Linear4bit` has it
             continue
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(
@@ -47,11 +47,11 @@ def settle_4bit_layers(model: torch.nn.Module) -> torch.nn.Module:
 
 def describe_model(model: torch.nn.Module, name: str | None = None) -> dict[str, Any]:
     """
-    What tells one expert from another, in values that JSON can hold.
+    Facts that distinguish one expert from another, as JSON-serializable values.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.
-        name (`str`, *optional*): Id or path that the user gave; of an adapter, the model itself does not know it.
+        name (`str`, *optional*): Id or path that the user gave. A loaded adapter does not know its own.
     """
     base = get_base_model(model)
     quantization = getattr(base.config, "quantization_config", None)
@@ -70,14 +70,14 @@ def describe_model(model: torch.nn.Module, name: str | None = None) -> dict[str,
 
 
 def lies_beside(config: "PeftConfig") -> bool:
-    """Whether an adapter is LoRA that leaves the base model's weights as they are, which PiSSA and its like change."""
+    """Whether an adapter is LoRA that, unlike PiSSA and similar ones, does not change the base model's weights."""
     from peft import LoraConfig
 
     return type(config) is LoraConfig and config.init_lora_weights in (True, False, "gaussian", "eva", "orthogonal")
 
 
 def is_peft_model(model: Any) -> "TypeGuard[PeftModel]":
-    """Whether it is a [`~peft.PeftModel`]. PEFT is not imported to ask: before it is, there are none."""
+    """Whether it is a [`~peft.PeftModel`]. PEFT is not imported for this."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(model, peft.PeftModel)
 
@@ -94,17 +94,17 @@ def short_name(model: "str | torch.nn.Module") -> str:
 
 
 def weight_fingerprint(model: torch.nn.Module) -> str:
-    """A checksum over the names, shapes, dtypes and bytes of all weights and the active adapters, on every device."""
+    """A checksum of the names, shapes, dtypes and bytes of all weights and active adapters, equal on every device."""
     adapters = [model.active_adapters, model.get_model_status().enabled] if is_peft_model(model) else []
     digest = hashlib.sha256(str(adapters).encode())
-    factors: dict[torch.device, torch.Tensor] = {}  # by which it counts where a value is
+    factors: dict[torch.device, torch.Tensor] = {}  # make the sum depend on the position of a value
     drawn = torch.randint(-(2**63), 2**63 - 1, (_BLOCK,), generator=torch.Generator().manual_seed(0))
     for name, tensor in model.state_dict().items():
         content = tensor.detach().contiguous().flatten().view(torch.uint8)
         whole = len(content) // 8 * 8
         words = content[:whole].view(torch.int64)
         factor = factors.setdefault(tensor.device, drawn.to(tensor.device))
-        # Modulo 2**64, where the high bits of a word count by their low copy as well
+        # Sums are modulo 2**64. A low copy of a word's high bits makes them count too
         sums = [((part ^ (part >> 32)) * factor[: len(part)]).sum() for part in words.split(_BLOCK)]
         summary = [*(torch.stack(sums).tolist() if sums else []), *content[whole:].tolist()]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {summary}".encode())
@@ -113,12 +113,12 @@ def weight_fingerprint(model: torch.nn.Module) -> str:
 
 def describe_loading(model: torch.nn.Module, role: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
-    What the results of a model depend on beside its weights and their dtype, by the names that a user knows.
+    What a model's results depend on besides its weights and their dtype, by the user's names.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.
         role (`str`): Such as `"expert"`.
-        kwargs (`dict[str, Any]`): With which it was loaded, of which those count that change its config.
+        kwargs (`dict[str, Any]`): Arguments that it was loaded with. Only those that change its config are used.
     """
     settings = {name: value for name, value in kwargs.items() if name not in _ELSEWHERE}
     attention = getattr(get_base_model(model).config, "_attn_implementation", None)

@@ -44,11 +44,11 @@ class Folder:
         `ValueError`: If the folder holds another run or something else. The message names the setting that differs.
     """
 
-    # What is said of it, its file of settings, and what else is made in it
+    # Its description, its file of settings, and its other files
     _noun: str
     _settings_name: str
     _made_names: tuple[str, ...]
-    # Settings that may be another when it goes on
+    # Settings that may differ when a run is resumed
     _free: tuple[str, ...] = ()
 
     def __init__(self, args: RunConfig):
@@ -83,7 +83,7 @@ class Folder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Refused before anything was made, it does not keep the folder from other settings
+        # A run refused before it made anything does not block the folder for other settings
         is_refused = kind is not None and issubclass(kind, ValueError)
         if is_refused and not any(path.exists() for path in self._made):
             self._settings_path.unlink(missing_ok=True)

@@ -25,9 +25,9 @@ from .run_config import RunConfig
 from .stages import Stages, evaluation_config, make_sampler, sample_steps, train_adapter, training_config
 
 
-# Below this share of the kept steps at which v_C prefers another token there is nothing left to correct
+# If v_C prefers another token at fewer of the kept steps, there is nothing left to correct
 _MIN_CORRECTIONS = 0.01
-# So much larger may the share of answers be that are cut off than the expert's
+# The largest increase over the expert in the share of answers that are cut off
 _MAX_CUT = 0.02
 # Rows on which entropy and drift are measured
 _NUM_MEASURED = 100
@@ -139,14 +139,14 @@ class Rounds:
 
     def _sample(self, place: RoundFolder, before: RoundFolder | None, prompts: Dataset) -> tuple[Dataset, int, int]:
         if before is not None:
-            self.expert = self.amateur = None  # the memory is for those that are loaded now
+            self.expert = self.amateur = None  # frees memory for the models loaded now
             clear_device_cache(garbage_collection=True)
             adapter = str(before.adapter)
             self._sampler = make_sampler(self.args, adapter, place.steps, label_expert=self.args.label_expert)
         assert self._sampler is not None
         sampled = sample_steps(self._sampler, prompts, self.prompt_format)
         self.expert, self.amateur = self._sampler.expert, self._sampler.amateur
-        self._sampler = None  # and its graphs and caches: training needs the memory
+        self._sampler = None  # frees its graphs and caches for training
         if before is not None:
             self.expert = self.expert.unload()
         clear_device_cache(garbage_collection=True)

@@ -131,7 +131,7 @@ def run_pipeline(args: RunConfig) -> RunResult:
     ```
     """
     stages, folder = Stages(), RunFolder(args)
-    # What can be refused before weights are loaded
+    # Everything that can be refused before weights are loaded
     sampler = open_pair(args, folder.round(1).steps, "run")
     training_config(args, folder.adapter)
     prompts, problems, _, prompt_format = prepare_questions(args, sampler.processing_class)
@@ -187,7 +187,7 @@ def _report(args: RunConfig, folder: RunFolder, play: Rounds) -> None:
     steps = {f"{folder.path.name}/steps": play.sampled[0]}
     if len(play.sampled) > 1:
         steps = {"round 1": play.sampled[0], f"round {len(play.sampled)}": play.sampled[-1]}
-    # Where each round has an expert of its own, that is loaded by its name
+    # With several rounds each has its own expert, loaded by its path
     is_one_expert = len(steps) == 1 or args.label_expert == "base"
     write_report(
         steps,

@@ -1,4 +1,4 @@
-"""Settings of `run_pipeline`: what a user would set; everything else is set by the single commands."""
+"""Settings of `run_pipeline`: the common ones. All others are set with the single commands."""
 
 from dataclasses import dataclass, field
 
@@ -58,7 +58,8 @@ class RunConfig:
             one, and otherwise `question`.
         answer_column (`str`, *optional*):
             Column that holds the answers to the held-out questions: the answer alone, or a solution that has it after
-            #### or in \boxed{}. If `None`, it is `answer` if there is one. Without answers no question is held out.
+            `####` or in `\boxed{}`. If `None`, it is `answer` if there is one. Without answers no question is held
+            out.
         num_prompts (`int`, *optional*, defaults to `1000`):
             Number of questions to sample, from the start of the dataset. Their answers are not used.
         num_held_out (`int`, *optional*, defaults to `500`):
@@ -214,7 +215,7 @@ class RunConfig:
         default=None,
         metadata={
             "help": "Column that holds the answers to the held-out questions: the answer alone, or a solution that "
-            "has it after #### or in \\boxed{}. If `None`, it is `answer` if there is one. Without answers no "
+            "has it after `####` or in `\\boxed{}`. If `None`, it is `answer` if there is one. Without answers no "
             "question is held out."
         },
     )
@@ -378,7 +379,7 @@ class RunConfig:
             )
         if self.prompt_template is not None:
             self.prompt_template = read_template(self.prompt_template)
-        # The other numbers are checked by the settings of the stages, which are made of them before anything is done
+        # The other numbers are checked when the settings of the stages are made from them, before any work
         check_numbers(self, ("alpha", "learning_rate"))
         if isinstance(self.benchmarks, str):
             self.benchmarks = [self.benchmarks]

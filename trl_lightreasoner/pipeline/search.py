@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 Setting = dict[str, Any]
 
-# How often a trial answers the questions, its end included
+# How often a trial answers the questions, including at its end
 NUM_EVALUATIONS = 3
-# What Optuna remembers of a trial beside its values
+# Attributes that Optuna stores for a trial besides its values
 _IS_DEFAULT, _SETTING, _NOTE, _REPEATS = "is_default", "setting", "note", "repeats"
 
 
@@ -38,7 +38,7 @@ def import_optuna() -> ModuleType:
         import optuna
     except ImportError as error:
         raise ImportError("A search needs Optuna: `pip install 'trl-lightreasoner[tune]'`.") from error
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # trials are printed here
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # this module prints the trials
     return optuna
 
 
@@ -58,7 +58,7 @@ class AccuracyReporter(TrainerCallback):
     def __init__(self, trial: "OptunaTrial", max_steps: int):
         self.trial = trial
         self.accuracy: float | None = None
-        # Trials of unlike lengths are compared at the same part of their schedules
+        # Trials of different lengths are compared at the same fraction of their schedules
         parts = range(1, NUM_EVALUATIONS + 1)
         self._parts = {0: 0} | {max(1, round(max_steps * part / NUM_EVALUATIONS)): part for part in parts}
 
@@ -107,7 +107,7 @@ def search(
     optuna = import_optuna()
     study = _open_study(optuna, folder.study)
     _repeat_broken_trials(optuna, study, folder)
-    # With the same seed again, a search that goes on would make its first suggestions once more
+    # With the same seed, a resumed search would repeat its first suggestions
     study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
     if not study.trials:
         study.enqueue_trial({each.name: default[each.name] for each in parameters}, user_attrs={_IS_DEFAULT: True})
@@ -115,7 +115,7 @@ def search(
 
     def objective(trial: "OptunaTrial") -> float:
         is_default = trial.user_attrs.get(_IS_DEFAULT, False)
-        # Of the default, Optuna is told what lies in the space; what does not is none of its values
+        # Optuna gets only those values of the default setting that are in the space
         names = [each for each in parameters if not is_default or each.holds(default[each.name])]
         suggested = {each.name: each.suggest(trial) for each in names}
         setting = default if is_default else {**default, **suggested}
@@ -129,7 +129,7 @@ def search(
         reporter = AccuracyReporter(trial, setting["max_steps"])
         try:
             train(setting, folder.trial(trial.number), reporter, is_default)
-        except (torch.OutOfMemoryError, FloatingPointError, UnfitSetting) as error:  # of this setting alone
+        except (torch.OutOfMemoryError, FloatingPointError, UnfitSetting) as error:  # concerns only this setting
             if is_default:
                 raise
             notes = {torch.OutOfMemoryError: "out of memory", FloatingPointError: "gradients were not finite"}
@@ -158,7 +158,7 @@ def search(
 
 
 def _open_study(optuna: ModuleType, path: Path) -> "Study":
-    # By a connection instead of a URL, in which some characters of paths have a meaning of their own
+    # A connection instead of a URL, in which some characters of paths have a special meaning
     connect = {"creator": lambda: sqlite3.connect(path, check_same_thread=False)}
     try:
         storage = optuna.storages.RDBStorage("sqlite://", engine_kwargs=connect)

@@ -1,4 +1,4 @@
-"""The space of a search, from YAML: which fields of a setting are tried, and between which values or among which."""
+"""The space of a search, from YAML: the fields to try, each with a range or a list of values."""
 
 import difflib
 import math
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from optuna import Trial
 
 
-# What `lightreasoner run` and `train` both take, and what needs no second sampling
+# Fields that `lightreasoner run` and `train` share and that need no second sampling
 FIELDS: dict[str, type] = {
     "beta": float,
     "learning_rate": float,
@@ -25,7 +25,7 @@ FIELDS: dict[str, type] = {
     "lora_alpha": int,
     "lora_target_modules": str,
 }
-# Where the real pair and the tiny ones gained (docs/evidence.md); the layers are called otherwise in other models
+# Ranges in which the real pair and the tiny ones gained (docs/evidence.md). Layer names differ between models
 DEFAULT_SPACE: dict[str, Any] = {
     "beta": {"low": 0.4, "high": 3.0, "log": True},
     "learning_rate": {"low": 3e-5, "high": 1e-3, "log": True},
@@ -148,7 +148,7 @@ def _read_parameter(name: Any, values: Any) -> Parameter:
 
 def _read_value(name: str, value: Any) -> Any:
     kind = FIELDS[name]
-    if kind is str:  # names of layers, as a list or with blanks between
+    if kind is str:  # names of layers, as a list or separated by spaces
         words = value if isinstance(value, list) else [value]
         if not words or not all(isinstance(word, str) and word.strip() for word in words):
             raise ValueError(f"`{name}` in the search space must hold names of layers, got {value!r}.")

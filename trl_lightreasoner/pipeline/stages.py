@@ -195,8 +195,8 @@ def train_adapter(
             write_json(
                 Path(training_args.output_dir, "warnings.json"), {"warned": sorted(trainer.drift_warnings.told)}
             )
-        trainer.save_state()  # last, with the log, which the report draws
+        trainer.save_state()  # last, with the log that the report plots
     finally:
         trainer.accelerator.unwrap_model(trainer.model).unload()
-        del trainer  # a cycle that holds the optimizer
+        del trainer  # a reference cycle that holds the optimizer
         clear_device_cache(garbage_collection=True)

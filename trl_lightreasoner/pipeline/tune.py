@@ -157,7 +157,7 @@ def tune(args: TuneConfig) -> TuneResult:
     """
     stages = Stages()
     folder = TuneFolder(args)
-    # What can be refused before weights are loaded
+    # Everything that can be refused before weights are loaded
     import_optuna()
     check_math_verify()
     for parameter in args.parameters:
@@ -182,7 +182,7 @@ def tune(args: TuneConfig) -> TuneResult:
         with stages("sample", f"Expert and amateur read {len(prompts):,} questions"):
             steps, num_steps, num_kept = sample_steps(sampler, prompts, prompt_format)
         expert, amateur = sampler.expert, sampler.amateur
-        del sampler  # and its graphs and caches: training needs the memory
+        del sampler  # frees its graphs and caches for training
         clear_device_cache(garbage_collection=True)
         default = default_setting(args, steps, expert.config.model_type)
 
@@ -315,7 +315,7 @@ def _confirm(
     candidates = {}
     for number in dict.fromkeys([result.best.number, result.trials[0].number]):
         path = str(folder.trial(number))
-        # A folder for each: when the search goes on, another trial can be the best
+        # A folder for each, since another trial can be the best when the search is continued
         candidates[number] = Candidate(f"trial_{number}", path, None, None, args, problems, baseline.processes)
         model = load_adapter(expert, path)
         try:
@@ -328,6 +328,6 @@ def _confirm(
         scores = grade_candidates([model, other], args)["benchmarks"][HELD_OUT]
         return {"model": scores[model.role], "baseline": scores[other.role], "difference": scores["difference"]}
 
-    # The last one leaves evaluation/results.json
+    # The last evaluation leaves evaluation/results.json
     pairs = [(best, default), (default, baseline), (best, baseline)]
     return [compare(*pair) for pair in pairs][::-1]

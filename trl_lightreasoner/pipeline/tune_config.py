@@ -1,4 +1,4 @@
-"""Settings of `tune`: those of a run, which make the first setting that is tried, and those of the search."""
+"""Settings of `tune`: those of a run, which define the first trial, and those of the search."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,5 +70,5 @@ class TuneConfig(RunConfig):
         check_whole_numbers(self, ("num_held_out", "num_validation", "num_trials"))
         if isinstance(self.space, str) and self.space.lstrip().startswith("{"):
             check_init_kwargs(self, ("space",))
-        self.space = load_space(self.space)  # what it holds, not where it lies, is a setting
+        self.space = load_space(self.space)  # the setting is its content, not its path
         self.parameters = read_space(self.space)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from ..evaluation.sets import HELD_OUT, title_of
 
 
-# McNemar's p, beside the interval, which of few questions says too much
+# McNemar's p as well, since the interval is too optimistic for few questions
 _MAX_P = 0.05
 
 

@@ -1,4 +1,4 @@
-"""A Dataset of kept steps, or several, as a page to look at.
+"""One or two Datasets of kept steps as an HTML page.
 
 Input: Datasets of kept steps, and logs of trainings. Output: one HTML page that needs no network, and PNG files.
 """

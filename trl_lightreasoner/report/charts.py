@@ -1,7 +1,7 @@
-"""Charts as inline SVG. Lines and bars stretch with the page; their labels are text beside them, which does not.
+"""Charts as inline SVG. Lines and bars stretch with the page. Labels are HTML text, which does not stretch.
 
-So one chart is readable at 320 pixels and at 1,600. Colours are classes (`s0`, `s1` for two datasets), which the style
-of the page sets for light and dark, and each series also differs by its stroke.
+So a chart is readable at 320 and at 1,600 pixels. Colours are classes (`s0`, `s1` for two datasets), which the page's
+style sets for light and dark mode. Each series also has its own stroke.
 """
 
 import math
@@ -24,9 +24,9 @@ class Axis(NamedTuple):
     One axis of a chart.
 
     Attributes:
-        low, high (`float`): Its ends; on a logarithmic one both are above 0.
+        low, high (`float`): Its ends, both above 0 on a logarithmic axis.
         is_log (`bool`): Whether it is logarithmic.
-        is_share (`bool`): Whether its values are shares, to be written as percentages.
+        is_share (`bool`): Whether its values are fractions, written as percentages.
         label (`str`): What it shows, with the unit.
     """
 
@@ -37,7 +37,7 @@ class Axis(NamedTuple):
     label: str = ""
 
     def place(self, value: float) -> float:
-        """Where `value` lies: 0 at the low end, 1 at the high end; what lies outside is put at the end."""
+        """Position of `value`, from 0 at the low end to 1 at the high end. Values outside are put at the end."""
         if self.is_log:
             value = max(value, self.low)
             place = math.log(value / self.low) / math.log(self.high / self.low)
@@ -75,7 +75,7 @@ class Axis(NamedTuple):
 
 def write_number(value: float) -> str:
     """
-    A number to three digits, as people write it.
+    Write a number with three significant digits.
 
     Example:
 
@@ -99,7 +99,7 @@ def write_number(value: float) -> str:
 
 def write_share(share: float) -> str:
     """
-    A share as a percentage, with a blank that breaks no line.
+    Write a fraction as a percentage, with a non-breaking space.
 
     Example:
 
@@ -118,7 +118,7 @@ def write_share(share: float) -> str:
 
 class Chart:
     """
-    A chart that is drawn layer by layer.
+    A chart drawn layer by layer.
 
     Args:
         x, y ([`Axis`]): The axes.
@@ -144,12 +144,12 @@ class Chart:
         self._shapes.append(f'<path class="line {style}" d="M{"L".join(self._points(xs, ys))}"/>')
 
     def band(self, xs: Numbers, lows: Numbers, highs: Numbers, style: str) -> None:
-        """What lies between two lines."""
+        """The area between two lines."""
         points = self._points(xs, highs) + self._points(xs, lows)[::-1]
         self._shapes.append(f'<path class="band {style}" d="M{"L".join(points)}Z"/>')
 
     def bars(self, edges: Numbers, heights: Numbers, style: str, outline: bool = False) -> None:
-        """Bars from each edge to the next; as one outline where they lie over others."""
+        """Bars from each edge to the next, or only their outline if they are drawn over others."""
         if outline:
             xs, ys = np.repeat(edges, 2)[1:-1], np.repeat(heights, 2)
             self.line(xs, ys, style)
@@ -161,26 +161,26 @@ class Chart:
                 self._shapes.append(f'<rect class="bar {style}" {place}/>')
 
     def points(self, xs: Numbers, ys: Numbers, styles: Sequence[str]) -> None:
-        """Points, each with a style of its own; beside the drawing, which would stretch them."""
+        """Points, each with its own style. They are outside the SVG, which would stretch them."""
         for x, y, style in zip(xs, ys, styles, strict=True):
             place = f"left:{100 * self.x.place(x):.2f}%;--y:{self.y.place(y):.4f}"
             self._marks.append(f'<span class="point {style}" style="{place}"></span>')
 
     def mark(self, value: float, label: str, style: str = "") -> None:
-        """A labelled line upwards from a value of x."""
+        """A labelled vertical line at a value of x."""
         place = self.x.place(value)
         self._shapes.append(f'<path class="mark {style}" d="M{1000 * place:.1f} 0V1000"/>')
         side = "before" if place > 0.6 else "after"
         self._marks.append(f'<span class="mark-label {side} {style}" style="left:{100 * place:.2f}%">{label}</span>')
 
     def level(self, value: float, label: str, style: str = "") -> None:
-        """A labelled line across at a value of y."""
+        """A labelled horizontal line at a value of y."""
         place = self.y.place(value)
         self._shapes.append(f'<path class="mark {style}" d="M0 {1000 - 1000 * place:.1f}H1000"/>')
         self._marks.append(f'<span class="level-label {style}" style="bottom:{100 * place:.2f}%">{label}</span>')
 
     def html(self, description: str) -> str:
-        """The chart; `description` is read out instead of it."""
+        """The chart as HTML. Screen readers read `description` instead."""
         lines = []
         ticks = {"x": "", "y": ""}
         for tick in self.y.ticks():
@@ -210,7 +210,7 @@ def figure(
     title: str, text: str, chart: str, head: Sequence[str], rows: Sequence[Sequence[str]], style: str = ""
 ) -> str:
     """
-    A chart with its title, what it shows, and its numbers as a table. `title` and `text` are HTML, cells are text.
+    A chart with its title, an explanation, and its numbers as a table. `title` and `text` are HTML, cells are text.
     """
     return (
         f'<figure class="card {style}"><figcaption><h3>{title}</h3><p>{text}</p></figcaption>{chart}'
@@ -219,13 +219,13 @@ def figure(
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; cells are text, the first of a row is its header."""
+    """A table. Cells are text, and the first cell of a row is its header."""
     cells = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     body = "".join(
         f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
         for first, *rest in rows
     )
-    # A region that scrolls must be reachable by keyboard
+    # A scrollable region must be reachable with the keyboard
     return (
         '<div class="scroll" tabindex="0" role="group" aria-label="Table">'
         f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"

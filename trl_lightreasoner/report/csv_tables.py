@@ -1,7 +1,7 @@
 """Tables as CSV files, for spreadsheets and for pandas.
 
-Text of models and datasets is in quotation marks inside its cell, as JSON writes it: blanks at its ends show, and no
-spreadsheet takes it for a formula.
+Text of models and datasets is quoted inside its cell, as in JSON. So spaces at its ends are visible, and spreadsheets
+do not read it as a formula.
 """
 
 import csv
@@ -14,7 +14,7 @@ from ..models.token_text import TokenTexts
 
 
 class Table(NamedTuple):
-    """Name of the file without its ending, titles of the columns, and rows."""
+    """Name of the file without its extension, titles of the columns, and rows."""
 
     name: str
     head: Sequence[str]
@@ -33,7 +33,7 @@ def save_table(table: Table, folder: Path) -> Path:
 
 def quoted(text: str) -> str:
     """
-    Text of a model or a dataset as a cell that is text.
+    Quote text of a model or a dataset for a cell.
 
     Example:
 
@@ -47,5 +47,5 @@ def quoted(text: str) -> str:
 
 
 def token_cells(texts: TokenTexts, token_id: int) -> tuple[int, str]:
-    """A token by number and by text."""
+    """A token, as its id and its text."""
     return token_id, quoted(texts(token_id))

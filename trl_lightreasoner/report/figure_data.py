@@ -1,4 +1,4 @@
-"""The numbers behind each figure of a report as CSV, under the name that its picture has."""
+"""The numbers of each figure of a report as CSV, under the name of its picture."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,16 +19,16 @@ def save_figure_data(
     search: SearchResult | None = None,
 ) -> list[Path]:
     """
-    Write what the figures draw.
+    Write the numbers of the figures.
 
     Args:
         datasets (`list[ReportedDataset]`): One or two.
-        curves (`dict`, *optional*): Of a training, as [`load_curves`] returns them.
-        folder (`Path`): Where the files go. It exists.
+        curves (`dict`, *optional*): Curves of a training, from [`load_curves`].
+        folder (`Path`): An existing folder for the files.
         search ([`SearchResult`], *optional*): The trials of a search.
 
     Returns:
-        `list[Path]`: The files.
+        `list[Path]`: The written files.
     """
     return [save_table(table, folder) for table in _tables(datasets, curves or {}, search)]
 

@@ -1,4 +1,4 @@
-"""The figures of a report: what is known of one Dataset, or of two over each other, and of a training."""
+"""The figures of a report: one Dataset, or two overlaid, and a training."""
 
 from collections.abc import Callable, Sequence
 from html import escape
@@ -14,8 +14,8 @@ from .training_curves import Curve
 
 SHARES = (0.05, 0.1, 0.2)
 V_C = "<i>v</i><sub>C</sub>"
-_NUM_TOKENS = 10  # in each table of tokens
-_LEAST_GAIN = 0.005  # what would be written as 0
+_NUM_TOKENS = 10  # rows in each table of tokens
+_LEAST_GAIN = 0.005  # smaller gains would be written as 0
 
 CURVE_TITLES = {
     "accuracy": "Accuracy",
@@ -35,13 +35,13 @@ CURVE_TEXTS = {
     "mean_token_accuracy": f"Fraction of the kept steps at which π<sub>θ</sub> and {V_C} have the same most probable "
     "token.",
     "grad_norm": "Before clipping.",
-    "learning_rate": "As the schedule sets it.",
+    "learning_rate": "As set by the schedule.",
     "num_nonfinite_updates": "Updates skipped because of NaN or Inf gradients.",
     "accuracy_num_cut": "Answers longer than <code>eval_max_new_tokens</code>.",
     "accuracy_num_undecided": "Answers that could not be graded. They count as wrong.",
 }
 _ERROR = "_standard_error"
-# Counts of what should not happen
+# Counts of events that should not happen
 _FAULTS = ("num_nonfinite_updates", "accuracy_num_cut", "accuracy_num_undecided")
 
 
@@ -86,7 +86,7 @@ def _mark_betas(chart: Chart, datasets: list[ReportedDataset], draw: str = "mark
 
 
 def _sentences(datasets: list[ReportedDataset], say: Callable[[StepStatistics], str]) -> str:
-    """What `say` says of each dataset, by name where there are two."""
+    """The sentence of `say` for each dataset, with its name if there are two."""
     if len(datasets) == 1:
         return say(datasets[0].statistics)
     return "<br>".join(f"<b>{escape(each.name)}</b> {say(each.statistics)}" for each in datasets)
@@ -102,7 +102,7 @@ def _kl_distribution(datasets: list[ReportedDataset]) -> str:
         Axis(0, 1.05 * max(values.max() for values in shares), is_share=True, label="Share of steps"),
     )
     for (style, each), (edges, _), values in zip(_styles(datasets), histograms, shares, strict=True):
-        # What lies below the axis is in its first bar
+        # Values below the axis are in its first bar
         first = max(0, int(np.searchsorted(edges, low * (1 + 1e-9), side="right")) - 1)
         values = np.concatenate([[values[: first + 1].sum()], values[first + 1 :]])
         edges = edges[first:]
@@ -110,7 +110,7 @@ def _kl_distribution(datasets: list[ReportedDataset]) -> str:
             chart.bars(edges, values, style, outline=True)
             continue
         beta = each.statistics.beta or np.inf
-        kept = edges[:-1] >= beta * (1 - 1e-6)  # which is an edge, in single precision
+        kept = edges[:-1] >= beta * (1 - 1e-6)  # beta is an edge, in single precision
         chart.bars(edges, np.where(kept, 0, values), "quiet")
         chart.bars(edges, np.where(kept, values, 0), style)
     _mark_betas(chart, datasets)
@@ -195,7 +195,7 @@ def _kl_by_position(datasets: list[ReportedDataset]) -> str:
 def _by_position(datasets: list[ReportedDataset], columns: list[list[str]]) -> list[list[str]]:
     edges = max((each.statistics.position_edges for each in datasets), key=lambda edges: edges[-1])
     if any(edges[1] != each.statistics.position_edges[1] for each in datasets):
-        # Datasets of other lengths are grouped otherwise
+        # Datasets with other lengths have other groups
         return [
             [f"Group {i + 1}", *(column[i] if i < len(column) else "" for column in columns)]
             for i in range(max(map(len, columns)))
@@ -233,16 +233,16 @@ def _kept_by_position(datasets: list[ReportedDataset]) -> str:
         )
     ]
     head = ["Tokens", *(f"{_column(each, datasets)}{name}" for each in datasets for name in ("kept", "share"))]
-    text = "Of the steps that reach a position, how many are kept."
+    text = "Fraction of the steps at a position that are kept."
     chart_html = chart.html("Share of steps kept against the position.")
-    return figure("Where kept steps lie", text, chart_html, head, _by_position(datasets, columns))
+    return figure("Where the kept steps are", text, chart_html, head, _by_position(datasets, columns))
 
 
 # Labels
 
 
 def label_figures(datasets: list[ReportedDataset]) -> str:
-    """What the labels hold, and which tokens they move."""
+    """The size and mass of the labels, and the tokens that they raise and lower."""
     if not any(each.statistics.num_kept for each in datasets):
         return "<p>No step is kept, so there is no label.</p>"
     return f'{_legend(datasets)}<div class="grid">{_support(datasets)}{_mass(datasets)}</div>' + "".join(
@@ -376,13 +376,13 @@ def _signed(gain: float) -> str:
 
 
 def training_figures(curves: dict[str, dict[str, Curve]]) -> str:
-    """A curve for everything that was logged."""
+    """One curve per logged metric."""
     drawn = (_curve(key, curves[key], errors_of(key, curves)) for key in order_curves(curves))
     return f'<div class="grid">{"".join(drawn)}</div>'
 
 
 def order_curves(curves: dict[str, dict[str, Curve]]) -> list[str]:
-    """Accuracy, loss, entropy, agreement and divergences first, then the rest by name; without what never happened."""
+    """Accuracy, loss, entropy, agreement and divergences first, then the rest by name. Zero counts are left out."""
     known = list(CURVE_TITLES)
     keys = [
         key
@@ -400,12 +400,12 @@ def order_curves(curves: dict[str, dict[str, Curve]]) -> list[str]:
 
 
 def errors_of(key: str, curves: dict[str, dict[str, Curve]]) -> dict[str, dict[int, float]]:
-    """Standard errors of a curve by update, for training and evaluation, where they were logged."""
+    """Standard errors of a curve by update, for training and evaluation, if they were logged."""
     return {kind: dict(curve) for kind, curve in curves.get(f"{key}{_ERROR}", {}).items()}
 
 
 def curve_title(key: str) -> str:
-    """What a curve is called: by its key, if it is not a known one."""
+    """The title of a curve. Unknown curves are titled by their key."""
     if key in CURVE_TITLES:
         return CURVE_TITLES[key]
     words = key.replace("_", " ").replace("/", " ").strip()
@@ -427,7 +427,7 @@ def _curve(key: str, kinds: dict[str, Curve], errors: dict[str, dict[int, float]
     y = Axis(low, low + 1.05 * (high - low), is_share=is_share, label="")
     if is_share:
         y = Axis(0.0, 1.0, is_share=True, label="")
-    if any(bands.values()):  # what matters is as small as its error
+    if any(bands.values()):  # differences are as small as their errors
         margin = 0.1 * (max(values) - min(values))
         y = Axis(max(0.0, min(values) - margin), min(1.0, max(values) + margin), is_share=is_share, label="")
     chart = Chart(Axis(min(0, *updates), max(1, *updates), label="Update"), y)

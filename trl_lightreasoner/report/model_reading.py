@@ -1,7 +1,7 @@
-"""What expert, amateur and trained model say at the kept steps that a report shows.
+"""Probabilities of expert, amateur and trained model at the kept steps that a report shows.
 
-A Dataset holds v_C, but not pi_E and pi_A, which are read again, in one forward pass a trajectory and model, where the
-models are at hand. What these two say is shown only if it gives v_C again.
+A Dataset holds v_C, but not pi_E and pi_A. If the models are available, they are computed again, with one forward pass
+per trajectory and model. They are shown only if they reproduce v_C.
 """
 
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -21,15 +21,15 @@ from ..vocabulary import Vocabulary, model_vocabulary, shared_vocabulary
 from .shown_steps import ShownTrajectory
 
 
-if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
+if TYPE_CHECKING:  # slow to import, and not needed without an adapter
     from peft import PeftModel
 
 
-# As users name a model: id, path, or the model
+# How users give a model: an id, a path, or the model
 NamedModel: TypeAlias = "str | PreTrainedModel | PeftModel"
 
-# Mean over the steps of the total variation between v_C as it was stored and as the models give it now. Rounding in
-# half precision leaves less, another model or revision more
+# Largest mean over the steps of the total variation between the stored v_C and the recomputed one. Rounding in half
+# precision causes less, and another model or revision causes more
 _MAX_VARIATION = 0.1
 
 
@@ -38,7 +38,7 @@ def find_tokenizer(metadata: dict[str, Any], expert: "NamedModel | None") -> Pre
     The tokenizer of the expert, or why there is none.
 
     Raises:
-        `ValueError`: If the user named the expert, and there is none beside it.
+        `ValueError`: If the user named the expert, and it has no tokenizer.
     """
     name, kwargs = _source(metadata, "expert", expert)
     if name is None:
@@ -58,19 +58,19 @@ def add_probabilities(
     amateur: "NamedModel | None",
 ) -> str | None:
     """
-    Let expert and amateur read the trajectories, for their probabilities at the kept steps.
+    Add the probabilities of expert and amateur at the kept steps of the trajectories.
 
     Args:
-        trajectories (`list[ShownTrajectory]`): Whose steps are replaced.
-        metadata (`dict`): What [`made_with`] says.
+        trajectories (`list[ShownTrajectory]`): Trajectories, whose steps are replaced.
+        metadata (`dict`): Result of [`made_with`].
         expert, amateur (`str` or model, *optional*): Ids or paths, or the models. By default they are those that
             `metadata` names, if they are on this machine.
 
     Returns:
-        `str`: Why nothing was added, or `None`.
+        `str` or `None`: The reason if nothing was added.
 
     Raises:
-        `ValueError`: If a model that the user named cannot be used.
+        `ValueError`: If a model named by the user cannot be used.
     """
     if not any(trajectory.steps for trajectory in trajectories):
         return None
@@ -127,26 +127,27 @@ def add_trained(
     local_files_only: bool = False,
 ) -> None:
     """
-    Let the trained model read the trajectories, for its probabilities at the kept steps.
+    Add the probabilities of the trained model at the kept steps of the trajectories.
 
     Args:
-        trajectories (`list[ShownTrajectory]`): Whose steps are replaced.
-        metadata (`dict`): What [`made_with`] says.
+        trajectories (`list[ShownTrajectory]`): Trajectories, whose steps are replaced.
+        metadata (`dict`): Result of [`made_with`].
         trained (`str` or model): Id or path of a model or an adapter, or the model.
-        expert (`str` or model, *optional*): As the user named it. An adapter of a loaded expert is put on it for as
-            long as it reads.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's, in whose tokens the steps are.
-        local_files_only (`bool`): Whether to do without what is not on this machine.
+        expert (`str` or model, *optional*): The expert as the user gave it. If it is a loaded model, an adapter is
+            loaded onto it temporarily.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's.
+        local_files_only (`bool`): Whether to use only files on this machine.
 
     Raises:
-        `ValueError`: If the model cannot be read, or has other tokens than the expert.
+        `ValueError`: If the model cannot be found or read, or its tokens differ from the expert's.
     """
     if not any(trajectory.steps for trajectory in trajectories):
         return
     kwargs: dict[str, Any] = {"dtype": (metadata.get("expert") or {}).get("dtype") or "auto"}
     kwargs |= {"local_files_only": True} if local_files_only else {}
+    own_tokenizer = load_tokenizer(trained, "trained model", **kwargs)
     try:
-        if load_tokenizer(trained, "trained model", **kwargs).get_vocab() != tokenizer.get_vocab():
+        if own_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise ValueError("its tokens differ from the expert's")
         if isinstance(trained, str) and isinstance(expert, PreTrainedModel) and load_adapter_config(trained):
             generation_config = expert.generation_config
@@ -176,13 +177,13 @@ def _read_with(
 def _source(
     metadata: dict[str, Any], role: str, name: "NamedModel | None"
 ) -> "tuple[NamedModel | None, dict[str, Any]]":
-    """Id or path of a model, or the model, and the arguments with which it is loaded as it was sampled."""
+    """Id or path of a model, or the model, and the arguments to load it as it was loaded for sampling."""
     made = metadata.get(role) or {}
     kwargs = {"dtype": made.get("dtype") or "auto"}
     if name is not None:
         return name, kwargs
     labels_are_of_base = (metadata.get("settings") or {}).get("label_expert") == "base"
-    # An adapter by name, or as an object of which only its adapters' names are known
+    # An adapter given by name, or as an object, of which only the adapters' names are known
     if made.get("adapter") and not (role == "expert" and labels_are_of_base):
         return (made["adapter"] if isinstance(made["adapter"], str) else None), kwargs
     return made.get("model"), kwargs | ({"revision": made["revision"]} if made.get("revision") else {})
@@ -192,7 +193,7 @@ def _source(
 def _read(
     model: torch.nn.Module, role: str, trajectories: list[ShownTrajectory], vocabulary: Vocabulary
 ) -> list[list[list[float]]]:
-    """Probabilities of the tokens of each step of each trajectory."""
+    """Probabilities of the tokens at each step of each trajectory."""
     device = get_base_model(model).get_input_embeddings().weight.device
     to_keep = accepts_logits_to_keep(model)
     width = get_base_model(model).config.get_text_config().vocab_size
@@ -224,7 +225,7 @@ def _read(
 
 
 def _variation(trajectories: list[ShownTrajectory], experts: list, amateurs: list, settings: dict[str, Any]) -> float:
-    """Mean total variation between v_C as it is stored and as the two models' probabilities give it."""
+    """Mean total variation between the stored v_C and the one from the two models' probabilities."""
     strength, anchor = settings.get("contrast_strength", 1.0), settings.get("expert_anchor", 0.0)
     variations = []
     for trajectory, *probabilities in zip(trajectories, experts, amateurs, strict=True):

@@ -1,8 +1,8 @@
-"""From the numbers of one Dataset or two to one HTML page: no request ever leaves it.
+"""From the numbers of one or two Datasets to one HTML page that makes no requests.
 
-Style and script are in `page_files`, next to this module, and are put into the page. A Content-Security-Policy lets
-that script alone run, and what it loads itself where rows lie in files beside the page, and forbids the browser every
-other request. All text of models and datasets is escaped.
+Style and script are in `page_files`, next to this module, and are inserted into the page. A Content-Security-Policy
+allows only that script, and the files of rows that it loads, and forbids every other request. All text of models and
+datasets is escaped.
 """
 
 import base64
@@ -29,9 +29,9 @@ from .trials import SearchResult, trial_figures
 
 
 _FILES = Path(__file__).parent / "page_files"
-# Where the colours of the text change, in nats
+# Thresholds of the text's colours, in nats
 HEAT_EDGES = (0.001, 0.01, 0.05, 0.1, 0.4, 1.0, 2.0)
-_NUM_OPEN = 4  # trajectories that are seen before more are asked for
+_NUM_OPEN = 4  # trajectories shown before the user asks for more
 _SCRIPTS = ("index.js", "page.js", "search.js")
 PI_E = "π<sub>E</sub>"
 PI_A = "π<sub>A</sub>"
@@ -46,15 +46,15 @@ def make_page(
     rows: list[str] | None,
 ) -> str:
     """
-    The page.
+    Make the page.
 
     Args:
         datasets (`list[ReportedDataset]`): One or two.
-        curves (`dict`, *optional*): Of a training, as [`load_curves`] returns them.
-        paired (`bool`): Whether the datasets' trajectories are of the same prompts, one by one.
-        search ([`SearchResult`], *optional*): Of the search that the training is the best of.
-        index (`dict`): What [`page_index`] says.
-        rows (`list[str]`, *optional*): What [`place_rows`] leaves for the page; `None` if they are in files beside it.
+        curves (`dict`, *optional*): Curves of a training, from [`load_curves`].
+        paired (`bool`): Whether the datasets' trajectories have the same prompts, in the same order.
+        search ([`SearchResult`], *optional*): Result of the search whose best training is shown.
+        index (`dict`): Result of [`page_index`].
+        rows (`list[str]`, *optional*): Rows for the page, from [`place_rows`]. `None` if they are in separate files.
 
     Returns:
         `str`: HTML.
@@ -74,7 +74,7 @@ def make_page(
     if curves is not None:
         sections["training"] = ("Training", training_figures(curves))
     names = " and ".join(f"<span class='name'>{escape(each.name)}</span>" for each in datasets)
-    # Files beside the page run if the page's own script asks for them
+    # Files of rows run if the page's own script loads them
     loads = " 'strict-dynamic'" if rows is None else ""
     return Template(_file("page.html")).substitute(
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'{loads}; img-src data:; "
@@ -151,7 +151,7 @@ def _summary(dataset: ReportedDataset, style: str) -> str:
 
 
 def _verdict(check: PairCheck | None) -> str:
-    """Whether the pair is worth it, and why."""
+    """The verdict on the pair, with its reasons."""
     if check is None:
         return ""
     notes = [*check.warnings, f"{CAVEAT} They are listed under Labels. {RESTS_ON}"]
@@ -161,7 +161,7 @@ def _verdict(check: PairCheck | None) -> str:
 
 
 def short_name(name: str) -> str:
-    """An id as it is, and of a path the last two parts: the rest belongs to one machine."""
+    """An id unchanged, or the last two parts of a path. The rest of a path is private."""
     return "/".join(name.replace("\\", "/").rstrip("/").split("/")[-2:])
 
 
@@ -244,7 +244,7 @@ def _prompt(trajectory: ShownTrajectory, texts: TokenTexts) -> str:
 def _article(trajectory: ShownTrajectory, dataset: ReportedDataset, key: str, details: dict[str, dict]) -> str:
     steps = {step.position: step for step in trajectory.steps}
     texts, parts = dataset.texts, []
-    # Numbers are no text to read: without a tokenizer the kept steps alone stand as such
+    # Token numbers are not readable text: without a tokenizer only the kept steps are shown by number
     is_readable = texts.tokenizer is not None or trajectory.completion is None
     for t, (token_id, divergence) in enumerate(zip(trajectory.completion_ids, trajectory.kl_divergence, strict=True)):
         text = texts(token_id)
@@ -279,7 +279,7 @@ def _nats(divergence: float | None) -> str:
 
 
 def _strip(trajectory: ShownTrajectory, beta: float | None) -> str:
-    """The divergence along one trajectory, small; each token says its own."""
+    """A small chart of the divergence along a trajectory. Each token also has its own value."""
     y = Axis(1e-3, 10, is_log=True)
     width = len(trajectory.kl_divergence)
     kept = {step.position for step in trajectory.steps}
@@ -299,7 +299,7 @@ def _detail(step: ShownStep, trajectory: ShownTrajectory, dataset: ReportedDatas
     columns: dict[str, Sequence[float]] = {"v": step.label_probs}
     if step.expert_probs is not None and step.amateur_probs is not None:
         columns = {"e": step.expert_probs, "a": step.amateur_probs, **columns}
-    elif dataset.statistics.label_power == (1.0, 0.0):  # of log pi_E - log pi_A the label holds all but a constant
+    elif dataset.statistics.label_power == (1.0, 0.0):  # the label determines log pi_E - log pi_A up to a constant
         columns["r"] = [value / best for value in step.label_probs]
     if step.trained_probs is not None:
         columns["m"] = step.trained_probs

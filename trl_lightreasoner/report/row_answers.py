@@ -1,4 +1,4 @@
-"""Which rows of a Dataset of kept steps end in the right answer, where they hold the right one."""
+"""Find the rows of a Dataset of kept steps that end in the right answer, if reference answers are given."""
 
 import numpy as np
 from datasets import Dataset
@@ -17,17 +17,17 @@ def grade_rows(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, answer_column: str | None = None
 ) -> np.ndarray | None:
     """
-    Whether the completion of each row gives its reference answer, as `lightreasoner eval` would judge it.
+    Grade the completion of each row against its reference answer, as `lightreasoner eval` does.
 
     Args:
         dataset ([`~datasets.Dataset`]): Rows from [`ContrastiveStepSampler`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The expert's. Without it the column
             `completion` is graded.
-        answer_column (`str`, *optional*): Where the answers are. If not set, `answer`, if there is such a column.
+        answer_column (`str`, *optional*): Column with the answers. By default it is `answer`, if there is one.
 
     Returns:
-        `np.ndarray` of shape `(len(dataset),)`: `RIGHT`, `WRONG`, or `UNKNOWN` where there is no reference answer, no
-        text, or no verdict within the limit of time; `None` if there is no row of which it is known.
+        `np.ndarray` of shape `(len(dataset),)`: `RIGHT`, `WRONG`, or `UNKNOWN` without a reference answer, a text, or
+        a verdict within the time limit. `None` if all rows are unknown.
 
     Raises:
         `ValueError`: If there is no column of that name.
@@ -42,7 +42,7 @@ def grade_rows(
     if column not in dataset.column_names:
         return None
     columns = [column, "completion_ids", *(["completion"] if "completion" in dataset.column_names else [])]
-    # A trajectory whose steps are spread over several rows is graded once
+    # A trajectory spread over several rows is graded once
     rows_of: dict[tuple[str, tuple[str, ...]], list[int]] = {}
     for index, row in enumerate(dataset.with_format(None).select_columns(columns)):
         references = read_references(row[column])

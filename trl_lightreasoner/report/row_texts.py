@@ -1,4 +1,4 @@
-"""Prompt and completion of a row as text for people."""
+"""Prompt and completion of a row as readable text."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ def prompt_text(prompt: Any, prompt_ids: list[int], texts: TokenTexts) -> str:
 
     Args:
         prompt (`str` or `list[dict]`, *optional*): The column, if there is one.
-        prompt_ids (`list[int]`): What is shown if there is none.
-        texts ([`TokenTexts`]): Of the tokens.
+        prompt_ids (`list[int]`): Ids to show without that column.
+        texts ([`TokenTexts`]): Texts of the tokens.
 
     Example:
 
@@ -37,12 +37,12 @@ def prompt_text(prompt: Any, prompt_ids: list[int], texts: TokenTexts) -> str:
 
 
 def spell_lines(text: str) -> str:
-    """Text of several lines in which every other character shows."""
+    """Spell out a text of several lines, but keep its line breaks."""
     return spell_out(text).replace("\u21b5\n", "\n")
 
 
 def completion_text(row: dict, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-    """The completion of a row as text: by the tokenizer, or else as the Dataset has it; `None` if it has not."""
+    """The completion of a row as text, from the tokenizer or else from the Dataset. `None` if it is in neither."""
     if tokenizer is not None:
         return tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
     completion = row.get("completion")

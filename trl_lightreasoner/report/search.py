@@ -1,6 +1,6 @@
 """The search of a report: its form, the data that is searched, and the same data as CSV.
 
-The form is in `page_files/search.html`, and the searching is done by `index.js`.
+The form is in `page_files/search.html`, and `index.js` does the search.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ _FORM = Path(__file__).parent / "page_files" / "search.html"
 
 
 def page_index(datasets: list[ReportedDataset]) -> dict[str, Any]:
-    """What the page searches, with a key by which it knows the files that lie beside it."""
+    """The data that the page searches, with a key that identifies its files of rows."""
     first, data = 0, []
     for each in datasets:
         data.append(index_data(each.index, each.name, each.statistics.beta, each.texts, first))
@@ -37,7 +37,7 @@ def save_index(datasets: list[ReportedDataset], folder: Path) -> None:
 
 
 def search_form(datasets: list[ReportedDataset]) -> str:
-    """The form, and how many kept steps the prompts have."""
+    """The form, and the numbers of kept steps per prompt."""
     counts = "".join(_counts(each, len(datasets) > 1) for each in datasets)
     return _FORM.read_text(encoding="utf-8").replace("$counts", counts)
 
@@ -48,7 +48,7 @@ def _counts(dataset: ReportedDataset, is_named: bool) -> str:
     rows = [(f"{kept:,}", f"{count:,}") for kept, count in enumerate(np.bincount(counts).tolist()) if count]
     median = write_number(float(np.median(counts)))
     return (
-        f'<details class="numbers counts"><summary>Kept steps a prompt{where}: {median} in the median, '
+        f'<details class="numbers counts"><summary>Kept steps per prompt{where}: {median} in the median, '
         f"{counts[-1]:,} at most; {(counts == 0).sum():,} of {len(counts):,} prompts have none</summary>"
         f"{table(('Kept steps', 'Prompts'), rows)}</details>"
     )

@@ -13,7 +13,7 @@ from .row_texts import completion_text
 from .statistics import StepStatistics
 
 
-MAX_TOKENS = 512  # of a completion that are shown
+MAX_TOKENS = 512  # maximum number of shown tokens of a completion
 
 
 class ShownStep(NamedTuple):
@@ -25,7 +25,7 @@ class ShownStep(NamedTuple):
         token_ids (`list[int]`): Support of v_C, most probable first, and the token that was taken, if it is outside.
         label_probs (`list[float]`): v_C there.
         expert_probs, amateur_probs (`list[float]`, *optional*): pi_E and pi_A there.
-        trained_probs (`list[float]`, *optional*): What the trained model says there.
+        trained_probs (`list[float]`, *optional*): Probabilities of the trained model there.
     """
 
     position: int
@@ -53,17 +53,17 @@ class ShownTrajectory:
 @dataclass
 class ReportedDataset:
     """
-    All that a report says of one Dataset.
+    The content of a report about one Dataset.
 
     Attributes:
-        name (`str`): What it is called.
-        metadata (`dict`): What [`made_with`] says.
-        statistics ([`StepStatistics`]): Over every row.
-        texts ([`TokenTexts`]): Of its tokens.
-        trajectories (`list[ShownTrajectory]`): Those that are shown.
-        notes (`list[str]`): Sentences on what could not be shown, and why.
-        index ([`RowIndex`]): Of every row.
-        check ([`PairCheck`], *optional*): Judgement of the pair; None where a divergence is not known.
+        name (`str`): Its name in the report.
+        metadata (`dict`): Result of [`made_with`].
+        statistics ([`StepStatistics`]): Statistics of every row.
+        texts ([`TokenTexts`]): Texts of its tokens.
+        trajectories (`list[ShownTrajectory]`): The shown trajectories.
+        notes (`list[str]`): Sentences on what cannot be shown, and why.
+        index ([`RowIndex`]): Index of every row.
+        check ([`PairCheck`], *optional*): Judgement of the pair. `None` if a divergence is not known.
     """
 
     name: str
@@ -78,16 +78,16 @@ class ReportedDataset:
 
 def choose_rows(statistics: list[StepStatistics], count: int, seed: int) -> tuple[list[list[int]], bool]:
     """
-    Rows to show of each of several Datasets: drawn at random from those with a kept step, in the Dataset's order.
+    Choose the rows to show of each Dataset at random from those with a kept step, in the Dataset's order.
 
     Args:
-        statistics (`list[StepStatistics]`): Of each Dataset.
-        count (`int`): How many of each, at most.
-        seed (`int`): Of the draw.
+        statistics (`list[StepStatistics]`): Statistics of each Dataset.
+        count (`int`): Maximum number of rows per Dataset.
+        seed (`int`): Random seed.
 
     Returns:
-        The rows of each, and whether they are of the same prompts, one by one, as they are where all hold enough of
-        them.
+        The rows of each Dataset, and whether they have the same prompts, in the same order. They do if the Datasets
+        share enough prompts.
     """
     candidates = []
     for each in statistics:
@@ -96,7 +96,7 @@ def choose_rows(statistics: list[StepStatistics], count: int, seed: int) -> tupl
         candidates.append(np.sort(kept if len(kept) else firsts))
     draw = np.random.default_rng(seed)
     if len(statistics) > 1:
-        # One row a prompt, whether it has a kept step in the others or not
+        # One row per prompt, even if it has no kept step in the other Datasets
         places = [
             dict(zip(each.prompt_keys[::-1].tolist(), range(each.num_rows)[::-1], strict=True)) for each in statistics
         ]
@@ -110,7 +110,7 @@ def choose_rows(statistics: list[StepStatistics], count: int, seed: int) -> tupl
 
 
 def load_trajectories(dataset: Dataset, rows: list[int]) -> list[ShownTrajectory]:
-    """The rows as a report shows them, without what the models say."""
+    """The rows as a report shows them, without the models' probabilities."""
     shown = []
     for index, row in zip(rows, dataset.with_format(None).select(rows), strict=True):
         trajectory = ShownTrajectory(

@@ -1,4 +1,4 @@
-"""From a training's output folder to its curves: whatever numbers were logged over the updates."""
+"""From a training's output folder to its curves: all numbers logged over the updates."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-# What is no curve: counts of time and progress
+# Logged values that are not curves: time and progress
 _NO_CURVES = {"step", "epoch", "total_flos", "num_kept_steps", "num_tokens", "train_loss"}
 _NO_CURVE_ENDINGS = ("_runtime", "_per_second", "_model_preparation_time")
 
@@ -15,14 +15,14 @@ Curve = list[tuple[int, float]]
 
 def load_curves(folder: str) -> dict[str, dict[str, Curve]]:
     """
-    What was logged while training.
+    Load the logged metrics of a training.
 
     Args:
-        folder (`str`): `output_dir` of a training, or a checkpoint in it.
+        folder (`str`): `output_dir` of a training, or one of its checkpoints.
 
     Returns:
-        `dict`: By the name without `eval_`, such as `"loss"`, the curves of the training (`"train"`) and the
-        evaluation (`"eval"`): pairs of the update and the value. Values that are not finite are left out.
+        `dict`: By name without `eval_`, such as `"loss"`, the curves of the training (`"train"`) and of the evaluation
+        (`"eval"`), as pairs of update and value. Values that are not finite are left out.
 
     Raises:
         `ValueError`: If the folder holds no log, or it is damaged or empty.

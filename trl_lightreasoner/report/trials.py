@@ -1,4 +1,4 @@
-"""The trials of a search as a table and charts: accuracy over the trials, and against each setting that was varied."""
+"""The trials of a search as a table and charts: accuracy over the trials, and against each varied setting."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from .charts import Axis, Chart, figure, table, write_number, write_share
 @dataclass(frozen=True)
 class Trial:
     """
-    One setting and what came of it.
+    One setting and its result.
 
     Attributes:
-        number (`int`): What the search calls it.
+        number (`int`): Its number in the search.
         setting (`dict[str, Any]`): Its fields.
-        accuracies (`dict[int, float]`): Accuracies while it was trained, by the part of the training, in order.
-        accuracy (`float`, *optional*): The last one; `None` if it was broken off because others were better.
-        is_default (`bool`): Whether it is the setting that a user gets without a search.
-        note (`str`): What else has to be said.
+        accuracies (`dict[int, float]`): Accuracies during its training, by part of the training, in order.
+        accuracy (`float`, *optional*): The final accuracy. `None` if the trial was stopped because others were better.
+        is_default (`bool`): Whether it is the default setting.
+        note (`str`): An additional remark.
     """
 
     number: int
@@ -38,12 +38,12 @@ class Trial:
 
     @property
     def last_accuracy(self) -> float | None:
-        """The last one that is known."""
+        """The last known accuracy."""
         trained = [accuracy for part, accuracy in self.accuracies.items() if part > 0]
         return self.accuracy if self.accuracy is not None else trained[-1] if trained else None
 
     def remark(self) -> str:
-        """What a table says beside its accuracy."""
+        """The remark for a table, next to the accuracy."""
         parts = ["default"] if self.is_default else []
         parts += [self.note] if self.note else ["broken off"] if self.is_pruned else []
         return ", ".join(parts)
@@ -55,7 +55,7 @@ def write_value(value: Any) -> str:
 
 def write_setting(setting: dict[str, Any], names: Sequence[str]) -> str:
     """
-    The fields of a setting in one line.
+    Write the fields of a setting in one line.
 
     Example:
 
@@ -77,8 +77,8 @@ class SearchResult:
     The trials of a search.
 
     Attributes:
-        trials (`list[Trial]`): Those that are finished, the default first.
-        names (`list[str]`): The fields that were varied.
+        trials (`list[Trial]`): The finished trials, the default setting first.
+        names (`list[str]`): The varied fields.
     """
 
     trials: list[Trial]
@@ -86,25 +86,25 @@ class SearchResult:
 
     @property
     def best(self) -> Trial:
-        """The highest accuracy; of several the first, so that none replaces an equal default."""
+        """The trial of highest accuracy. Of several it is the first, so that none replaces an equal default."""
         return max((trial for trial in self.trials if not trial.is_pruned), key=lambda trial: trial.accuracy or 0.0)
 
     @property
     def num_settings(self) -> int:
-        """How many different ones were tried."""
+        """Number of different settings."""
         return len({tuple(trial.setting.values()) for trial in self.trials})
 
     def shown(self) -> list[Trial]:
-        """The trials of which there is an accuracy."""
+        """The trials with an accuracy."""
         return [trial for trial in self.trials if trial.last_accuracy is not None]
 
     def best_so_far(self) -> tuple[list[int], list[float]]:
-        """Numbers of the trials that came to an end, and the highest accuracy up to each."""
+        """Numbers of the completed trials, and the highest accuracy up to each."""
         ended = [trial for trial in self.trials if not trial.is_pruned]
         return [trial.number for trial in ended], list(accumulate((trial.accuracy or 0.0 for trial in ended), max))
 
     def accuracy_range(self) -> tuple[float, float]:
-        """The ends of an axis that shows all trials."""
+        """The ends of an accuracy axis that shows all trials."""
         values = [each for trial in self.shown() for each in (trial.last_accuracy, trial.accuracies.get(0))]
         known = [value for value in values if value is not None]
         margin = max(0.02, 0.08 * (max(known) - min(known)))

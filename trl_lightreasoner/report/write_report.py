@@ -1,4 +1,4 @@
-"""`write_report`: one Dataset of kept steps or two, and a training, as one HTML page, PNG figures and CSV files."""
+"""`write_report`: one or two Datasets of kept steps, and a training, as one HTML page, PNG figures and CSV files."""
 
 import os
 from itertools import chain
@@ -24,7 +24,7 @@ from .training_curves import load_curves
 from .trials import SearchResult
 
 
-if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
+if TYPE_CHECKING:  # slow to import, and not needed without an adapter
     from peft import PeftModel
 
 
@@ -105,7 +105,7 @@ def write_report(
         if isinstance(tokenizer, str):
             notes.append(f"Tokens are shown by number: {tokenizer}. Name the expert with --expert.")
             tokenizer = None
-        reason: str | None = "they were not to be loaded"
+        reason: str | None = "loading the models is turned off"
         if load_models:
             reason = add_probabilities(trajectories, metadata, expert, amateur)
         if reason is not None and any(trajectory.steps for trajectory in trajectories):
@@ -129,8 +129,9 @@ def write_report(
             answers = None
             notes.append(f"The correctness of the rows' answers is not shown. {error}")
         notes = [_without_paths(note, metadata) for note in notes]
-        is_known = numbers.num_known == numbers.num_steps or "amateur_reading" in metadata  # as far as it was read
-        # On the answers of a trained model the labels of the expert say little of the pair
+        # An amateur with another tokenizer leaves some steps unread
+        is_known = numbers.num_known == numbers.num_steps or "amateur_reading" in metadata
+        # With answers of a trained model, labels of the expert say little about the pair
         is_of_pair = (metadata.get("settings") or {}).get("label_expert") != "base"
         check = check_steps(each, tokenizer) if is_known and is_of_pair else None
         texts, index = TokenTexts(tokenizer), index_rows(each, answers)

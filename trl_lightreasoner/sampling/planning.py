@@ -37,7 +37,7 @@ def plan_prompts(
     Raises:
         `ValueError`: If no prompt is left.
     """
-    skipped = {"empty": 0, f"longer than max_prompt_length={args.max_prompt_length}": 0, "no room": 0}
+    skipped = {"empty": 0, f"longer than `max_prompt_length={args.max_prompt_length}`": 0, "no room": 0}
     empty, too_long, no_room = skipped
     plan = []
     for index, row in enumerate(encoded):

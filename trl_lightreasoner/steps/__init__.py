@@ -1,5 +1,5 @@
-"""The Dataset of kept steps: what goes in, how it lies on the disk, what comes out.
+"""The Dataset of kept steps: its input, its files and its rows for training.
 
-In: rows of prompts, and columns for them. Out: token ids, a Dataset that survives a kill, rows that training can rely
-on. Knows neither a loaded model nor how a step is found.
+Input: rows of prompts, and the columns computed for them. Output: token ids, a Dataset that survives an interruption,
+and checked rows for training. Must not depend on a loaded model, nor on how steps are found.
 """

@@ -1,4 +1,4 @@
-"""What `datasets` writes besides what it is asked for, and where that cannot be written."""
+"""The cache files of `datasets`, and clear errors if they cannot be written."""
 
 import errno
 import os
@@ -18,21 +18,21 @@ _CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQ
 @contextmanager
 def name_the_cache(cache_dir: str | None = None, hint: str = "") -> Iterator[None]:
     """
-    Let what cannot be written into the cache of `datasets` be told by its name.
+    Raise an error that names the cache of `datasets` if it cannot be written to.
 
     Args:
-        cache_dir (`str`, *optional*): The cache, if it is not that of the environment.
-        hint (`str`): What there is to say besides.
+        cache_dir (`str`, *optional*): The cache. If `None`, it is that of the environment.
+        hint (`str`): Additional sentence for the message.
 
     Raises:
-        `ValueError`: If that is so. What else goes wrong is raised as it is.
+        `ValueError`: If the cache cannot be written to. Other errors are raised unchanged.
     """
     try:
         yield
     except (OSError, DatasetsError) as error:
         cause = _os_error(error)
         cache = str(Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser())
-        # Arrow does not tell of a file, and a file elsewhere is somebody's data
+        # Errors of Arrow name no file. A file elsewhere is the user's data, not the cache
         is_elsewhere = cause is not None and cause.filename and not str(cause.filename).startswith(cache)
         if cause is None or cause.errno not in _CANNOT_WRITE or is_elsewhere:
             raise
@@ -44,11 +44,11 @@ def name_the_cache(cache_dir: str | None = None, hint: str = "") -> Iterator[Non
 
 def map_rows(dataset: Dataset, function: Callable, **kwargs: Any) -> Dataset:
     """
-    `dataset.map`, wherever the Dataset lies: its result goes into a file beside it, or into the memory where that
-    cannot be written, as beside one that was saved to a read-only disk.
+    `dataset.map` that also works on read-only disks. The result is written to a file beside the Dataset, or kept in
+    memory if that folder cannot be written to.
 
     Raises:
-        `ValueError`: If the disk does not take the file; names the folder.
+        `ValueError`: If the file cannot be written. The message names the folder.
     """
     folders = [os.path.dirname(file["filename"]) for file in dataset.cache_files]
     if not all(os.access(folder, os.W_OK) for folder in folders):
@@ -58,9 +58,9 @@ def map_rows(dataset: Dataset, function: Callable, **kwargs: Any) -> Dataset:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a file could not be written, in the words of the system if it has any."""
+    """Why a file could not be written, in the operating system's words if it gives any."""
     cause = _os_error(error)
-    if cause is not None and cause.errno is not None:  # around which Arrow puts words of its own
+    if cause is not None and cause.errno is not None:  # without the words that Arrow adds
         return os.strerror(cause.errno)
     return str(error).strip().partition("\n")[0].rstrip(".")
 

@@ -1,14 +1,15 @@
-"""The Dataset of kept steps: its columns and what it remembers of its making. One row is one trajectory.
+"""The Dataset of kept steps: its columns, and how it was made. Each row is one trajectory.
 
-| column | type | meaning | |---|---|---| | prompt, completion | as given; text | for people | | prompt_ids,
-completion_ids | list of int32 | what the models saw; EOS kept | | kl_divergence | list of float32 | D_KL(pi_E, pi_A)
-at every completion token, null where it is not known | | step_positions | list of int32, ascending | t of each kept
-step: its context is prompt_ids + completion_ids[:t] | | label_ids | list of list of int32 | support of v_C at each
-kept step, most probable first | | label_probs | list of list of float32 | v_C there, sums to 1 | | step_weights | list
-of float32, optional | weight of each kept step in the mean of the loss; 1 without it | | sampling_metadata | text |
-JSON: models, revisions, settings and versions; the same in every row |
+- `prompt`, `completion` (as given; text): for people.
+- `prompt_ids`, `completion_ids` (list of int32): what the models saw, including EOS.
+- `kl_divergence` (list of float32): D_KL(pi_E || pi_A) at every completion token, null if it is not known.
+- `step_positions` (list of int32, ascending): t of each kept step. Its context is prompt_ids + completion_ids[:t].
+- `label_ids` (list of list of int32): support of v_C at each kept step, most probable first.
+- `label_probs` (list of list of float32): v_C there. Sums to 1.
+- `step_weights` (list of float32, optional): weight of each kept step in the mean of the loss. 1 without the column.
+- `sampling_metadata` (text): models, revisions, settings and versions as JSON, the same in every row.
 
-`sampling_metadata` is a column because that is what survives everything: Parquet, the Hub, streaming, concatenation.
+`sampling_metadata` is a column because a column survives Parquet, the Hub, streaming and concatenation.
 """
 
 import json
@@ -30,17 +31,17 @@ STEP_FEATURES = {
     "label_probs": List(List(Value("float32"))),
     "sampling_metadata": Value("string"),
 }
-# What training needs of a row
+# The columns that training needs
 STEP_COLUMNS = ("prompt_ids", "completion_ids", "step_positions", "label_ids", "label_probs")
-# The same of the row of an SFT dataset that stands beside a row
+# The same columns of the SFT row that is batched with a row
 SFT_COLUMNS = tuple(f"sft_{column}" for column in STEP_COLUMNS)
-# What has an entry for each kept step, the last only if somebody has added it
+# Columns with one entry per kept step. `step_weights` exists only if a user has added it
 PER_STEP_COLUMNS = ("step_positions", "label_ids", "label_probs", "step_weights")
 
 
 def sampling_metadata(dataset: Dataset) -> dict[str, Any] | None:
     """
-    Models, revisions, settings and versions that a Dataset of steps was made with, or `None` if it does not say.
+    Models, revisions, settings and versions that a Dataset of steps was made with, or `None` if it has no metadata.
 
     Example:
 
@@ -65,7 +66,7 @@ def _parse_metadata(text: str) -> dict[str, Any]:
 
 
 def read_samplings(datasets: Iterable[Dataset]) -> list[dict[str, Any]]:
-    """Every `sampling_metadata` of some Datasets, without those that are somebody else's."""
+    """Every distinct `sampling_metadata` of some Datasets. Columns of that name that are not ours are ignored."""
     datasets = [each for each in datasets if "sampling_metadata" in each.column_names]
     texts = [text for each in datasets for text in each.unique("sampling_metadata")]
     samplings = []
@@ -79,14 +80,14 @@ def read_samplings(datasets: Iterable[Dataset]) -> list[dict[str, Any]]:
 
 
 def check_dataset(dataset: Any) -> None:
-    """Refuse what is not a [`~datasets.Dataset`], such as all the splits of one."""
+    """Refuse anything other than a [`~datasets.Dataset`], such as a dict of splits."""
     if not isinstance(dataset, Dataset):
         hint = " Choose a split, such as `dataset['train']`." if hasattr(dataset, "keys") else ""
         raise TypeError(f"`dataset` must be a `datasets.Dataset`, got `{type(dataset).__name__}`.{hint}")
 
 
 def count_steps(dataset: Dataset) -> int:
-    """Number of kept steps of a Dataset."""
+    """Number of kept steps in a Dataset."""
     return sum(map(len, dataset["step_positions"]))
 
 
@@ -98,11 +99,14 @@ def kl_quantiles(dataset: Dataset, quantiles: list[float]) -> list[float]:
 
 def raise_beta(dataset: Dataset, beta: float) -> Dataset:
     """
-    The Dataset that a higher `beta` would have given, without sampling again.
+    Keep only the steps that a higher `beta` would have kept, without sampling again.
 
     Args:
         dataset ([`~datasets.Dataset`]): Rows from [`ContrastiveStepSampler`].
         beta (`float`): Threshold in nats, at least the one that the dataset was sampled with.
+
+    Returns:
+        [`~datasets.Dataset`]
 
     Raises:
         `ValueError`: If a row was sampled with a higher threshold, so that labels would be missing, or the divergence
@@ -119,7 +123,7 @@ def raise_beta(dataset: Dataset, beta: float) -> Dataset:
     """
     check_dataset(dataset)
     metadata = sampling_metadata(dataset)
-    # Rows of several samplings can stand in one Dataset
+    # A Dataset can hold rows of several samplings
     made_with = [] if metadata is None else map(_parse_metadata, dataset.unique("sampling_metadata"))
     betas = [each["settings"]["beta"] for each in made_with]
     sampled_with = max((each for each in betas if each is not None), default=beta)

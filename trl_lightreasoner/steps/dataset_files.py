@@ -1,4 +1,4 @@
-"""What is wrong with a file of rows, where `datasets` does not say: the line, and how it is mended."""
+"""Find what is wrong with a file of rows if `datasets` does not say: the line, and how to fix it."""
 
 import json
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ _EXACT_TYPES = {**_TYPES, int: "a whole number", float: "a number with a point"}
 
 def check_encoding(name: str) -> None:
     """
-    Refuse a file of JSON, or a folder with one, that is not in UTF-8, which `datasets` notices when a row is used.
+    Refuse a JSON file that is not in UTF-8, or a folder with one. `datasets` notices it only when a row is used.
 
     Raises:
-        `ValueError`: Naming the line.
+        `ValueError`: If there is one. The message names the line.
     """
     for file in _text_files(Path(name)):
         if file.suffix in _JSON:
@@ -32,8 +32,8 @@ def check_encoding(name: str) -> None:
 
 def find_fault(path: Path, is_cast: bool) -> str | None:
     """
-    The first fault of a file of JSON lines or text, or of such a file in a folder, and what to do; `None` if none is
-    found. `is_cast` says that later rows did not fit the columns of the earlier ones.
+    The first fault in a file of JSON lines or text, or in such files of a folder, and how to fix it, or `None`.
+    `is_cast` says that later rows did not fit the columns of earlier ones.
     """
     for file in _text_files(path):
         try:
@@ -66,7 +66,7 @@ def _place(file: Path, path: Path) -> str:
 
 
 def _read_rows(text: str) -> Iterator[tuple[str, Any]]:
-    """Each row and what to call it: of one JSON array the elements, else the lines that are not blank."""
+    """Each row and what to call it. Rows are the elements of a JSON array, or else the lines that are not blank."""
     try:
         whole = json.loads(text)
     except ValueError as error:
@@ -75,7 +75,7 @@ def _read_rows(text: str) -> Iterator[tuple[str, Any]]:
     else:
         yield from ((f"row {number}", row) for number, row in enumerate(whole if isinstance(whole, list) else [whole]))
         return
-    for number, line in enumerate(text.split("\n"), 1):  # `splitlines` would take other characters for ends, too
+    for number, line in enumerate(text.split("\n"), 1):  # `splitlines` would also split at other characters
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
@@ -85,7 +85,7 @@ def _read_rows(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _check_types(rows: Iterator[tuple[str, Any]], types: dict[type, str]) -> None:
-    first: dict[str, tuple[str, str]] = {}  # of each column the type, and the row that it was seen in
+    first: dict[str, tuple[str, str]] = {}  # by column, its type and the row in which it was found
     for place, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f'{place} must be an object, such as {{"prompt": "..."}}, got {row!r:.80}. Fix it')

@@ -1,7 +1,6 @@
-"""From the messages of a row to text, by the expert's chat template.
+"""Render the messages of a row as text, with the expert's chat template.
 
-What a template leaves out of what it is given, it leaves out in silence; so a row that does not come out whole is
-refused.
+A template can omit part of its input without an error, so a row that is not rendered in full is refused.
 """
 
 import json
@@ -15,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational
 
 
-# Today's date, as templates print it
+# How templates print today's date
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-# By these words Qwen3 and SmolLM3 are told whether to think, and templates take them out
+# Switches that tell Qwen3 and SmolLM3 whether to think. Templates remove them
 _SWITCH = re.compile(r"/(no_)?think\b")
 _THINK, _END_OF_THINK = "<think>", "</think>"
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -27,15 +26,15 @@ def render_row(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, date: datetime | None = None
 ) -> dict[str, str]:
     """
-    `prompt`, and `completion` if there is one, as text.
+    Render `prompt`, and `completion` if there is one, as text.
 
     Args:
-        row (`dict`): Text or messages, and with messages, if need be, `tools` and `chat_template_kwargs`.
+        row (`dict`): Text or messages. With messages also `tools` and `chat_template_kwargs`, if there are any.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's.
-        date ([`~datetime.datetime`], *optional*): What a chat template that prints the date takes for today.
+        date ([`~datetime.datetime`], *optional*): Date for chat templates that print today's date.
 
     Raises:
-        `ValueError`: If the row is not as TRL's conventions say, or something of it does not come out of the template.
+        `ValueError`: If the row breaks TRL's conventions, or the template omits part of it.
     """
     prompt, completion = row["prompt"], row.get("completion")
     if not isinstance(prompt, str | list):
@@ -65,7 +64,7 @@ def render_row(
         raise ValueError(f"`completion` must be one assistant message, got {completion[0]!r}. Filter such rows out.")
     if not isinstance(text.get("chat_template_kwargs", {}), dict):
         raise ValueError(f"`chat_template_kwargs` must be a dict, got {text['chat_template_kwargs']!r}. Convert it.")
-    # Where rows of a dataset have different keys, Arrow fills in nulls
+    # Arrow fills in nulls if the rows of a dataset have different keys
     for key, value in text.items():
         plain = value if key == "chat_template_kwargs" else [_as_plain_message(message, key) for message in value]
         text[key] = _without_nulls(plain)
@@ -74,12 +73,12 @@ def render_row(
     template = _TODAY.sub(lambda call: json.dumps((date or datetime.now()).strftime(call[2])), template)
     try:
         rendered = apply_chat_template(text, tokenizer, tools=tools, chat_template=template)
-    except (TemplateError, TypeError, AttributeError, LookupError, ArithmeticError) as error:  # of the template's code
+    except (TemplateError, TypeError, AttributeError, LookupError, ArithmeticError) as error:  # in the template's code
         reason = str(error).rstrip(".")
         raise ValueError(f"The chat template refuses the messages {prompt!r}: {reason}.") from None
     for column, texts in {"prompt": _texts_of_prompt(text["prompt"], tools), **_texts_of_completion(text)}.items():
         for given in texts:
-            if column == "completion" and rendered["prompt"].rstrip().endswith(_THINK):  # which opens the answer
+            if column == "completion" and rendered["prompt"].rstrip().endswith(_THINK):  # the prompt opens the answer
                 given = given.lstrip().removeprefix(_THINK)
             if not _holds(rendered[column], given):
                 raise ValueError(
@@ -90,7 +89,7 @@ def render_row(
 
 
 def _without_nulls(value: Any) -> Any:
-    # As `trl.trainer.utils.remove_none_values`, which imports what TRL's trainers need
+    # Like `trl.trainer.utils.remove_none_values`, whose import loads what TRL's trainers need
     if isinstance(value, dict):
         return {key: _without_nulls(each) for key, each in value.items() if each is not None}
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
@@ -111,7 +110,7 @@ def _tools_of(row: dict[str, Any]) -> list[Any]:
 
 
 def _as_plain_message(message: Any, column: str) -> dict[str, Any]:
-    # A template prints whatever it is given, numbers and lists as well
+    # A template prints any value, including numbers and lists
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f"A message of `{column}` has no role: {message!r}. Filter such rows out.")
     calls = message.get("tool_calls") or []
@@ -136,13 +135,13 @@ def _as_plain_message(message: Any, column: str) -> dict[str, Any]:
 
 
 def _texts_of_prompt(messages: list[dict[str, Any]], tools: list[Any]) -> Iterator[str]:
-    """What of a prompt must come out of a template, reasoning of earlier turns not among it, which most drop."""
+    """The texts of a prompt that must be rendered. Reasoning of earlier turns is not: most templates drop it."""
     for tool in tools:
         yield from _names_of([tool])
     for message in messages:
         calls = message.get("tool_calls") or []
         yield from _names_of(calls)
-        # Beside a call, templates print an assistant's content or do not
+        # Some templates drop the content of a message with calls
         if not calls and "content" in message:
             yield (
                 message["content"].rpartition(_END_OF_THINK)[2]
@@ -167,7 +166,7 @@ def _names_of(functions: Any) -> Iterator[str]:
 
 
 def _holds(rendered: str, given: str) -> bool:
-    """Whether a text is in a rendered one, verbatim or as JSON, apart from white space, which templates trim."""
+    """Whether a rendered text contains another, verbatim or as JSON. White space is ignored: templates trim it."""
 
     def bare(text: str) -> str:
         return "".join(_SWITCH.sub("", text).split())

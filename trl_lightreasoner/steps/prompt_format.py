@@ -1,7 +1,7 @@
-r"""How a question becomes a prompt: by a chat template or as plain text, with a system message or in a template.
+r"""How a question becomes a prompt: with a chat template or as plain text, a system message or a prompt template.
 
-A model answers best in the form in which it was trained. So the format goes with the Dataset, in `sampling_metadata`,
-and from there beside the model, as prompt_format.json, where whoever asks the model next finds it.
+A model answers best in the format that it was trained with. So the format is stored with the Dataset, in
+`sampling_metadata`, and with a model trained on it, in prompt_format.json, where evaluation finds it.
 """
 
 import json
@@ -20,7 +20,7 @@ from .prompt_sources import take_messages
 
 FILE_NAME = "prompt_format.json"
 STYLES = ("chat", "raw")
-# Those of Qwen2.5-Math's evaluation
+# From Qwen2.5-Math's evaluation
 SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
 _TEMPLATES = {"chat": "{question}", "raw": "Question: {question}\nAnswer:"}
 
@@ -28,16 +28,16 @@ _TEMPLATES = {"chat": "{question}", "raw": "Question: {question}\nAnswer:"}
 @dataclass(frozen=True)
 class PromptFormat:
     r"""
-    The form of a prompt.
+    The format of a prompt.
 
     Args:
-        prompt_style (`str`): `"chat"`: a user's message, through the tokenizer's chat template. `"raw"`: plain text.
-        prompt_template (`str`, *optional*): Text with {question} in it, in which the question is put. If `None`, the
-            question alone for `"chat"`, and for `"raw"` `"Question: {question}"` with a line `"Answer:"` below.
+        prompt_style (`str`): `"chat"`: a user message, in the tokenizer's chat template. `"raw"`: plain text.
+        prompt_template (`str`, *optional*): Text that contains {question}. If `None`, it is the question alone for
+            `"chat"`, and for `"raw"` it is `"Question: {question}"` followed by a line `"Answer:"`.
         system_prompt (`str`, *optional*, defaults to `""`): System message of the style `"chat"`, empty for none.
 
     Raises:
-        `ValueError`: If a field is not what it must be.
+        `ValueError`: If the value of a field is not allowed.
 
     Example:
 
@@ -77,10 +77,10 @@ class PromptFormat:
 
     def find_question(self, text: str) -> str:
         r"""
-        The question in a raw prompt, or in a user's message, of this form.
+        Find the question in a raw prompt, or in a user message, of this format.
 
         Raises:
-            `ValueError`: If it is of another form, or the template has {question} in it several times.
+            `ValueError`: If the text has another format, or the template contains {question} several times.
 
         Example:
 
@@ -104,20 +104,20 @@ class PromptFormat:
         return f"the chat template and {system}" + (f", as{template}" if template else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as JSON holds them."""
+        """The fields, as JSON-serializable values."""
         return asdict(self)
 
     def save(self, folder: str | Path) -> None:
-        """Write the format beside a model."""
+        """Write the format to the folder of a model."""
         Path(folder, FILE_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def read_template(template: str, name: str = "prompt_template") -> str:
     """
-    A prompt template, given as text or as a file that holds it; `name` is that of the setting.
+    Read a prompt template, given as text or as a file that holds it. `name` is the name of the setting.
 
     Raises:
-        `ValueError`: If there is no {question} in it.
+        `ValueError`: If it does not contain {question}.
     """
     if "{question}" in template:
         return template
@@ -126,24 +126,24 @@ def read_template(template: str, name: str = "prompt_template") -> str:
     text = read_text(template, "The prompt template")
     if "{question}" not in text:
         raise ValueError(f"The prompt template {template!r} has no {{question}} in it.")
-    return text.removesuffix("\n")  # an editor's
+    return text.removesuffix("\n")  # added by an editor
 
 
 @from_cache_if_unreachable
 def load_prompt_format(model: str, **kwargs: Any) -> PromptFormat | None:
     """
-    The format that lies beside a model or an adapter, or `None` if there is none.
+    Load the format stored with a model or an adapter, or `None` if there is none.
 
     Args:
         model (`str`): Id or path.
-        kwargs: Such as `revision` and `token`: where the model is found on the Hub.
+        kwargs: How to find the model on the Hub, such as `revision` and `token`.
 
     Raises:
         `ValueError`: If the file is damaged.
     """
     from transformers.utils import cached_file
 
-    kwargs.pop("trust_remote_code", None)  # it has no code
+    kwargs.pop("trust_remote_code", None)  # a JSON file has no code
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path = cached_file(model, FILE_NAME, **kwargs, **quietly)
     if path is None:
@@ -156,13 +156,13 @@ def load_prompt_format(model: str, **kwargs: Any) -> PromptFormat | None:
 
 def name_prompts(dataset: Dataset, column: str) -> Dataset:
     """
-    The dataset with its column of prompts under the name `prompt`.
+    Rename the column that holds the prompts to `prompt`.
 
     An answer at the end of a conversation is left out, with a warning. Where there is no column `prompt`, `messages`
     takes its place.
 
     Raises:
-        `ValueError`: If there is no such column, or another one has that name.
+        `ValueError`: If there is no such column, or another column is named `prompt`.
     """
     if column == "prompt" and "prompt" not in dataset.column_names and "messages" in dataset.column_names:
         column = "messages"
@@ -181,7 +181,7 @@ def name_prompts(dataset: Dataset, column: str) -> Dataset:
 
 
 def has_messages(dataset: Dataset) -> bool:
-    """Whether the prompts are lists of messages. Among rows of several types, one such row makes them that."""
+    """Whether the prompts are lists of messages. If rows have several types, one such row is enough."""
     feature = dataset.features["prompt"]
     if isinstance(feature, Value | List):
         return isinstance(feature, List)
@@ -190,10 +190,10 @@ def has_messages(dataset: Dataset) -> bool:
 
 def make_prompts(dataset: Dataset, prompt_format: PromptFormat) -> Dataset:
     """
-    The dataset with its `prompt`, text so far, in that form. A row without text gets an empty prompt.
+    Put the text in `prompt` into a format. A row without text gets an empty prompt.
 
     Raises:
-        `ValueError`: If a prompt is something else; names the row.
+        `ValueError`: If a prompt is not text. The message names the row.
     """
     if prompt_format == PromptFormat("raw", "{question}"):
         return dataset
@@ -210,11 +210,11 @@ def make_prompts(dataset: Dataset, prompt_format: PromptFormat) -> Dataset:
 
 def format_of_prompts(dataset: Dataset) -> PromptFormat | None:
     """
-    The format that the prompts of a dataset show: messages, each a question behind the same system message or none.
+    Infer the format of a dataset's prompts: messages that hold one question each, all with the same system message.
 
-    Plain text does not show in which template a question stands, and of several messages the last is not all.
+    Returns `None` for plain text, whose template cannot be inferred, and for conversations of several turns.
     """
-    if dataset.format["type"] == "custom":  # a transform of the user's
+    if dataset.format["type"] == "custom":  # the user's transform
         return None
     systems = set()
     for prompt in filter(None, dataset.with_format(None)["prompt"]):
@@ -229,7 +229,7 @@ def format_of_prompts(dataset: Dataset) -> PromptFormat | None:
 
 
 def format_of_steps(dataset: Dataset) -> PromptFormat | None:
-    """The format that all samplings of a Dataset of steps were made with, or `None` if it is not known or not one."""
+    """The format that all samplings in a Dataset of steps share, or `None` if it is not known or they differ."""
     formats = [sampling.get("prompt_format") for sampling in read_samplings([dataset])]
     if not formats or any(each != formats[0] for each in formats) or formats[0] is None:
         return None

@@ -1,7 +1,8 @@
 """From a row of a prompt-only or prompt-completion dataset to the token ids that both models see.
 
-TRL's conventions hold: `prompt` is text, taken verbatim, or a list of messages, to which the expert's chat template is
-applied once. BOS comes once, wherever it comes from. A `completion` is the answer to score instead of one generated.
+TRL's conventions apply: `prompt` is text, used verbatim, or a list of messages, to which the expert's chat template is
+applied once. There is exactly one BOS, from the tokenizer or the template. A `completion` is scored instead of a
+generated one.
 """
 
 from datetime import datetime
@@ -16,16 +17,17 @@ from .messages import render_row
 from .prompt_format import has_messages
 
 
-# Stands for an answer; no template holds it
+# Placeholder for an answer. No template contains it
 _ANSWER = "the very answer"
 
 
 def check_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
     """
-    Refuse a dataset that is not a prompt-only or prompt-completion dataset, before a model is loaded.
+    Refuse a dataset that is neither prompt-only nor prompt-completion, before a model is loaded.
 
     Raises:
-        `ValueError`: If the `prompt` column is missing, or messages come without a chat template.
+        `ValueError`: If it has no `prompt` column or no rows, or it has messages and the tokenizer has no chat
+            template.
         `TypeError`: If it is not a [`~datasets.Dataset`].
     """
     check_dataset(dataset)
@@ -51,21 +53,21 @@ def encode_rows(
     date: datetime | None = None,
 ) -> dict[str, list[list[int]]]:
     """
-    Token ids of rows of one dataset.
+    Token ids of rows of a dataset.
 
     Args:
         rows (`list[dict]`): Rows with `prompt` and, if there is one to score, `completion`; text or messages.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's.
-        eos_ids (`set[int]`): Tokens that end a completion. The first of them is its last token; a line break or
-            padding behind it is left out.
+        eos_ids (`set[int]`): Tokens that end a completion. The first of them becomes its last token. A line break or
+            padding after it is removed.
         first_row (`int`): Number of the first row, for error messages.
-        date ([`~datetime.datetime`], *optional*): What a chat template that prints the date takes for today.
+        date ([`~datetime.datetime`], *optional*): Date for chat templates that print today's date.
 
     Returns:
         `dict` with `prompt_ids` of each row, empty for an empty prompt, and `completion_ids` if there are completions.
 
     Raises:
-        `ValueError`: If a row is not as TRL's conventions say; names the row.
+        `ValueError`: If a row breaks TRL's conventions. The message names the row.
 
     Example:
 
@@ -81,7 +83,7 @@ def encode_rows(
             texts.append(render_row(row, tokenizer, date))
         except ValueError as error:
             raise ValueError(f"Row {number}: {error}") from None
-    # All prompts in one call, which a tokenizer spreads over the processor's cores
+    # A single call for all prompts, which a fast tokenizer spreads over the CPU's cores
     prompt_ids = tokenizer([text["prompt"] for text in texts], add_special_tokens=False)["input_ids"]
     has_bos = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     encoded: dict[str, list[list[int]]] = {"prompt_ids": []}
@@ -89,7 +91,7 @@ def encode_rows(
         encoded["completion_ids"] = []
     for number, (row, text, ids) in enumerate(zip(rows, texts, prompt_ids, strict=True), first_row):
         conversational = not isinstance(row["prompt"], str)
-        # A template brings its own BOS, so that only plain text needs one
+        # A template adds its own BOS, so only plain text needs one
         with_bos = has_bos and not conversational and ids[:1] != [tokenizer.bos_token_id]
         encoded["prompt_ids"].append([tokenizer.bos_token_id] * with_bos + ids if text["prompt"] else [])
         if "completion" in row:
@@ -110,7 +112,7 @@ def encode_rows(
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """
-    The token with which the chat template ends an assistant's message, if it is a special one.
+    The token with which the chat template ends an assistant's message, if it is a special token.
 
     Example:
 
@@ -125,7 +127,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, TypeError, ValueError):  # it wants other messages, or there are several and no default
+    except (TemplateError, TypeError, ValueError):  # it needs other messages, or there is no default template
         return None
     ids = tokenizer(text.rpartition(_ANSWER)[2].lstrip(), add_special_tokens=False)["input_ids"]
     special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
@@ -138,9 +140,9 @@ def encode_continuation(
     """
     Token ids of a text that follows a prompt.
 
-    Both texts are tokenized together, since a text alone can get a leading space (SentencePiece). Where that would
-    merge the last token of the prompt with the first of the continuation, the continuation is tokenized alone: the
-    prompt's tokens are those that a generation would have started from.
+    Both texts are tokenized together, since a text alone can get a leading space (SentencePiece). If this would merge
+    the last token of the prompt with the first of the continuation, the continuation is tokenized alone. So the
+    prompt keeps the tokens that generation would have started from.
     """
     together = tokenizer(prompt + continuation, add_special_tokens=False)["input_ids"]
     if together[: len(prompt_ids)] == prompt_ids:

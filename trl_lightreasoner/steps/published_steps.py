@@ -1,10 +1,12 @@
-"""The JSON lines of the method's published scripts, a step a line, to a Dataset of steps.
+"""Convert the JSON lines of the method's published scripts, one step per line, to a Dataset of steps.
 
 A line holds `prompt_id` (the question), `prefix` (the text before the step), `token_ids` and their `tokens`, `weights`
-(v_C), and mostly `step` and `kl_divergence`. Lines of one question whose prefixes continue each other become one
-trajectory. What a file does not say stays open: divergences elsewhere than at its steps are null, amateur, alpha and
-beta are not known, and nobody can say which token the expert took at the last step of a trajectory: the label's
-favourite stands there, behind every context, so that nothing reads it.
+(v_C), and usually `step` and `kl_divergence`. Lines of one question whose prefixes continue each other become one
+trajectory.
+
+What a file does not record remains unknown: divergences are null except at its steps, and there is no amateur, alpha
+or beta. The token that the expert sampled at the last step of a trajectory is also unknown. The label's most probable
+token takes its place, after every context, so that nothing reads it.
 """
 
 import hashlib
@@ -45,12 +47,12 @@ def import_published_steps(
     trust_remote_code: bool = False,
 ) -> Dataset:
     """
-    Read a file that the published scripts sampled.
+    Read a file that the published scripts have sampled.
 
     Args:
         file (`str`): Path of the JSON lines.
-        output_dir (`str`): Folder for the Dataset, as `lightreasoner sample` leaves it.
-        expert (`str`): Id or path of the expert that sampled them, of which config and tokenizer are read.
+        output_dir (`str`): Folder for the Dataset, in the same layout as that of `lightreasoner sample`.
+        expert (`str`): Id or path of the expert that sampled the steps. Its config and tokenizer are read.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The expert's tokenizer. If `None`, it is loaded from the expert's folder or repository.
         system_prompt (`str`, *optional*): System message before each question; the published scripts' by default.
@@ -61,7 +63,7 @@ def import_published_steps(
         [`~datasets.Dataset`] with the columns of `trl_lightreasoner.steps.dataset`, in the order of the file.
 
     Raises:
-        `ValueError`: If a line is not as it should be, or its tokens are not the expert's; names the line.
+        `ValueError`: If a line is malformed, or its tokens are not the expert's. The message names the line.
 
     Example:
 
@@ -112,7 +114,7 @@ def import_published_steps(
 
 
 class _Trajectory:
-    """Token ids of the longest prefix so far, its text, and by position (label ids, label probabilities, KL)."""
+    """The longest prefix so far, as token ids and text, and (label ids, label probabilities, KL) by position."""
 
     def __init__(self):
         self.ids: list[int] = []
@@ -227,7 +229,7 @@ class _Reader:
         return ids
 
     def _read_as(self, token_id: int) -> tuple[str, str]:
-        """A token as text, and by its name in the vocabulary."""
+        """The text of a token, and its name in the vocabulary."""
         if token_id not in self._texts:
             known = token_id in self.vocabulary
             name = self.tokenizer.convert_ids_to_tokens(token_id) if known else ""
@@ -250,7 +252,7 @@ class _Reader:
 def _parse(line: bytes) -> dict[str, Any]:
     try:
         step = json.loads(line)
-    except ValueError as error:  # of the text or of its encoding
+    except ValueError as error:  # in the JSON or in its encoding
         raise ValueError(f"it is not JSON ({error})") from None
     if not isinstance(step, dict):
         raise ValueError("it is not a JSON object")

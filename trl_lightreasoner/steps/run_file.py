@@ -1,13 +1,13 @@
-"""run.json in the folder of a [`~trl_lightreasoner.steps.writer.StepWriter`]: what is made there, and by whom.
+"""run.json in the folder of a [`~trl_lightreasoner.steps.writer.StepWriter`]: the state of its run.
 
 | name | holds |
 |---|---|
 | identity | everything that the rows depend on |
-| metadata | what goes with the rows |
-| date | when it was begun, which a chat template may print |
-| openings | a name for each time that the folder was opened, the last one at work; each shard tells its own |
+| metadata | what is stored with the rows |
+| date | when the run was started, which a chat template may print |
+| openings | a name for each time that the folder was opened. The last one is active. Each shard stores its own |
 | files | checksums of the finished Dataset, by file name |
-| checksum | of all of the above |
+| checksum | checksum of all of the above |
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _TYPES = {"identity": dict, "metadata": dict, "date": str, "openings": list, "fi
 
 def read_run(folder: Path) -> dict[str, Any]:
     """
-    What run.json in a folder says; of a file that is somebody else's, as much as has one of our names.
+    Read run.json in a folder. Of another program's file, only entries with the names above are returned.
 
     Raises:
         `ValueError`: If it is damaged.
@@ -35,7 +35,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         run = json.loads(text.decode())
         if not isinstance(run, dict):
             raise ValueError("it is not a JSON object")
-        if run.pop("checksum", None) not in (None, _checksum(run)):  # other files have none
+        if run.pop("checksum", None) not in (None, _checksum(run)):  # other programs' files have none
             raise ValueError("it does not match its checksum")
         for name, kind in _TYPES.items():
             if not isinstance(run.get(name, kind()), kind):
@@ -43,7 +43,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         for name in run.get("files", {}):
             if name in ("", ".", "..") or Path(name.replace("\\", "/")).name != name:
                 raise ValueError(f"it names a file outside its folder, {name!r}")
-    except (ValueError, RecursionError) as error:  # of the encoding and of JSON as well
+    except (ValueError, RecursionError) as error:  # includes errors of the encoding and of JSON
         raise ValueError(
             f"{str(path)!r} is damaged: {str(error).rstrip('.')}. Restore it, or sample again with "
             "`overwrite_output_dir=True`. To read rows without it, name their file."
@@ -52,13 +52,13 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def run_content(run: dict[str, Any]) -> bytes:
-    """What is to stand in run.json."""
+    """The content of run.json for a run, with its checksum."""
     run = json.loads(json.dumps(run))
     return json.dumps({**run, "checksum": _checksum(run)}, indent=2).encode()
 
 
 def run_date(folder: str | Path, overwrite: bool = False) -> datetime:
-    """When the run in a folder was begun: now, if there is none that is to go on."""
+    """When the run in a folder was started: now, if there is none to resume."""
     try:
         date = None if overwrite else read_run(Path(folder)).get("date")
     except (FileNotFoundError, NotADirectoryError):
@@ -71,7 +71,7 @@ def run_date(folder: str | Path, overwrite: bool = False) -> datetime:
 
 def finished_files(folder: Path) -> list[Path]:
     """
-    The files of a finished Dataset, whatever lies beside them; none if the folder is not that of one.
+    The files of a finished Dataset, without any other files. Empty if the folder holds no finished Dataset.
 
     Raises:
         `ValueError`: If one of them, or run.json, is damaged or missing.
@@ -92,7 +92,7 @@ def finished_files(folder: Path) -> list[Path]:
 
 
 def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of the files of a folder that are there."""
+    """SHA-256 of those of the named files that exist in a folder."""
     found = {}
     for path in (folder / name for name in sorted(names)):
         if path.is_file():

@@ -1,7 +1,7 @@
-"""Demonstrations of one's own as rows of kept steps, so that whatever trains on the latter trains on them.
+"""The user's demonstrations as rows of kept steps, so that the same code trains on both.
 
-A label that is one token makes D_KL(v_C || pi_theta) the cross-entropy of that token. So a completion is a row whose
-every token is a kept step with itself as its label.
+If a label is a single token, D_KL(v_C || pi_theta) is the cross-entropy of that token. So a demonstration becomes a
+row in which every token of the completion is a kept step and its own label.
 """
 
 from typing import Any
@@ -17,21 +17,21 @@ from .prompts import encode_rows, end_of_turn
 
 def encode_sft_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """
-    Rows of kept steps of a dataset of demonstrations in TRL's formats, every token of a completion a kept step.
+    Convert demonstrations in TRL's formats to rows of kept steps. Every token of a completion becomes a kept step.
 
     Args:
         dataset ([`~datasets.Dataset`]): Rows with `prompt` and `completion`, both text or both messages, or with
-            `messages`, of which the last, the assistant's, is the completion. An EOS token is put behind text.
+            `messages`, of which the last, the assistant's, is the completion. An EOS token is appended to text.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's, with the chat template if there are
             messages.
 
     Returns:
-        [`~datasets.Dataset`] with the columns `STEP_COLUMNS`, one row a demonstration. The last step of a completion
-        is the token that ends it.
+        [`~datasets.Dataset`] with the columns `STEP_COLUMNS`, one row per demonstration. The last step of a
+        completion is the token that ends it.
 
     Raises:
         `TypeError`: If it is not a [`~datasets.Dataset`].
-        `ValueError`: If a column is missing or a row is not as it must be; names the row.
+        `ValueError`: If a column is missing or a row is malformed. The message names the row.
 
     Example:
 
@@ -88,7 +88,7 @@ def encode_sft_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dat
 
 
 def _demonstration(row: dict[str, Any], number: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A row with `prompt` and `completion`, whichever format it comes in."""
+    """A row with `prompt` and `completion`, converted from any of the formats."""
     if "completion" not in row or "prompt" not in row:
         messages = row.pop("messages")
         last = messages[-1] if isinstance(messages, list) and messages else None

@@ -1,4 +1,4 @@
-"""A split of a dataset by the name that a user gives: a file, a folder, or an id on the Hub."""
+"""Load a split of a dataset by the name that the user gives: a file, a folder, or an id on the Hub."""
 
 import glob
 from pathlib import Path
@@ -19,7 +19,7 @@ _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "
 
 def load_split(name: str, config: str | None, split: str) -> Dataset:
     """
-    One split of a dataset.
+    Load one split of a dataset.
 
     Args:
         name (`str`): Id on the Hub, a folder, or a file (JSON lines, Parquet, CSV, text).
@@ -27,12 +27,12 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
         split (`str`): Such as `"train"` or `"train[:1000]"`.
 
     Raises:
-        `ValueError`: If there is no such dataset or split, the file is of another kind or damaged, or sampling into
-            the folder is not finished.
+        `ValueError`: If there is no such dataset or split, the file has an unknown format or is damaged, or sampling
+            into the folder is not finished.
     """
     path = Path(name)
     if not name or not path.exists() and (path.suffix in _BUILDERS or path.is_absolute() or name.startswith(".")):
-        raise ValueError(f"There is no file or folder {name!r}.")  # which the Hub need not be asked for
+        raise ValueError(f"There is no file or folder {name!r}.")  # such a name cannot be an id on the Hub
     if path.is_file() and path.suffix not in _BUILDERS:
         raise ValueError(f"{name!r} is not a dataset file. Known endings are {', '.join(_BUILDERS)}.")
     if list(path.glob("*config.json")) and list(path.glob("*.safetensors")):
@@ -41,9 +41,9 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
         raise ValueError(
             f"Sampling into {name!r} is not finished. Rerun the same `lightreasoner sample` command to resume it."
         )
-    if path.exists():  # `datasets` would tell its server that a local file was read
+    if path.exists():  # otherwise `datasets` reports to its server that a local file was read
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-        if not (path / "run.json").is_file():  # which is told of as what it is
+        if not (path / "run.json").is_file():  # damage to our own folders is found by checksum
             check_encoding(name)
     try:
         with name_the_cache():
@@ -58,7 +58,7 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
         raise explained from error
 
 
-# What `datasets` raises: StopIteration for an empty JSON file, ValueError for what it hands on from pandas and Arrow
+# What `datasets` raises: StopIteration for an empty JSON file, and ValueError for errors of pandas and Arrow
 _FAULTS = (OSError, DatasetsError, StopIteration, ValueError, TypeError)
 _NO_ROW, _NO_SPLIT = "corresponds to no data", "Unknown split"
 _OF_A_CAST = ("Couldn't cast", "as a scalar of type", "converting to")
@@ -69,7 +69,7 @@ def _is_about_split(error: Exception) -> bool:
 
 
 def _explained(error: Exception, name: str, split: str) -> ValueError | None:
-    """An error of `datasets` in a sentence that says what to do; `None` for one that says so itself."""
+    """An error of `datasets`, reworded to say what to do. `None` for errors that already say it."""
     if isinstance(error, OSError):
         return ValueError(
             f"The dataset {name!r} cannot be loaded: {_first_line(error)}. It must be a file "
@@ -103,7 +103,7 @@ def _load_split(name: str, config: str | None, split: str) -> Dataset:
         if split not in dataset:
             raise ValueError(f"There is no split {split!r} in {name!r}. It has {list(dataset)}.")
         return dataset[split]
-    # A bare name could also be that of another folder in the cache of `datasets`, hence builders and absolute paths
+    # A bare name could match another folder in the cache of `datasets`, hence builders and absolute paths
     if config is None and (files := finished_files(path)):
         return load_dataset("parquet", data_files={"train": [*map(literal_path, files)]}, split=split)
     if config is None and list((path / "data").glob("*.parquet")):

@@ -1,4 +1,4 @@
-"""What the trainer does to a Dataset of steps before training: check every row, drop what is too long, count it."""
+"""Prepare a Dataset of steps for training: check every row, and drop and count the steps that are too long."""
 
 import math
 from collections.abc import Container
@@ -15,28 +15,28 @@ from .dataset import PER_STEP_COLUMNS, STEP_COLUMNS, count_steps
 
 logger = logging.get_logger(__name__)
 
-# Labels are stored in fp32, and rounded further by some file formats
+# Labels are stored in fp32, and some file formats round them further
 _SUM_TOLERANCE = 1e-3
-# What `choose_beta` and `has_corrections` rest on (docs/evidence.md): a real pair gained most from the steps of 1.6
-# nats or more, where 22 % of the labels preferred another token; three tiny pairs, where none did there, from those of
-# 0.8 or more
+# The evidence for `choose_beta` and `has_corrections` (docs/evidence.md). A real pair gained most from the steps of
+# 1.6 nats or more, at which 22 % of the labels preferred another token. Three tiny pairs, whose labels preferred no
+# other token at such steps, gained most from the steps of 0.8 nats or more
 _HIGH_BETA, _BETA = 1.6, 0.8
 _MIN_CORRECTIONS = 0.1
-# Columns of numbers that need not be whole
+# Columns that hold real numbers. The others hold whole numbers
 _REAL = ("label_probs", "step_weights")
 
 
 def check_row(row: dict[str, Any], vocabulary: Container[int], width: int) -> None:
     """
-    Refuse a row that does not add up.
+    Refuse a row that is inconsistent.
 
     Args:
-        row (`dict`): A row with the columns `STEP_COLUMNS`, and `step_weights` if there are any.
+        row (`dict`): A row with the columns `STEP_COLUMNS`, and with `step_weights` if the Dataset has that column.
         vocabulary ([`Vocabulary`] or other `Container[int]`): Ids of the model's tokens.
         width (`int`): Number of the model's embeddings.
 
     Raises:
-        `ValueError`: With the reason.
+        `ValueError`: If it is. The message gives the reason.
 
     Example:
 
@@ -109,12 +109,12 @@ def _check_numbers(column: str, values: Any) -> None:
 
 def select_steps(row: dict[str, Any], max_length: int | None = None, beta: float | None = None) -> list[int]:
     """
-    Which of the kept steps of a row are trained on.
+    Select the kept steps of a row that are trained on.
 
     Args:
-        row (`dict`): A row that [`check_row`] has passed, with `kl_divergence` if it is known.
-        max_length (`int`, *optional*): Steps with a longer context are left out.
-        beta (`float`, *optional*): Steps whose divergence is below it are left out.
+        row (`dict`): A row that has passed [`check_row`], with `kl_divergence` if it is known.
+        max_length (`int`, *optional*): Maximum length of a step's context. Longer steps are excluded.
+        beta (`float`, *optional*): Minimum divergence in nats. Steps below it are excluded.
 
     Returns:
         `list[int]`: Indices into `step_positions`, ascending.
@@ -138,11 +138,11 @@ def select_steps(row: dict[str, Any], max_length: int | None = None, beta: float
     divergences = divergences_of(row)
     if None in divergences:
         raise ValueError("it has a kept step of unknown divergence; set `beta` to 0 to train on all steps")
-    return [k for k in steps if divergences[k] >= beta]  # type: ignore[operator]  # numbers
+    return [k for k in steps if divergences[k] >= beta]  # type: ignore[operator]  # no `None` here
 
 
 def divergences_of(row: dict[str, Any]) -> list[float | None]:
-    """D_KL(pi_E || pi_A) in nats at the kept steps of a row, `None` where it is not known."""
+    """D_KL(pi_E || pi_A) in nats at the kept steps of a row, `None` for steps at which it is not known."""
     divergence = row.get("kl_divergence") or []
     numbers = divergence if isinstance(divergence, list) else [divergence]
     if wrong := [d for d in numbers if d is not None and (type(d) not in (int, float) or math.isnan(d))]:
@@ -152,16 +152,15 @@ def divergences_of(row: dict[str, Any]) -> list[float | None]:
 
 def choose_beta(dataset: Dataset | IterableDataset) -> float | None:
     """
-    The threshold for a Dataset of steps where nobody named one.
+    Choose the threshold for a Dataset of steps if the user gives none: 1.6 nats if [`has_corrections`], otherwise 0.8.
 
-    The larger the divergence, the more a step has to say, as long as some of the labels say something else than the
-    expert would: 1.6 nats if [`has_corrections`], and otherwise 0.8.
+    Steps of larger divergence teach more, as long as some labels there differ from what the expert would say.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows from [`ContrastiveStepSampler`].
 
     Returns:
-        `float` in nats, or `None` for all kept steps: because none reaches 0.8 nats, or the divergences are not known
+        `float` in nats, or `None` to use all kept steps, if none reaches 0.8 nats or the divergences are not known
         before the rows are read.
     """
     steps = _read_steps(dataset)
@@ -172,8 +171,8 @@ def choose_beta(dataset: Dataset | IterableDataset) -> float | None:
 
 def has_corrections(dataset: Dataset | IterableDataset) -> bool:
     """
-    Whether v_C prefers another token than the one that the expert took at a tenth or more of the steps of 1.6 nats or
-    more; False where that is not known before the rows are read. The defaults of the training follow from it.
+    Whether v_C prefers a token other than the expert's at a tenth or more of the steps of 1.6 nats or more. False if
+    this is not known before the rows are read. Some defaults of the training depend on it.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows from [`ContrastiveStepSampler`].
@@ -187,7 +186,7 @@ def _has_corrections(steps: list[tuple[float, bool]]) -> bool:
 
 
 def _read_steps(dataset: Dataset | IterableDataset) -> list[tuple[float, bool]]:
-    """Of each kept step its divergence and whether another token is preferred; nothing if one is not known."""
+    """For each kept step, its divergence and whether v_C prefers another token. Empty if any of them is not known."""
     names = ["completion_ids", "kl_divergence", "step_positions", "label_ids"]
     if not isinstance(dataset, Dataset) or not set(names) <= set(dataset.column_names):
         return []
@@ -199,14 +198,14 @@ def _read_steps(dataset: Dataset | IterableDataset) -> list[tuple[float, bool]]:
             divergences = divergences_of(row)
             if None in divergences:
                 return []
-            steps += zip(divergences, others, strict=True)  # type: ignore[arg-type]  # numbers
-        except (TypeError, IndexError, ValueError):  # a row that does not add up, which `prepare_rows` names
+            steps += zip(divergences, others, strict=True)  # type: ignore[arg-type]  # no `None` here
+        except (TypeError, IndexError, ValueError):  # an inconsistent row, which `prepare_rows` reports
             return []
     return steps
 
 
 def reaches(dataset: Dataset | IterableDataset, beta: float | None) -> bool:
-    """Whether a kept step of a Dataset diverges by `beta` or more, as far as that is known before it is read."""
+    """Whether a kept step of a Dataset diverges by `beta` or more. False if this is not known before it is read."""
     if not beta or not isinstance(dataset, Dataset) or "kl_divergence" not in dataset.column_names:
         return False
     rows = dataset.with_format(None).select_columns(["kl_divergence", "step_positions"])
@@ -224,23 +223,24 @@ def prepare_rows(
     context: int | None = None,
 ) -> Dataset | IterableDataset:
     """
-    Rows that can be trained on.
+    Check the rows, and keep the steps that can be trained on.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows from [`ContrastiveStepSampler`].
-        name (`str`): Its name in messages: "train", "eval".
+        name (`str`): What to call it in messages: "train" or "eval".
         vocabulary ([`Vocabulary`]): The model's tokens.
         width (`int`): Number of the model's embeddings.
-        max_length (`int`, *optional*): Steps with a longer context are dropped and counted.
-        one_step_per_row (`bool`): Whether a row with several kept steps becomes as many rows of one.
-        beta (`float`, *optional*): Steps whose divergence is below it are left out.
-        context (`int`, *optional*): Tokens that the model reads at most, a limit as `max_length` is.
+        max_length (`int`, *optional*): Maximum length of a step's context. Longer steps are dropped and counted.
+        one_step_per_row (`bool`): Whether to split a row with several kept steps into rows of one step.
+        beta (`float`, *optional*): Minimum divergence in nats. Steps below it are excluded.
+        context (`int`, *optional*): Maximum number of tokens that the model reads, a limit like `max_length`.
 
     Returns:
-        The rows that have a step left, with the columns of `dataset`. An iterable dataset is checked as it is read.
+        The rows that still have a step, with the columns of `dataset`. An iterable dataset is checked as it is read.
 
     Raises:
-        `ValueError`: If a column is missing, a row does not add up (it is named, with the reason), or nothing is left.
+        `ValueError`: If a column is missing, a row is inconsistent, or no step is left. The message names the row and
+            the reason.
     """
     columns = dataset.column_names
     if columns is not None and (missing := [column for column in STEP_COLUMNS if column not in columns]):
@@ -262,10 +262,10 @@ def prepare_rows(
                 f"The column {column!r} of the {name} dataset must hold lists of {'whole ' if whole else ''}numbers, "
                 f"got {features[column]}. {remedy}."
             )
-    limit, remedy = f"max_length={max_length}", "raise it"
+    limit, remedy = f"`max_length={max_length}`", "raise it"
     if context is not None and (max_length is None or context < max_length):
         max_length, limit, remedy = context, f"the model's context of {context} tokens", "sample with shorter prompts"
-    dataset = dataset.with_format(None)  # lists, whatever the user looked at it as
+    dataset = dataset.with_format(None)  # lists, whatever format the user has set
 
     def prepare(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         kept_rows: dict[str, list] = {column: [] for column in batch}
@@ -285,7 +285,7 @@ def prepare_rows(
     if isinstance(dataset, IterableDataset):
         prepared = dataset.map(prepare, with_indices=True, batched=True)
         if next(iter(prepared), None) is None:
-            least = f" of beta={beta} or more" if beta else ""
+            least = f" that reaches `beta={beta}`" if beta else ""
             raise ValueError(
                 f"The {name} dataset has no step to train on: none of its streamed rows has one{least} within {limit}."
             )
@@ -298,13 +298,13 @@ def prepare_rows(
         elif num_too_long == num_steps:
             reason = f"all {num_steps:,} of its steps are beyond {limit}; {remedy}"
         else:
-            reason = f"none of its {num_steps:,} steps reaches beta={beta}; lower it"
+            reason = f"none of its {num_steps:,} steps reaches `beta={beta}`; lower it"
         raise ValueError(f"The {name} dataset has no step to train on: {reason}.")
     if "step_weights" in prepared.column_names and not any(map(any, prepared["step_weights"])):
         raise ValueError(f"The {name} dataset has no step to train on: all of its `step_weights` are 0.")
     if num_too_long:
         logger.warning(
-            f"Dropped {num_too_long:,} of {num_steps:,} steps of the {name} dataset, which lie beyond {limit}."
+            f"Dropped {num_too_long:,} of {num_steps:,} steps of the {name} dataset, which are beyond {limit}."
         )
     return prepared
 

@@ -1,16 +1,16 @@
-"""The files under `output_dir` while a Dataset is made, of steps or of answers, so that nothing of it can be lost.
+"""The files under `output_dir` while a Dataset of steps or answers is made. No finished batch is ever lost.
 
     output_dir/run.json           what is being made: models, settings, prompts
-    output_dir/shards/            a batch a file, NUMBER-SHA256.parquet, complete or not there at all
-    output_dir/merging/           the shards on their way to the finished Dataset
+    output_dir/shards/            one file per batch, NUMBER-SHA256.parquet, always complete
+    output_dir/merging/           temporary files while the shards are merged
     output_dir/data/              the finished Dataset, in the order of the input
 
-A file is written under another name, flushed to the disk and renamed, so that a process may be killed at any moment: a
-later run with the same models, settings and prompts goes on behind the last complete batch. A shard whose content does
-not match the checksum in its name is made again. Where several processes write, one opens and finishes the run.
+Every file is written under a temporary name, flushed to the disk and renamed. So a process may be killed at any time:
+a later run with the same models, settings and prompts resumes after the last complete batch. A shard whose content
+does not match the checksum in its name is made again. If several processes write, one opens and finishes the run.
 
-Each opening of the folder has a name, which stands in run.json and in every shard that is written under it. A process
-that is left over from an earlier opening is told so before it writes, and what it wrote all the same is not taken.
+Each opening of the folder has a name, which is stored in run.json and in every shard written under it. A process left
+over from an earlier opening gets an error before it writes. If it has written a shard nevertheless, it is ignored.
 """
 
 import errno
@@ -41,24 +41,24 @@ from .run_file import checksums, finished_files, read_run, run_content
 logger = logging.getLogger(__name__)
 
 _MAX_FILE_BYTES = 500 * 2**20
-_ROW = "_row"  # place of a row in the input, while rows are written in the order they are made
-_OPENING = b"opening"  # under which a shard was written, in its schema's metadata
+_ROW = "_row"  # index of a row in the input, since shards hold rows in the order in which they are made
+_OPENING = b"opening"  # key of a shard's opening in the metadata of its schema
 
 
 class StepWriter:
     """
-    Writes rows as they are made and gives them back in the order of the input. Memory holds one batch.
+    Writes rows as they are made, and returns them in the order of the input. Only one batch is held in memory.
 
     Args:
-        output_dir (`str`): The folder; made if it is missing.
-        dataset ([`~datasets.Dataset`]): The input, whose columns are carried along.
-        overwrite (`bool`): Whether rows that are there already are deleted instead of continued.
-        features (`dict`): Types of the columns that are made, beside `completion`.
-        date ([`~datetime.datetime`], *optional*): What [`~trl_lightreasoner.steps.run_file.run_date`] says, if the
-            rows depend on it.
+        output_dir (`str`): The folder, which is created if it does not exist.
+        dataset ([`~datasets.Dataset`]): The input, whose columns are copied.
+        overwrite (`bool`): Whether to delete existing rows instead of resuming.
+        features (`dict`): Types of the new columns, beside `completion`.
+        date ([`~datetime.datetime`], *optional*): Result of [`~trl_lightreasoner.steps.run_file.run_date`], if the
+            rows depend on the date.
 
     Raises:
-        `ValueError`: If the folder is a file or holds something else, or an input column has the name of one of ours.
+        `ValueError`: If the folder is a file or holds other files, or an input column has the name of a new one.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class StepWriter:
         self.date = date or datetime.now()
         self.run = self.folder / "run.json"
         self.shards, self.merging, self.data = (self.folder / name for name in ("shards", "merging", "data"))
-        if overwrite or not (self.run.exists() and self.data.exists()):  # which are given back from anywhere
+        if overwrite or not (self.run.exists() and self.data.exists()):  # finished rows can be read even there
             check_folder(output_dir)
         if "::" in str(self.folder.absolute()):
             raise ValueError(
@@ -98,19 +98,19 @@ class StepWriter:
 
     def open(self, identity: dict[str, Any], metadata: dict[str, Any]) -> set[int]:
         """
-        Take the folder for this process, until [`~StepWriter.close`].
+        Lock the folder for this process, until [`~StepWriter.close`].
 
         Args:
-            identity (`dict`): Names and values of everything that the rows depend on. JSON.
-            metadata (`dict`): What [`sampling_metadata`] is to return. JSON.
+            identity (`dict`): Names and values of everything that the rows depend on, JSON-serializable.
+            metadata (`dict`): What [`sampling_metadata`] returns for the Dataset, JSON-serializable.
 
         Returns:
-            `set[int]`: Rows of the input that are there already.
+            `set[int]`: Rows of the input that exist already.
 
         Raises:
-            `ValueError`: If another process has the folder, it was begun with another identity, or run.json is
+            `ValueError`: If another process holds the folder, it was started with another identity, or run.json is
                 damaged.
-            `OSError`: If the folder cannot be written, and is not finished.
+            `OSError`: If the folder cannot be written to, and is not finished.
         """
         self.opening = ""
         refusal = self._take_lock()
@@ -139,7 +139,7 @@ class StepWriter:
         return {row for rows in self.earlier.values() for row in rows}
 
     def _take_lock(self) -> OSError | None:
-        """Why nothing can be written, if that is so: what is finished can be read all the same."""
+        """Lock the folder. If it cannot be written to, return the reason: a finished Dataset can still be read."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
@@ -162,10 +162,10 @@ class StepWriter:
 
     def join(self) -> None:
         """
-        Write into the folder that another process of the same run has opened.
+        Write to the folder that another process of the same run has opened.
 
         Raises:
-            `ValueError`: If the folder is not there.
+            `ValueError`: If the folder does not exist.
         """
         if not self.run.exists():
             raise ValueError(
@@ -177,7 +177,7 @@ class StepWriter:
         self._set_metadata()
 
     def _check_opening(self) -> None:
-        """Refuse to write into what is another run's by now: of a run that was killed, this process can be left."""
+        """Refuse to write if a later run has opened the folder: this process can be left over from an earlier one."""
         try:
             openings = read_run(self.folder).get("openings", [])
         except FileNotFoundError:
@@ -190,14 +190,14 @@ class StepWriter:
             )
 
     def _set_metadata(self) -> None:
-        self.metadata = json.dumps(self.begun["metadata"])  # of the first run, the same in every row
+        self.metadata = json.dumps(self.begun["metadata"])  # from the first run, the same in every row
 
     def close(self) -> None:
-        """Leave the folder to others. Does nothing if this process does not have it."""
+        """Unlock the folder. Does nothing if this process has not locked it."""
         self.lock.release()
 
     def write(self, indices: list[int], columns: dict[str, list]) -> None:
-        """Write the rows `indices` of the input, with the new `columns` beside their own."""
+        """Write the rows `indices` of the input with the new `columns`."""
         table = self.input[indices]
         columns = {**columns, _ROW: indices}
         if "sampling_metadata" in self.features:
@@ -213,29 +213,29 @@ class StepWriter:
 
     def finish(self, rows: set[int]) -> None:
         """
-        Put the rows in the order of the input.
+        Merge the shards into the finished Dataset, in the order of the input.
 
         Args:
-            rows (`set[int]`): Rows of the input that must be there.
+            rows (`set[int]`): Rows of the input that must exist.
 
         Raises:
-            `ValueError`: If some are not, or are there twice.
-            `OSError`: If the disk does not take them.
+            `ValueError`: If some of them are missing or duplicated.
+            `OSError`: If they cannot be written to the disk.
         """
-        if self.opening:  # otherwise it was finished when it was opened
+        if self.opening:  # empty if it was finished when it was opened
             self._merge(rows)
         shutil.rmtree(self.shards, ignore_errors=True)
         shutil.rmtree(self.merging, ignore_errors=True)
 
     def load(self, cache_dir: str | None = None) -> Dataset:
-        """The finished Dataset, memory-mapped; `cache_dir` is where, if not in the cache of `datasets`."""
+        """The finished Dataset, memory-mapped in `cache_dir`, or in the cache of `datasets` by default."""
         files = [literal_path(self.data / name) for name in sorted(read_run(self.folder)["files"])]
         with name_the_cache(cache_dir, f"The finished rows are in {str(self.data)!r}."):
             return Dataset.from_parquet(files, cache_dir=cache_dir)
 
     def _merge(self, rows: set[int]) -> None:
         self._check_opening()
-        shutil.rmtree(self.merging, ignore_errors=True)  # of a run that was killed here
+        shutil.rmtree(self.merging, ignore_errors=True)  # left over from an interrupted merge
         shards, num_bytes = self._shards_to_merge(rows)
         free = shutil.disk_usage(self.folder).free
         if free < num_bytes:
@@ -258,7 +258,7 @@ class StepWriter:
             ) from error
 
     def _shards_to_merge(self, rows: set[int]) -> tuple[list[Path], int]:
-        """The shards that hold `rows`, each of them once, and the bytes that putting them together takes at most."""
+        """The shards that hold `rows`, each of them once, and the maximum number of bytes that merging them takes."""
         shards, num_bytes, there = [], 0, []
         for path in sorted(self.shards.glob("*.parquet")):
             shard = self._read_shard(path)
@@ -283,7 +283,7 @@ class StepWriter:
         return shards, num_bytes
 
     def _merge_into(self, data: Path, shards: list[Path]) -> dict[str, str]:
-        """Checksums of the files that hold the rows of `shards`, in the order of the input."""
+        """Write the rows of `shards` to files in the order of the input, and return the checksums of the files."""
         data.mkdir(parents=True)
         cache = os.path.abspath(self.merging / "cache")
         made = Dataset.from_parquet([literal_path(path) for path in shards], cache_dir=cache)
@@ -305,7 +305,7 @@ class StepWriter:
                 )
 
     def _take_shards(self) -> dict[Path, list[int]]:
-        """Rows of the shards of earlier openings; what is damaged, or holds a row that another one has, is deleted."""
+        """Rows of the shards of earlier openings. Damaged shards and those with duplicate rows are deleted."""
         taken: dict[Path, list[int]] = {}
         seen: set[int] = set()
         for path in sorted(self.shards.iterdir()):
@@ -315,14 +315,14 @@ class StepWriter:
                 taken[path] = rows
                 seen.update(rows)
                 continue
-            if path.suffix == ".parquet":  # not what a killed process leaves behind, which has another ending
+            if path.suffix == ".parquet":  # temporary files of an interrupted process end in .tmp
                 state = "damaged" if shard is None else "there twice"
                 logger.warning(f"{path} is {state}. Its rows are sampled again.")
             path.unlink()
         return taken
 
     def _read_shard(self, path: Path) -> pa.Table | None:
-        """A shard of this run, or `None` if it is something else or damaged."""
+        """Read a shard of this run. `None` if it belongs to another run or is damaged."""
         content = path.read_bytes()
         if not path.name.endswith(f"-{hashlib.sha256(content).hexdigest()}.parquet"):
             return None
@@ -331,7 +331,7 @@ class StepWriter:
             opening = shard.schema.metadata[_OPENING].decode()
             is_ours = opening in self.begun["openings"]
             return shard if is_ours and path.name == _shard_name(shard[_ROW].to_pylist(), content) else None
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):  # it is no shard
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):  # not a shard
             return None
 
     def _write(self, path: Path, content: bytes) -> None:
@@ -356,7 +356,7 @@ def _shard_name(rows: list[int], content: bytes) -> str:
 
 
 def describe_rows(dataset: Dataset) -> dict[str, Any]:
-    """What the input is, by the names that a user knows, for the `identity` of [`~StepWriter.open`]."""
+    """Description of the input, by the user's names, for the `identity` of [`~StepWriter.open`]."""
     digest = hashlib.sha256()
     for batch in dataset.with_format("arrow").iter(1000):
         for row in batch.to_pylist():
@@ -366,7 +366,7 @@ def describe_rows(dataset: Dataset) -> dict[str, Any]:
 
 
 def hash_ids(lists: Iterable[list[int]]) -> str:
-    """A checksum over lists of token ids."""
+    """A checksum of lists of token ids."""
     digest = hashlib.sha256()
     for ids in lists:
         digest.update(np.array([len(ids), *ids], dtype=np.int32).tobytes())
@@ -374,12 +374,12 @@ def hash_ids(lists: Iterable[list[int]]) -> str:
 
 
 def literal_path(path: str | Path) -> str:
-    """A path as `datasets` takes it literally: a `*` or `[` in it is no pattern, a leading `~` no home."""
+    """A path that `datasets` takes literally, whatever `*`, `[` or leading `~` it contains."""
     return glob.escape(os.path.abspath(path))
 
 
 def check_folder(output_dir: str) -> None:
-    """Refuse an `output_dir` that cannot be made or written to, without making it."""
+    """Refuse an `output_dir` that cannot be created or written to, without creating it."""
     folder = Path(output_dir).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() and existing == folder:
@@ -392,7 +392,7 @@ def check_folder(output_dir: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -25,7 +25,7 @@ from ..vocabulary import Vocabulary, check_embedded
 
 logger = logging.get_logger(__name__)
 
-# Of a row, what makes its prompt
+# Columns that determine a row's prompt
 _PROMPT_COLUMNS = ("prompt", "chat_template_kwargs", "tools")
 
 
@@ -127,7 +127,7 @@ class EvalQuestions:
         answered: list[int] = []
         completions: list[list[int]] = []
         num_ended = 0
-        # What training has cached is no room for a graph, and what this leaves there would be none for one of training
+        # Memory cached by training is not available to a graph, nor the reverse
         clear_device_cache()
         with evaluating(model), accelerator.autocast():
             for rows, (ids, ended) in self._answer(order, self._answering):

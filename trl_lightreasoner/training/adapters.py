@@ -35,7 +35,7 @@ def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, revi
         raise ValueError(
             "The model has no trainable parameter. Load the adapter with `is_trainable=True`, or pass a `peft_config`."
         )
-    # QLoRA's adapter weights are bf16, as in its paper; DoRA's magnitude vector would freeze in bf16.
+    # QLoRA's adapter weights are bf16, as in its paper. DoRA's magnitude vector would not change in bf16.
     if is_quantized(model):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
@@ -55,7 +55,7 @@ def target_modules(names: list[str] | None) -> str | list[str] | None:
 
     ```
     """
-    # PEFT takes text for a pattern that must match a whole name, from the model on
+    # PEFT reads text as a pattern that must match the whole name of a module
     if names is None or len(names) != 1 or re.fullmatch(r"[\w.]+", names[0]):
         return names
     return names[0]
@@ -123,7 +123,7 @@ class AllocateRanks(TrainerCallback):
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         for parameter in self._tuner.parameters():
-            # An update that is left out says nothing of a rank
+            # A skipped update says nothing about ranks
             if parameter.requires_grad and (parameter.grad is None or not parameter.grad.isfinite().all()):
                 parameter.grad = torch.zeros_like(parameter)
         self._tuner.update_and_allocate(state.global_step)

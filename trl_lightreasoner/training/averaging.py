@@ -69,6 +69,6 @@ def mean_loss(
         `torch.Tensor` without dimensions: In nats, 0 if there is nothing to average.
     """
     num_items = count_items(batch) if num_items is None else num_items
-    # Weights may be as small as one likes, steps are whole
+    # Weights can be arbitrarily small, and steps are whole numbers
     least = torch.finfo(num_items.dtype).tiny if num_items.is_floating_point() else 1
     return weighted(divergence, batch).sum() / num_items.clamp_min(least)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-_FEW_TOKENS = 128  # that show whether two models say the same
+_FEW_TOKENS = 128  # number of tokens to compare two models with
 
 
 def check_destinations(args: TrainingArguments) -> None:
@@ -62,7 +62,7 @@ class _BaseTrainer(ResumableTrainer):
     _tag_names: list[str] = []
     _name = "Trainer"
     _paper: dict[str, str] = {}
-    # The form of the prompts in the dataset, which is saved beside the model
+    # The prompt format of the dataset, which is saved with the model
     prompt_format: PromptFormat | None = None
     _saves_checkpoint = False
 
@@ -93,7 +93,7 @@ class _BaseTrainer(ResumableTrainer):
             if self.is_world_process_zero():
                 self._save_beside(folder)
         except Exception as error:
-            if isinstance(error, OSError) and self._saves_checkpoint:  # the training goes on from the one before
+            if isinstance(error, OSError) and self._saves_checkpoint:  # the previous checkpoint is kept
                 raise
             try:
                 path = keep_weights(model, state_dict, folder)
@@ -106,7 +106,7 @@ class _BaseTrainer(ResumableTrainer):
 
     def _save_beside(self, folder: str) -> None:
         save_generation_config(self._whole_model(), self.processing_class, folder)
-        # PEFT's card of the folder tells where the base model lies on this machine
+        # PEFT's card of the folder contains the local path of the base model
         model_card(self, self._model_name()).save(os.path.join(folder, "README.md"))
         if self.prompt_format is not None:
             self.prompt_format.save(folder)
@@ -116,7 +116,7 @@ class _BaseTrainer(ResumableTrainer):
         if self._saves_checkpoint or self._is_split or not self.is_world_process_zero():
             return
         kwargs = hub_kwargs({"trust_remote_code": self.args.trust_remote_code, **(self.args.model_init_kwargs or {})})
-        kwargs.pop("revision", None)  # which the adapter has noted
+        kwargs.pop("revision", None)  # recorded in the adapter already
         ids = list(range(_FEW_TOKENS))
         if isinstance(self.train_dataset, Dataset):
             row = self.train_dataset[0]
@@ -124,7 +124,7 @@ class _BaseTrainer(ResumableTrainer):
         check_saved(self._whole_model(), output_dir or self.args.output_dir, ids, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        # What is uploaded while training goes on has a card as well; an upload that goes on must not see it change
+        # Uploads during training also have a card, which must not change during an upload
         if self.args.push_to_hub and self.is_world_process_zero():
             if self.push_in_progress is None or self.push_in_progress.is_done():
                 self.create_model_card()

@@ -21,7 +21,7 @@ from transformers import logging
 logger = logging.get_logger(__name__)
 
 _STATE = "trainer_state.json"
-# What PyTorch and the libraries in Rust say when they cannot write; an `OSError` says it by its type
+# Messages of PyTorch and of the libraries in Rust when they cannot write. Other failures are an `OSError`
 _CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "basic_ios", "os error")
 
 
@@ -44,7 +44,7 @@ def find_checkpoint(asked: str | bool | None, output_dir: str) -> str | None:
         return str(asked)
     last = last_checkpoint(output_dir)
     if last is None:
-        # Those that are saved to the end, but not such that training could go on as it was, say why
+        # A checkpoint that was saved completely, but from which training cannot resume exactly, gets its reason
         for folder in reversed(_checkpoints(output_dir)):
             if (folder / _STATE).is_file():
                 _check(folder, output_dir)
@@ -90,7 +90,7 @@ def _check(folder: Path, output_dir: str) -> None:
         raise ValueError(
             f"The checkpoint {str(folder)!r} is damaged: {damaged[0].name} is truncated. Resume from another one."
         )
-    # DeepSpeed has files of its own, FSDP a folder or a file
+    # DeepSpeed has its own files, and FSDP a folder or a file
     needed = {"rng_state": any(name.startswith("rng_state") for name in names)}
     if "latest" not in names:
         needed |= {name: any(each.startswith(name) for each in names) for name in ("optimizer", "scheduler.pt")}
@@ -119,7 +119,7 @@ def _is_whole(path: Path) -> bool:
             json.loads(path.read_text(encoding="utf-8"))
     except (SafetensorError, ValueError):
         return False
-    # As `torch.save` writes them, with a list of the contents at the end
+    # `torch.save` writes an archive with a list of its contents at the end
     return path.suffix not in (".pt", ".pth", ".bin") or is_zipfile(path)
 
 
@@ -132,16 +132,16 @@ def saving(folder: Path) -> Iterator[None]:
         `OSError`: If it cannot be written.
     """
     try:
-        # Of a training before, whose checkpoint is written over
+        # Left over from an earlier training, whose checkpoint is overwritten
         (folder / _STATE).unlink(missing_ok=True)
-        # By date `Trainer` tells which checkpoint is the oldest, and no date before now can be that of the new one
+        # `Trainer` finds the oldest checkpoint by date, so the new one must not be dated earlier than now
         now = time.time()
         for age, path in enumerate(reversed(_checkpoints(str(folder.parent)))):
             if path.stat().st_mtime > now:
                 os.utime(path, (now - 1 - age, now - 1 - age))
         yield
     except Exception as error:
-        if (folder / _STATE).is_file() and _is_whole(folder / _STATE):  # what came later went wrong
+        if (folder / _STATE).is_file() and _is_whole(folder / _STATE):  # something after it failed
             raise
         if (reason := _cannot_write(error)) is None:
             raise
@@ -194,7 +194,7 @@ def one_training(output_dir: str) -> Iterator[None]:
         `ValueError`: If another process holds the lock.
     """
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    # A name that `Trainer` does not upload; a command and its trainer, in one process, share the lock
+    # `Trainer` does not upload a file of this name. A command and its trainer, in one process, share the lock
     lock = FileLock(Path(output_dir) / "_lock", is_singleton=True)
     try:
         lock.acquire(timeout=0)

@@ -22,9 +22,9 @@ from ..models.weights import get_base_model
 
 logger = logging.get_logger(__name__)
 
-# The least that the number of tokens is rounded to
+# The smallest number that a batch's number of tokens is rounded up to
 _TOKENS = 256
-# What comes with a packed batch
+# Arguments of a packed batch
 _PACKED = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
@@ -53,7 +53,7 @@ class GraphedLayers:
         self.adapter: Any = _adapter(model)
         self.failed = False
         self._captured: dict[tuple, _CapturedLayers] = {}
-        # What the graphs were captured with: the adapter, where the weights are, which of them are trained
+        # What the graphs depend on: the adapter, the addresses of the weights, and which of them are trained
         self._state: tuple = ()
         self._parameters: list[torch.nn.Parameter] = []
         self._plain: Callable = self.layers.forward
@@ -90,7 +90,7 @@ class GraphedLayers:
             captured = self._capture(input_ids, kwargs["position_ids"], cu_seq_lens_q, kwargs["max_length_q"])
         except RuntimeError as error:
             self.clear()
-            # What does not fit into memory either way is told as it would be without graphs
+            # If it does not fit in memory without graphs either, the error is the usual one
             outputs = self._plain(input_ids=input_ids, cu_seq_lens_q=cu_seq_lens_q, **kwargs)
             self.failed = True
             logger.warning(
@@ -181,7 +181,7 @@ class _CapturedLayers:
         self.aliases = {name: parameter.detach().requires_grad_() for name, parameter in trained.items()}
         input_ids, position_ids, begins = batch
         self.input_ids, self.position_ids = input_ids.new_zeros(1, num_tokens), position_ids.new_zeros(1, num_tokens)
-        # One row more: the padding
+        # One additional row for the padding
         self.begins = begins.new_full((len(begins) + 1,), num_tokens)
         self.fill(*batch)
         self.output: torch.Tensor
@@ -198,7 +198,7 @@ class _CapturedLayers:
 
     def _run_forward(self) -> None:
         device = self.input_ids.device.type
-        # A cast that is cached would be one of another graph
+        # A cached cast would belong to another graph
         with torch.autocast(
             device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
         ):
@@ -229,13 +229,13 @@ class _CapturedLayers:
         try:
             with torch.cuda.stream(memory.stream):
                 if memory.is_new:
-                    # Plain passes first, in which the libraries set themselves up
+                    # Plain passes first, in which the libraries initialize
                     self._with_gradients()
                     self.output_gradient = torch.zeros_like(self.output)
                     self._run_backward()
                     del self.output, self.output_gradient, self.gradients
                     torch.cuda.synchronize(device)
-                    torch.cuda.empty_cache()  # the pool is apart from it
+                    torch.cuda.empty_cache()  # the graphs have a separate pool
                     memory.is_new = False
                 graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
                 with _capturing(graphs[0], memory):
@@ -249,13 +249,13 @@ class _CapturedLayers:
         return graphs[0].replay, graphs[1].replay
 
     def _with_gradients(self) -> None:
-        with torch.enable_grad():  # which is off within an autograd function
+        with torch.enable_grad():  # it is off within an autograd function
             self._run_forward()
 
 
 @contextmanager
 def _capturing(graph: torch.cuda.CUDAGraph, memory: _Memory) -> Iterator[None]:
-    # `torch.cuda.graph` would collect garbage before. Relaxed: a library may load a kernel that it has not used yet
+    # `torch.cuda.graph` would first collect garbage. Relaxed, since a library may load a kernel for the first time
     graph.capture_begin(pool=memory.pool, capture_error_mode="relaxed")
     try:
         yield
@@ -290,5 +290,5 @@ class _Replay(torch.autograd.Function):
         captured = ctx.captured
         captured.output_gradient.copy_(gradients[0])
         captured.replay_backward()
-        # The next replay writes over them, while these may be what is accumulated
+        # The next replay overwrites them, and they may be the accumulated gradients
         return None, *(None if each is None else each.clone() for each in captured.gradients)

@@ -62,7 +62,7 @@ class DataCollatorForLightReasoner(DataCollatorMixin):
         if has_sft:
             columns = [*zip(STEP_COLUMNS, SFT_COLUMNS, strict=True)]
             examples = [*examples, *({column: example[sft] for column, sft in columns} for example in examples)]
-        # By NumPy: on a machine of many cores PyTorch would wake up all of them for every line
+        # With NumPy: PyTorch would wake up all cores of a large machine for every line
         prompt_lengths = np.array([len(example["prompt_ids"]) for example in examples])
         lengths = prompt_lengths + np.array([example["step_positions"][-1] for example in examples])
         num_steps = np.array([len(example["step_positions"]) for example in examples])
@@ -75,7 +75,7 @@ class DataCollatorForLightReasoner(DataCollatorMixin):
         ]
         input_ids = np.full(is_token.shape, self.pad_token_id)
         input_ids[is_token] = np.array(list(chain.from_iterable(tokens)))
-        # The step t is predicted at the token before it
+        # Step t is predicted at the token before it
         steps = np.array([t for example in examples for t in example["step_positions"]])
         rows = np.arange(len(examples)).repeat(num_steps)
         step_mask = np.zeros_like(is_token)
@@ -86,7 +86,7 @@ class DataCollatorForLightReasoner(DataCollatorMixin):
         label_probs = [probs for example in examples for probs in example["label_probs"]]
         supports = np.array([len(ids) for ids in label_ids])
         in_support = np.arange(supports.max()) < supports[:, None]
-        # Padding repeats a token of the label, which is sure to be one of the vocabulary
+        # Padding repeats a token of the label, which is certainly in the vocabulary
         ids = np.array([ids[0] for ids in label_ids])[:, None].repeat(in_support.shape[1], axis=1)
         ids[in_support] = np.array(list(chain.from_iterable(label_ids)))
         probs = np.zeros(in_support.shape, dtype=np.float32)

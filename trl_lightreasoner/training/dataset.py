@@ -20,7 +20,7 @@ from .lightreasoner_config import LightReasonerConfig
 
 logger = logging.get_logger(__name__)
 
-# `Trainer` uploads what lies beside the model, unless its name begins so
+# `Trainer` uploads everything in the model's folder except names that begin like this
 _STEPS_FOLDER = "_steps"
 # Values of `train_sampling_strategy` for which `Trainer` reads the lengths of the rows
 _BY_LENGTH = ("group_by_length", "batch_rebalance")
@@ -54,7 +54,7 @@ def prepare_dataset(
             f"The {name} dataset is streamed from {dataset.num_shards} files, so {args.world_size} processes would "
             "get different numbers of rows and wait for each other forever. Load it without streaming."
         )
-    if SFT_COLUMNS[0] in (dataset.column_names or ()):  # it comes from another trainer
+    if SFT_COLUMNS[0] in (dataset.column_names or ()):  # it was prepared by another trainer
         dataset = dataset.remove_columns(list(SFT_COLUMNS))
     rows = prepare_rows(
         dataset,
@@ -109,7 +109,7 @@ def sample_dataset(
         model, amateur_model, sampling_args, processing_class, quantization_config=quantization_config
     )
     steps = sampler.sample(prompts)
-    del sampler  # with the models that it has loaded
+    del sampler  # frees the models that it has loaded
     clear_device_cache(garbage_collection=True)
     return steps
 
@@ -161,4 +161,4 @@ def put_beside(dataset: Dataset | IterableDataset, sft_rows: Dataset) -> Dataset
 
 
 def _add_length(row: dict[str, Any], column: str) -> dict[str, int]:
-    return {column: len(row["prompt_ids"]) + row["step_positions"][-1]}  # behind the last kept step a row is cut
+    return {column: len(row["prompt_ids"]) + row["step_positions"][-1]}  # a row is cut after its last kept step

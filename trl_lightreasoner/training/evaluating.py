@@ -45,7 +45,7 @@ class EvaluatingTrainer(_BaseTrainer):
         # Likewise over the tokens of SFT rows: cross-entropy, tokens
         self._sft_sums = torch.zeros(2, dtype=_sum_dtype(device), device=device)
         self._eval_sums: torch.Tensor | None = None
-        self._scores: dict[str, float] = {}  # of the answers at the evaluation that is going on
+        self._scores: dict[str, float] = {}  # of the answers at the current evaluation
         self._is_expert_without_adapter = is_expert_without_adapter(self.model, self.train_dataset, self.accelerator)
         self.drift_warnings = DriftWarnings()
 
@@ -87,11 +87,11 @@ class EvaluatingTrainer(_BaseTrainer):
         label_probs = inputs["label_probs"]
         with torch.no_grad(), self._attention(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-            if not hasattr(outputs, "steps"):  # a subclass has a loss all of its own
+            if not hasattr(outputs, "steps"):  # a subclass has its own loss
                 outputs = self.steps_of(model, inputs)
             steps = outputs.steps
             row, step = (label_probs.sum(-1) > 0).nonzero(as_tuple=True)
-            # A subclass may add to the loss; what it adds counts for every step of the batch alike
+            # A subclass may add to the loss. The addition counts equally for every step of the batch
             added = loss - mean_loss(steps.kl_divergence, inputs)
             label_entropy = -torch.special.xlogy(label_probs, label_probs).sum(-1)[row, step]
             ones = torch.ones_like(label_entropy)
@@ -104,7 +104,7 @@ class EvaluatingTrainer(_BaseTrainer):
         sums = torch.zeros(len(inputs["input_ids"]), len(values), dtype=_sum_dtype(loss.device), device=loss.device)
         values = [weighted(each, inputs) for each in values]
         sums.index_add_(0, row, torch.stack(values, dim=1).to(sums.dtype))
-        # Row by row, since the last batches of several processes hold rows twice, which `gather_for_metrics` takes out
+        # Row by row, since the last batches of several processes hold duplicates, which `gather_for_metrics` removes
         self._eval_sums = self._eval_sums + self.accelerator.gather_for_metrics(sums).sum(0)
         if prediction_loss_only or self.compute_metrics is None:
             return loss.detach(), None, None
@@ -128,7 +128,7 @@ class EvaluatingTrainer(_BaseTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        # A dataset that comes only now is as the sampler made it; the trainer's own come by name or not at all
+        # A dataset passed here is not yet prepared. The trainer's own datasets are passed by name or not at all
         if isinstance(eval_dataset, Dataset | IterableDataset):
             with self.args.main_process_first():
                 eval_dataset = self._prepare_rows(eval_dataset, metric_key_prefix)
@@ -136,7 +136,7 @@ class EvaluatingTrainer(_BaseTrainer):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         scores = self._questions.measure(self.model, self.vocabulary, self.accelerator)
         scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-        if isinstance(self.eval_dataset, dict):  # each is logged by itself, and there may be none
+        if isinstance(self.eval_dataset, dict):  # each is logged separately, and there may be none
             metrics = super().evaluate(None, ignore_keys, metric_key_prefix)
             self.log(scores)
             metrics |= scores
@@ -162,7 +162,7 @@ class EvaluatingTrainer(_BaseTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         weight, *sums = self._eval_sums.tolist()
         means = {name: value / (weight or 1) for name, value in zip(names, sums, strict=True)}
-        # `Trainer` takes the mean of the batches' means, which is not the mean over the steps
+        # `Trainer` averages the means of the batches, which is not the mean over the steps
         own = {
             f"{metric_key_prefix}_{name}": means[name]
             for name in ("loss", "entropy", "mean_token_accuracy", "kl_to_expert")
@@ -195,4 +195,4 @@ class EvaluatingTrainer(_BaseTrainer):
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64

@@ -156,7 +156,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
         "id": "2510.07962",
     }
 
-    # `compute_loss` divides by the kept steps of the whole update, so that nothing is left for `Trainer` to scale
+    # `compute_loss` divides by the kept steps of the whole update, so `Trainer` need not scale the loss
     loss_is_scaled_for_ga = True
     _signature_columns: list[str] | None
 
@@ -194,15 +194,15 @@ class LightReasonerTrainer(EvaluatingTrainer):
             )
         if peft_config is not None:
             check_adapter(peft_config, "`peft_config`")
-        # Batches of streamed rows are made where they are used: dispatching would cut every tensor of a batch to the
-        # number of its rows, those with an entry a token as well
+        # Each process makes its own batches of streamed rows. Dispatching would cut every tensor of a batch to the
+        # number of rows, even those with one entry per token
         args.accelerator_config.dispatch_batches = False
-        # On a GPU no update has to wait for the one before: not for its batch, nor for a look at its loss, which
-        # `training_step` filters where it is
+        # On a GPU no update has to wait for the previous one: neither for its batch nor for a check of its loss, which
+        # `training_step` filters on the device
         args.accelerator_config.non_blocking = args.dataloader_pin_memory
         self._filters_loss, args.logging_nan_inf_filter = args.logging_nan_inf_filter, False
 
-        # What can be refused before any weights are loaded
+        # Everything that can be refused before weights are loaded
         check_destinations(args)
         if eval_questions is not None:
             check_answers(args, has_rows=eval_dataset is not None)
@@ -216,17 +216,17 @@ class LightReasonerTrainer(EvaluatingTrainer):
         config = load_config(model, **model_init_kwargs)
         trains_adapter = (
             peft_config is not None
-            or not isinstance(model, str)  # it may hold one
+            or not isinstance(model, str)  # the folder may hold one
             or load_adapter_config(model, **hub_kwargs(model_init_kwargs)) is not None
         )
         if isinstance(model, str):
-            # All weights are trained in fp32; frozen ones stay as they were when the expert was sampled
+            # Full training uses fp32 weights. Frozen weights keep the dtype of the sampling
             model_init_kwargs.setdefault("dtype", "auto" if trains_adapter else "float32")
         quantization = model_init_kwargs.get("quantization_config") if isinstance(model, str) else None
         quantization = quantization or getattr(config, "quantization_config", None)
         dtype = model_init_kwargs.get("dtype")
         check_combinations(args, quantization, config.dtype if dtype == "auto" else dtype, trains_adapter)
-        # A subclass may evaluate more, and so may a function
+        # A subclass or a function may evaluate more
         if compute_metrics is None and type(self).evaluation_loop is LightReasonerTrainer.evaluation_loop:
             sets = eval_dataset if isinstance(eval_dataset, dict) else () if eval_dataset is None else ("",)
             check_metric(args, sets, eval_questions is not None, trains_adapter)
@@ -256,7 +256,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
                 sft_rows = prepare_sft_dataset(sft_dataset, args, processing_class, self.vocabulary, config)
                 check_rope(args, rope_switch(config), sft_rows, None)
                 train_dataset = put_beside(train_dataset, sft_rows)
-        # What every batch must hold
+        # What every batch must contain
         self._needed = ["step_weights"] if "step_weights" in (train_dataset.column_names or ()) else []
         self._needed += [] if sft_dataset is None else ["sft_mask"]
         check_rope(args, rope_switch(config), train_dataset, eval_dataset)
@@ -264,7 +264,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
             self.prompt_format = format_of_steps(train_dataset)
         if eval_questions is not None:
             self._questions = EvalQuestions(eval_questions, processing_class, config, args.eval_max_new_tokens)
-            eval_dataset = {} if eval_dataset is None else eval_dataset  # `Trainer` has nothing to compute a loss on
+            eval_dataset = {} if eval_dataset is None else eval_dataset  # without it `Trainer` has no rows for a loss
 
         # Model
         # PEFT initializes the adapter weights randomly, so set_seed must be done before creating the model to ensure
@@ -282,7 +282,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
                 )
             settle_4bit_layers(model)
         warn_of_another_expert(train_dataset, model, name)
-        # The adapter remembers which revision of its base model it belongs to
+        # The adapter records the revision of its base model
         revision = None if name is None else model_init_kwargs.get("revision")
         model = prepare_adapter(model, peft_config, revision)
         if name is not None and not isinstance(model, PeftModel):
@@ -296,7 +296,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
         # Data collator
         if data_collator is None:
             pad_token_id = processing_class.pad_token_id
-            pad_token_id = pad_token_id if pad_token_id in self.vocabulary else 0  # it needs an embedding
+            pad_token_id = pad_token_id if pad_token_id in self.vocabulary else 0  # it must have an embedding
             data_collator = DataCollatorForLightReasoner(pad_token_id=pad_token_id)
 
         self._accepts_logits_to_keep = accepts_logits_to_keep(model)
@@ -341,7 +341,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
         if self._packs and args.use_cuda_graphs and not (recomputes or is_sharded or args.torch_compile):
             self._graphs = GraphedLayers(model) if can_capture(model) else None
         if is_quantized(model) and self.accelerator.is_fsdp2:
-            # FSDP2 would cast packed 4-bit weights as if they were numbers; autocast does what is needed
+            # FSDP2 would cast packed 4-bit weights as if they were numbers. Autocast is sufficient
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.skip_nonfinite_updates = SkipNonFiniteUpdates(self)
         self.add_callback(self.skip_nonfinite_updates)
@@ -356,12 +356,12 @@ class LightReasonerTrainer(EvaluatingTrainer):
             self.model.add_model_tags(self._tag_names)
 
     def _set_signature_columns_if_needed(self):
-        # What `Trainer` keeps of a dataset under `remove_unused_columns=True`
+        # The columns that `Trainer` keeps under `remove_unused_columns=True`
         if self._signature_columns is None:
             self._signature_columns = [*STEP_COLUMNS, "step_weights", *SFT_COLUMNS, self.args.length_column_name]
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, torch.Tensor]], device: torch.device):
-        # The items of an update are its kept steps, of every batch and process
+        # The items of an update are its kept steps, over all batches and processes
         return self._sum_over_update([count_items(batch) for batch in batch_samples], device)
 
     def _sum_over_update(self, values: list[torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -385,7 +385,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
 
     def steps_of(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
         inputs = with_indices(inputs)
-        # Of rows of which those of SFT come last
+        # Rows of the SFT dataset come last
         index = torch.cat([inputs[key] for key in ("label_index", "sft_index") if key in inputs])
         label_ids, label_probs = (inputs[key].flatten(0, 1)[index] for key in ("label_ids", "label_probs"))
         attention_mask = inputs["attention_mask"]
@@ -394,8 +394,8 @@ class LightReasonerTrainer(EvaluatingTrainer):
             model_inputs = pack(inputs["input_ids"], inputs["attention_mask"], inputs["token_index"])
             positions = inputs["step_index"]
         elif (attention_mask.diff(dim=-1) > 0).any():
-            # Padding goes behind the tokens, where no causal model looks, recurrent ones included: without a mask
-            # the fastest attention applies
+            # Padding follows the tokens, where no causal model looks, not even a recurrent one. Without a mask the
+            # fastest attention is used
             order = attention_mask.argsort(dim=-1, descending=True, stable=True)
             model_inputs = {"input_ids": inputs["input_ids"].gather(-1, order)}
             positions = positions.gather(-1, order)
@@ -444,13 +444,13 @@ class LightReasonerTrainer(EvaluatingTrainer):
             cross_entropy = outputs.sft_steps.kl_divergence.sum() / num_tokens.clamp_min(1)
             loss = loss + self.args.sft_weight * cross_entropy
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # DDP takes the mean of the processes' gradients
+            loss = loss * self.accelerator.num_processes  # DDP averages the gradients of the processes
         if model.training:
             self._count(outputs, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        # LoRA layers cast what they get to their own float32, only for autocast to cast it back
+        # LoRA layers would cast their inputs to float32, and autocast would cast them back
         autocasts = self.accelerator.native_amp and isinstance(self.model, PeftModel)
         with disable_input_dtype_casting(self.model, active=autocasts and is_plain_lora(self.model)):
             try:
@@ -469,7 +469,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
         return loss
 
     def _attention(self) -> AbstractContextManager:
-        # Around the backward pass as well, in which activation checkpointing calls the layers again
+        # Also around the backward pass, in which activation checkpointing calls the layers again
         return packed_attention(self._model_config) if self._packs else nullcontext()
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:

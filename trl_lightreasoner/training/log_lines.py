@@ -1,4 +1,4 @@
-"""What a training logs, for people who watch it: a line an entry, beside the bar if there is one."""
+"""Readable logs of a training: one line per entry, next to the progress bar if there is one."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from transformers import TrainerState as State
 from transformers import TrainingArguments as Arguments
 
 
-# What the bar shows already, or what is told at the end
+# Shown by the bar already, or reported at the end
 _LEFT_OUT = ("epoch", "total_flos", "train_loss", "num_tokens")
 
 
 def log_in_lines(trainer: Trainer) -> None:
-    """Let a trainer print a line where [`~transformers.Trainer`] prints a dictionary."""
+    """Let a trainer print lines instead of the dictionaries of [`~transformers.Trainer`]."""
     for callback, lines in ((ProgressCallback, _LinesBesideBar), (PrinterCallback, _Lines)):
         if trainer.pop_callback(callback) is not None:
             trainer.add_callback(lines)

@@ -32,7 +32,7 @@ class SkipNonFiniteUpdates(TrainerCallback):
         self.trainer = trainer
         self.patience = patience
         self._count = self._in_a_row = 0
-        # What is still to be read of the last update: its number, whether it is broken, when that is known
+        # Pending facts about the last update: its number, whether it is skipped, and when that is known
         self._unread: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None
 
     @property

@@ -27,7 +27,7 @@ _NAME = "packed"
 def can_pack(model: torch.nn.Module) -> bool:
     """Whether the layers of a model can attend to packed rows."""
     base = get_base_model(model)
-    # Dropout of attention weights is what `varlen_attn` lacks
+    # `varlen_attn` has no dropout of attention weights
     dropout = getattr(base.config.get_text_config(), "attention_dropout", 0)
     return (
         varlen_attn is not None
@@ -100,7 +100,7 @@ def packed_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention of a layer as transformers calls it: `(1, H, N, D)` in, `(1, N, H, D)` out."""
-    # `varlen_attn` is not among what autocast casts
+    # Autocast does not cast the inputs of `varlen_attn`
     dtype = (
         torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
     )
@@ -110,7 +110,7 @@ def packed_attention_forward(
 
 
 if varlen_attn is not None:
-    # Its arguments still change from one version of PyTorch to the next
+    # Its arguments still change between versions of PyTorch
     _arguments = inspect.signature(varlen_attn).parameters
     _CAUSAL: dict[str, Any] = {"is_causal": True} if "is_causal" in _arguments else {"window_size": (-1, 0)}
     if "enable_gqa" in _arguments:

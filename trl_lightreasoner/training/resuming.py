@@ -31,7 +31,7 @@ from .checkpoints import find_checkpoint, one_training, saving, saving_model
 
 logger = logging.get_logger(__name__)
 
-# Settings on which the weights depend. Of the first, what a checkpoint holds counts, whatever is set now
+# Settings that the weights depend on. For the first group, the values of the checkpoint are used
 _KEPT = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 _TAKEN = (
     "lr_scheduler_type",
@@ -44,9 +44,9 @@ _TAKEN = (
     "neftune_noise_alpha",
     "sft_weight",
 )
-# Those by which the state of the optimizer has another form
+# Settings that change the structure of the optimizer's state
 _FIXED = ("optim", "optim_args")
-# Of an adapter, what does not change what it computes while it is trained
+# Fields of an adapter that do not change what it computes in training
 _FREE = ("inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type")
 _ROWS = "rows"
 
@@ -90,7 +90,7 @@ class ResumableTrainer(Trainer):
             is_named = checkpoint == str(resume_from_checkpoint)
             check_training(_remembered(self._resumed).get("training"), memory.training, checkpoint, is_named)
             self._check_random_state(checkpoint)
-        # A run that goes on has had its first evaluation
+        # A resumed run has had its first evaluation
         eval_on_start, self.args.eval_on_start = self.args.eval_on_start, self.args.eval_on_start and not checkpoint
         with one_training(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
             try:
@@ -133,7 +133,7 @@ class ResumableTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # so that nothing is written behind trainer_state.json
+        self.accelerator.wait_for_everyone()  # trainer_state.json must be the last file
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -161,7 +161,7 @@ class ResumableTrainer(Trainer):
     def _load_best_model(self) -> None:
         best, model = self.state.best_model_checkpoint, self.model
         name = model.active_adapters[0] if isinstance(model, PeftModel) else "default"
-        # Where PEFT saves an adapter that has a name of its own, and `Trainer` does not look
+        # PEFT saves an adapter with another name here, where `Trainer` does not look
         folder = os.path.join(best, name)
         if os.path.isdir(folder) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             model.load_adapter(folder, name, is_trainable=True)
@@ -243,7 +243,7 @@ def check_training(before: dict[str, Any] | None, now: dict[str, Any], checkpoin
     differences = {}
     for name in [*now, *(name for name in before if name not in now)]:
         old, new = before.get(name), now.get(name)
-        # What is not known, or has another name in another version or kind of adapter
+        # Values that are unknown, or have another name in another version or type of adapter
         is_unknown = None in (old, new) if name == _ROWS else not (name in before and name in now or name == "adapter")
         if is_unknown or old == new:
             continue
@@ -293,7 +293,7 @@ def plan_training(
     values = plan(args)
     planned = values[-1]
     if args.max_steps < 0 and args.num_train_epochs == _remembered(resumed)["num_train_epochs"]:
-        # The same epochs stay the same updates, whatever an update holds by now
+        # The number of updates stays that of the original epochs, whatever an update holds now
         args = copy.copy(args)
         args.max_steps = resumed.max_steps
         values = plan(args)
@@ -304,7 +304,7 @@ def plan_training(
             f"Training is complete: the checkpoint has {step:,} of {max_steps:,} updates. Raise `max_steps` or "
             "`num_train_epochs` to continue."
         )
-        # `Trainer` makes one more update in every epoch that it begins; this is how none is left to begin
+        # `Trainer` makes at least one update in every epoch that it begins. This leaves no epoch to begin
         return (step // updates_per_epoch, *values[1:])
     # Where `Trainer` goes on: it takes all updates before for such as they are now. The last batch of an epoch, of
     # fewer rows, moves that by less than a batch where nothing else does

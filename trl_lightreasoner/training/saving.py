@@ -126,5 +126,5 @@ def _differing_logits(model: PreTrainedModel | PeftModel, folder: str, ids: list
     except torch.OutOfMemoryError:
         logger.warning(f"There is not enough memory to load {folder!r} and compare it with the model.")
         return None
-    limit = 1e-4 if base.dtype == torch.float32 else 1e-2  # what rounding makes of it
+    limit = 1e-4 if base.dtype == torch.float32 else 1e-2  # difference due to rounding
     return None if nats <= limit else f"reloaded, it differs by {nats:.2g} nats per token"

@@ -21,7 +21,7 @@ from ..steps.dataset import read_samplings
 
 logger = logging.get_logger(__name__)
 
-# Times as far as the labels ask for, and share of the entropy of the labels
+# Multiple of the labels' divergence, and fraction of the labels' entropy
 _MAX_DRIFT = 2.0
 _MIN_ENTROPY = 0.5
 
@@ -61,7 +61,7 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with model.disable_adapter():
         yield
-    for parameter, value in requires_grad.items():  # PEFT makes all of the active adapter trainable
+    for parameter, value in requires_grad.items():  # PEFT makes the whole active adapter trainable
         if parameter.requires_grad != value:
             parameter.requires_grad_(value)
 
