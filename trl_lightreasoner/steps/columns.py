@@ -1,4 +1,4 @@
-"""Kept steps as flat NumPy arrays, some rows at a time, checked. A loop over rows in Python takes ten times as long."""
+"""Kept steps as flat NumPy arrays, some rows at a time, checked. A loop over rows in Python takes ten times longer."""
 
 import math
 from collections.abc import Iterator
