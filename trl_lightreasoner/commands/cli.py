@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..safe_path import start_processes_safely
 from ..text import printable
+from .imports import fast_imports
 from .terminal import speak
 
 
@@ -59,7 +60,8 @@ def _main(argv: Sequence[str]) -> int:
         given = f"There is no command {printable(repr(argv[0]))}." if argv else "A command is missing."
         print(f"lightreasoner: error: {given} The commands are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    command = import_module(f".{_MODULES.get(argv[0], argv[0])}", __package__)
+    with fast_imports():
+        command = import_module(f".{_MODULES.get(argv[0], argv[0])}", __package__)
     return _run(f"lightreasoner {argv[0]}", command.make_parser, command.main, argv[1:])
 
 
@@ -75,7 +77,8 @@ def _run(prog: str, make_parser: Callable, command: Callable, argv: Sequence[str
     args: tuple = ()
     explain: Callable[[Exception], str] = str
     try:
-        parser = make_parser(prog)
+        with fast_imports():
+            parser = make_parser(prog)
         explain = parser.explain
         args = parser.parse(argv)
         outcome = command(*args)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from .arguments import ArgumentParser
+from .imports import fast_imports
 from .next_command import next_command
 from .terminal import hide_file_bars
 
@@ -68,8 +69,9 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 
 
 def main(args: ImportArguments) -> None:
-    from ..steps.dataset import count_steps
-    from ..steps.published_steps import import_published_steps
+    with fast_imports():
+        from ..steps.dataset import count_steps
+        from ..steps.published_steps import import_published_steps
 
     hide_file_bars()
     dataset = import_published_steps(
