@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ..safe_path import start_processes_safely
 from ..text import printable
-from .imports import fast_imports
 from .terminal import speak
 
 
@@ -60,8 +59,7 @@ def _main(argv: Sequence[str]) -> int:
         given = f"There is no command {printable(repr(argv[0]))}." if argv else "A command is missing."
         print(f"lightreasoner: error: {given} The commands are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    with fast_imports():
-        command = import_module(f".{_MODULES.get(argv[0], argv[0])}", __package__)
+    command = import_module(f".{_MODULES.get(argv[0], argv[0])}", __package__)
     return _run(f"lightreasoner {argv[0]}", command.make_parser, command.main, argv[1:])
 
 
@@ -77,8 +75,7 @@ def _run(prog: str, make_parser: Callable, command: Callable, argv: Sequence[str
     args: tuple = ()
     explain: Callable[[Exception], str] = str
     try:
-        with fast_imports():
-            parser = make_parser(prog)
+        parser = make_parser(prog)
         explain = parser.explain
         args = parser.parse(argv)
         outcome = command(*args)

@@ -10,7 +10,6 @@ from typing import Any
 
 from ..text import printable
 from .arguments import ArgumentParser
-from .imports import fast_imports
 from .next_command import next_command
 from .running_on import announce
 
@@ -55,21 +54,20 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 
 def main(args: DemoArguments) -> dict[str, float]:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # models this small are faster on a CPU
-    with fast_imports():
-        import datasets
-        import torch
-        import transformers
-        from peft import LoraConfig
+    import datasets
+    import torch
+    import transformers
+    from peft import LoraConfig
 
-        from ..demo.bundled_pair import KIND_SHARES, PAIR, as_prompt
-        from ..demo.task import make_problems
-        from ..models.loading import load_model, load_tokenizer
-        from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
-        from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
-        from ..steps.dataset import count_steps
-        from ..training.lightreasoner_config import LightReasonerConfig
-        from ..training.lightreasoner_trainer import LightReasonerTrainer
-        from ..training.log_lines import log_in_lines
+    from ..demo.bundled_pair import KIND_SHARES, PAIR, as_prompt
+    from ..demo.task import make_problems
+    from ..models.loading import load_model, load_tokenizer
+    from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
+    from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
+    from ..steps.dataset import count_steps
+    from ..training.lightreasoner_config import LightReasonerConfig
+    from ..training.lightreasoner_trainer import LightReasonerTrainer
+    from ..training.log_lines import log_in_lines
 
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()

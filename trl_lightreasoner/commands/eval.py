@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ..evaluation.evaluation_config import EvaluationConfig
 from .arguments import ArgumentParser, quantization_of
-from .imports import fast_imports
 from .next_command import next_command
 from .running_on import announce, dtype_of, prompts_at_a_time
 
@@ -90,16 +89,15 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 
 
 def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
-    with fast_imports():
-        import datasets
-        from trl import ModelConfig
+    import datasets
+    from trl import ModelConfig
 
-        from ..evaluation.evaluation import evaluate
-        from ..hub.sharing import open_repo, push_evaluation_to_hub
-        from ..models.loading import hub_kwargs
-        from ..models.provenance import hub_id
-        from ..processes import Processes
-        from ..steps.prompt_format import load_prompt_format
+    from ..evaluation.evaluation import evaluate
+    from ..hub.sharing import open_repo, push_evaluation_to_hub
+    from ..models.loading import hub_kwargs
+    from ..models.provenance import hub_id
+    from ..processes import Processes
+    from ..steps.prompt_format import load_prompt_format
 
     repo_id = script_args.hub_model_id or hub_id(script_args.model) or ""
     if script_args.push_to_hub and not repo_id:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 from .arguments import ArgumentParser
-from .imports import fast_imports
 from .next_command import next_command
 from .terminal import hide_file_bars
 
@@ -69,9 +68,8 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 
 
 def main(args: ImportArguments) -> None:
-    with fast_imports():
-        from ..steps.dataset import count_steps
-        from ..steps.published_steps import import_published_steps
+    from ..steps.dataset import count_steps
+    from ..steps.published_steps import import_published_steps
 
     hide_file_bars()
     dataset = import_published_steps(

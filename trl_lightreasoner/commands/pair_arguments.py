@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from ..steps.prompt_format import PromptFormat, has_messages, make_prompts, name_prompts, read_template
 from .arguments import quantization_of
-from .imports import fast_imports
 from .running_on import announce, dtype_of, prompts_at_a_time
 from .terminal import hide_file_bars
 
@@ -147,8 +146,7 @@ class PairArguments:
 
 def load_prompts(args: PairArguments) -> "tuple[Dataset, PromptFormat | None]":
     """The prompts that `args` name, in a column `prompt`, and their form, if they were text."""
-    with fast_imports():
-        from ..steps.splits import load_split
+    from ..steps.splits import load_split
 
     hide_file_bars()
     return as_prompts(load_split(args.dataset_name, args.dataset_config, args.dataset_split), args)
@@ -156,10 +154,9 @@ def load_prompts(args: PairArguments) -> "tuple[Dataset, PromptFormat | None]":
 
 def make_sampler(args: PairArguments, sampling_args: "ContrastiveSamplingConfig") -> "ContrastiveStepSampler":
     """The sampler of the two models that `args` name, quantized as they say."""
-    with fast_imports():
-        from trl import ModelConfig
+    from trl import ModelConfig
 
-        from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
+    from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
 
     def quantization(prefix: str):
         bits = {name: getattr(args, prefix + name) for name in ("load_in_4bit", "load_in_8bit")}

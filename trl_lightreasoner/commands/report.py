@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .arguments import ArgumentParser
-from .imports import fast_imports
 from .next_command import next_command
 from .running_on import announce, tell
 from .terminal import hide_file_bars
@@ -134,11 +133,10 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 
 
 def main(args: ReportArguments) -> None:
-    with fast_imports():
-        from ..report.statistics import made_with
-        from ..report.write_report import write_report
-        from ..steps.splits import load_split
-        from ..steps.writer import check_folder
+    from ..report.statistics import made_with
+    from ..report.write_report import write_report
+    from ..steps.splits import load_split
+    from ..steps.writer import check_folder
 
     hide_file_bars()
     check_folder(args.output_dir)

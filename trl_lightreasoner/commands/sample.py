@@ -6,7 +6,6 @@ from typing import Any
 
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from .arguments import ArgumentParser
-from .imports import fast_imports
 from .next_command import next_command
 from .pair_arguments import PairArguments, announce_pair, load_prompts, make_sampler
 
@@ -63,10 +62,9 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 
 
 def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig) -> None:
-    with fast_imports():
-        from ..processes import Processes
-        from ..sampling.pair_check import check_steps
-        from ..steps.dataset import count_steps
+    from ..processes import Processes
+    from ..sampling.pair_check import check_steps
+    from ..steps.dataset import count_steps
 
     prompts, prompt_format = load_prompts(script_args)
     hub: dict[str, Any] = {"private": script_args.hub_private_repo, "token": script_args.hub_token}

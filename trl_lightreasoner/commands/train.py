@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from trl import ModelConfig, ScriptArguments
 
 from .arguments import ArgumentParser, quantization_of
-from .imports import fast_imports
 from .next_command import next_command
 from .running_on import announce
 from .terminal import hide_file_bars
@@ -196,19 +195,18 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 def main(
     script_args: TrainArguments, training_args: "LightReasonerConfig", model_args: LightReasonerModelConfig
 ) -> "LightReasonerTrainer":
-    with fast_imports():
-        from transformers.trainer_utils import IntervalStrategy
-        from trl import get_peft_config
+    from transformers.trainer_utils import IntervalStrategy
+    from trl import get_peft_config
 
-        from ..models.adapter_loading import load_adapter_config
-        from ..models.loading import load_config
-        from ..models.provenance import hub_id
-        from ..steps.dataset import count_steps
-        from ..steps.splits import load_split
-        from ..training.adapters import choose_target_modules, target_modules
-        from ..training.checkpoints import find_checkpoint
-        from ..training.lightreasoner_trainer import LightReasonerTrainer
-        from ..training.log_lines import log_in_lines
+    from ..models.adapter_loading import load_adapter_config
+    from ..models.loading import load_config
+    from ..models.provenance import hub_id
+    from ..steps.dataset import count_steps
+    from ..steps.splits import load_split
+    from ..training.adapters import choose_target_modules, target_modules
+    from ..training.checkpoints import find_checkpoint
+    from ..training.lightreasoner_trainer import LightReasonerTrainer
+    from ..training.log_lines import log_in_lines
 
     hide_file_bars()
     if model_args.model_name_or_path is None:

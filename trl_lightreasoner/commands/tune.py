@@ -2,7 +2,6 @@
 
 from ..pipeline.tune_config import TuneConfig
 from .arguments import ArgumentParser
-from .imports import fast_imports
 from .running_on import announce_stages
 
 
@@ -16,10 +15,9 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 
 
 def main(args: TuneConfig) -> None:
-    with fast_imports():
-        import datasets
+    import datasets
 
-        from ..pipeline.tune import tune
+    from ..pipeline.tune import tune
 
     announce_stages(args)
     datasets.disable_progress_bars()  # of every file; those of the stages stay
