@@ -257,7 +257,7 @@ def test_what_is_no_dataset_is_refused(rows):
 )
 def test_a_row_that_does_not_add_up_is_named(change, reason, rows):
     row = {**rows[1], "step_positions": [0], "label_ids": [[1]], "label_probs": [[1.0]], **change}
-    with pytest.raises(ValueError, match=rf"^Row 1 of the dataset cannot be reported: .*{reason}"):
+    with pytest.raises(ValueError, match=rf"^Row 1 of the dataset cannot be used: .*{reason}"):
         StepStatistics(as_dataset([rows[0], row]))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, logging
 
 from ..generation.completions import find_batch_size
@@ -76,6 +77,7 @@ class Answering:
     ):
         self.model, self.decode, self.tokenizer, self.eos_ids = model, decode, tokenizer, eos_ids
         self.is_raw, self.batch_size, self.in_pieces = is_raw, batch_size, in_pieces
+        self._most = sys.maxsize  # rows together, once the memory has run out
 
     def rows_together(self, num_tokens: int, room: int, num_rows: int, num_processes: int = 1) -> int:
         """Batch size for `num_rows` rows whose longest prompt has `num_tokens` tokens."""
@@ -83,7 +85,10 @@ class Answering:
         return self.batch_size or find_batch_size(self.model, longest, num_rows, num_processes)
 
     def complete(self, prompt_ids: list[list[int]], room: int) -> tuple[list[list[int]], list[bool]]:
-        """The completion of each prompt, of at most `room` tokens, and whether it is finished."""
+        """
+        The completion of each prompt, of at most `room` tokens, and whether it is finished. When the memory does not
+        hold the rows together, half as many are from there on.
+        """
         completions: list[list[int]] = [[] for _ in prompt_ids]
         ended = [False] * len(prompt_ids)
         for start in range(0, room, self._piece(room)):
@@ -92,9 +97,19 @@ class Answering:
             contexts = {i: prompt_ids[i] + completions[i] for i, has_ended in enumerate(ended) if not has_ended}
             going = sorted(contexts, key=lambda i: -len(contexts[i]))
             while going:
-                size = self.rows_together(len(contexts[going[0]]), length, len(going))
-                rows, going = going[:size], going[size:]
-                made = self.decode([contexts[i] for i in rows], length).completions
+                size = min(self._most, self.rows_together(len(contexts[going[0]]), length, len(going)))
+                rows = going[:size]
+                try:
+                    made = self.decode([contexts[i] for i in rows], length).completions
+                except RuntimeError as error:
+                    if len(rows) == 1 or not should_reduce_batch_size(error):
+                        raise
+                    # What is written so far is kept: only these rows and those that follow are fewer together
+                    self._most = (len(rows) + 1) // 2
+                    clear_device_cache(garbage_collection=True)
+                    logger.warning(f"Memory ran out with {len(rows)} answers together; going on with {self._most}.")
+                    continue
+                going = going[size:]
                 for i, ids in zip(rows, made, strict=True):
                     completions[i] += ids
                     ended[i] = completions[i][-1] in self.eos_ids or self._is_answered(completions[i])

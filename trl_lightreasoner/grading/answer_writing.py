@@ -69,6 +69,7 @@ _SAME = [
         (r"([_^])\{(\w)\}", r"\1\2"),
     )
 ]
+_NUMBER = re.compile(r"[0-9.,+-]*")  # in which none of them finds anything
 
 
 def clean(text: str) -> str:
@@ -83,8 +84,9 @@ def clean(text: str) -> str:
 
     ```
     """
-    for pattern, replacement in _SAME:
-        text = pattern.sub(replacement, text)
+    if not _NUMBER.fullmatch(text):
+        for pattern, replacement in _SAME:
+            text = pattern.sub(replacement, text)
     return text.strip(" \n\t,;:").rstrip(" .")
 
 

@@ -9,6 +9,7 @@ from ..vocabulary import special_ids
 
 
 _BYTES = {char: byte for byte, char in bytes_to_unicode().items()}
+# Categories of Unicode
 _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 _MARKS = {"\n": "\u21b5\n", "\t": "\u21e5"}
 
@@ -26,15 +27,16 @@ def spell_out(text: str) -> str:
 
     ```
     """
-    shown = [
-        _MARKS[char] if char in _MARKS
-        else f"\u27e8U+{ord(char):04X}\u27e9" if unicodedata.category(char) in _UNSEEN
-        else char
-        for char in text
-    ]  # fmt: skip
-    if shown and unicodedata.combining(text[0]):
-        shown.insert(0, "\u25cc")  # otherwise an accent would be put on the token before
-    return "".join(shown)
+    # What is printable is of none of these categories
+    shown = text if text.isprintable() else "".join(map(_spell, text))
+    # An accent would otherwise be put on the token before
+    return f"\u25cc{shown}" if text and unicodedata.combining(text[0]) else shown
+
+
+def _spell(char: str) -> str:
+    if char in _MARKS:
+        return _MARKS[char]
+    return f"\u27e8U+{ord(char):04X}\u27e9" if unicodedata.category(char) in _UNSEEN else char
 
 
 def label_of(text: str) -> str:

@@ -41,7 +41,9 @@ def save_pictures(
         `ImportError`: If matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+        # Without pyplot, which would look for a screen
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("The PNG figures need matplotlib: `pip install 'trl-lightreasoner[report]'`.") from error
     paths = []
@@ -51,7 +53,7 @@ def save_pictures(
         axes.spines[["top", "right"]].set_visible(False)
         draw(axes)
         path = folder / f"{name}.png"
-        figure.savefig(path)
+        FigureCanvasAgg(figure).print_png(path)  # `savefig` would draw everything twice
         paths.append(path)
     return paths
 

@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..models.token_text import TokenTexts, label_of
+from ..steps.columns import StepColumns, flatten, read_columns
 from .csv_tables import Table, token_cells
 from .row_answers import RIGHT, WRONG
 from .row_texts import completion_text, prompt_text, spell_lines
@@ -27,7 +27,6 @@ from .row_texts import completion_text, prompt_text, spell_lines
 
 ROWS_A_FILE = 100
 MAX_CHARACTERS = 2_000_000  # of rows that are in the page
-_ROWS = 200  # rows that are in memory at a time
 _FILE = "rows-{:03d}.js"
 
 
@@ -67,34 +66,39 @@ def index_rows(dataset: Dataset, answers: np.ndarray | None = None) -> RowIndex:
     Example:
 
     ```python
-    >>> index = index_rows(dataset.add_column("completion_ids", [[2, 1, 3, 4, 3]]))
+    >>> dataset = dataset.add_column("prompt_ids", [[5]]).add_column("completion_ids", [[2, 1, 3, 4, 3]])
+    >>> index = index_rows(dataset)
     >>> index.positions.tolist(), index.taken.tolist(), index.preferred.tolist()
     ([1, 2, 4], [1, 3, 3], [1, 2, 3])
 
     ```
     """
-    columns = ["completion_ids", "kl_divergence", "step_positions", "label_ids", "label_probs"]
-    of_rows, of_steps = [], []
-    for number, row in enumerate(_iterate(dataset.select_columns(columns))):
-        nats = np.array(row["kl_divergence"], dtype=np.float32)  # None is NaN
-        known = nats[~np.isnan(nats)]
-        of_rows.append((len(row["step_positions"]), len(nats), known.max() if len(known) else np.nan))
-        of_steps += [
-            (number, t, row["completion_ids"][t], ids[probs.index(max(probs))], nats[t])
-            for t, ids, probs in zip(row["step_positions"], row["label_ids"], row["label_probs"], strict=True)
-        ]
-    num_kept, num_tokens, highest = np.array(of_rows, dtype=float).T
-    rows, positions, taken, preferred, divergences = np.array(of_steps, dtype=float).reshape(-1, 5).T
+    num_kept, num_tokens, highest, steps = [], [], [], []
+    start = 0
+    for columns in read_columns(dataset):
+        num_kept.append(np.diff(columns.steps))
+        num_tokens.append(np.diff(columns.completions))
+        nats = columns.divergences.astype(np.float32)
+        largest = np.full(len(num_tokens[-1]), np.nan, dtype=np.float32)
+        has_tokens = num_tokens[-1] > 0
+        if has_tokens.any():
+            largest[has_tokens] = np.fmax.reduceat(nats, columns.completions[:-1][has_tokens])
+        highest.append(largest)
+        places = columns.places
+        taken, preferred = columns.completion_ids[places], columns.label_ids[columns.favourites]
+        steps.append((columns.rows + start, columns.positions, taken, preferred, nats[places]))
+        start += len(largest)
+    rows, positions, taken, preferred, nats = map(np.concatenate, zip(*steps, strict=True))
     return RowIndex(
-        num_kept=num_kept.astype(int),
-        num_tokens=num_tokens.astype(int),
-        highest=highest.astype(np.float32),
+        num_kept=np.concatenate(num_kept),
+        num_tokens=np.concatenate(num_tokens),
+        highest=np.concatenate(highest),
         answers=answers,
-        rows=rows.astype(int),
-        positions=positions.astype(int),
-        taken=taken.astype(int),
-        preferred=preferred.astype(int),
-        nats=divergences.astype(np.float32),
+        rows=rows,
+        positions=positions,
+        taken=taken,
+        preferred=preferred,
+        nats=nats,
     )
 
 
@@ -189,47 +193,49 @@ def pack(values: np.ndarray) -> list[str]:
 
 
 def rows_data(dataset: Dataset, texts: TokenTexts) -> Iterator[dict[str, Any]]:
-    """The rows as the page opens them, `ROWS_A_FILE` at a time, with the texts of their tokens."""
-    columns = [
-        *("prompt_ids", "completion_ids", "kl_divergence", "step_positions", "label_ids", "label_probs"),
-        *(name for name in ("prompt", "completion") if name in dataset.column_names),
-    ]
-    rows: list[dict] = []
-    for row in _iterate(dataset.select_columns(columns)):
-        rows.append(row)
-        if len(rows) == ROWS_A_FILE:
-            yield _file_data(rows, texts)
-            rows = []
-    if rows:
-        yield _file_data(rows, texts)
+    """
+    The rows as the page opens them, `ROWS_A_FILE` at a time, with the texts of their tokens.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): Rows as [`ContrastiveStepSampler`] makes them, checked by [`StepStatistics`].
+        texts ([`TokenTexts`]): Of its tokens.
+    """
+    for batch in dataset.with_format("arrow").iter(batch_size=ROWS_A_FILE):
+        columns = flatten(batch)
+        assert columns is not None
+        prompts, completions = (
+            batch[name].to_pylist() if name in batch.column_names else [None] * len(batch)
+            for name in ("prompt", "completion")
+        )
+        yield _file_data(columns, prompts, completions, texts)
 
 
-def _file_data(rows: list[dict], texts: TokenTexts) -> dict[str, Any]:
-    token_ids = np.unique(
-        [token_id for row in rows for ids in (row["completion_ids"], *row["label_ids"]) for token_id in ids]
-    ).astype(int)
+def _file_data(columns: StepColumns, prompts: list, completions: list, texts: TokenTexts) -> dict[str, Any]:
+    used = np.concatenate([columns.completion_ids, columns.label_ids])
+    token_ids, places = np.unique(used, return_inverse=True)
+    taken, labels = np.split(places, [len(columns.completion_ids)])
 
-    def places(ids: Iterable[int]) -> list[str]:
-        return pack(np.searchsorted(token_ids, np.fromiter(ids, dtype=int)))
-
-    def say(row: dict) -> dict[str, Any]:
+    def say(row: int) -> dict[str, Any]:
+        tokens, steps = (slice(*offsets[row : row + 2]) for offsets in (columns.completions, columns.steps))
+        label = slice(columns.labels[steps.start], columns.labels[steps.stop])
+        prompt_ids = columns.prompt_ids[slice(*columns.prompts[row : row + 2])].tolist()
         data = {
-            "prompt": prompt_text(row.get("prompt"), row["prompt_ids"], texts),
-            "taken": places(row["completion_ids"]),
-            "nats": pack(np.array(row["kl_divergence"], dtype=float)),
-            "kept": pack(np.array(row["step_positions"], dtype=int)),
-            "sizes": pack(np.array([len(ids) for ids in row["label_ids"]], dtype=int)),
-            "label": places(chain.from_iterable(row["label_ids"])),
-            "probs": pack(np.fromiter(chain.from_iterable(row["label_probs"]), dtype=float)),
+            "prompt": prompt_text(prompts[row], prompt_ids, texts),
+            "taken": pack(taken[tokens]),
+            "nats": pack(columns.divergences[tokens]),
+            "kept": pack(columns.positions[steps]),
+            "sizes": pack(np.diff(columns.labels[steps.start : steps.stop + 1])),
+            "label": pack(labels[label]),
+            "probs": pack(columns.label_probs[label]),
         }
-        if texts.tokenizer is None and (text := completion_text(row, None)) is not None:
+        if texts.tokenizer is None and (text := completion_text({"completion": completions[row]}, None)) is not None:
             data["text"] = spell_lines(text)
         return data
 
     return {
         "tokens": [texts(token_id) for token_id in token_ids.tolist()],
         "special": [place for place, token_id in enumerate(token_ids.tolist()) if texts.is_special(token_id)],
-        "rows": [say(row) for row in rows],
+        "rows": [say(row) for row in range(len(prompts))],
     }
 
 
@@ -273,8 +279,3 @@ def as_json(value: object) -> str:
     """JSON that can stand in a script element: nothing in it ends the element or opens another."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _iterate(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    for batch in dataset.with_format("arrow").iter(batch_size=_ROWS):
-        yield from batch.to_pylist()

@@ -7,17 +7,14 @@ a step each, counts once; every label counts.
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset
 
 from ..sampling.model_pair import AMATEUR_SETTINGS
+from ..steps.columns import StepColumns, count_changes, longest_completion, read_columns
 from ..steps.dataset import STEP_COLUMNS, sampling_metadata
-from ..steps.training_rows import check_row
 
 
 BINS_PER_DECADE = 1000
@@ -26,15 +23,6 @@ _NUM_BINS = BINS_PER_DECADE * (_HIGHEST - _LOWEST)
 _NUM_POSITIONS = 40  # groups of positions
 _NUM_SUPPORTS = 10  # sizes of the support, the last one open
 _NUM_MASSES = 10
-_ROWS = 200  # rows that are in memory at a time
-_TYPES = {
-    "prompt_ids": pa.list_(pa.int64()),
-    "completion_ids": pa.list_(pa.int64()),
-    "kl_divergence": pa.list_(pa.float64()),
-    "step_positions": pa.list_(pa.int64()),
-    "label_ids": pa.list_(pa.list_(pa.int64())),
-    "label_probs": pa.list_(pa.list_(pa.float64())),
-}
 
 
 class TokenGain(NamedTuple):
@@ -94,12 +82,7 @@ class StepStatistics:
         settings = made_with(dataset).get("settings") or {}
         self.alpha, self.beta = settings.get("alpha"), settings.get("beta")
         self.label_power = (settings.get("contrast_strength", 1.0), settings.get("expert_anchor", 0.0))
-        longest = max(
-            (pc.max(pc.list_value_length(batch["kl_divergence"])).as_py() or 0)
-            for batch in _batches(dataset, ["kl_divergence"])
-        )
-        if longest == 0:
-            raise ValueError(f"The {name} has no step: every `kl_divergence` is empty. Sample again.")
+        longest = longest_completion(dataset, name)
         width = -(-longest // _NUM_POSITIONS)
         num_groups = -(-longest // width)
         self.position_edges = np.arange(num_groups + 1) * width
@@ -109,79 +92,52 @@ class StepStatistics:
         self.support_counts = np.zeros(_NUM_SUPPORTS, dtype=np.int64)
         self.mass_counts = np.zeros(_NUM_MASSES, dtype=np.int64)
         self.lowest, self.highest = math.inf, 0.0
-        self.num_rows = self.num_trajectories = self.num_steps = self.num_kept = 0
-        self.num_changed = 0
+        self.num_trajectories = self.num_steps = self.num_kept = self.num_changed = 0
         self.changes: Counter[tuple[int, int]] = Counter()
         self._gains: dict[int, tuple[float, int]] = {}
         self._seen: set[int] = set()
         kept_per_row, keys = [], []
-        for batch in _batches(dataset, list(_TYPES)):
-            rows = [dict(zip(_TYPES, values, strict=True)) for values in zip(*_columns(batch, name), strict=True)]
-            for row in rows:
-                self._check(row, name)
-                prompt, completion = tuple(row["prompt_ids"]), tuple(row["completion_ids"])
-                keys.append((hash(prompt), hash((prompt, completion))))
-                kept_per_row.append(len(row["step_positions"]))
-                self.num_rows += 1
-            self._add(rows, [key for _, key in keys[-len(rows) :]])
-        self.kept_per_row = np.array(kept_per_row)
+        for columns in read_columns(dataset, name):
+            kept_per_row.append(np.diff(columns.steps))
+            keys += columns.keys()
+            self._add_trajectories(columns, [key for _, key in keys[-len(kept_per_row[-1]) :]])
+            if len(columns.positions):
+                self._add_labels(columns)
+        self.num_rows = len(keys)
+        self.kept_per_row = np.concatenate(kept_per_row)
         self.prompt_keys, self.trajectory_keys = np.array(keys, dtype=np.int64).T
         self.steps_by_position = self._histogram.sum(1)
         self.num_known = int(self.steps_by_position.sum())
 
-    def _check(self, row: dict[str, list], name: str) -> None:
-        divergences = row["kl_divergence"]
-        try:
-            check_row(row, vocabulary=range(2**31), width=2**31)
-            if divergences is None:
-                raise ValueError("kl_divergence is missing")
-            if len(divergences) != len(row["completion_ids"]):
-                raise ValueError(
-                    f"there are {len(divergences)} divergences for {len(row['completion_ids'])} completion tokens"
-                )
-            if not all(value is None or 0 <= value < math.inf for value in divergences):
-                raise ValueError("kl_divergence holds a value that is negative or not finite")
-        except ValueError as error:
-            raise ValueError(f"Row {self.num_rows} of the {name} cannot be reported: {error}.") from None
-
-    def _add(self, rows: list[dict[str, list]], keys: list[int]) -> None:
-        new = []
-        for row, key in zip(rows, keys, strict=True):
+    def _add_trajectories(self, columns: StepColumns, keys: list[int]) -> None:
+        is_new = np.zeros(len(keys), dtype=bool)
+        for row, key in enumerate(keys):
             if key not in self._seen:
                 self._seen.add(key)
-                new.append(row)
-        self.num_trajectories += len(new)
-        width = self.position_edges[1]
-        if new:
-            divergences = np.concatenate([np.array(row["kl_divergence"], dtype=float) for row in new])  # None is NaN
-            self.num_steps += len(divergences)
-            known = ~np.isnan(divergences)
-            groups = np.concatenate([np.arange(len(row["kl_divergence"])) for row in new])[known] // width
-            divergences = divergences[known]
-            np.add.at(self._histogram, (groups, self._bins.of(divergences)), 1)
-            self.lowest = min(self.lowest, divergences.min(initial=math.inf))
-            self.highest = max(self.highest, divergences.max(initial=0))
-        kept = [
-            (row["completion_ids"][t], t, ids, probs)
-            for row in rows
-            for t, ids, probs in zip(row["step_positions"], row["label_ids"], row["label_probs"], strict=True)
-        ]
-        self.num_kept += len(kept)
-        if not kept:
-            return
-        np.add.at(self.kept_by_position, np.array([t for _, t, _, _ in kept]) // width, 1)
-        sizes = np.array([len(ids) for _, _, ids, _ in kept])
+                is_new[row] = True
+        lengths = np.diff(columns.completions)
+        positions = np.arange(len(columns.divergences)) - np.repeat(columns.completions[:-1], lengths)
+        counts = np.repeat(is_new, lengths)
+        self.num_trajectories += int(is_new.sum())
+        self.num_steps += int(counts.sum())
+        counts &= ~np.isnan(columns.divergences)
+        divergences, groups = columns.divergences[counts], positions[counts] // self.position_edges[1]
+        np.add.at(self._histogram, (groups, self._bins.of(divergences)), 1)
+        self.lowest = min(self.lowest, divergences.min(initial=math.inf))
+        self.highest = max(self.highest, divergences.max(initial=0))
+
+    def _add_labels(self, columns: StepColumns) -> None:
+        self.num_kept += len(columns.positions)
+        np.add.at(self.kept_by_position, columns.positions // self.position_edges[1], 1)
+        sizes, favourites = np.diff(columns.labels), columns.favourites
         np.add.at(self.support_counts, np.minimum(sizes, _NUM_SUPPORTS) - 1, 1)
-        masses = np.array([max(probs) for *_, probs in kept])
+        masses = columns.label_probs[favourites]
         np.add.at(self.mass_counts, np.minimum(masses * _NUM_MASSES, _NUM_MASSES - 1).astype(int), 1)
-        for taken, _, ids, probs in kept:
-            favourite = ids[int(np.argmax(probs))]
-            if favourite != taken:
-                self.num_changed += 1
-                self.changes[taken, favourite] += 1
-        ids = np.concatenate([ids for _, _, ids, _ in kept])
-        moved = np.concatenate([np.array(probs) - 1 / len(probs) for *_, probs in kept])
-        tokens, places = np.unique(ids, return_inverse=True)
+        changes = count_changes(columns.completion_ids[columns.places], columns.label_ids[favourites])
+        self.changes.update(changes)
+        self.num_changed += sum(changes.values())
+        moved = columns.label_probs - np.repeat(1 / sizes, sizes)
+        tokens, places = np.unique(columns.label_ids, return_inverse=True)
         gains, counts = np.bincount(places, weights=moved), np.bincount(places)
         for token, gain, count in zip(tokens.tolist(), gains.tolist(), counts.tolist(), strict=True):
             before = self._gains.get(token, (0.0, 0))
@@ -292,19 +248,3 @@ def check_columns(dataset: Dataset, name: str) -> None:
             raise ValueError(f"The {name} has no column {column!r}; it has {dataset.column_names}. {remedy}")
     if len(dataset) == 0:
         raise ValueError(f"The {name} has no row. {remedy}")
-
-
-def _batches(dataset: Dataset, columns: list[str]) -> Iterator[pa.Table]:
-    return dataset.select_columns(columns).with_format("arrow").iter(batch_size=_ROWS)
-
-
-def _columns(batch: pa.Table, name: str) -> list[list]:
-    for column, kind in _TYPES.items():
-        try:
-            batch[column].cast(kind)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            raise ValueError(
-                f"The column {column!r} of the {name} must hold lists of numbers, got "
-                f"{batch.schema.field(column).type}. Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
-            ) from None
-    return [batch[column].cast(kind).to_pylist() for column, kind in _TYPES.items()]

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..models.token_text import TokenTexts, label_of, spell_out
+from ..steps.columns import count_changes, longest_completion, read_columns
 from ..steps.dataset import STEP_COLUMNS, check_dataset, sampling_metadata
 from ..steps.prompt_format import has_messages
 
@@ -55,7 +56,6 @@ RESTS_ON = (
 )
 _NUM_CORRECTIONS = 10
 _MAX_ANSWER = 400  # characters
-_ROWS = 200  # rows that are in memory at a time
 
 
 class Correction(NamedTuple):
@@ -242,7 +242,8 @@ def check_steps(
         [`PairCheck`], without the models' answers.
 
     Raises:
-        `ValueError`: If it is not a Dataset of kept steps, has no step, or lacks the divergence of a step.
+        `ValueError`: If it is not a Dataset of kept steps, a row does not add up, it has no step, or lacks the
+            divergence of a step.
         `TypeError`: If it is not a [`~datasets.Dataset`].
 
     Example:
@@ -255,6 +256,7 @@ def check_steps(
     ```
     """
     made = _made_with(dataset)
+    longest_completion(dataset)  # refuses what has no step
     sampled_with, include_first_step = made["beta"], made["include_first_step"]
     beta = sampled_with if beta is None else beta
     judged_at = max(JUDGED_AT, sampled_with or 0.0)
@@ -262,29 +264,32 @@ def check_steps(
     changes: Counter[tuple[int, int]] = Counter()
     divergences: list[np.ndarray] = []
     seen: set[int] = set()
-    for batch in dataset.select_columns([*STEP_COLUMNS, "kl_divergence"]).with_format(None).iter(_ROWS):
-        for row in (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)):
-            kl, completion = row["kl_divergence"], row["completion_ids"]
-            if kl is None or (None in kl and not made["is_read_across"]):
-                raise ValueError(
-                    "A pair cannot be judged without the divergence of every step, and this dataset lacks some, like "
-                    "those of `lightreasoner import`. Sample its prompts with `lightreasoner sample`."
-                )
-            if (key := hash((tuple(row["prompt_ids"]), tuple(completion)))) not in seen:
+    for columns in read_columns(dataset):
+        kl = columns.divergences
+        if np.isnan(kl).any() and not made["is_read_across"]:
+            raise ValueError(
+                "A pair cannot be judged without the divergence of every step, and this dataset lacks some, like "
+                "those of `lightreasoner import`. Sample its prompts with `lightreasoner sample`."
+            )
+        for row, (_, key) in enumerate(columns.keys()):
+            if key not in seen:
                 seen.add(key)
-                known = [value for value in kl[0 if include_first_step else 1 :] if value is not None]
-                divergences.append(np.array([value for value in kl if value is not None], dtype=np.float32))
-                counts["reached"] += sum(value >= JUDGED_AT for value in known)
-                counts["cut off"] += bool(completion) and completion[-1] not in made["eos_ids"]
-            for t, ids in zip(row["step_positions"], row["label_ids"], strict=True):
-                changed = ids[0] != completion[t]
-                is_kept, is_judged = beta is None or kl[t] >= beta, kl[t] >= judged_at
-                counts.update(
-                    {"kept": is_kept, "kept, changed": is_kept and changed, "kept, first": is_kept and not t}
-                )
-                counts.update({"judged": is_judged, "judged, changed": is_judged and changed})
-                if changed and (is_kept or is_judged):
-                    changes[completion[t], ids[0]] += 1
+                start, end = columns.completions[row : row + 2]
+                reached = kl[start:end] >= JUDGED_AT
+                counts["reached"] += int(reached[0 if include_first_step else 1 :].sum())
+                counts["cut off"] += int(end > start and columns.completion_ids[end - 1] not in made["eos_ids"])
+                divergences.append(kl[start:end][~np.isnan(kl[start:end])].astype(np.float32))
+        if not len(columns.positions):
+            continue
+        nats, taken = kl[columns.places], columns.completion_ids[columns.places]
+        preferred = columns.label_ids[columns.labels[:-1]]
+        changed, is_judged = preferred != taken, nats >= judged_at
+        is_kept = np.full(len(nats), True) if beta is None else nats >= beta
+        for name, steps in (("kept", is_kept), ("judged", is_judged)):
+            counts.update({name: int(steps.sum()), f"{name}, changed": int((steps & changed).sum())})
+        counts["kept, first"] += int((is_kept & (columns.positions == 0)).sum())
+        counted = is_kept | is_judged
+        changes.update(count_changes(taken[counted], preferred[counted]))
     every = np.concatenate(divergences) if divergences else np.zeros(0)
     if not len(every):
         raise ValueError("The dataset has no step whose `kl_divergence` is known. Sample again.")

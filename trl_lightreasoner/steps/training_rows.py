@@ -16,7 +16,7 @@ from .dataset import PER_STEP_COLUMNS, STEP_COLUMNS, count_steps
 logger = logging.get_logger(__name__)
 
 # Labels are stored in fp32, and some file formats round them further
-_SUM_TOLERANCE = 1e-3
+SUM_TOLERANCE = 1e-3
 # The evidence for `choose_beta` and `has_corrections` (docs/evidence.md). A real pair gained most from the steps of
 # 1.6 nats or more, at which 22 % of the labels preferred another token. Three tiny pairs, whose labels preferred no
 # other token at such steps, gained most from the steps of 0.8 nats or more
@@ -87,7 +87,7 @@ def check_row(row: dict[str, Any], vocabulary: Container[int], width: int) -> No
             raise ValueError(f"label id {unknown[0]} at step {position} is outside the model's vocabulary")
         if not all(math.isfinite(p) and p >= 0 for p in probs):
             raise ValueError(f"the label at step {position} has a probability that is negative or not finite: {probs}")
-        if abs(sum(probs) - 1) > _SUM_TOLERANCE:
+        if abs(sum(probs) - 1) > SUM_TOLERANCE:
             raise ValueError(f"the label at step {position} sums to {sum(probs):.4g}, not to 1")
 
 
