@@ -1,6 +1,8 @@
 """`lightreasoner merge`: an adapter to a plain model."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -154,12 +156,13 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
         tell("2/3 Merging and writing")
         merged = merge(adapted)
         dtype = merged.dtype
-        with without_generation_config(merged):
-            merged.save_pretrained(folder)
-        save_generation_config(merged, tokenizer, folder)
-        tokenizer.save_pretrained(folder)
-        if prompt_format is not None:
-            prompt_format.save(folder)
+        with writing_into(args.output_dir):
+            with without_generation_config(merged):
+                merged.save_pretrained(folder)
+            save_generation_config(merged, tokenizer, folder)
+            tokenizer.save_pretrained(folder)
+            if prompt_format is not None:
+                prompt_format.save(folder)
         tell("3/3 Comparing with base model and adapter")
         del model, adapted, merged  # the memory may hold one
         loaded = load_model(str(folder), dtype=dtype, device_map=None, trust_remote_code=args.trust_remote_code)
@@ -181,6 +184,22 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
             f"{missing[0]!r}. For the whole model load the base model and the adapter with PEFT."
         )
     print(next_command("eval", "--model", args.output_dir, "--output_dir", "EVALUATION"))
+
+
+@contextmanager
+def writing_into(output_dir: str) -> Iterator[None]:
+    """Turns what the libraries say of a full disk into a sentence."""
+    from ..training.checkpoints import why_not_written
+
+    try:
+        yield
+    except Exception as error:
+        if (reason := why_not_written(error)) is None:
+            raise
+        raise OSError(
+            f"Cannot write the model to {output_dir!r} ({reason}). Free disk space or fix the permissions, and merge "
+            "again."
+        ) from error
 
 
 def check_output_dir(args: MergeArguments) -> Path:

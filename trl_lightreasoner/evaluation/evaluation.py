@@ -14,7 +14,6 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import os
 import platform
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +37,7 @@ from ..processes import Processes
 from ..steps.prompt_format import load_prompt_format
 from ..steps.prompts import encode_rows
 from ..steps.run_file import run_date
+from ..steps.whole_files import whole_file
 from ..steps.writer import StepWriter, describe_rows, hash_ids
 from ..vocabulary import check_embedded, model_vocabulary
 from .answering import Answering, context_length, grade_answers, plan_answers
@@ -402,8 +402,8 @@ def grade_candidates(candidates: list[Candidate], args: EvaluationConfig) -> dic
             answers = _grade_answers(candidate.writers[name].load(), args)
             path = Path(args.output_dir, candidate.role, f"{name}.parquet")
             path.parent.mkdir(parents=True, exist_ok=True)  # another folder than that of the answers, perhaps
-            answers.to_parquet(f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)
+            with whole_file(path) as temporary:
+                answers.to_parquet(temporary)
             verdicts.append(answers["correct"][:])
             count, accuracy = len(answers), sum(answers["correct"]) / len(answers)
             scores["num_problems"] = count
@@ -428,10 +428,8 @@ def grade_candidates(candidates: list[Candidate], args: EvaluationConfig) -> dic
             **{package: importlib.metadata.version(package) for package in packages},
         },
     }
-    path = Path(args.output_dir, "results.json")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(Path(args.output_dir, "results.json")) as temporary:
+        temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
 
 
