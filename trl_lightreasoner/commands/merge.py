@@ -124,7 +124,7 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
 
     from ..generation.greedy import save_generation_config, without_generation_config
     from ..models.forward import divergence, next_token_log_probs
-    from ..models.loading import left_out, load_model
+    from ..models.loading import left_out, load_model, name_parts
     from ..steps.prompt_format import load_prompt_format
 
     base_kwargs = {"trust_remote_code": args.trust_remote_code}
@@ -180,8 +180,8 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
     print(f"The model is in {args.output_dir}.")
     if missing:
         print(
-            f"It is the language model alone: {len(missing):,} tensors of {base!r} are not in it, such as "
-            f"{missing[0]!r}. For the whole model load the base model and the adapter with PEFT."
+            f"Warning: it is the language model alone. {len(missing):,} tensors of {base!r} are not in it: "
+            f"{name_parts(missing)}. For the whole model load the base model and the adapter with PEFT."
         )
     print(next_command("eval", "--model", args.output_dir, "--output_dir", "EVALUATION"))
 

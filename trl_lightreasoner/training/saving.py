@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, logging
 
 from ..generation.completions import evaluating
 from ..models.forward import divergence, next_token_log_probs
-from ..models.loading import left_out, load_model
+from ..models.loading import left_out, load_model, name_parts
 from ..models.weights import get_base_model, lies_beside
 from .adapters import is_quantized
 
@@ -30,8 +30,8 @@ def warn_of_left_out(model: PreTrainedModel, name: str, **kwargs: Any) -> None:
     """Warn of the tensors of a checkpoint that will not be saved. `kwargs` are those of [`left_out`]."""
     if lost := left_out(model, name, **kwargs):
         logger.warning(
-            f"{len(lost):,} tensors of {name!r}, such as {lost[0]!r}, are not part of the trained language model and "
-            "will not be saved."
+            f"{len(lost):,} tensors of {name!r} are not part of the trained language model and will not be saved: "
+            f"{name_parts(lost)}."
         )
 
 
@@ -131,7 +131,7 @@ def check_gathered(model: PreTrainedModel | PeftModel, state_dict: dict[str, tor
 
 def _list_saved(folder: Path) -> dict[str, Path]:
     """The file of every tensor that was saved in a folder."""
-    saved = {}
+    saved: dict[str, Path] = {}
     for pattern in ("model*.safetensors", "adapter_model.safetensors"):
         for path in folder.glob(pattern):
             with safe_open(path, framework="pt") as file:
