@@ -11,6 +11,7 @@ from transformers import TrainerState
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
 from trl_lightreasoner.commands.cli import main
+from trl_lightreasoner.pipeline.search import search
 from trl_lightreasoner.report import write_report as page_writer
 from trl_lightreasoner.steps import writer
 from trl_lightreasoner.training.resuming import ResumableTrainer
@@ -114,3 +115,30 @@ def test_a_log_that_is_half_written_is_none(disk):
     with pytest.raises(OSError, match=r"^Cannot write '.*trainer_state.json' \(No space left on device\)\. Free disk"):
         ResumableTrainer.save_state(trainer)
     assert disk.files == []
+
+
+def test_a_search_goes_on_with_more_room(disk):
+    pytest.importorskip("optuna")
+    folder = SimpleNamespace(study=disk.path / "study.db", trials=disk.path / "trials")
+    folder.trial = lambda number: folder.trials / str(number)
+    tried = []
+
+    def train(setting, path, reporter, answers_before):
+        tried.append(path.name)
+        path.mkdir(parents=True)
+        reporter.accuracy = 0.5
+        if len(tried) == 1:
+            (disk.path / "of another").write_bytes(b"0" * 2**21)  # which fills the disk
+
+    def run():
+        return search([], {"max_steps": 3}, train, folder, 1, 0)
+
+    sentence = r"^Cannot write '.*study.db' \(No space left on device\)\. Finished trials are kept\. Free disk space"
+    with pytest.raises(OSError, match=sentence):
+        run()
+    assert tried == []
+    disk.resize("1m")
+    with pytest.raises(OSError, match=r"No space left on device"):
+        run()
+    (disk.path / "of another").unlink()
+    assert len(run().trials) == 1 and len(tried) == 2
