@@ -315,7 +315,8 @@ def _confirm(
     for number in dict.fromkeys([result.best.number, result.trials[0].number]):
         path = str(folder.trial(number))
         # A folder for each: when the search goes on, another trial can be the best
-        candidates[number] = Candidate(f"trial_{number}", path, None, None, args, problems, baseline.processes)
+        folder_of_model = (path, None, None, args, problems, baseline.processes)
+        candidates[number] = Candidate(f"trial_{number}", *folder_of_model, other=baseline)
         model = load_adapter(expert, path)
         try:
             candidates[number].answer(model)
