@@ -258,7 +258,7 @@ def test_a_template_that_prints_the_date_does_not_end_an_import_at_midnight(
 
     today(28)
     made = read()
-    assert "28 Nov 2026" in tokenizer.decode(made["prompt_ids"][0])
+    assert "28Nov2026" in tokenizer.decode(made["prompt_ids"][0])  # of which the golden tokenizer knows no blanks
     if not is_finished:
         shutil.rmtree(tmp_path / "steps" / "data")
     today(29)
