@@ -206,6 +206,11 @@ def load_config(model: "str | PreTrainedModel | PeftModel", name: str = "model",
                 raise ValueError(
                     f"The config.json of the {name} {source!r} cannot be read: {' '.join(str(error).split())}"
                 ) from error
+            if os.path.isfile(os.path.join(source, "adapter_model.safetensors")):
+                raise ValueError(
+                    f"The {name} {source!r} is an adapter without its adapter_config.json. Copy the file from where "
+                    "the adapter was saved."
+                ) from error
             raise ValueError(
                 f"The {name} {source!r} cannot be found. It must be a folder with a config.json, or the id of a model "
                 "on the Hub. Private and gated models need `hf auth login`, offline ones must be in the cache."
