@@ -74,7 +74,8 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
     A model with an adapter of which every tensor has its place.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The base model.
+        model ([`~transformers.PreTrainedModel`]): The base model. It is resized to as many embeddings as the adapter
+            holds, and stays so.
         adapter (`str`): Id or path.
         is_trainable (`bool`): Whether the adapter is to be trained further.
         kwargs: As of [`hub_kwargs`].
