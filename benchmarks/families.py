@@ -3,8 +3,8 @@ Which families of models come out right? Builds a tiny model of every causal cla
 holds what the package makes of it to a loop: one row, one context at a time, in float64, without a cache.
 
 For each: completions, divergences and labels at batch size 1 and 8; the divergence from itself; the loss before
-training; 25 updates of an adapter; the model saved, loaded again and merged. Results are written as they come, so that
-a run that was stopped goes on.
+training; 25 updates of an adapter, and the loss after them; the model saved, loaded again and merged. Results are
+written as they come, so that a run that was stopped goes on.
 
 ```bash
 python benchmarks/families.py --output_dir families
@@ -280,8 +280,8 @@ def refusal(error: Exception) -> str | None:
     return str(error) if own and isinstance(error, ValueError | TypeError | ImportError) else None
 
 
-def examine(family: str, folder: Path) -> tuple[str, str]:
-    """Result and reason of one family."""
+def examine(family: str, folder: Path) -> tuple[str, str, list[float]]:
+    """Result and reason of one family, and its losses before and after training, if it was trained."""
     tokenizer = make_tokenizer()
     try:
         expert, amateur = make_model(family, 0), make_model(family, 1)
@@ -296,7 +296,7 @@ def examine(family: str, folder: Path) -> tuple[str, str]:
     except TooLong:
         raise
     except Exception as error:
-        return "cannot be built", f"{type(error).__name__}: {error}"
+        return "cannot be built", f"{type(error).__name__}: {error}", []
     try:
         expected = loop(*double, prompts, vocabulary)
     except TooLong:
@@ -306,7 +306,7 @@ def examine(family: str, folder: Path) -> tuple[str, str]:
         try:
             expected = loop(*double, prompts, vocabulary)
         except Exception as error:
-            return "cannot be built", f"its forward fails, {type(error).__name__}: {error}"
+            return "cannot be built", f"its forward fails, {type(error).__name__}: {error}", []
     faults = []
     dataset = Dataset.from_dict({"prompt": PROMPTS})
     for size in (1, 8):
@@ -325,11 +325,20 @@ def examine(family: str, folder: Path) -> tuple[str, str]:
     own = score_trajectories(expert, expert, trajectories, sampler.shared_vocabulary, ALPHA, BETA)
     if (largest := max(abs(kl) for row in own for kl in row.kl_divergence)) > 1e-5:
         faults.append(f"divergence from itself {largest:.1e}")
-    faults += examine_training(folder, expert, double[0], tokenizer, steps, vocabulary)
-    return ("silent", "; ".join(faults)) if faults else ("exact", f"{width} logits")
+    of_training, trained = examine_training(folder, expert, double[0], tokenizer, steps, vocabulary)
+    faults += of_training
+    return ("silent", "; ".join(faults), trained) if faults else ("exact", f"{width} logits", trained)
 
 
-def examine_training(folder, expert, double, tokenizer, steps: Dataset, vocabulary: torch.Tensor) -> list[str]:
+def examine_training(
+    folder: Path,
+    expert: PreTrainedModel,
+    double: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: Dataset,
+    vocabulary: torch.Tensor,
+) -> tuple[list[str], list[float]]:
+    """What of a training is wrong, and the loss before and after it on the rows that it reads."""
     faults = []
     losses = []
     for row in steps:
@@ -388,10 +397,10 @@ def examine_training(folder, expert, double, tokenizer, steps: Dataset, vocabula
     for name, model in (("loaded", loaded), ("merged", merge(loaded))):
         if (error := (logits_of(model, ids) - right).abs().max().item()) > TOLERANCE * right.std():
             faults.append(f"logits of the {name} model are off by {error:.1e}")
-    return faults
+    return faults, [before, after]
 
 
-def examine_in_time(family: str) -> tuple[str, str]:
+def examine_in_time(family: str) -> tuple[str, str, list[float]]:
     def stop(*_: Any) -> None:
         raise TooLong
 
@@ -401,26 +410,29 @@ def examine_in_time(family: str) -> tuple[str, str]:
     try:
         return examine(family, folder)
     except TooLong:
-        return "cannot be built", f"more than {SECONDS} s"
+        return "cannot be built", f"more than {SECONDS} s", []
     except Exception as error:
         if (sentence := refusal(error)) is not None:
-            return "refused", sentence
+            return "refused", sentence, []
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        return "fails", f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+        return "fails", f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})", []
     finally:
         signal.alarm(0)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def as_table(results: dict[str, list[str]]) -> str:
+def as_table(results: dict[str, tuple[str, str, list[float]]]) -> str:
     """The results as Markdown."""
-    counts = Counter(result for result, _ in results.values())
+    counts = Counter(result for result, *_ in results.values())
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch", "peft"))
     said = ", ".join(f"{count} {result}" for result, count in counts.most_common())
-    exact = ", ".join(f"`{family}`" for family, (result, _) in sorted(results.items()) if result == "exact")
+    exact = ", ".join(f"`{family}`" for family, (result, *_) in sorted(results.items()) if result == "exact")
+    losses = {family: each for family, (*_, each) in sorted(results.items()) if each}
+    rose = [f"`{family}` ({each[0]:.3g} to {each[1]:.3g})" for family, each in losses.items() if each[1] >= each[0]]
     lines = [f"{len(results)} families with {versions}: {said}.", "", f"Exact: {exact}.", ""]
+    lines += [f"The loss fell in {len(losses) - len(rose)} of {len(losses)}; not in: {', '.join(rose) or 'none'}.", ""]
     lines += ["| family | result | why |", "|---|---|---|"]
-    for family, (result, reason) in sorted(results.items()):
+    for family, (result, reason, _) in sorted(results.items()):
         if result != "exact":
             why = re.sub(rf"{re.escape(tempfile.gettempdir())}\S+", "FOLDER", " ".join(reason.split()))
             why = why.replace("|", "\\|").replace("<", "&lt;")
@@ -444,7 +456,9 @@ def main() -> None:
         if family in results and not args.families:
             continue
         results[family] = examine_in_time(family)
-        print(f"{family}: {': '.join(results[family])[:400]}", flush=True)
+        result, reason, losses = results[family]
+        trained = ", loss {:.4g} to {:.4g}".format(*losses) if losses else ""
+        print(f"{family}: {result}: {reason[:400]}{trained}", flush=True)
         path.write_text(json.dumps(results, indent=1))
         (args.output_dir / "table.md").write_text(as_table(results))
 

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from datetime import datetime
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +23,7 @@ from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers import logging as transformers_logging
+from transformers.utils import chat_template_utils
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
 
@@ -185,6 +187,23 @@ def in_group(forkserver) -> Callable[..., None]:
 def _work_in_group(rank: int, world_size: int, port: int, work: Callable, args: tuple) -> None:
     join_group(rank, world_size, port)
     work(rank, *args)
+
+
+@pytest.fixture
+def today(monkeypatch) -> Callable[[int], None]:
+    """Lets it be a day of November 2026."""
+
+    def set_day(day: int) -> None:
+        class Today(datetime):
+            @classmethod
+            def now(cls):
+                return datetime(2026, 11, day)
+
+        for module in ("steps.run_file", "steps.messages"):
+            monkeypatch.setattr(f"trl_lightreasoner.{module}.datetime", Today, raising=False)
+        monkeypatch.setattr(chat_template_utils, "datetime", Today)
+
+    return set_day
 
 
 @pytest.fixture

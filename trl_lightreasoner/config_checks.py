@@ -5,10 +5,30 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from .text import read_text
+
 
 def check_init_kwargs(config: Any, names: Iterable[str]) -> None:
     for name in names:  # given as JSON on the command line
         setattr(config, name, _as_dict(name, getattr(config, name)))
+
+
+def check_json_files(config: Any, names: Iterable[str]) -> None:
+    """Refuse the name of a file that is missing or holds no JSON object. JSON itself and dicts are left alone."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, str) or value.lstrip().startswith("{"):
+            continue
+        if not os.path.isfile(value):
+            raise ValueError(
+                f"The file {value!r} of `{name}` does not exist. Name a JSON file, or give the JSON itself."
+            )
+        try:
+            content = json.loads(read_text(value, f"The file of `{name}`"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"The file {value!r} of `{name}` is not JSON ({error}).") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"The file {value!r} of `{name}` must hold a JSON object, got {content!r}.")
 
 
 def check_choices(config: Any, names: Iterable[str]) -> None:

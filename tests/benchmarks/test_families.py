@@ -17,12 +17,22 @@ def families():
 
 @pytest.mark.parametrize("family", ["qwen2", "rwkv", "camembert"])
 def test_a_family_is_exact(families, family, tmp_path):
-    assert families.examine(family, tmp_path)[0] == "exact"
+    result, _, (before, after) = families.examine(family, tmp_path)
+    assert result == "exact" and after < before
 
 
 def test_a_family_that_reads_ahead_is_refused(families):
-    result, reason = families.examine_in_time("cpmant")
-    assert result == "refused" and "depend on later tokens" in reason
+    result, reason, losses = families.examine_in_time("cpmant")
+    assert result == "refused" and "depend on later tokens" in reason and not losses
+
+
+def test_the_table_names_families_of_which_the_loss_did_not_fall(families):
+    results = {
+        "falls": ("exact", "264 logits", [0.5, 0.2]),
+        "rises": ("exact", "264 logits", [0.5, 0.6]),
+        "unbuilt": ("cannot be built", "no", []),
+    }
+    assert "The loss fell in 1 of 2; not in: `rises` (0.5 to 0.6)." in families.as_table(results)
 
 
 def test_a_sampling_that_is_wrong_is_told(families):

@@ -349,6 +349,7 @@ SAMPLE = [
     setting("expert", "no/where", rf"The expert 'no/where' {NO_MODEL}"),
     model("file", rf"The expert '{{folder}}/file' {NO_MODEL}"),
     model("no_files", rf"The expert '{{folder}}/no_files' {NO_MODEL}"),
+    model("half_adapter", r"The expert '{folder}/half_adapter' is an adapter without its adapter_config\..*"),
     model("no_files", rf"The amateur '{{folder}}/no_files' {NO_MODEL}", "amateur"),
     model("bad_config", r"The config\.json of the expert '{folder}/bad_config' cannot be read: .*not a valid JSON.*"),
     model("text_size", r"The config\.json of the expert '.*' cannot be read: .*'hidden_size' expected int, got str.*"),
@@ -595,6 +596,12 @@ TRAIN = [
         r"There is no complete checkpoint in '{out}' to resume from\. Remove `resume_from_checkpoint` to start "
         r"from the beginning\.",
     ),
+    *(
+        setting(name, "{folder}/nowhere.json", rf"The file '{{folder}}/nowhere\.json' of `{name}` does not exist\. .*")
+        for name in ("accelerator_config", "fsdp_config", "deepspeed")
+    ),
+    setting("accelerator_config", "{folder}/file", r"The file '{folder}/file' of `accelerator_config` is not JSON .*"),
+    setting("fsdp_config", "{folder}/list.json", r"The file '.*' of `fsdp_config` must hold a JSON object.*"),
     # Models
     *(
         model(
@@ -632,6 +639,7 @@ def folder(tmp_path_factory, expert_path, amateur_path, tokenizer, steps) -> Pat
     (root / "latin_1" / "a.txt").write_bytes(b"Name a prime.\nZ\xe4hle.\n")
     for name, changes in {**STEPS, "steps": {}}.items():
         (root / f"{name}.jsonl").write_text(rows_of({**GOOD, **changes}))
+    (root / "list.json").write_text("[]")
     (root / "published.jsonl").write_text(rows_of({"prefix": "2+2=", "tokens": ["4"], "weights": [1.0]}))
     Dataset.from_dict({"prompt": []}).to_parquet(root / "empty.parquet")
     steps.select([]).to_parquet(root / "no_rows.parquet")
@@ -641,6 +649,8 @@ def folder(tmp_path_factory, expert_path, amateur_path, tokenizer, steps) -> Pat
     steps.to_parquet(root / "cut.parquet")
     cut(root / "cut.parquet")
     (root / "no_files").mkdir()
+    (root / "half_adapter").mkdir()
+    (root / "half_adapter" / "adapter_model.safetensors").touch()
     (root / "unfinished" / "shards").mkdir(parents=True)
     (root / "unfinished" / "run.json").write_text("{}")
     steps.to_parquet(root / "unfinished" / "shards" / "000000000.parquet")

@@ -600,3 +600,34 @@ def test_in_4_bits(config, tokenizer, tmp_path):
     assert main(["eval", *map(str, flags)]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["model"]["quantization"]["load_in_4bit"] == "True"
+
+
+def test_model_and_baseline_read_the_same_date_whenever_they_are_started(
+    config, expert_path, tmp_path, today, monkeypatch
+):
+    tokenizer = AutoTokenizer.from_pretrained(expert_path)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+
+    def run() -> dict[str, list[str]]:
+        evaluate(expert_path, config(), expert_path, tokenizer, tokenizer)
+        files = {role: str(tmp_path / "out" / role / "gsm8k.parquet") for role in ("model", "baseline")}
+        return {role: Dataset.from_parquet(file)["prompt"][:] for role, file in files.items()}
+
+    answer = evaluation.Candidate.answer
+
+    def killed_before_the_baseline(candidate):
+        if candidate.role == "baseline":
+            raise KeyboardInterrupt
+        answer(candidate)
+
+    today(28)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluation.Candidate, "answer", killed_before_the_baseline)
+        run()
+    assert not (tmp_path / "out" / "baseline" / "gsm8k" / "run.json").exists()
+    today(29)
+    prompts = run()
+    assert prompts["model"] == prompts["baseline"]
+    assert all("28 Nov 2026" in prompt for prompt in prompts["model"])
+    today(30)
+    assert run() == prompts

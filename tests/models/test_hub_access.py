@@ -14,6 +14,7 @@ from trl_lightreasoner.models.adapter_loading import load_adapter_config, load_g
 from trl_lightreasoner.models.hub_access import from_cache_if_unreachable
 from trl_lightreasoner.models.loading import load_config, load_model, load_tokenizer
 from trl_lightreasoner.steps.prompt_format import load_prompt_format
+from trl_lightreasoner.steps.splits import load_split
 
 
 COMMIT = "a" * 40
@@ -50,7 +51,10 @@ def load(model) -> bool:
 def test_without_a_network_the_hub_is_asked_once_and_the_cache_is_read(asked, caplog):
     assert [load("me/expert"), load("me/amateur"), load("me/expert")] == [True] * 3
     assert asked == [constants.ENDPOINT]
-    assert "cannot be reached ([Errno 111] Connection refused): models are loaded from the cache." in caplog.text
+    assert (
+        "cannot be reached ([Errno 111] Connection refused): models and datasets are loaded from the cache."
+        in caplog.text
+    )
 
 
 def test_uploading_later_is_not_kept_from_the_network(asked):
@@ -100,3 +104,10 @@ def test_a_merge_of_what_is_in_the_cache_asks_once(of_hub, asked, expert, expert
     merge(MergeArguments(adapter, str(tmp_path / "model"), base_model_name_or_path=base))
     assert asked == [constants.ENDPOINT]
     assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_without_a_network_a_dataset_is_looked_for_in_the_cache_at_once(asked):
+    with pytest.raises(ValueError, match="^The dataset 'me/questions' cannot be loaded: Couldn't reach .* in the ca"):
+        load_split("me/questions", None, "train")
+    assert asked == [constants.ENDPOINT]
+    assert not is_offline_mode()

@@ -8,12 +8,20 @@ import pytest
 import torch
 from peft import LoraConfig, VBLoRAConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import BitsAndBytesConfig, PreTrainedModel, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers import (
+    BitsAndBytesConfig,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+    PreTrainedModel,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
 
 from trl_lightreasoner.commands.merge import MergeArguments
 from trl_lightreasoner.commands.merge import main as merge
 from trl_lightreasoner.models.adapter_loading import load_adapter
 from trl_lightreasoner.models.loading import load_model
+from trl_lightreasoner.training.saving import warn_of_left_out
 
 from ..conftest import make_model
 
@@ -119,7 +127,41 @@ def test_a_merge_says_that_vision_is_left_out(vision_model, tokenizer, tmp_path,
     names = load_file(tmp_path / "base" / "model.safetensors").keys()
     lost = [name for name in names if "visual" in name]
     said = capsys.readouterr().out
-    assert f"It is the language model alone: {len(lost)} tensors of '{tmp_path}/base' are not in it, such as" in said
+    left_out = f"{len(lost)} tensors of '{tmp_path}/base' are not in it: model.visual ({len(lost)})."
+    assert f"Warning: it is the language model alone. {left_out}" in said
+
+
+def test_parts_that_transformers_does_not_pass_over_by_name_are_told_too(
+    tokenizer, tmp_path, capsys, caplog, propagated_logs
+):
+    text = {
+        "vocab_size": 320,
+        "hidden_size": 16,
+        "intermediate_size_mlp": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "moe_layers": [],
+    }
+    vision = {
+        **dict.fromkeys(("hidden_size", "intermediate_size", "vision_output_dim"), 16),
+        **dict.fromkeys(("projector_input_dim", "projector_output_dim"), 16),
+        **{"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+    }
+    model = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    names = load_file(tmp_path / "base" / "model.safetensors").keys()
+    lost = [sum(name.startswith(part) for name in names) for part in ("vision_model", "multi_modal_projector")]
+    parts = f"vision_model ({lost[0]}), multi_modal_projector ({lost[1]})."
+    base = load_model(str(tmp_path / "base"))
+    warn_of_left_out(base, str(tmp_path / "base"))
+    assert f"{sum(lost)} tensors of '{tmp_path}/base' are not part of the trained language model" in caplog.text
+    assert parts in caplog.text
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    merge(MergeArguments(str(tmp_path / "adapter"), str(tmp_path / "model")))
+    assert f"{sum(lost)} tensors of '{tmp_path}/base' are not in it: {parts}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ def run(tmp_path, monkeypatch):
         connection.execute("PRAGMA synchronous=OFF")
         return connection
 
-    monkeypatch.setattr("trl_lightreasoner.pipeline.search.sqlite3", SimpleNamespace(connect=connect))
+    fast = SimpleNamespace(connect=connect, OperationalError=sqlite3.OperationalError)
+    monkeypatch.setattr("trl_lightreasoner.pipeline.search.sqlite3", fast)
     return run
 
 
@@ -198,6 +199,16 @@ def test_no_setting_is_trained_twice(run):
     assert [setting["max_steps"] for setting in train.settings] == [9, 6]
     assert len(result.trials) == 10 and result.num_settings == 2
     assert result.trials[-1].note.startswith("the same as trial")
+
+
+def test_a_study_that_was_killed_as_it_was_made_is_made_anew(run, tmp_path):
+    folder = tmp_path / "a?b#c%20"
+    folder.mkdir()
+    with sqlite3.connect(folder / "study.db.tmp") as half:  # a table without its index
+        half.execute("CREATE TABLE studies (study_id INTEGER PRIMARY KEY, study_name VARCHAR(512) NOT NULL)")
+    half.close()
+    assert len(run(FakeTraining(), 1).trials) == 1
+    assert len(run(FakeTraining(), 2).trials) == 2
 
 
 def test_what_is_no_study_is_refused(run, tmp_path):

@@ -19,6 +19,7 @@ from transformers import Qwen2ForCausalLM
 from trl_lightreasoner import check_steps, write_report
 from trl_lightreasoner.commands.cli import main
 from trl_lightreasoner.commands.report import make_parser, name_datasets
+from trl_lightreasoner.models.adapter_loading import count_saved_embeddings
 from trl_lightreasoner.report.charts import Axis, Chart, write_number
 from trl_lightreasoner.report.figures import curve_title, order_curves, training_figures
 from trl_lightreasoner.report.model_reading import add_probabilities, add_trained
@@ -352,7 +353,17 @@ def test_the_model_of_a_training_stands_beside_the_label(steps, adapter, expert,
         assert detail["m"] != pytest.approx(detail["e"], abs=1e-3)
 
 
-def test_an_adapter_reads_on_a_loaded_expert_and_leaves_it_as_it_was(steps, adapter, expert, tokenizer):
+@pytest.mark.parametrize("is_resized", [False, True])
+def test_an_adapter_reads_on_a_loaded_expert_and_leaves_it_as_it_was(
+    is_resized, steps, adapter, expert, expert_path, tokenizer, tmp_path
+):
+    if is_resized:
+        base = Qwen2ForCausalLM.from_pretrained(expert_path)
+        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        adapter = str(tmp_path / "adapter")
+        config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        get_peft_model(base, config).save_pretrained(adapter)
+        assert count_saved_embeddings(adapter) == len(tokenizer) < expert.config.vocab_size
     before = {name: tensor.clone() for name, tensor in expert.state_dict().items()}
     found = [load_trajectories(steps, [0, 1]) for _ in range(2)]
     for trajectories, loaded in zip(found, (expert, None), strict=True):

@@ -8,14 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
-from transformers.utils import chat_template_utils
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
 from trl_lightreasoner.commands.cli import main
@@ -245,7 +243,7 @@ def test_another_batch_size_goes_on(stopped, sampler, many_prompts, left_alone):
 
 @pytest.mark.parametrize("is_finished", [False, True])
 def test_a_template_that_prints_the_date_does_not_end_a_run_at_midnight(
-    is_finished, sampler, expert_path, tmp_path, monkeypatch
+    is_finished, sampler, expert_path, tmp_path, today
 ):
     tokenizer = AutoTokenizer.from_pretrained(expert_path)
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
@@ -256,16 +254,6 @@ def test_a_template_that_prints_the_date_does_not_end_a_run_at_midnight(
         run = sampler()
         run.processing_class = tokenizer
         return run.sample(prompts)
-
-    def today(day: int) -> None:
-        class Today(datetime):
-            @classmethod
-            def now(cls):
-                return datetime(2026, 11, day)
-
-        for module in ("steps.run_file", "steps.messages"):
-            monkeypatch.setattr(f"trl_lightreasoner.{module}.datetime", Today, raising=False)
-        monkeypatch.setattr(chat_template_utils, "datetime", Today)
 
     today(28)
     made = sample()

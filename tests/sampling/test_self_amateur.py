@@ -473,3 +473,33 @@ def test_labels_of_the_base_need_an_adapter_and_another_amateur(make_sampler, ad
         make_sampler(expert_path, amateur_path, label_expert="base")
     with pytest.raises(ValueError, match="they would never diverge. Choose another amateur"):
         make_sampler(adapter_path, expert_path, label_expert="base")
+
+
+CHANGED_BASES = {
+    "biases": {"bias": "all"},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "OLoRA": {"init_lora_weights": "olora"},
+}
+
+
+@pytest.mark.parametrize("settings", CHANGED_BASES.values(), ids=CHANGED_BASES)
+def test_an_adapter_that_changes_its_base_is_not_switched_off(
+    settings, make_sampler, expert, expert_path, amateur_path, tokenizer, tmp_path
+):
+    adapted = get_peft_model(expert, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **settings))
+    adapted.save_pretrained(tmp_path / "adapter")
+    sentence = "needs an adapter that leaves the weights of its base model as they are, but this one changes them"
+    for named, tokenizers in ((str(tmp_path / "adapter"), ()), (adapted, (tokenizer,))):
+        with pytest.raises(ValueError, match=f"^`label_expert='base'` {sentence}"):
+            make_sampler(named, amateur_path, tokenizers, label_expert="base")
+    for pair in ((adapted, expert), (expert, adapted)):
+        with pytest.raises(ValueError, match=f"^A model that is the expert with its adapter on or off {sentence}"):
+            make_sampler(*pair, (tokenizer, tokenizer))
+    make_sampler(str(tmp_path / "adapter"), expert_path)  # two models
+
+
+def test_the_same_amateur_is_refused_where_it_is_another_model_in_memory(make_sampler, expert, expert_path, tmp_path):
+    saved = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    get_peft_model(expert, saved).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="they would never diverge. Choose another amateur"):
+        make_sampler(str(tmp_path / "adapter"), expert_path, label_expert="base")

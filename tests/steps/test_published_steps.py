@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer, import_published_steps, sampling_metadata
@@ -240,3 +242,24 @@ def test_the_program_takes_the_file_first(expert_golden, tmp_path, capsys):
 def test_the_program_names_a_file_that_is_missing(expert_golden, tmp_path, capsys):
     assert main(["import", "nowhere.jsonl", "--output_dir", str(tmp_path), "--expert", expert_golden]) == 2
     assert capsys.readouterr().err.strip().endswith("error: There is no file 'nowhere.jsonl'.")
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_template_that_prints_the_date_does_not_end_an_import_at_midnight(
+    is_finished, expert_golden, tmp_path, today
+):
+    shutil.copytree(expert_golden, tmp_path / "expert")
+    tokenizer = AutoTokenizer.from_pretrained(expert_golden)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "expert")
+
+    def read() -> Dataset:
+        return import_published_steps(str(GOLDEN / "samples.jsonl"), str(tmp_path / "steps"), str(tmp_path / "expert"))
+
+    today(28)
+    made = read()
+    assert "28Nov2026" in tokenizer.decode(made["prompt_ids"][0])  # of which the golden tokenizer knows no blanks
+    if not is_finished:
+        shutil.rmtree(tmp_path / "steps" / "data")
+    today(29)
+    assert read().to_dict() == made.to_dict()

@@ -296,7 +296,7 @@ def test_too_little_room_is_said_beforehand(folder, monkeypatch):
     writer = write_all(open_run(folder))
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-        with pytest.raises(OSError, match="steps' takes 0 MB, but only 0 MB are free. All rows are kept"):
+        with pytest.raises(OSError, match="steps' takes 0.01 MB, but only 0.00 MB are free. All rows are kept"):
             writer.finish(ROWS)
     assert finish(writer) == EXPECTED
 

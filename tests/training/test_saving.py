@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, OFTConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Zamba2Config, Zamba2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, Zamba2Config, Zamba2ForCausalLM
 
 from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
 from trl_lightreasoner.commands.merge import MergeArguments
@@ -206,3 +206,47 @@ def test_a_model_that_cannot_be_saved_leaves_its_weights(peft_config, trainer, t
     weights = load_file(tmp_path / "out" / "trained_weights.safetensors")
     trained = {name: each for name, each in made.model.named_parameters() if each.requires_grad}
     assert weights.keys() == trained.keys() and all(torch.equal(weights[name], trained[name]) for name in trained)
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """As under FSDP: no process holds all weights, and what is saved was gathered from all of them."""
+    monkeypatch.setattr(LightReasonerTrainer, "_is_split", True)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        self._save(output_dir, state_dict={**self._whole_model().state_dict()})
+
+    monkeypatch.setattr(Trainer, "save_model", save_model)
+
+
+SPLIT = {name: ADAPTERS[name] for name in ("LoRA", "whole modules", "OFT")}
+
+
+@pytest.mark.parametrize("peft_config", [None, *SPLIT.values()], ids=["all weights", *SPLIT])
+def test_gathered_weights_are_compared_with_the_files(
+    peft_config, split, trainer, monkeypatch, caplog, propagated_logs
+):
+    made = trainer(peft_config=copy.deepcopy(peft_config), args={"max_steps": 1})
+    made.train()
+    made.save_model()
+    assert "cannot be compared" not in caplog.text and made._gathered is None
+    save = type(made)._save_beside
+
+    def change_behind(self, folder):
+        save(self, folder)
+        name, parameter = [each for each in self.model.named_parameters() if each[1].requires_grad][-1]
+        self._gathered[name] = parameter.detach() + 1
+
+    monkeypatch.setattr(type(made), "_save_beside", change_behind)
+    with pytest.raises(ValueError, match=r"^The files saved in '.*' differ from the trained weights: '.*' has diff"):
+        made.save_model()
+
+
+def test_weights_that_nobody_gathered_are_not_compared_in_silence(
+    split, trainer, monkeypatch, caplog, propagated_logs, tmp_path
+):
+    made = trainer(peft_config=copy.deepcopy(ADAPTERS["LoRA"]), args={"max_steps": 1})
+    made.train()
+    monkeypatch.setattr(Trainer, "save_model", lambda *_: None)  # as FSDP does with SHARDED_STATE_DICT
+    made.save_model()
+    assert f"The files in '{tmp_path}/out' cannot be compared with the trained weights" in caplog.text

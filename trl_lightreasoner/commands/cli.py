@@ -1,8 +1,10 @@
 """The `lightreasoner` program. It imports only the command that runs, so that `--help` answers at once."""
 
 import atexit
+import errno
 import gc
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -87,11 +89,21 @@ def _run(prog: str, make_parser: Callable, command: Callable, argv: Sequence[str
             outcome = command(*args)
         _leave_process_group()
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"{prog}: error: {printable(' '.join(explain(error).split()))}", file=sys.stderr)
+        sentence = _explain_disk(error) or explain(error)
+        print(f"{prog}: error: {printable(' '.join(sentence.split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_resume(prog, args)) from None
     return outcome if isinstance(outcome, int) else 0
+
+
+def _explain_disk(error: Exception) -> str | None:
+    """The remedy for a full or read-only disk, if the error is the system's own."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return None
+    where = "A file" if error.filename is None else repr(str(error.filename))
+    reason = os.strerror(error.errno)
+    return f"{where} cannot be written ({reason}). Free disk space or fix the permissions, and run it again."
 
 
 def _how_to_resume(prog: str, args: tuple) -> str:

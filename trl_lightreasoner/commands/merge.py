@@ -1,6 +1,8 @@
 """`lightreasoner merge`: merge an adapter into its base model, for a plain model that needs no PEFT."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,7 +127,7 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
     from ..generation.greedy import save_generation_config, without_generation_config
     from ..hub.merged_card import load_card, merged_card
     from ..models.forward import divergence, next_token_log_probs
-    from ..models.loading import left_out, load_model
+    from ..models.loading import left_out, load_model, name_parts
     from ..steps.prompt_format import load_prompt_format
 
     base_kwargs = {"trust_remote_code": args.trust_remote_code}
@@ -157,12 +159,13 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
         tell("2/3 Merging and writing")
         merged = merge(adapted)
         dtype = merged.dtype
-        with without_generation_config(merged):
-            merged.save_pretrained(folder)
-        save_generation_config(merged, tokenizer, folder)
-        tokenizer.save_pretrained(folder)
-        if prompt_format is not None:
-            prompt_format.save(folder)
+        with writing_into(args.output_dir):
+            with without_generation_config(merged):
+                merged.save_pretrained(folder)
+            save_generation_config(merged, tokenizer, folder)
+            tokenizer.save_pretrained(folder)
+            if prompt_format is not None:
+                prompt_format.save(folder)
         tell("3/3 Comparing with the base model and the adapter")
         del model, adapted, merged  # there may be memory for only one
         loaded = load_model(str(folder), dtype=dtype, device_map=None, trust_remote_code=args.trust_remote_code)
@@ -194,10 +197,26 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
     print(f"The model is in {args.output_dir}.")
     if missing:
         print(
-            f"It is only the language model, without {len(missing):,} tensors of {base!r}, such as {missing[0]!r}. "
-            "For the whole model, load the base model and the adapter with PEFT."
+            f"Warning: it is only the language model, without {len(missing):,} tensors of {base!r}: "
+            f"{name_parts(missing)}. For the whole model, load the base model and the adapter with PEFT."
         )
     print(next_command("eval", "--model", args.output_dir, "--output_dir", "EVALUATION"))
+
+
+@contextmanager
+def writing_into(output_dir: str) -> Iterator[None]:
+    """Turns what the libraries say of a full disk into a sentence."""
+    from ..training.checkpoints import why_not_written
+
+    try:
+        yield
+    except Exception as error:
+        if (reason := why_not_written(error)) is None:
+            raise
+        raise OSError(
+            f"Cannot write the model to {output_dir!r} ({reason}). Free disk space or fix the permissions, and merge "
+            "again."
+        ) from error
 
 
 def check_output_dir(args: MergeArguments) -> Path:

@@ -14,9 +14,9 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import os
 import platform
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ from ..processes import Processes
 from ..steps.prompt_format import load_prompt_format
 from ..steps.prompts import encode_rows
 from ..steps.run_file import run_date
+from ..steps.whole_files import whole_file
 from ..steps.writer import StepWriter, describe_rows, hash_ids
 from ..vocabulary import check_embedded, model_vocabulary
 from .answering import Answering, context_length, grade_answers, plan_answers
@@ -195,9 +196,8 @@ def evaluate(
     problems = {name: load_benchmark(name, args.data_dir, args.max_samples) for name in args.benchmarks or []}
     candidates = [Candidate("model", model, processing_class, quantization_config, args, problems, processes)]
     if baseline is not None:
-        candidates.append(
-            Candidate("baseline", baseline, baseline_processing_class, quantization_config, args, problems, processes)
-        )
+        of_baseline = (baseline, baseline_processing_class, quantization_config)
+        candidates.append(Candidate("baseline", *of_baseline, args, problems, processes, other=candidates[0]))
     for candidate in candidates:
         candidate.answer()
     return Evaluation(processes.on_main(lambda: grade_candidates(candidates, args)))
@@ -232,6 +232,8 @@ class Candidate:
         args ([`EvaluationConfig`]): Settings, with the prompt format filled in.
         problems (`dict[str, Dataset]`): By name, rows of `ROW_FEATURES`, whose `question` can be messages as well.
         processes ([`~trl_lightreasoner.processes.Processes`]): The processes that share the problems.
+        other ([`Candidate`], *optional*): The one that it is compared with. A chat template that prints the date
+            prints the same day for both, whenever their answers are started.
     """
 
     def __init__(
@@ -243,6 +245,7 @@ class Candidate:
         args: EvaluationConfig,
         problems: dict[str, Dataset],
         processes: Processes,
+        other: "Candidate | None" = None,
     ):
         self.role, self.args, self.processes = role, args, processes
         self.model: Any = model  # a name or a path until `answer` loads it
@@ -269,12 +272,15 @@ class Candidate:
         self.prompt_ids: dict[str, list[list[int]]] = {}
         self.plans: dict[str, list[tuple[int, int]]] = {}  # rows and the room for their answers
         self.writers: dict[str, StepWriter] = {}
+        self.dates: dict[str, datetime] = {}
         for name, dataset in problems.items():
             make_prompt = args.prompt_format().make_prompt
             questions = dataset["question"]
             rows = [{"prompt": each if isinstance(each, list) else make_prompt(each)} for each in questions]
             folder = str(Path(args.output_dir, role, name))
-            date = processes.on_main(partial(run_date, folder, args.overwrite_output_dir))
+            begun = other.dates.get(name) if other is not None else None
+            date = processes.on_main(partial(run_date, folder, args.overwrite_output_dir, begun))
+            self.dates[name] = date
             ids = self.prompt_ids[name] = encode_rows(rows, tokenizer, set(self.eos_ids), date=date)["prompt_ids"]
             for row, prompt in enumerate(ids):
                 check_embedded(prompt, tokenizer, config.vocab_size, row, role)
@@ -402,8 +408,8 @@ def grade_candidates(candidates: list[Candidate], args: EvaluationConfig) -> dic
             answers = _grade_answers(candidate.writers[name].load(), args)
             path = Path(args.output_dir, candidate.role, f"{name}.parquet")
             path.parent.mkdir(parents=True, exist_ok=True)  # it can differ from the folder of the answers
-            answers.to_parquet(f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)
+            with whole_file(path) as temporary:
+                answers.to_parquet(temporary)
             verdicts.append(answers["correct"][:])
             count, accuracy = len(answers), sum(answers["correct"]) / len(answers)
             scores["num_problems"] = count
@@ -428,10 +434,8 @@ def grade_candidates(candidates: list[Candidate], args: EvaluationConfig) -> dic
             **{package: importlib.metadata.version(package) for package in packages},
         },
     }
-    path = Path(args.output_dir, "results.json")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(Path(args.output_dir, "results.json")) as temporary:
+        temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
 
 

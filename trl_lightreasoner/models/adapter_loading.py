@@ -74,7 +74,8 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
     Load an adapter onto a model, and check that every tensor fits.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The base model.
+        model ([`~transformers.PreTrainedModel`]): The base model. It is resized to as many embeddings as the adapter
+            holds, and stays so.
         adapter (`str`): Id or path.
         is_trainable (`bool`): Whether the adapter will be trained further.
         kwargs: As for [`hub_kwargs`].

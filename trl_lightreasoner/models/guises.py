@@ -118,7 +118,7 @@ def which_is_adapter(
         return None
     revisions = (config.revision or "main", repositories[base].get("revision") or "main")
     alike = _settings(expert_kwargs) == _settings(amateur_kwargs) and revisions[0] == revisions[1]
-    if alike and _is_same(config.base_model_name_or_path, (expert, amateur)[base]):
+    if alike and is_same_model(config.base_model_name_or_path, (expert, amateur)[base]):
         return ("expert", "amateur")[adapter]
     return None
 
@@ -130,5 +130,6 @@ def _settings(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value.to_dict() if hasattr(value, "to_dict") else value for name, value in values.items()}
 
 
-def _is_same(one: str, other: str) -> bool:
+def is_same_model(one: str, other: str) -> bool:
+    """Whether two ids or paths name the same model."""
     return one == other or (os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other))

@@ -52,8 +52,8 @@ def _is_reachable() -> bool:
             _answer = (time.monotonic(), True)
         except Exception as error:  # its HTTP clients raise different errors
             logger.warning(
-                f"{constants.ENDPOINT} cannot be reached ({' '.join(str(error).split())}): models are loaded from the "
-                "cache."
+                f"{constants.ENDPOINT} cannot be reached ({' '.join(str(error).split())}): models and datasets are "
+                "loaded from the cache."
             )
             _answer = (time.monotonic(), False)
     return _answer[1]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from pickle import UnpicklingError  # raised for files that hold more than tensors. Nothing is unpickled here
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,7 @@ def _load_model(model: str, is_trainable: bool, **kwargs: Any) -> "PreTrainedMod
     loaded, info = AutoModelForCausalLM.from_pretrained(source, **kwargs)
     unexpected = set(info["unexpected_keys"]) - {name for name, _ in loaded.named_buffers()}  # computed on loading
     if is_text_part(loaded, AutoConfig.from_pretrained(source, **repository)):
+        loaded._other_parts = sorted(unexpected)
         unexpected = set()  # those of its other parts
     misfits = {
         "missing": info["missing_keys"],
@@ -130,7 +132,10 @@ def is_text_part(model: PreTrainedModel, config: PretrainedConfig) -> bool:
 
 
 def left_out(model: PreTrainedModel, source: str, **kwargs: Any) -> list[str]:
-    """Names of a checkpoint's tensors that its causal language model does not use. `kwargs` as for [`hub_kwargs`]."""
+    """
+    Names of a checkpoint's tensors that its causal language model, as loaded by [`load_model`], does not use: those
+    that transformers ignores, and those of other parts, such as vision. `kwargs` as for [`hub_kwargs`].
+    """
     kwargs = {name: value for name, value in kwargs.items() if name != "trust_remote_code"}
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     if index := cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **kwargs, **quietly):
@@ -139,11 +144,29 @@ def left_out(model: PreTrainedModel, source: str, **kwargs: Any) -> list[str]:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
     else:
-        return []
+        names = []
     kept = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     patterns = model._keys_to_ignore_on_load_unexpected or ()
     ignored = [name for name in names if any(re.search(pattern, name) for pattern in patterns)]
-    return sorted(name for name in ignored if not any(each.endswith(name) for each in kept))  # or computed on loading
+    passed_over = {name for name in ignored if not any(each.endswith(name) for each in kept)}  # or computed on loading
+    return sorted(passed_over.union(getattr(model, "_other_parts", ())))
+
+
+def name_parts(names: list[str]) -> str:
+    """
+    The parts of a model to which tensors belong, each with its number of tensors.
+
+    Example:
+
+    ```python
+    >>> name_parts(["model.visual.a.weight", "model.visual.b.weight", "mtp.weight"])
+    'model.visual (2), mtp (1)'
+
+    ```
+    """
+    parts = [name.split(".") for name in names]
+    counts = Counter(".".join(each[: 2 if each[0] == "model" else 1]) for each in parts)
+    return ", ".join(f"{part} ({count:,})" for part, count in counts.most_common())
 
 
 @from_cache_if_unreachable
@@ -181,6 +204,11 @@ def load_config(model: "str | PreTrainedModel | PeftModel", name: str = "model",
             if os.path.isfile(os.path.join(source, "config.json")):
                 raise ValueError(
                     f"The config.json of the {name} {source!r} cannot be read: {' '.join(str(error).split())}"
+                ) from error
+            if os.path.isfile(os.path.join(source, "adapter_model.safetensors")):
+                raise ValueError(
+                    f"The {name} {source!r} is an adapter without its adapter_config.json. Copy the file from where "
+                    "the adapter was saved."
                 ) from error
             raise _not_found(source, name) from error
         _check_bitsandbytes(kwargs.get("quantization_config") or getattr(config, "quantization_config", None), name)

@@ -69,6 +69,12 @@ def describe_model(model: torch.nn.Module, name: str | None = None) -> dict[str,
     }
 
 
+def leaves_base(config: "PeftConfig") -> bool:
+    """Whether the base model says what it said before, once an adapter is off. Trained biases stay as they are."""
+    init = getattr(config, "init_lora_weights", True)
+    return init in (True, False, "gaussian", "eva", "orthogonal") and getattr(config, "bias", "none") == "none"
+
+
 def lies_beside(config: "PeftConfig") -> bool:
     """Whether an adapter is LoRA that, unlike PiSSA and similar ones, does not change the base model's weights."""
     from peft import LoraConfig

@@ -28,6 +28,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..steps.whole_files import whole_file
 from ..steps.writer import check_folder
 from ..training.checkpoints import last_checkpoint
 from .run_config import RunConfig
@@ -188,6 +189,5 @@ class TuneFolder(Folder):
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file atomically."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

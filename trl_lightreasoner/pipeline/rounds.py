@@ -175,7 +175,9 @@ class Rounds:
 
     def _answer(self, place: RoundFolder) -> dict[str, Any]:
         args = self._eval_args(place.evaluation)
-        candidate = Candidate("model", str(place.adapter), None, None, args, self.problems, Processes())
+        candidate = Candidate(
+            "model", str(place.adapter), None, None, args, self.problems, Processes(), self._baseline
+        )
         adapted = load_adapter(self.expert, str(place.adapter))
         candidate.answer(adapted)
         self.expert = adapted.unload()

@@ -5,9 +5,12 @@ trainer, whose rows were selected by one beta when it was made, sets no field of
 anew for every trial. So Optuna is driven directly, and the expert is loaded once.
 """
 
+import errno
+import os
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..report.trials import SearchResult, Trial, write_setting
+from ..steps.whole_files import whole_file
 from .folder import TuneFolder
 from .search_space import Parameter
 
@@ -103,7 +107,22 @@ def search(
 
     Returns:
         [`SearchResult`]
+
+    Raises:
+        `OSError`: If the disk is full.
     """
+    with _room_for(folder.study):
+        return _search(parameters, default, train, folder, num_trials, seed)
+
+
+def _search(
+    parameters: list[Parameter],
+    default: Setting,
+    train: Callable[[Setting, Path, AccuracyReporter, bool], None],
+    folder: TuneFolder,
+    num_trials: int,
+    seed: int,
+) -> SearchResult:
     optuna = import_optuna()
     study = _open_study(optuna, folder.study)
     _repeat_broken_trials(optuna, study, folder)
@@ -157,19 +176,48 @@ def search(
     return _read(study, parameters)
 
 
-def _open_study(optuna: ModuleType, path: Path) -> "Study":
-    # A connection instead of a URL, in which some characters of paths have a special meaning
-    connect = {"creator": lambda: sqlite3.connect(path, check_same_thread=False)}
+@contextmanager
+def _room_for(study: Path) -> Iterator[None]:
+    """Report a full disk, which SQLite reports and Optuna hides behind an assertion."""
     try:
-        storage = optuna.storages.RDBStorage("sqlite://", engine_kwargs=connect)
-        return optuna.create_study(storage=storage, study_name="tune", direction="maximize", load_if_exists=True)
+        yield
     except Exception as error:
-        if not path.is_file() or path.stat().st_size == 0:
+        if not _is_full(error):
+            raise
+        raise OSError(
+            f"Cannot write {str(study)!r} ({os.strerror(errno.ENOSPC)}). Finished trials are kept. Free disk space, "
+            "and rerun the same command."
+        ) from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, sqlite3.OperationalError) and ("disk is full" in str(error) or "I/O" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _open_study(optuna: ModuleType, path: Path) -> "Study":
+    if not path.is_file():  # with half of its tables, Optuna would take it for complete
+        with whole_file(path) as temporary:
+            _connect(optuna, temporary)
+    try:
+        return _connect(optuna, path)
+    except Exception as error:
+        if _is_full(error):
             raise
         raise ValueError(
             f"{str(path)!r} cannot be read as the trials of a search ({type(error).__name__}). Choose another "
             "`output_dir`, or set `overwrite_output_dir=True`."
         ) from error
+
+
+def _connect(optuna: ModuleType, path: Path) -> "Study":
+    # A connection instead of a URL, in which some characters of paths have a special meaning
+    connect = {"creator": lambda: sqlite3.connect(path, check_same_thread=False)}
+    storage = optuna.storages.RDBStorage("sqlite://", engine_kwargs=connect)
+    return optuna.create_study(storage=storage, study_name="tune", direction="maximize", load_if_exists=True)
 
 
 def _repeat_broken_trials(optuna: ModuleType, study: "Study", folder: TuneFolder) -> None:

@@ -1,6 +1,5 @@
 """`tune`: sample once, search over training settings, and confirm the best one on other questions."""
 
-import os
 import shlex
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..processes import Processes
 from ..report.trials import SearchResult, write_setting
 from ..report.write_report import write_report
 from ..steps.training_rows import choose_beta, reaches
+from ..steps.whole_files import whole_file
 from ..training.adapters import choose_target_modules
 from .folder import TuneFolder, write_json
 from .questions import prepare_questions
@@ -277,9 +277,8 @@ def with_setting(args: TuneConfig, setting: Setting) -> TuneConfig:
 
 
 def write_setting_file(path: Path, fields: dict[str, Any], comment: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(f"# {comment}\n{yaml.safe_dump(fields, sort_keys=False)}", encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(f"# {comment}\n{yaml.safe_dump(fields, sort_keys=False)}", encoding="utf-8")
 
 
 def _check_layers(args: TuneConfig) -> None:
@@ -316,7 +315,8 @@ def _confirm(
     for number in dict.fromkeys([result.best.number, result.trials[0].number]):
         path = str(folder.trial(number))
         # A folder for each, since another trial can be the best when the search is continued
-        candidates[number] = Candidate(f"trial_{number}", path, None, None, args, problems, baseline.processes)
+        folder_of_model = (path, None, None, args, problems, baseline.processes)
+        candidates[number] = Candidate(f"trial_{number}", *folder_of_model, other=baseline)
         model = load_adapter(expert, path)
         try:
             candidates[number].answer(model)

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.answering import context_length
-from ..models.adapter_loading import load_adapter, load_adapter_config
+from ..models.adapter_loading import count_saved_embeddings, load_adapter, load_adapter_config
 from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at
 from ..models.loading import load_config, load_model, load_tokenizer
 from ..models.weights import get_base_model
@@ -149,7 +149,7 @@ def add_trained(
     try:
         if own_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise ValueError("its tokens differ from the expert's")
-        if isinstance(trained, str) and isinstance(expert, PreTrainedModel) and load_adapter_config(trained):
+        if isinstance(trained, str) and isinstance(expert, PreTrainedModel) and _lies_on(trained, expert):
             generation_config = expert.generation_config
             adapted = load_adapter(expert, trained).eval()
             try:
@@ -165,6 +165,12 @@ def add_trained(
         trajectory.steps = [
             step._replace(trained_probs=probs) for step, probs in zip(trajectory.steps, of_steps, strict=True)
         ]
+
+
+def _lies_on(trained: str, expert: PreTrainedModel) -> bool:
+    """Whether a model is an adapter that leaves the embeddings of a loaded expert as many as they are."""
+    rows = (None, expert.get_input_embeddings().weight.shape[0])
+    return load_adapter_config(trained) is not None and count_saved_embeddings(trained) in rows
 
 
 def _read_with(

@@ -1,6 +1,5 @@
 """`write_report`: one or two Datasets of kept steps, and a training, as one HTML page, PNG figures and CSV files."""
 
-import os
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel, logging
 
 from ..models.token_text import TokenTexts, spell_out
 from ..sampling.pair_check import check_steps
+from ..steps.whole_files import whole_file
 from ..steps.writer import check_folder
 from .figure_data import save_figure_data
 from .model_reading import add_probabilities, add_trained, find_tokenizer
@@ -142,10 +142,9 @@ def write_report(
     files = (rows_data(each, of.texts) for each, of in zip(datasets.values(), reported, strict=True))
     rows_inside = place_rows(chain.from_iterable(files), folder, index_of_page["key"])
     path = folder / "report.html"
-    temporary = path.with_name(f"{path.name}.tmp")
     page = make_page(reported, curves, paired, search, index_of_page, rows_inside)
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     save_figure_data(reported, curves, folder, search)
     save_index(reported, folder)
     try:

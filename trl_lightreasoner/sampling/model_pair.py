@@ -2,16 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
 
 from ..generation.completions import evaluating
 from ..models.adapter_loading import load_adapter, load_adapter_config
-from ..models.guises import decoder_layers, skip_layers, switch_adapter, which_is_adapter
+from ..models.guises import decoder_layers, is_same_model, skip_layers, switch_adapter, which_is_adapter
 from ..models.loading import hub_kwargs, load_model
-from ..models.weights import get_base_model, is_peft_model
+from ..models.weights import get_base_model, is_peft_model, leaves_base
 from .contrastive_sampling_config import ContrastiveSamplingConfig
+
+
+if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
+    from peft import PeftConfig
 
 
 # In which an amateur can differ from the expert, beside its weights
@@ -40,6 +44,16 @@ def check_own_amateur(args: ContrastiveSamplingConfig, *of_amateur: Any) -> None
         raise ValueError(
             "The amateur is the expert itself, which is loaded once, as the expert. Remove "
             "`amateur_model_init_kwargs`, `amateur_processing_class` and `amateur_quantization_config`."
+        )
+
+
+def _check_switchable(config: "PeftConfig", what: str) -> None:
+    """Refuse an adapter without which its base model does not say what it said before."""
+    if not leaves_base(config):
+        raise ValueError(
+            f"{what} needs an adapter that leaves the weights of its base model as they are, but this one changes "
+            "them (`bias`, or `init_lora_weights`), and they stay changed where it is off. Name the base model by its "
+            "id or path as the amateur, or use another adapter, such as LoRA with PEFT's defaults."
         )
 
 
@@ -79,20 +93,29 @@ class ModelPair:
         self._switched: Any = None
         if self.labels_are_of_base:
             self._check_base()
+        peft_models = [model for model in (expert, amateur) if is_peft_model(model)]
+        if len(peft_models) == 1 and get_base_model(expert) is get_base_model(amateur):
+            _check_switchable(
+                peft_models[0].active_peft_config, "A model that is the expert with its adapter on or off"
+            )
 
     def _check_base(self) -> None:
         """Refuse labels from the expert without its adapter if it has none, or if the amateur is the same."""
         if isinstance(self.expert, str):
-            is_adapter = load_adapter_config(self.expert, "expert", **hub_kwargs(self._kwargs[0])) is not None
+            config = load_adapter_config(self.expert, "expert", **hub_kwargs(self._kwargs[0]))
         else:
-            is_adapter = is_peft_model(self.expert)
-        if not is_adapter:
+            config = self.expert.active_peft_config if is_peft_model(self.expert) else None
+        if config is None:
             raise ValueError(
                 "`label_expert='base'` reads the expert without its adapter, but the expert has none. Remove it, or "
                 "name the adapter of an earlier round as the expert."
             )
-        is_amateur = self._adapter == "expert" or (
-            not isinstance(self.expert, str) and self.amateur is get_base_model(self.expert)
+        _check_switchable(config, "`label_expert='base'`")
+        is_base = isinstance(self.amateur, str) and is_same_model(self.amateur, config.base_model_name_or_path)
+        is_amateur = (
+            self._adapter == "expert"
+            or (isinstance(self.expert, str) and is_base and self._kwargs[0] == self._kwargs[1])
+            or (not isinstance(self.expert, str) and self.amateur is get_base_model(self.expert))
         )
         if is_amateur and not self.skipped_layers:
             raise ValueError(

@@ -60,12 +60,13 @@ def map_rows(dataset: Dataset, function: Callable, **kwargs: Any) -> Dataset:
 def reason_of(error: BaseException) -> str:
     """Why a file could not be written, in the operating system's words if it gives any."""
     cause = _os_error(error)
-    if cause is not None and cause.errno is not None:  # without the words that Arrow adds
+    if cause is not None and cause.errno is not None:  # without the words that Arrow and this package add
         return os.strerror(cause.errno)
     return str(error).strip().partition("\n")[0].rstrip(".")
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    while error is not None and not isinstance(error, OSError):
+    """The error of the system behind an error, whose number tells it from an `OSError` of ours."""
+    while error is not None and not (isinstance(error, OSError) and error.errno is not None):
         error = error.__cause__ or error.__context__
     return error

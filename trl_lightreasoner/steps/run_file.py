@@ -57,14 +57,14 @@ def run_content(run: dict[str, Any]) -> bytes:
     return json.dumps({**run, "checksum": _checksum(run)}, indent=2).encode()
 
 
-def run_date(folder: str | Path, overwrite: bool = False) -> datetime:
-    """When the run in a folder was started: now, if there is none to resume."""
+def run_date(folder: str | Path, overwrite: bool = False, new: datetime | None = None) -> datetime:
+    """When the run in a folder was started: `new`, or now, if there is none to resume."""
     try:
         date = None if overwrite else read_run(Path(folder)).get("date")
     except (FileNotFoundError, NotADirectoryError):
         date = None
     try:
-        return datetime.fromisoformat(date) if date else datetime.now()
+        return datetime.fromisoformat(date) if date else new or datetime.now()
     except ValueError:
         raise ValueError(f"The date in {str(Path(folder, 'run.json'))!r} is damaged: {date!r}.") from None
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
+from ..models.hub_access import cache_if_unreachable
 from .caches import name_the_cache
 from .dataset_files import check_encoding, find_fault
 from .run_file import finished_files
@@ -46,7 +47,7 @@ def load_split(name: str, config: str | None, split: str) -> Dataset:
         if not (path / "run.json").is_file():  # damage to our own folders is found by checksum
             check_encoding(name)
     try:
-        with name_the_cache():
+        with name_the_cache(), cache_if_unreachable(name):
             return _load_split(name, config, split)
     except _FAULTS as error:
         is_content = isinstance(error, DatasetsError | UnicodeDecodeError) or path.is_file()

@@ -240,8 +240,8 @@ class StepWriter:
         free = shutil.disk_usage(self.folder).free
         if free < num_bytes:
             raise OSError(
-                f"Merging the rows of {str(self.folder)!r} takes {num_bytes / 1e6:,.0f} MB, but only "
-                f"{free / 1e6:,.0f} MB are free. All rows are kept. Free disk space, and rerun the same command."
+                f"Merging the rows of {str(self.folder)!r} takes {num_bytes / 1e6:,.2f} MB, but only "
+                f"{free / 1e6:,.2f} MB are free. All rows are kept. Free disk space, and rerun the same command."
             )
         try:
             files = self._merge_into(self.merging / "data", shards)

@@ -22,7 +22,7 @@ from ..steps.prompt_format import PromptFormat
 from ..steps.writer import check_folder
 from .checkpoints import one_training
 from .resuming import ResumableTrainer
-from .saving import check_saved, keep_weights, rehearse
+from .saving import check_gathered, check_saved, keep_weights, rehearse
 
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ class _BaseTrainer(ResumableTrainer):
     # The prompt format of the dataset, which is saved with the model
     prompt_format: PromptFormat | None = None
     _saves_checkpoint = False
+    # What the processes gathered for the last saving, where none of them holds all weights
+    _gathered: dict[str, torch.Tensor] | None = None
 
     def train(self, *args, **kwargs):
         def save(folder: str) -> None:
@@ -87,6 +89,8 @@ class _BaseTrainer(ResumableTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir or self.args.output_dir
         model = self._whole_model()
+        if self._is_split and not self._saves_checkpoint:
+            self._gathered = state_dict
         try:
             with without_generation_config(get_base_model(model)):
                 super()._save(output_dir, state_dict)
@@ -113,7 +117,11 @@ class _BaseTrainer(ResumableTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        if self._saves_checkpoint or self._is_split or not self.is_world_process_zero():
+        gathered, self._gathered = self._gathered, None
+        if self._saves_checkpoint or not self.is_world_process_zero():
+            return
+        if self._is_split:
+            check_gathered(self._whole_model(), gathered or {}, output_dir or self.args.output_dir)
             return
         kwargs = hub_kwargs({"trust_remote_code": self.args.trust_remote_code, **(self.args.model_init_kwargs or {})})
         kwargs.pop("revision", None)  # recorded in the adapter already

@@ -143,7 +143,7 @@ def saving(folder: Path) -> Iterator[None]:
     except Exception as error:
         if (folder / _STATE).is_file() and _is_whole(folder / _STATE):  # something after it failed
             raise
-        if (reason := _cannot_write(error)) is None:
+        if (reason := why_not_written(error)) is None:
             raise
         shutil.rmtree(folder, ignore_errors=True)
         remedy = "Free disk space or fix the permissions, and train again."
@@ -166,7 +166,7 @@ def saving_model(folder: str, output_dir: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if (reason := _cannot_write(error)) is None:
+        if (reason := why_not_written(error)) is None:
             raise
         remedy = "train again."
         if last_checkpoint(output_dir) is not None:
@@ -176,7 +176,7 @@ def saving_model(folder: str, output_dir: str) -> Iterator[None]:
         ) from error
 
 
-def _cannot_write(error: Exception) -> str | None:
+def why_not_written(error: Exception) -> str | None:
     """Why a file could not be written, or `None` for another error."""
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         return error.strerror

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import is_deepspeed_available
 from transformers.utils import is_torch_bf16_gpu_available
 
-from ..config_checks import check_flags, check_numbers, check_whole_numbers
+from ..config_checks import check_flags, check_json_files, check_numbers, check_whole_numbers
 
 
 # Of 8 rows each: 1,000 trajectories. More cost accuracy on true weights, however many prompts there were
@@ -219,6 +220,12 @@ class LightReasonerConfig(TrainingArguments):
             check_numbers(self, ("sft_weight",))
             if not 0 <= self.sft_weight < float("inf"):
                 raise ValueError(f"`sft_weight` must be a finite number, 0 or more, got {self.sft_weight}.")
+        check_json_files(self, ("accelerator_config", "fsdp_config"))
+        if self.deepspeed:
+            if str(self.deepspeed).endswith(".json"):
+                check_json_files(self, ("deepspeed",))
+            if not is_deepspeed_available():
+                raise ImportError("`deepspeed` needs DeepSpeed: `pip install deepspeed`.")
         check_flags(self, ("one_step_per_row", "use_cuda_graphs", "trust_remote_code"))
         check_whole_numbers(self, ("eval_max_new_tokens",))
         epochs = self.num_train_epochs

@@ -21,11 +21,13 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, logging
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
 from ..models.weights import describe_model
 from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS
+from ..steps.whole_files import whole_file
 from .checkpoints import find_checkpoint, one_training, saving, saving_model
 
 
@@ -125,6 +127,11 @@ class ResumableTrainer(Trainer):
         folder = output_dir or self.args.output_dir
         with nullcontext() if _internal_call else saving_model(folder, self.args.output_dir):
             super().save_model(output_dir, _internal_call)
+
+    def save_state(self) -> None:
+        if self.is_world_process_zero():
+            with whole_file(Path(self.args.output_dir, TRAINER_STATE_NAME)) as temporary:
+                self.state.save_to_json(str(temporary))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"

@@ -1,31 +1,37 @@
 """Can the model be saved, and do the saved files match the trained weights? The first is tried before training."""
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, logging
 
 from ..generation.completions import evaluating
 from ..models.forward import divergence, next_token_log_probs
-from ..models.loading import left_out, load_model
+from ..models.loading import left_out, load_model, name_parts
 from ..models.weights import get_base_model, lies_beside
 from .adapters import is_quantized
 
 
 logger = logging.get_logger(__name__)
 
+# What FSDP, activation checkpointing and `torch.compile` put into the names of a model's parts
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+
 
 def warn_of_left_out(model: PreTrainedModel, name: str, **kwargs: Any) -> None:
     """Warn of the tensors of a checkpoint that will not be saved. `kwargs` are those of [`left_out`]."""
     if lost := left_out(model, name, **kwargs):
         logger.warning(
-            f"{len(lost):,} tensors of {name!r}, such as {lost[0]!r}, are not part of the trained language model and "
-            "will not be saved."
+            f"{len(lost):,} tensors of {name!r} are not part of the trained language model and will not be saved: "
+            f"{name_parts(lost)}."
         )
 
 
@@ -86,6 +92,51 @@ def check_saved(model: PreTrainedModel | PeftModel, folder: str, ids: list[int],
             f"The files saved in {folder!r} differ from the trained weights: {difference}. The files are kept. Train "
             "an adapter that can be reloaded, such as LoRA with PEFT's default `init_lora_weights`, or all weights."
         )
+
+
+def check_gathered(model: PreTrainedModel | PeftModel, state_dict: dict[str, torch.Tensor], folder: str) -> None:
+    """
+    Compare the trained tensors of a model that several processes hold in parts with its saved files, name by name. A
+    warning says if that is not possible.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The trained model.
+        state_dict (`dict[str, torch.Tensor]`): Its tensors, gathered from all processes for saving.
+        folder (`str`): Folder of the saved model.
+
+    Raises:
+        `ValueError`: If they differ. The saved files are kept.
+    """
+    trained = {_WRAPPERS.sub("", name) for name, each in model.named_parameters() if each.requires_grad}
+    adapter = re.escape(model.active_adapter) if isinstance(model, PeftModel) else None
+    saved = _list_saved(Path(folder))
+    for name in sorted(trained):
+        # PEFT leaves the adapter's name out
+        place = name if adapter is None else re.sub(rf"\.(modules_to_save\.)?{adapter}(?=\.|$)", "", name)
+        if name not in state_dict or place not in saved:
+            logger.warning(
+                f"The files in {folder!r} cannot be compared with the trained weights: the processes did not gather "
+                f"{name!r}, or it has another name in the files. Evaluate the saved model before you rely "
+                "on it."
+            )
+            return
+        with safe_open(saved[place], framework="pt") as file:
+            on_disk = file.get_tensor(place)
+        if not torch.allclose(on_disk, state_dict[name].cpu().to(on_disk.dtype), rtol=0, atol=0, equal_nan=True):
+            raise ValueError(
+                f"The files saved in {folder!r} differ from the trained weights: {name!r} has different values. The "
+                "files are kept. Save again, or resume from the last checkpoint."
+            )
+
+
+def _list_saved(folder: Path) -> dict[str, Path]:
+    """The file of every tensor that was saved in a folder."""
+    saved: dict[str, Path] = {}
+    for pattern in ("model*.safetensors", "adapter_model.safetensors"):
+        for path in folder.glob(pattern):
+            with safe_open(path, framework="pt") as file:
+                saved |= dict.fromkeys(file.keys(), path)
+    return saved
 
 
 def _has_its_base(model: torch.nn.Module) -> bool:
