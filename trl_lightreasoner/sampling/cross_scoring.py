@@ -226,9 +226,8 @@ class CrossScoring:
                 self.dropped["not readable"] += 1
                 scores.kl_divergence.append(None)
                 continue
-            bounds = step.bounds(top.tokens)
             of_expert = torch.tensor(top.log_probs, dtype=torch.float64)
-            of_amateur = torch.tensor(bounds.estimate, dtype=torch.float64).clamp_min(_FLOOR)
+            of_amateur = torch.tensor(step.estimate(top.tokens), dtype=torch.float64).clamp_min(_FLOOR)
             # {the most probable tokens, the rest}
             rests = [(1 - probs.sum()).clamp_min(_FLOOR).log()[None] for probs in (of_expert.exp(), of_amateur)]
             of_amateur = of_amateur.log()
@@ -237,10 +236,11 @@ class CrossScoring:
             scores.kl_divergence.append(divergence)
             if divergence < beta or (t == 0 and not include_first_step):
                 continue
-            widths = [log_width(*each) for each in zip(bounds.low, bounds.high, strict=True)]
             mask = torch.tensor(top.plausible)
-            widest = max(width for width, plausible in zip(widths, top.plausible, strict=True) if plausible)
-            if contrast_strength * widest > MAX_WIDTH:  # log pi_A counts gamma times in the label
+            # log pi_A counts gamma times in the label
+            most = MAX_WIDTH / contrast_strength if contrast_strength else math.inf
+            bounds = step.bounds(step.needed, most)
+            if max(map(log_width, bounds.low, bounds.high)) > most:
                 self.dropped["not exact enough"] += 1
                 continue
             label = contrastive_label(of_expert, of_amateur, mask, contrast_strength, expert_anchor).float()
