@@ -403,7 +403,8 @@ class CoveredStep:
         finality = self.covering.finality(
             self.tail, [state.beyond for state in states], [state.token for state in states]
         )
-        for state, (open_, state.lost) in zip(states, finality, strict=True):
+        for state, (open_, lost) in zip(states, finality, strict=True):
+            state.lost = lost
             if open_:
                 self._states.append(state)
             elif state.token != _LOST:
