@@ -335,8 +335,8 @@ class CoveredStep:
         for (token_id, end), mass in zip(shorter, masses, strict=True):
             self._states.append(_State(mass, (*context, token_id), missing[end:]))
         longer = [i for i in amateur.starting_with(missing) if len(amateur.bytes[i] or b"") > len(missing)]
-        places = torch.tensor(longer, dtype=torch.long, device=probs.device)
-        rest = self._look_at(state, places, probs[places], len(missing))
+        chosen, likely, rest = _most_probable(probs[longer])
+        self._look_at(state, [longer[i] for i in chosen], likely, len(missing))
         self._states.append(_State(rest * state.mass, None))
 
     def _open_behind(self, state: _State, probs: torch.Tensor) -> None:
@@ -347,41 +347,30 @@ class CoveredStep:
             self._end += at_end
         elif end != _LOST:
             self._settled[end] += at_end
-        places = covering.written.to(probs.device)
-        of_text = probs[places]
+        covering.written = covering.written.to(probs.device)
+        of_text = probs[covering.written]
+        chosen, likely, rest = _most_probable(of_text)
         if beyond:
-            rest = self._look_at(state, places, of_text, 0)
+            self._look_at(state, covering.written[chosen].tolist(), likely, 0)
             self._states.append(_State(rest * state.mass, None, beyond=beyond, token=state.token, lost=state.lost))
             return
-        order = of_text.argsort(descending=True)
-        count = min(_MOST_TOKENS, int((of_text[order].flip(0).cumsum(0).flip(0) > _REST).sum().item()))
-        chosen = order[:count].tolist()
         similar = [place for token in self.needed if token is not None for place in covering.places_of(token)]
-        chosen = torch.tensor(list(dict.fromkeys([*chosen, *similar])), dtype=torch.long, device=probs.device)
-        self._look_at(state, places[chosen], of_text[chosen], 0, everything=True)
+        chosen = list(dict.fromkeys([*chosen, *similar]))
+        likely += of_text[chosen[len(likely) :]].tolist()
+        self._look_at(state, covering.written[chosen].tolist(), likely, 0)
         # The many tokens of little mass, by the table
-        of_text = of_text.index_fill(0, chosen, 0.0)
+        of_text[chosen] = 0.0
         first = covering.first.to(probs.device)
         table = torch.zeros(len(self._by_table) + 1, dtype=torch.float64, device=probs.device)
         self._by_table += state.mass * table.index_add_(0, first, of_text).cpu()[:-1]
 
-    def _look_at(
-        self, state: _State, places: torch.Tensor, probs: torch.Tensor, skipped: int, everything: bool = False
-    ) -> float:
-        """Add the states that amateur tokens lead to, the most probable ones, and return what the others have."""
-        if not len(places):
-            return 0.0
-        probs, order = probs.sort(descending=True)
-        behind = probs.flip(0).cumsum(0).flip(0)
-        count = len(places) if everything else min(_MOST_TOKENS, int((behind > _REST).sum().item()))
-        chosen = places[order[:count]].tolist()
-        beyond = [state.beyond + (self.covering.amateur.bytes[i] or b"")[skipped:] for i in chosen]
+    def _look_at(self, state: _State, token_ids: list[int], probs: list[float], skipped: int) -> None:
+        """Add the states that amateur tokens lead to."""
+        beyond = [state.beyond + (self.covering.amateur.bytes[i] or b"")[skipped:] for i in token_ids]
         context = state.context or ()
         next_tokens = self.covering.next_tokens(self.tail, beyond)
         to_try = []
-        for token_id, prob, text, (token, whole) in zip(
-            chosen, probs[:count].tolist(), beyond, next_tokens, strict=True
-        ):
+        for token_id, prob, text, (token, whole) in zip(token_ids, probs, beyond, next_tokens, strict=True):
             if token == _NO_TEXT:
                 continue
             found = _State(state.mass * prob, (*context, token_id), beyond=text, token=token)
@@ -392,7 +381,6 @@ class CoveredStep:
                 if any(self._comparable(found, needed) for needed in self.needed):
                     to_try.append(found)
         self._try(to_try)
-        return behind[count].item() if count < len(places) else 0.0
 
     def _try(self, states: list[_State]) -> None:
         """Find out of some of the states that have not been tried whether they are settled."""
@@ -489,6 +477,17 @@ class CoveredStep:
                 masses[state.token] += state.mass
         masses = torch.cat([masses, torch.tensor([self._end], dtype=torch.float64)])
         return masses / masses.sum()
+
+
+def _most_probable(probs: torch.Tensor) -> tuple[list[int], list[float], float]:
+    """Places and probabilities of the tokens to look at, and what the others have together."""
+    top = probs.topk(min(_MOST_TOKENS, len(probs)))
+    likely, rest = top.values.tolist(), probs.sum().item()
+    for count, prob in enumerate(likely):
+        if rest <= _REST:
+            return top.indices[:count].tolist(), likely[:count], max(rest, 0.0)
+        rest -= prob
+    return top.indices.tolist(), likely, max(rest, 0.0) if len(likely) < len(probs) else 0.0
 
 
 def _next_token(tail: tuple[int, ...], ids: list[int] | None) -> int:
