@@ -5,9 +5,15 @@ the exact values are known; and a small model with a tokenizer of its own, train
 the covering is compared with itself at a pruning a hundred times finer.
 
     python benchmarks/covering.py --num_prompts 20
+
+With --expert and --amateur: how fast is it, on a GPU if there is one, beside the same scoring of an amateur with the
+expert's tokenizer, for which the expert itself stands in?
+
+    python benchmarks/covering.py --expert EXPERT --amateur AMATEUR --num_prompts 64
 """
 
 import argparse
+import functools
 import math
 import random
 import time
@@ -24,11 +30,13 @@ from trl_lightreasoner.models.token_bytes import TokenBytes
 from trl_lightreasoner.sampling import covering
 from trl_lightreasoner.sampling.covering import Covering, log_width
 from trl_lightreasoner.sampling.cross_scoring import MAX_WIDTH
+from trl_lightreasoner.sampling.other_amateur import OtherAmateur
+from trl_lightreasoner.sampling.scoring import Trajectory, score_trajectories
 from trl_lightreasoner.steps.prompts import encode_rows
 from trl_lightreasoner.vocabulary import model_vocabulary
 
 
-ALPHA = 0.2
+ALPHA, BETA = 0.2, 0.4
 PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -92,7 +100,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_prompts", type=int, default=20)
     parser.add_argument("--updates", type=int, default=400, help="of the amateur with a tokenizer of its own")
+    parser.add_argument("--expert", help="measure the speed of a pair with different tokenizers")
+    parser.add_argument("--amateur")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="of that pair's expert")
     args = parser.parse_args()
+    if args.expert:
+        return measure_speed(args)
     torch.set_num_threads(1)
     expert = AutoModelForCausalLM.from_pretrained(PAIR / "expert").eval()
     tokenizer = AutoTokenizer.from_pretrained(PAIR / "expert")
@@ -176,6 +189,68 @@ def measure(name, amateur, own, expert, tokenizer, rows, completions, masks, eos
         f"{max(variations):.2g} at most, same favourite {np.mean(favourites):.0%}; {extra / steps:.2f} further "
         f"contexts a step; {time.perf_counter() - start:.0f} s",
         flush=True,
+    )
+
+
+def measure_speed(args: argparse.Namespace) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    paths = (args.expert, args.amateur)
+    expert, amateur = (AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval().to(device) for path in paths)
+    tokenizer, own = map(AutoTokenizer.from_pretrained, paths)
+    vocabulary, eos_ids = model_vocabulary(tokenizer, expert.config.vocab_size), find_eos_ids(expert, tokenizer)
+    problems = make_problems(args.num_prompts, seed=9, split="train", kind_shares=KIND_SHARES)
+    texts = [f"{problem['question']}\n" for problem in problems]
+    prompts, own_prompts = (each(texts).input_ids for each in (tokenizer, own))
+    completions = generate_greedy(expert, prompts, vocabulary, eos_ids, max_new_tokens=args.max_new_tokens)
+    trajectories = [Trajectory(*pair) for pair in zip(prompts, completions, strict=True)]
+    other = OtherAmateur(
+        tokenizer, own, (expert.config.vocab_size, amateur.config.vocab_size), find_eos_ids(amateur, own), None, None
+    )
+    other.start(vocabulary, eos_ids)
+    _ = other.covering.first  # made once a pair
+    spent = dict.fromkeys(("passes", "tokenizers"), 0.0)
+
+    def timed(name, call):
+        @functools.wraps(call)
+        def run(*inputs, **kwargs):
+            wait()
+            start = time.perf_counter()
+            result = call(*inputs, **kwargs)
+            wait()
+            spent[name] += time.perf_counter() - start
+            return result
+
+        return run
+
+    def wait():
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(call):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        return time.perf_counter() - start
+
+    steps = sum(map(len, completions))
+    for name in ("first", "second"):
+        same = seconds(lambda: score_trajectories(expert, expert, trajectories, vocabulary, ALPHA, BETA))
+        covered = seconds(lambda: other.score(expert, amateur, trajectories, own_prompts, ALPHA, BETA))
+        print(
+            f"{name} time: {steps} steps, same tokenizer {steps / same:,.0f} a second, another {steps / covered:,.0f}",
+            flush=True,
+        )
+        other.covering._known.clear()
+    for model in (expert, amateur):
+        model.get_decoder().forward = timed("passes", model.get_decoder().forward)
+        model.get_output_embeddings().forward = timed("passes", model.get_output_embeddings().forward)
+    TokenBytes._encode = timed("tokenizers", TokenBytes._encode)
+    covered = seconds(lambda: other.score(expert, amateur, trajectories, own_prompts, ALPHA, BETA))
+    rest = covered - sum(spent.values())
+    print(
+        f"of {covered:.2f} s, each part waited for: passes {spent['passes']:.2f}, tokenizers "
+        f"{spent['tokenizers']:.2f}, arithmetic and everything else {rest:.2f}"
     )
 
 

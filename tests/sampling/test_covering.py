@@ -59,12 +59,12 @@ def completions(pair, count):
         yield [*pair.expert(text, add_special_tokens=False).input_ids, pair.expert.eos_token_id]
 
 
-def read(pair, step, needed):
+def read(pair, step, needed, width=0.0):
     step.needed = needed
     while contexts := step.wanted():
         for context in contexts:
             step.open(context, pair.model(context))
-    return step.bounds(needed)
+    return step.bounds(needed, width)
 
 
 def naive(pair, completion, t, floor=1e-5):
@@ -190,6 +190,33 @@ def test_the_table_says_what_many_unlikely_tokens_say(pairs, monkeypatch):
     read(pair, by_table, [])
     assert by_table._by_table.sum() > 0.2 * by_table._everything()
     torch.testing.assert_close(by_table.distribution(), exact.distribution(), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_an_interval_that_is_narrow_enough_needs_no_further_trials(name, pairs, monkeypatch):
+    pair = pairs(name)
+    (completion,) = completions(pair, 1)
+    tried = Counter()
+    finality = Covering.finality
+
+    def count(self, tail, beyond, tokens):
+        tried[exact] += len(beyond)
+        return finality(self, tail, beyond, tokens)
+
+    monkeypatch.setattr(Covering, "finality", count)
+    for t, token in enumerate(completion[:-1][:11]):
+        found = []
+        for exact in (False, True):
+            step = pair.covering.steps(completion, t + 1)[t]
+            read(pair, step, [token], 0.0 if exact else MAX_WIDTH)
+            found.append((step.bounds([token], 0.0 if exact else MAX_WIDTH), step.num_opened))
+        (wide, few), (narrow, many) = found
+        assert few == many
+        assert wide.estimate == pytest.approx(narrow.estimate, rel=1e-12)
+        assert wide.low[0] <= narrow.low[0] * (1 + 1e-12) and narrow.high[0] <= wide.high[0] * (1 + 1e-12)
+        is_kept = log_width(wide.low[0], wide.high[0]) <= MAX_WIDTH
+        assert is_kept == (log_width(narrow.low[0], narrow.high[0]) <= MAX_WIDTH)
+    assert 0 < tried[False] < tried[True]
 
 
 def test_without_a_text_that_begins_as_the_expert_s_nothing_is_said(pairs):

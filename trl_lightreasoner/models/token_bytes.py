@@ -115,7 +115,7 @@ class TokenBytes:
         return found
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [each.ids for each in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return [each.ids for each in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def split_characters(content: bytes) -> tuple[str, bytes] | None:

@@ -9,7 +9,9 @@ The amateur starts from a context u, what its own tokenizer makes of the bytes o
 Each of its tokens w leads from a state (its tokens, the bytes that they add) to another one. A state is settled when
 no text behind it changes whether tau_E gives q back, and which token follows; its probability is counted there. Any
 other state is opened, or is counted as if the text ended there, and as unsettled: the interval holds it either way.
-Whether text behind can change something is told by the expert's longer tokens and by a few texts that are tried.
+Whether text behind can change something is told by the expert's longer tokens and by a few texts that are tried, most
+of the work. The estimate is the same either way, so states are tried only if they can become a token that is needed,
+if they have enough mass to be opened, or if an interval is too wide without.
 
 No models here: `CoveredStep.wanted` says at which contexts the amateur must be read, `CoveredStep.open` takes what it
 says there.
@@ -17,8 +19,9 @@ says there.
 
 import math
 from bisect import bisect_right
+from collections import defaultdict
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -41,9 +44,13 @@ _LONGER_TOKENS = 4
 # Amateur tokens that begin with a token that is needed, of those with little probability
 _LONGEST_LIST = 64
 
+# Next tokens that are remembered: about a quarter of a GiB
+_MOST_KNOWN = 2**20
+
 # What can stand in place of an expert token behind q
 _LOST = -1  # the text is not tokenized as q
 _OPEN = -2  # nothing yet, or part of a character
+_NO_TEXT = -3  # bytes that are no UTF-8, whatever follows
 
 
 @dataclass
@@ -62,7 +69,7 @@ class Bounds:
     pi_A^E of some expert tokens.
 
     Attributes:
-        estimate (`list[float]`): The estimate, as if every unsettled text ended where it is.
+        estimate (`list[float]`): The estimate, as if every open text ended where it is.
         low, high (`list[float]`): Where the true value lies.
     """
 
@@ -91,6 +98,9 @@ class Covering:
         self._places = {token_id: place for place, token_id in enumerate(written)}
         self._expert_lengths = [len(content or b"") for content in expert.bytes]
         self._first: torch.Tensor | None = None
+        # Next tokens that are known, by the tail and the text behind it
+        self._known: defaultdict[tuple[int, ...], dict[bytes, tuple[int, bool]]] = defaultdict(dict)
+        self._num_known = 0
 
     @property
     def first(self) -> torch.Tensor:
@@ -169,40 +179,60 @@ class Covering:
                 return tail
         return None
 
-    def judge(self, tail: tuple[int, ...], beyond: list[bytes]) -> list[tuple[int, bool, bool]]:
+    def next_tokens(self, tail: tuple[int, ...], beyond: list[bytes]) -> list[tuple[int, bool]]:
         """
-        What the expert's tokenizer makes of a text behind `tail`: the next token if it ended there, whether a text
-        behind can change that, and whether it can be such that `tail` is not given back.
+        The expert's next token, or what stands in its place, of texts that end in these bytes behind `tail`; and
+        whether they end with a whole character.
+        """
+        if self._num_known > _MOST_KNOWN:
+            self._known.clear()
+            self._num_known = 0
+        known = self._known[tail]
+        base = self.expert.join(tail) or b""
+        new = list(dict.fromkeys(each for each in beyond if each not in known))
+        texts = [split_characters(base + each) for each in new]
+        encoded = self.expert.encode_all([text[0].encode() if text else b"" for text in texts])
+        for each, text, ids in zip(new, texts, encoded, strict=True):
+            token = _next_token(tail, ids)
+            if text is None:
+                known[each] = (_NO_TEXT, True)
+            elif text[1]:
+                known[each] = (token if token >= 0 else _OPEN, False)
+            else:
+                known[each] = (token, True)
+        self._num_known += len(new)
+        return [known[each] for each in beyond]
+
+    def finality(self, tail: tuple[int, ...], beyond: list[bytes], tokens: list[int]) -> list[tuple[bool, bool]]:
+        """
+        Whether a text behind can change the next token, and whether it can be such that `tail` is not given back, of
+        texts that end with a character and have these next tokens.
         """
         base = self.expert.join(tail) or b""
+        grown = [self._can_grow(tail, token, base, each) for token, each in zip(tokens, beyond, strict=True)]
         probes: list[bytes] = []
-        places = []
-        for each in beyond:
-            text = split_characters(base + each)
-            whole = text is not None and not text[1]
-            content = base + each if whole else (text[0].encode() if text else b"")
-            behind = [*_PROBES, *self._longer_tokens(tail, base, each)] if whole else []
-            places.append((len(probes), len(behind), text is None, whole))
-            probes += [content, *(content + probe for probe in behind)]
+        ends = [0]
+        for each, token, (_, lost) in zip(beyond, tokens, grown, strict=True):
+            if token == _LOST or not lost:
+                content = base + each
+                behind = dict.fromkeys((*_PROBES, *self._longer_tokens(tail, base, each)))
+                probes += [content + probe for probe in behind]
+            ends.append(len(probes))
         outcomes = [_next_token(tail, ids) for ids in self.expert.encode_all(probes)]
-        judged = []
-        for each, (first, count, damaged, whole) in zip(beyond, places, strict=True):
-            token, others = outcomes[first], outcomes[first + 1 : first + 1 + count]
-            if damaged:
-                judged.append((_LOST, False, False))
-            elif not whole:  # part of a character
-                judged.append((token if token >= 0 else _OPEN, True, True))
-            elif token == _LOST:
-                judged.append((_LOST, any(other != _LOST for other in others), True))
+        found = []
+        for (first, end), token, (moves, lost) in zip(pairwise(ends), tokens, grown, strict=True):
+            others = outcomes[first:end]
+            if token == _LOST:
+                found.append((any(other != _LOST for other in others), True))
             else:
-                moves, lost = self._can_grow(tail, token, base, each)
-                lost = lost or any(other == _LOST for other in others)
-                judged.append((token, lost or moves or any(other != token for other in others), lost))
-        return judged
+                lost = lost or _LOST in others
+                found.append((lost or moves or any(other != token for other in others), lost))
+        return found
 
     def ends_with(self, tail: tuple[int, ...], beyond: bytes) -> int:
         """The next token if the text ends there: `_OPEN` for none, `_LOST` if `tail` is not given back."""
-        return _next_token(tail, self.expert.encode((self.expert.join(tail) or b"") + beyond))
+        token, whole = self._known[tail].get(beyond, (_OPEN, False))
+        return token if whole else _next_token(tail, self.expert.encode((self.expert.join(tail) or b"") + beyond))
 
     def _can_grow(self, tail: tuple[int, ...], token: int, base: bytes, beyond: bytes) -> tuple[bool, bool]:
         """Whether a longer token could stand from the next token's beginning on, or from that of one in the tail."""
@@ -255,6 +285,8 @@ class CoveredStep:
         self._by_table = torch.zeros(width, dtype=torch.float64)
         self._end = 0.0
         self._states = [_State(1.0, start, missing)]
+        # States of which it is not known whether they are settled, none of them comparable to a token that is needed
+        self._untried: list[_State] = []
         self.num_opened = 0
 
     def wanted(self) -> list[tuple[int, ...]]:
@@ -263,7 +295,8 @@ class CoveredStep:
         needed are as exact as can be.
         """
         everything = self._everything()
-        highest = [self._sums(token)[2] for token in self.needed]
+        self._try([state for state in self._untried if state.mass >= _OPEN_OF_ALL * everything])
+        highest = [self._range(token, self._states)[1] for token in self.needed]
         wanted = []
         for state in self._states:
             if state.context is None:
@@ -302,8 +335,8 @@ class CoveredStep:
         for (token_id, end), mass in zip(shorter, masses, strict=True):
             self._states.append(_State(mass, (*context, token_id), missing[end:]))
         longer = [i for i in amateur.starting_with(missing) if len(amateur.bytes[i] or b"") > len(missing)]
-        places = torch.tensor(longer, dtype=torch.long, device=probs.device)
-        rest = self._look_at(state, places, probs[places], len(missing))
+        chosen, likely, rest = _most_probable(probs[longer])
+        self._look_at(state, [longer[i] for i in chosen], likely, len(missing))
         self._states.append(_State(rest * state.mass, None))
 
     def _open_behind(self, state: _State, probs: torch.Tensor) -> None:
@@ -314,46 +347,56 @@ class CoveredStep:
             self._end += at_end
         elif end != _LOST:
             self._settled[end] += at_end
-        places = covering.written.to(probs.device)
-        of_text = probs[places]
+        covering.written = covering.written.to(probs.device)
+        of_text = probs[covering.written]
+        chosen, likely, rest = _most_probable(of_text)
         if beyond:
-            rest = self._look_at(state, places, of_text, 0)
+            self._look_at(state, covering.written[chosen].tolist(), likely, 0)
             self._states.append(_State(rest * state.mass, None, beyond=beyond, token=state.token, lost=state.lost))
             return
-        order = of_text.argsort(descending=True)
-        count = min(_MOST_TOKENS, int((of_text[order].flip(0).cumsum(0).flip(0) > _REST).sum().item()))
-        chosen = order[:count].tolist()
         similar = [place for token in self.needed if token is not None for place in covering.places_of(token)]
-        chosen = torch.tensor(list(dict.fromkeys([*chosen, *similar])), dtype=torch.long, device=probs.device)
-        self._look_at(state, places[chosen], of_text[chosen], 0, everything=True)
+        chosen = list(dict.fromkeys([*chosen, *similar]))
+        likely += of_text[chosen[len(likely) :]].tolist()
+        self._look_at(state, covering.written[chosen].tolist(), likely, 0)
         # The many tokens of little mass, by the table
-        of_text = of_text.index_fill(0, chosen, 0.0)
+        of_text[chosen] = 0.0
         first = covering.first.to(probs.device)
         table = torch.zeros(len(self._by_table) + 1, dtype=torch.float64, device=probs.device)
         self._by_table += state.mass * table.index_add_(0, first, of_text).cpu()[:-1]
 
-    def _look_at(
-        self, state: _State, places: torch.Tensor, probs: torch.Tensor, skipped: int, everything: bool = False
-    ) -> float:
-        """Add the states that amateur tokens lead to, the most probable ones, and return what the others have."""
-        if not len(places):
-            return 0.0
-        probs, order = probs.sort(descending=True)
-        behind = probs.flip(0).cumsum(0).flip(0)
-        count = len(places) if everything else min(_MOST_TOKENS, int((behind > _REST).sum().item()))
-        chosen = places[order[:count]].tolist()
-        beyond = [state.beyond + (self.covering.amateur.bytes[i] or b"")[skipped:] for i in chosen]
-        judged = self.covering.judge(self.tail, beyond)
+    def _look_at(self, state: _State, token_ids: list[int], probs: list[float], skipped: int) -> None:
+        """Add the states that amateur tokens lead to."""
+        beyond = [state.beyond + (self.covering.amateur.bytes[i] or b"")[skipped:] for i in token_ids]
         context = state.context or ()
-        for token_id, prob, text, (token, open_, lost) in zip(
-            chosen, probs[:count].tolist(), beyond, judged, strict=True
-        ):
-            mass = state.mass * prob
+        next_tokens = self.covering.next_tokens(self.tail, beyond)
+        to_try = []
+        for token_id, prob, text, (token, whole) in zip(token_ids, probs, beyond, next_tokens, strict=True):
+            if token == _NO_TEXT:
+                continue
+            found = _State(state.mass * prob, (*context, token_id), beyond=text, token=token)
+            if not whole:
+                self._states.append(found)
+            else:
+                self._untried.append(found)
+                if any(self._comparable(found, needed) for needed in self.needed):
+                    to_try.append(found)
+        self._try(to_try)
+
+    def _try(self, states: list[_State]) -> None:
+        """Find out of some of the states that have not been tried whether they are settled."""
+        if not states:
+            return
+        tried = set(map(id, states))
+        self._untried = [state for state in self._untried if id(state) not in tried]
+        finality = self.covering.finality(
+            self.tail, [state.beyond for state in states], [state.token for state in states]
+        )
+        for state, (open_, lost) in zip(states, finality, strict=True):
+            state.lost = lost
             if open_:
-                self._states.append(_State(mass, (*context, token_id), beyond=text, token=token, lost=lost))
-            elif token != _LOST:
-                self._settled[token] += mass
-        return behind[count].item() if count < len(places) else 0.0
+                self._states.append(state)
+            elif state.token != _LOST:
+                self._settled[state.token] += state.mass
 
     def _comparable(self, state: _State, token: int | None) -> bool:
         """Whether a state can become the expert's next token."""
@@ -366,42 +409,62 @@ class CoveredStep:
 
     def _everything(self) -> float:
         """The estimate of P[tau_E(b(Y)) begins with q]."""
-        unsettled = sum(state.mass for state in self._states if state.token >= 0)
+        unsettled = sum(state.mass for state in (*self._states, *self._untried) if state.token >= 0)
         return self._settled.sum().item() + self._by_table.sum().item() + self._end + unsettled
 
-    def _sums(self, token: int | None) -> tuple[float, float, float]:
-        """Mass of a next token: settled, as estimated, and at most."""
+    def _range(self, token: int | None, states: list[_State]) -> tuple[float, float]:
+        """Mass of a next token: settled, and at most, if some states become it."""
         if token is None:
-            settled = estimate = highest = self._end
+            settled = highest = self._end
         else:
             settled = self._settled[token].item()
-            estimate = highest = settled + self._by_table[token].item()
+            highest = settled + self._by_table[token].item()
             content = self.covering.expert.bytes[token]
             if content:
                 others = self.covering.comparable(content)
                 highest = settled + self._by_table[others].sum().item()
-        for state in self._states:
-            estimate += state.mass if state.token == token else 0.0
-            highest += state.mass if self._comparable(state, token) else 0.0
-        return settled, estimate, highest
+        return settled, highest + sum(state.mass for state in states if self._comparable(state, token))
 
     @property
     def is_read(self) -> bool:
         """Whether a text that begins with q was found at all."""
         return self._everything() > 0
 
-    def bounds(self, tokens: list[int | None]) -> Bounds:
-        """pi_A^E of expert tokens, `None` for the end of the answer, each with its interval."""
+    def estimate(self, tokens: list[int | None]) -> list[float]:
+        """pi_A^E of expert tokens, `None` for the end of the answer, as if every open text ended where it is."""
         everything = self._everything()
+        masses: defaultdict[int | None, float] = defaultdict(float, {None: self._end})
+        for state in (*self._states, *self._untried):
+            masses[state.token] += state.mass
+        for token in tokens:
+            if token is not None:
+                masses[token] += (self._settled[token] + self._by_table[token]).item()
+        return [masses[token] / everything if everything else 0.0 for token in tokens]
+
+    def bounds(self, tokens: list[int | None], width: float = 0.0) -> Bounds:
+        """
+        pi_A^E of expert tokens, `None` for the end of the answer, each with its interval: as narrow as can be, or at
+        most `width` nats wide.
+        """
+        while True:
+            bounds = self._bounds(tokens)
+            if not self._untried or width and max(map(log_width, bounds.low, bounds.high)) <= width:
+                return bounds
+            # Those that have half of the mass, or all
+            states = sorted(self._untried, key=lambda state: -state.mass)
+            masses = list(accumulate(state.mass for state in states))
+            self._try(states[: bisect_right(masses, masses[-1] / 2) + 1 if width else len(states)])
+
+    def _bounds(self, tokens: list[int | None]) -> Bounds:
+        states = [*self._states, *self._untried]
         # Of P[... begins with q]: what is certain, and what is not
         alive = self._settled.sum().item() + self._by_table.sum().item() + self._end
-        alive += sum(state.mass for state in self._states if not state.lost)
-        at_risk = sum(state.mass for state in self._states if state.lost)
-        bounds = Bounds()
+        alive += sum(state.mass for state in states if not state.lost)
+        at_risk = sum(state.mass for state in states if state.lost)
+        bounds = Bounds(self.estimate(tokens))
         for token in tokens:
-            settled, estimate, highest = self._sums(token)
-            of_risk = sum(state.mass for state in self._states if state.lost and self._comparable(state, token))
-            bounds.estimate.append(estimate / everything if everything else 0.0)
+            settled, highest = self._range(token, states)
+            of_risk = sum(state.mass for state in states if state.lost and self._comparable(state, token))
             bounds.low.append(settled / (alive + at_risk) if alive + at_risk else 0.0)
             bounds.high.append(min(1.0, highest / (alive + of_risk)) if alive + of_risk else 1.0)
         return bounds
@@ -409,11 +472,22 @@ class CoveredStep:
     def distribution(self) -> torch.Tensor:
         """The estimate over all expert tokens and, last, the end of the answer: `(W + 1,)`, which sums to 1."""
         masses = self._settled + self._by_table
-        for state in self._states:
+        for state in (*self._states, *self._untried):
             if state.token >= 0:
                 masses[state.token] += state.mass
         masses = torch.cat([masses, torch.tensor([self._end], dtype=torch.float64)])
         return masses / masses.sum()
+
+
+def _most_probable(probs: torch.Tensor) -> tuple[list[int], list[float], float]:
+    """Places and probabilities of the tokens to look at, and what the others have together."""
+    top = probs.topk(min(_MOST_TOKENS, len(probs)))
+    likely, rest = top.values.tolist(), probs.sum().item()
+    for count, prob in enumerate(likely):
+        if rest <= _REST:
+            return top.indices[:count].tolist(), likely[:count], max(rest, 0.0)
+        rest -= prob
+    return top.indices.tolist(), likely, max(rest, 0.0) if len(likely) < len(probs) else 0.0
 
 
 def _next_token(tail: tuple[int, ...], ids: list[int] | None) -> int:

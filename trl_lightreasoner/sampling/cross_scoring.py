@@ -12,6 +12,7 @@ import torch
 from ..contrast import NonFiniteLogitsError, contrastive_label, step_divergence
 from ..models.weights import get_base_model
 from ..vocabulary import Vocabulary
+from .branches import BranchedRows
 from .covering import CoveredStep, Covering, log_width
 from .scoring import PART_LOGITS, LogitsAtSteps, Trajectory, TrajectoryScores, as_batch, group_by_length
 
@@ -162,7 +163,10 @@ class CrossScoring:
         room = [None if self.max_length is None else self.max_length - len(prompt) for prompt in prompts]
         trunks = [trunk if most is None else trunk[: max(0, most)] for trunk, most in zip(trunks, room, strict=True)]
         own = [Trajectory(prompt, [*trunk, 0]) for prompt, trunk in zip(prompts, trunks, strict=True)]
-        logits = self._read(amateur, own, names)
+        read = BranchedRows(amateur, own, self._as_amateur)
+        logits = [self.amateur_vocabulary.select(each) for each in read.logits]
+        for each, name in zip(logits, names, strict=True):
+            _check_finite(each, "amateur", name)
         while True:
             asked: dict[tuple[int, tuple[int, ...]], list[CoveredStep]] = {}
             for row, steps in enumerate(covered):
@@ -183,10 +187,11 @@ class CrossScoring:
                     self._open(askers, context, logits[row][len(context)])
                 else:
                     further.append((row, context))
-            others = [Trajectory([*prompts[row], *context], [0]) for row, context in further]
-            behind = self._read(amateur, others, [names[row] for row, _ in further])
-            for (row, context), found in zip(further, behind, strict=True):
-                self._open(asked[row, context], context, found[0])
+            for place, found in read.behind(further):
+                row, context = further[place]
+                found = self.amateur_vocabulary.select(found)
+                _check_finite(found[None], "amateur", names[row])
+                self._open(asked[row, context], context, found)
 
     def _open(self, steps: list[CoveredStep], context: tuple[int, ...], logits: torch.Tensor) -> None:
         probs = torch.zeros(len(self.covering.amateur.bytes), dtype=torch.float64, device=logits.device)
@@ -199,17 +204,6 @@ class CrossScoring:
         plausible = [token for token, mask in zip(top.tokens, top.plausible, strict=True) if mask]
         plausible += [] if taken in self.eos_ids else [taken]
         return all(token is None or bool(self.covering.expert.bytes[token]) for token in plausible)
-
-    def _read(self, amateur: torch.nn.Module, trajectories: list[Trajectory], names: list[str]) -> list[torch.Tensor]:
-        """Logits of the amateur's tokens at the steps of trajectories, `(T, V)` each."""
-        found: dict[int, torch.Tensor] = {}
-        for group in group_by_length(trajectories):
-            batch = as_batch([trajectories[i] for i in group])
-            logits_at = LogitsAtSteps(amateur, *batch, within=self._as_amateur)
-            for place, i in enumerate(group):
-                found[i] = self.amateur_vocabulary.select(logits_at(slice(place, place + 1)))
-                _check_finite(found[i], "amateur", names[i])
-        return [found[i] for i in range(len(trajectories))]
 
     def _score(
         self,
@@ -226,9 +220,8 @@ class CrossScoring:
                 self.dropped["not readable"] += 1
                 scores.kl_divergence.append(None)
                 continue
-            bounds = step.bounds(top.tokens)
             of_expert = torch.tensor(top.log_probs, dtype=torch.float64)
-            of_amateur = torch.tensor(bounds.estimate, dtype=torch.float64).clamp_min(_FLOOR)
+            of_amateur = torch.tensor(step.estimate(top.tokens), dtype=torch.float64).clamp_min(_FLOOR)
             # {the most probable tokens, the rest}
             rests = [(1 - probs.sum()).clamp_min(_FLOOR).log()[None] for probs in (of_expert.exp(), of_amateur)]
             of_amateur = of_amateur.log()
@@ -237,10 +230,11 @@ class CrossScoring:
             scores.kl_divergence.append(divergence)
             if divergence < beta or (t == 0 and not include_first_step):
                 continue
-            widths = [log_width(*each) for each in zip(bounds.low, bounds.high, strict=True)]
             mask = torch.tensor(top.plausible)
-            widest = max(width for width, plausible in zip(widths, top.plausible, strict=True) if plausible)
-            if contrast_strength * widest > MAX_WIDTH:  # log pi_A counts gamma times in the label
+            # log pi_A counts gamma times in the label
+            most = MAX_WIDTH / contrast_strength if contrast_strength else math.inf
+            bounds = step.bounds(step.needed, most)
+            if max(map(log_width, bounds.low, bounds.high)) > most:
                 self.dropped["not exact enough"] += 1
                 continue
             label = contrastive_label(of_expert, of_amateur, mask, contrast_strength, expert_anchor).float()
