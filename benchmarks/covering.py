@@ -27,8 +27,9 @@ from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR, as_prompt
 from trl_lightreasoner.demo.task import amateur_solution, make_problems
 from trl_lightreasoner.generation.greedy import find_eos_ids, generate_greedy
 from trl_lightreasoner.models.token_bytes import TokenBytes
-from trl_lightreasoner.sampling import covering
-from trl_lightreasoner.sampling.covering import Covering, log_width
+from trl_lightreasoner.sampling import covered_step
+from trl_lightreasoner.sampling.covered_step import covered_steps, log_width
+from trl_lightreasoner.sampling.covering import Covering
 from trl_lightreasoner.sampling.cross_scoring import MAX_WIDTH
 from trl_lightreasoner.sampling.other_amateur import OtherAmateur
 from trl_lightreasoner.sampling.scoring import Trajectory, score_trajectories
@@ -156,9 +157,9 @@ def measure(name, amateur, own, expert, tokenizer, rows, completions, masks, eos
             for finer in (False, True):
                 if finer and exact:
                     break
-                covering._OPEN_OF_CANDIDATE = 1e-5 if finer else 1e-3
-                covering._MOST_CONTEXTS = 400 if finer else 48
-                step = read.steps(completion[: t + 1], t + 1)[t]
+                covered_step._OPEN_OF_CANDIDATE = 1e-5 if finer else 1e-3
+                covered_step._MOST_CONTEXTS = 400 if finer else 48
+                step = covered_steps(read, completion[: t + 1], t + 1)[t]
                 if step is None:
                     break
                 step.needed = answers

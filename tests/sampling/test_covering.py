@@ -9,8 +9,9 @@ import torch
 
 from trl_lightreasoner.demo.task import expert_solution, make_problems
 from trl_lightreasoner.models.token_bytes import TokenBytes
-from trl_lightreasoner.sampling import covering
-from trl_lightreasoner.sampling.covering import Covering, log_width
+from trl_lightreasoner.sampling import covered_step
+from trl_lightreasoner.sampling.covered_step import covered_steps, log_width
+from trl_lightreasoner.sampling.covering import Covering
 from trl_lightreasoner.sampling.cross_scoring import MAX_WIDTH
 
 from .other_tokens import TableModel, byte_level_tokenizer, make_texts, sentencepiece_tokenizer
@@ -138,7 +139,7 @@ def test_the_covering_is_what_every_text_of_the_amateur_says(name, pairs):
     pair = pairs(name)
     errors, favourites, nested = [], [], 0
     (completion,) = completions(pair, 1)
-    steps = pair.covering.steps(completion, len(completion))[:11]
+    steps = covered_steps(pair.covering, completion, len(completion))[:11]
     for t, step in enumerate(steps):
         true, left = naive(pair, completion, t)
         tokens = [token for token in sorted(true, key=true.get, reverse=True) if true[token] >= 5e-3][:6]
@@ -167,7 +168,7 @@ def test_what_follows_a_step_changes_nothing(pairs):
     place = 7  # behind "OK, 3*2=", before a number that the amateur may write as one token
     other = [*one[:place], *pair.expert("123456 apples", add_special_tokens=False).input_ids]
     bounds = [
-        read(pair, pair.covering.steps(completion, len(completion))[place], one[place : place + 1])
+        read(pair, covered_steps(pair.covering, completion, len(completion))[place], one[place : place + 1])
         for completion in (one[: place + 1], one, other)
     ]
     assert bounds[0] == bounds[1] == bounds[2]
@@ -178,15 +179,15 @@ def test_a_step_behind_tokens_that_the_expert_would_not_write_is_not_read(pairs)
     ids = pair.tokens.ids
     digits = [ids[digit][0] for digit in (b"3", b"0")]
     assert b"30" in ids
-    assert pair.covering.steps([*digits, ids[b"."][0]], 3)[2] is None
+    assert covered_steps(pair.covering, [*digits, ids[b"."][0]], 3)[2] is None
 
 
 def test_the_table_says_what_many_unlikely_tokens_say(pairs, monkeypatch):
     pair = pairs("1 digit, 3 digits")
     (completion,) = completions(pair, 1)
-    exact, by_table = (pair.covering.steps(completion, len(completion))[7] for _ in range(2))
+    exact, by_table = (covered_steps(pair.covering, completion, len(completion))[7] for _ in range(2))
     read(pair, exact, [])
-    monkeypatch.setattr(covering, "_MOST_TOKENS", 2)
+    monkeypatch.setattr(covered_step, "_MOST_TOKENS", 2)
     read(pair, by_table, [])
     assert by_table._by_table.sum() > 0.2 * by_table._everything()
     torch.testing.assert_close(by_table.distribution(), exact.distribution(), rtol=0, atol=0.01)
@@ -207,7 +208,7 @@ def test_an_interval_that_is_narrow_enough_needs_no_further_trials(name, pairs, 
     for t, token in enumerate(completion[:-1][:11]):
         found = []
         for exact in (False, True):
-            step = pair.covering.steps(completion, t + 1)[t]
+            step = covered_steps(pair.covering, completion, t + 1)[t]
             read(pair, step, [token], 0.0 if exact else MAX_WIDTH)
             found.append((step.bounds([token], 0.0 if exact else MAX_WIDTH), step.num_opened))
         (wide, few), (narrow, many) = found
@@ -221,7 +222,7 @@ def test_an_interval_that_is_narrow_enough_needs_no_further_trials(name, pairs, 
 
 def test_without_a_text_that_begins_as_the_expert_s_nothing_is_said(pairs):
     pair = pairs("1 digit, 3 digits")
-    step = pair.covering.steps(pair.expert("OK", add_special_tokens=False).input_ids, 1)[0]
+    step = covered_steps(pair.covering, pair.expert("OK", add_special_tokens=False).input_ids, 1)[0]
     assert not step.is_read and step.bounds([5]).high == [1.0]
     read(pair, step, [5])
     assert step.is_read

@@ -13,7 +13,8 @@ from ..contrast import NonFiniteLogitsError, contrastive_label, step_divergence
 from ..models.weights import get_base_model
 from ..vocabulary import Vocabulary
 from .branches import BranchedRows
-from .covering import CoveredStep, Covering, log_width
+from .covered_step import CoveredStep, covered_steps, log_width
+from .covering import Covering
 from .scoring import PART_LOGITS, LogitsAtSteps, Trajectory, TrajectoryScores, as_batch, group_by_length
 
 
@@ -152,7 +153,7 @@ class CrossScoring:
         # Logits behind the amateur's own tokens of the completion, the first k of them in row k
         trunks: list[list[int]] = []
         for completion, tops in zip(completions, experts, strict=True):
-            steps = self.covering.steps(completion, len(completion))
+            steps = covered_steps(self.covering, completion, len(completion))
             for t, (step, top) in enumerate(zip(steps, tops, strict=True)):
                 if step is not None and self._is_readable(top, completion[t]):
                     step.needed = [token for token, mask in zip(top.tokens, top.plausible, strict=True) if mask]
