@@ -28,7 +28,7 @@ from trl_lightreasoner.demo.task import amateur_solution, make_problems
 from trl_lightreasoner.generation.greedy import find_eos_ids, generate_greedy
 from trl_lightreasoner.models.token_bytes import TokenBytes
 from trl_lightreasoner.sampling import covered_step
-from trl_lightreasoner.sampling.covered_step import covered_steps, log_width
+from trl_lightreasoner.sampling.covered_step import CoveredStep, log_width, open_contexts
 from trl_lightreasoner.sampling.covering import Covering
 from trl_lightreasoner.sampling.cross_scoring import MAX_WIDTH
 from trl_lightreasoner.sampling.other_amateur import OtherAmateur
@@ -159,14 +159,14 @@ def measure(name, amateur, own, expert, tokenizer, rows, completions, masks, eos
                     break
                 covered_step._OPEN_OF_CANDIDATE = 1e-5 if finer else 1e-3
                 covered_step._MOST_CONTEXTS = 400 if finer else 48
-                step = covered_steps(read, completion[: t + 1], t + 1)[t]
-                if step is None:
+                place = read.starts(completion[: t + 1], t + 1)[t]
+                if place is None:
                     break
-                step.needed = answers
+                step = CoveredStep(read, place, answers, answers)
                 while contexts := step.wanted():
-                    for context in contexts:
-                        extra += not finer and list(context) != trunk[: len(context)]
-                        step.open(context, probs(context))
+                    extra += sum(not finer and list(context) != trunk[: len(context)] for context in contexts)
+                    openings = [(step, context, row) for row, context in enumerate(contexts)]
+                    open_contexts(read, openings, torch.stack([probs(context) for context in contexts]))
                 values.append(step.bounds(answers))
             if not values:
                 unread += 1
@@ -208,7 +208,7 @@ def measure_speed(args: argparse.Namespace) -> None:
         tokenizer, own, (expert.config.vocab_size, amateur.config.vocab_size), find_eos_ids(amateur, own), None, None
     )
     other.start(vocabulary, eos_ids)
-    _ = other.covering.first  # made once a pair
+    other.covering.first(device)  # made once a pair
     spent = dict.fromkeys(("passes", "tokenizers"), 0.0)
 
     def timed(name, call):

@@ -9,8 +9,8 @@ import torch
 
 from trl_lightreasoner.demo.task import expert_solution, make_problems
 from trl_lightreasoner.models.token_bytes import TokenBytes
-from trl_lightreasoner.sampling import covered_step
-from trl_lightreasoner.sampling.covered_step import covered_steps, log_width
+from trl_lightreasoner.sampling import token_lookup
+from trl_lightreasoner.sampling.covered_step import CoveredStep, log_width, open_contexts
 from trl_lightreasoner.sampling.covering import Covering
 from trl_lightreasoner.sampling.cross_scoring import MAX_WIDTH
 
@@ -60,12 +60,20 @@ def completions(pair, count):
         yield [*pair.expert(text, add_special_tokens=False).input_ids, pair.expert.eos_token_id]
 
 
-def read(pair, step, needed, width=0.0):
-    step.needed = needed
+def make_step(pair, completion, t, needed, asked=None):
+    start = pair.covering.starts(completion, t + 1)[t]
+    return CoveredStep(pair.covering, start, needed, needed if asked is None else asked)
+
+
+def all_tokens(pair):
+    return [None, *pair.tokens.sorted_ids]
+
+
+def read(pair, step):
     while contexts := step.wanted():
-        for context in contexts:
-            step.open(context, pair.model(context))
-    return step.bounds(needed, width)
+        probs = torch.stack([pair.model(context) for context in contexts])
+        open_contexts(pair.covering, [(step, context, row) for row, context in enumerate(contexts)], probs)
+    return step
 
 
 def naive(pair, completion, t, floor=1e-5):
@@ -139,16 +147,18 @@ def test_the_covering_is_what_every_text_of_the_amateur_says(name, pairs):
     pair = pairs(name)
     errors, favourites, nested = [], [], 0
     (completion,) = completions(pair, 1)
-    steps = covered_steps(pair.covering, completion, len(completion))[:11]
-    for t, step in enumerate(steps):
+    steps = range(len(completion))[:11]
+    for t in steps:
         true, left = naive(pair, completion, t)
         tokens = [token for token in sorted(true, key=true.get, reverse=True) if true[token] >= 5e-3][:6]
-        bounds = read(pair, step, [None if token == "end" else token for token in tokens])
+        needed = [None if token == "end" else token for token in tokens]
+        step = read(pair, make_step(pair, completion, t, needed, all_tokens(pair)))
+        bounds = step.bounds(needed)
         for token, low, high in zip(tokens, bounds.low, bounds.high, strict=True):
             # The naive value has an interval too, of what it did not follow
             assert low * (1 - 1e-9) <= (true[token] + left) / (1 + left), (t, token)
             assert true[token] / (1 + left) <= high * (1 + 1e-9), (t, token)
-        assert step.distribution().sum().item() == pytest.approx(1, abs=1e-12)
+        assert sum(step.estimate(all_tokens(pair))) == pytest.approx(1, abs=1e-12)
         if max(map(log_width, bounds.low, bounds.high)) > MAX_WIDTH:
             continue  # which is dropped
         values = [true[token] for token in tokens]
@@ -168,7 +178,7 @@ def test_what_follows_a_step_changes_nothing(pairs):
     place = 7  # behind "OK, 3*2=", before a number that the amateur may write as one token
     other = [*one[:place], *pair.expert("123456 apples", add_special_tokens=False).input_ids]
     bounds = [
-        read(pair, covered_steps(pair.covering, completion, len(completion))[place], one[place : place + 1])
+        read(pair, make_step(pair, completion, place, one[place : place + 1])).bounds(one[place : place + 1])
         for completion in (one[: place + 1], one, other)
     ]
     assert bounds[0] == bounds[1] == bounds[2]
@@ -179,18 +189,19 @@ def test_a_step_behind_tokens_that_the_expert_would_not_write_is_not_read(pairs)
     ids = pair.tokens.ids
     digits = [ids[digit][0] for digit in (b"3", b"0")]
     assert b"30" in ids
-    assert covered_steps(pair.covering, [*digits, ids[b"."][0]], 3)[2] is None
+    assert pair.covering.starts([*digits, ids[b"."][0]], 3)[2] is None
 
 
 def test_the_table_says_what_many_unlikely_tokens_say(pairs, monkeypatch):
     pair = pairs("1 digit, 3 digits")
     (completion,) = completions(pair, 1)
-    exact, by_table = (covered_steps(pair.covering, completion, len(completion))[7] for _ in range(2))
-    read(pair, exact, [])
-    monkeypatch.setattr(covered_step, "_MOST_TOKENS", 2)
-    read(pair, by_table, [])
-    assert by_table._by_table.sum() > 0.2 * by_table._everything()
-    torch.testing.assert_close(by_table.distribution(), exact.distribution(), rtol=0, atol=0.01)
+    exact, by_table = (make_step(pair, completion, 7, [], all_tokens(pair)) for _ in range(2))
+    read(pair, exact)
+    monkeypatch.setattr(token_lookup, "_MOST_TOKENS", 2)
+    read(pair, by_table)
+    assert by_table._by_table > 0.2 * by_table._everything()
+    estimates = [step.estimate(all_tokens(pair)) for step in (by_table, exact)]
+    torch.testing.assert_close(*estimates, rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -208,8 +219,7 @@ def test_an_interval_that_is_narrow_enough_needs_no_further_trials(name, pairs, 
     for t, token in enumerate(completion[:-1][:11]):
         found = []
         for exact in (False, True):
-            step = covered_steps(pair.covering, completion, t + 1)[t]
-            read(pair, step, [token], 0.0 if exact else MAX_WIDTH)
+            step = read(pair, make_step(pair, completion, t, [token]))
             found.append((step.bounds([token], 0.0 if exact else MAX_WIDTH), step.num_opened))
         (wide, few), (narrow, many) = found
         assert few == many
@@ -222,7 +232,7 @@ def test_an_interval_that_is_narrow_enough_needs_no_further_trials(name, pairs, 
 
 def test_without_a_text_that_begins_as_the_expert_s_nothing_is_said(pairs):
     pair = pairs("1 digit, 3 digits")
-    step = covered_steps(pair.covering, pair.expert("OK", add_special_tokens=False).input_ids, 1)[0]
+    step = make_step(pair, pair.expert("OK", add_special_tokens=False).input_ids, 0, [5])
     assert not step.is_read and step.bounds([5]).high == [1.0]
-    read(pair, step, [5])
+    read(pair, step)
     assert step.is_read

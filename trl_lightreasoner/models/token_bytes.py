@@ -7,6 +7,7 @@ before the first word, and without special tokens, even if the text contains the
 import copy
 import json
 from bisect import bisect_left, bisect_right
+from itertools import accumulate
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,11 @@ class TokenBytes:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Byte-level BPE, or one of SentencePiece's types.
         width (`int`): Number of columns of the model's logits. Tokens beyond it have no bytes here.
         name (`str`): What to call the model in an error message.
+
+    Attributes:
+        bytes (`list[bytes | None]`): Of each token, `None` if it stands for no text.
+        ids (`dict[bytes, list[int]]`): The tokens of some bytes.
+        sorted_ids (`list[int]`): All tokens with bytes, in the order of their bytes.
 
     Raises:
         `ValueError`: If the bytes of its tokens cannot be determined.
@@ -63,6 +69,8 @@ class TokenBytes:
             if content:
                 self.ids.setdefault(content, []).append(token_id)
         self._sorted = sorted(self.ids)
+        self.sorted_ids = [token_id for content in self._sorted for token_id in self.ids[content]]
+        self._places = [0, *accumulate(len(self.ids[content]) for content in self._sorted)]
         self._tokenizer = copy.deepcopy(backend)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -79,11 +87,11 @@ class TokenBytes:
         parts = [self.bytes[token_id] if token_id < len(self.bytes) else None for token_id in ids]
         return None if None in parts else b"".join(parts)  # type: ignore[arg-type]
 
-    def starting_with(self, beginning: bytes) -> list[int]:
-        """Tokens whose bytes begin with the given ones."""
+    def starting_with(self, beginning: bytes) -> slice:
+        """Where in `sorted_ids` the tokens are whose bytes begin with the given ones."""
         low = bisect_left(self._sorted, beginning)
         high = bisect_left(self._sorted, True, lo=low, key=lambda content: not content.startswith(beginning))
-        return [token_id for content in self._sorted[low:high] for token_id in self.ids[content]]
+        return slice(self._places[low], self._places[high])
 
     def going_on(self, beginning: bytes, most: int) -> list[bytes]:
         """The remaining bytes of up to `most` longer tokens that begin with the given bytes."""

@@ -1,7 +1,7 @@
 """One step of an expert's completion as an amateur with other tokens reads it: [`Covering`]'s states, with intervals.
 
-No models here: `CoveredStep.wanted` says at which contexts the amateur must be read, `CoveredStep.open` takes what it
-says there.
+No models here: `CoveredStep.wanted` says at which contexts the amateur must be read, and `open_contexts` takes what it
+says there, for many steps together.
 """
 
 import math
@@ -13,12 +13,11 @@ from itertools import accumulate
 import torch
 
 from .covering import LOST, NO_TEXT, OPEN, Covering, Start
+from .token_lookup import Reply, Request, Table, look_up
 
 
 # A state is opened if it has this share of a candidate that the label needs, or of everything
 _OPEN_OF_CANDIDATE, _OPEN_OF_ALL = 1e-3, 2e-2
-# Amateur tokens of one context that are looked at in context, unless the others have less than this together
-_MOST_TOKENS, _REST = 256, 1e-4
 # Contexts that a step can open
 _MOST_CONTEXTS = 48
 
@@ -48,12 +47,6 @@ class Bounds:
     high: list[float] = field(default_factory=list)
 
 
-def covered_steps(covering: Covering, completion_ids: list[int], num_steps: int) -> list["CoveredStep | None"]:
-    """The first steps of a completion; `None` where [`Covering.starts`] has none."""
-    starts = covering.starts(completion_ids, num_steps)
-    return [None if start is None else CoveredStep(covering, start) for start in starts]
-
-
 class CoveredStep:
     """
     One step: a distribution over the expert's next tokens, as far as the amateur has been read.
@@ -61,18 +54,17 @@ class CoveredStep:
     Args:
         covering ([`Covering`]): The two tokenizers.
         start ([`Start`]): Where the step starts.
-
-    Attributes:
         needed (`list[int | None]`): Expert tokens that are to be known exactly; `None` is the end of the answer.
+        asked (`list[int | None]`): Expert tokens whose estimate is wanted, among them the needed ones.
     """
 
-    def __init__(self, covering: Covering, start: Start):
-        self.covering, self.tail = covering, start.tail
-        self.needed: list[int | None] = []
-        width = len(covering.expert.bytes)
-        self._settled = torch.zeros(width, dtype=torch.float64)
-        self._by_table = torch.zeros(width, dtype=torch.float64)
-        self._end = 0.0
+    def __init__(self, covering: Covering, start: Start, needed: list[int | None], asked: list[int | None]):
+        self.covering, self.tail, self.needed = covering, start.tail, needed
+        self._settled: defaultdict[int | None, float] = defaultdict(float)  # the end of the answer among them
+        # By the table: everything, what is asked for, and for each token that is needed what is comparable to it
+        self._by_table = 0.0
+        self._asked_by_table = {token: 0.0 for token in asked if token is not None}
+        self._near_by_table = {token: 0.0 for token in needed if token is not None}
         self._states = [_State(1.0, start.context, start.missing)]
         # States of which it is not known whether they are settled, none of them comparable to a token that is needed
         self._untried: list[_State] = []
@@ -99,62 +91,70 @@ class CoveredStep:
         wanted.sort(key=lambda state: -state.mass)
         return [state.context for state in wanted[: _MOST_CONTEXTS - self.num_opened] if state.context is not None]
 
-    def open(self, context: tuple[int, ...], probs: torch.Tensor) -> None:
+    def start_opening(self, context: tuple[int, ...], row: int) -> list[tuple[_State, Request]]:
         """
-        Go on from a context.
+        Take out the states of a context.
 
         Args:
             context (`tuple[int, ...]`): One of [`~CoveredStep.wanted`].
-            probs (`torch.Tensor` of shape `(W,)`, fp64): The amateur's next token there.
+            row (`int`): The distribution there, among those that are looked up together.
+
+        Returns:
+            `list[tuple[_State, Request]]`: For each of them what is to be looked up for [`~CoveredStep.open`].
         """
-        states, self._states = self._states, []
-        for state in states:
-            if state.context != context:
-                self._states.append(state)
-            elif state.missing:
-                self._open_inside(state, probs)
-            else:
-                self._open_behind(state, probs)
+        opened = [state for state in self._states if state.context == context]
+        self._states = [state for state in self._states if state.context != context]
         self.num_opened += 1
+        return [(state, self._request(state, row)) for state in opened]
 
-    def _open_inside(self, state: _State, probs: torch.Tensor) -> None:
-        amateur, missing, context = self.covering.amateur, state.missing, state.context or ()
-        shorter = [(i, end) for end in range(1, len(missing) + 1) for i in amateur.ids.get(missing[:end], ())]
-        masses = (state.mass * probs[[token_id for token_id, _ in shorter]]).tolist()
-        for (token_id, end), mass in zip(shorter, masses, strict=True):
-            self._states.append(_State(mass, (*context, token_id), missing[end:]))
-        longer = [i for i in amateur.starting_with(missing) if len(amateur.bytes[i] or b"") > len(missing)]
-        chosen, likely, rest = _most_probable(probs[longer])
-        self._look_at(state, [longer[i] for i in chosen], likely, len(missing))
-        self._states.append(_State(rest * state.mass, None))
+    def _request(self, state: _State, row: int) -> Request:
+        covering, missing = self.covering, state.missing
+        if missing:
+            shorter = [covering.places[token_id] for token_id, _ in self._inside(missing)]
+            longer = covering.amateur.starting_with(missing)
+            same = len(covering.amateur.ids.get(missing, ()))
+            return Request(row, slice(longer.start + same, longer.stop), shorter)
+        everything = slice(0, len(covering.places))
+        if state.beyond:
+            return Request(row, everything, [])
+        similar = dict.fromkeys(place for token in self._near_by_table for place in covering.similar(token))
+        asked = [covering.expert_places[token] for token in self._asked_by_table]
+        near = [covering.comparable(token) for token in self._near_by_table]
+        return Request(row, everything, list(similar), Table(asked, near))
 
-    def _open_behind(self, state: _State, probs: torch.Tensor) -> None:
-        covering, beyond = self.covering, state.beyond
-        end = covering.ends_with(self.tail, beyond)
-        at_end = state.mass * probs[covering.end_ids].sum().item()
-        if end == OPEN:
-            self._end += at_end
-        elif end != LOST:
-            self._settled[end] += at_end
-        covering.written = covering.written.to(probs.device)
-        of_text = probs[covering.written]
-        chosen, likely, rest = _most_probable(of_text)
-        if beyond:
-            self._look_at(state, covering.written[chosen].tolist(), likely, 0)
-            self._states.append(_State(rest * state.mass, None, beyond=beyond, token=state.token, lost=state.lost))
+    def _inside(self, missing: bytes) -> list[tuple[int, int]]:
+        """Amateur tokens that are a part of what is missing, from its beginning on, and their lengths."""
+        ids = self.covering.amateur.ids
+        return [(token_id, end) for end in range(1, len(missing) + 1) for token_id in ids.get(missing[:end], ())]
+
+    def open(self, state: _State, request: Request, reply: Reply) -> None:
+        """Go on from a state, with what [`look_up`] says."""
+        context, mass = state.context or (), state.mass
+        if state.missing:
+            for (token_id, end), prob in zip(self._inside(state.missing), reply.others, strict=True):
+                self._states.append(_State(mass * prob, (*context, token_id), state.missing[end:]))
+            self._look_at(state, reply.places, reply.probs, len(state.missing))
+            self._states.append(_State(mass * reply.rest, None))
             return
-        similar = [place for token in self.needed if token is not None for place in covering.places_of(token)]
-        chosen = list(dict.fromkeys([*chosen, *similar]))
-        likely += of_text[chosen[len(likely) :]].tolist()
-        self._look_at(state, covering.written[chosen].tolist(), likely, 0)
-        # The many tokens of little mass, by the table
-        of_text[chosen] = 0.0
-        first = covering.first.to(probs.device)
-        table = torch.zeros(len(self._by_table) + 1, dtype=torch.float64, device=probs.device)
-        self._by_table += state.mass * table.index_add_(0, first, of_text).cpu()[:-1]
+        end = self.covering.ends_with(self.tail, state.beyond)
+        if end != LOST:
+            self._settled[None if end == OPEN else end] += mass * reply.at_end
+        if request.table is None:
+            self._look_at(state, reply.places, reply.probs, 0)
+            rest = _State(mass * reply.rest, None, beyond=state.beyond, token=state.token, lost=state.lost)
+            self._states.append(rest)
+            return
+        likely = dict(zip(reply.places, reply.probs, strict=True))
+        likely |= zip(request.others, reply.others, strict=True)
+        self._look_at(state, list(likely), list(likely.values()), 0)
+        self._by_table += mass * reply.total
+        for sums, found in ((self._asked_by_table, reply.tokens), (self._near_by_table, reply.near)):
+            for token, prob in zip(sums, found, strict=True):
+                sums[token] += mass * prob
 
-    def _look_at(self, state: _State, token_ids: list[int], probs: list[float], skipped: int) -> None:
+    def _look_at(self, state: _State, places: list[int], probs: list[float], skipped: int) -> None:
         """Add the states that amateur tokens lead to."""
+        token_ids = [self.covering.amateur.sorted_ids[place] for place in places]
         beyond = [state.beyond + (self.covering.amateur.bytes[i] or b"")[skipped:] for i in token_ids]
         context = state.context or ()
         next_tokens = self.covering.next_tokens(self.tail, beyond)
@@ -199,20 +199,13 @@ class CoveredStep:
     def _everything(self) -> float:
         """The estimate of P[tau_E(b(Y)) begins with q]."""
         unsettled = sum(state.mass for state in (*self._states, *self._untried) if state.token >= 0)
-        return self._settled.sum().item() + self._by_table.sum().item() + self._end + unsettled
+        return sum(self._settled.values()) + self._by_table + unsettled
 
     def _range(self, token: int | None, states: list[_State]) -> tuple[float, float]:
         """Mass of a next token: settled, and at most, if some states become it."""
-        if token is None:
-            settled = highest = self._end
-        else:
-            settled = self._settled[token].item()
-            highest = settled + self._by_table[token].item()
-            content = self.covering.expert.bytes[token]
-            if content:
-                others = self.covering.comparable(content)
-                highest = settled + self._by_table[others].sum().item()
-        return settled, highest + sum(state.mass for state in states if self._comparable(state, token))
+        settled = self._settled[token]
+        near = 0.0 if token is None else self._near_by_table[token]
+        return settled, settled + near + sum(state.mass for state in states if self._comparable(state, token))
 
     @property
     def is_read(self) -> bool:
@@ -220,20 +213,19 @@ class CoveredStep:
         return self._everything() > 0
 
     def estimate(self, tokens: list[int | None]) -> list[float]:
-        """pi_A^E of expert tokens, `None` for the end of the answer, as if every open text ended where it is."""
+        """pi_A^E of some of the tokens that are asked for, as if every open text ended where it is."""
         everything = self._everything()
-        masses: defaultdict[int | None, float] = defaultdict(float, {None: self._end})
+        masses = self._settled.copy()
         for state in (*self._states, *self._untried):
             masses[state.token] += state.mass
         for token in tokens:
-            if token is not None:
-                masses[token] += (self._settled[token] + self._by_table[token]).item()
+            masses[token] += 0.0 if token is None else self._asked_by_table[token]
         return [masses[token] / everything if everything else 0.0 for token in tokens]
 
     def bounds(self, tokens: list[int | None], width: float = 0.0) -> Bounds:
         """
-        pi_A^E of expert tokens, `None` for the end of the answer, each with its interval: as narrow as can be, or at
-        most `width` nats wide.
+        pi_A^E of some of the tokens that are needed, each with its interval: as narrow as can be, or at most `width`
+        nats wide.
         """
         while True:
             bounds = self._bounds(tokens)
@@ -247,7 +239,7 @@ class CoveredStep:
     def _bounds(self, tokens: list[int | None]) -> Bounds:
         states = [*self._states, *self._untried]
         # Of P[... begins with q]: what is certain, and what is not
-        alive = self._settled.sum().item() + self._by_table.sum().item() + self._end
+        alive = sum(self._settled.values()) + self._by_table
         alive += sum(state.mass for state in states if not state.lost)
         at_risk = sum(state.mass for state in states if state.lost)
         bounds = Bounds(self.estimate(tokens))
@@ -258,25 +250,23 @@ class CoveredStep:
             bounds.high.append(min(1.0, highest / (alive + of_risk)) if alive + of_risk else 1.0)
         return bounds
 
-    def distribution(self) -> torch.Tensor:
-        """The estimate over all expert tokens and, last, the end of the answer: `(W + 1,)`, which sums to 1."""
-        masses = self._settled + self._by_table
-        for state in (*self._states, *self._untried):
-            if state.token >= 0:
-                masses[state.token] += state.mass
-        masses = torch.cat([masses, torch.tensor([self._end], dtype=torch.float64)])
-        return masses / masses.sum()
 
+def open_contexts(
+    covering: Covering, openings: list[tuple[CoveredStep, tuple[int, ...], int]], probs: torch.Tensor
+) -> None:
+    """
+    Go on from contexts of some steps.
 
-def _most_probable(probs: torch.Tensor) -> tuple[list[int], list[float], float]:
-    """Places and probabilities of the tokens to look at, and what the others have together."""
-    top = probs.topk(min(_MOST_TOKENS, len(probs)))
-    likely, rest = top.values.tolist(), probs.sum().item()
-    for count, prob in enumerate(likely):
-        if rest <= _REST:
-            return top.indices[:count].tolist(), likely[:count], max(rest, 0.0)
-        rest -= prob
-    return top.indices.tolist(), likely, max(rest, 0.0) if len(likely) < len(probs) else 0.0
+    Args:
+        covering ([`Covering`]): The two tokenizers.
+        openings (`list[tuple[CoveredStep, tuple[int, ...], int]]`): A step, one of [`CoveredStep.wanted`], and the row
+            of the distribution there.
+        probs (`torch.Tensor` of shape `(N, W)`, fp64): The amateur's next token.
+    """
+    found = [(step, *each) for step, context, row in openings for each in step.start_opening(context, row)]
+    replies = look_up(covering, probs, [request for _, _, request in found])
+    for (step, state, request), reply in zip(found, replies, strict=True):
+        step.open(state, request, reply)
 
 
 def log_width(low: float, high: float) -> float:

@@ -72,25 +72,35 @@ class Covering:
 
     def __init__(self, expert: TokenBytes, amateur: TokenBytes, amateur_end_ids: list[int]):
         self.expert, self.amateur = expert, amateur
-        width = len(amateur.bytes)
-        self.end_ids = [token_id for token_id in amateur_end_ids if token_id < width]
-        ends = set(self.end_ids)
-        written = [i for i, content in enumerate(amateur.bytes) if content and i not in ends]
-        self.written = torch.tensor(written, dtype=torch.long)  # tokens that stand for text
-        self._places = {token_id: place for place, token_id in enumerate(written)}
+        self.end_ids = [token_id for token_id in amateur_end_ids if token_id < len(amateur.bytes)]
+        # Where tokens are in `sorted_ids`
+        self.places, self.expert_places = (
+            {token_id: place for place, token_id in enumerate(each.sorted_ids)} for each in (amateur, expert)
+        )
+        self.end_places = [self.places[token_id] for token_id in self.end_ids if token_id in self.places]
         self._expert_lengths = [len(content or b"") for content in expert.bytes]
         self._first: torch.Tensor | None = None
+        self._text_ids = torch.tensor(amateur.sorted_ids, dtype=torch.long)
         # Next tokens that are known, by the tail and the text behind it
         self._known: defaultdict[tuple[int, ...], dict[bytes, tuple[int, bool]]] = defaultdict(dict)
         self._num_known = 0
 
-    @property
-    def first(self) -> torch.Tensor:
-        """f(w): the first expert token of each of `written` by itself; the width of its logits for none. Made once."""
+    def text_ids(self, device: torch.device | str) -> torch.Tensor:
+        """The amateur's tokens with bytes, in the order of their bytes."""
+        self._text_ids = self._text_ids.to(device)
+        return self._text_ids
+
+    def first(self, device: torch.device | str) -> torch.Tensor:
+        """
+        f(w): for each of [`~Covering.text_ids`], the first expert token of it by itself, as a place in the expert's
+        `sorted_ids`, or their number for none. Made once.
+        """
         if self._first is None:
-            contents = [self.amateur.bytes[token_id] for token_id in self.written.tolist()]
-            encoded = self.expert.encode_all([content or b"" for content in contents])
-            self._first = torch.tensor([ids[0] if ids else len(self.expert.bytes) for ids in encoded])
+            contents = [self.amateur.bytes[token_id] or b"" for token_id in self.amateur.sorted_ids]
+            none = len(self.expert_places)
+            encoded = self.expert.encode_all(contents)
+            self._first = torch.tensor([self.expert_places.get(ids[0], none) if ids else none for ids in encoded])
+        self._first = self._first.to(device)
         return self._first
 
     def num_shared(self) -> int:
@@ -232,17 +242,20 @@ class Covering:
         places = range(max(start, len(text) - 8) + 1, len(text))
         return [more for at in places for more in self.expert.going_on(text[at:], _LONGER_TOKENS)]
 
-    def places_of(self, token: int) -> list[int]:
-        """Places in `written` of amateur tokens that an expert token begins with, or that are little longer."""
+    def similar(self, token: int) -> list[int]:
+        """Places of amateur tokens that an expert token begins with, or that are little longer."""
         content = self.expert.bytes[token] or b""
         shorter = [i for end in range(1, len(content) + 1) for i in self.amateur.ids.get(content[:end], ())]
-        longer = self.amateur.starting_with(content)[:_LONGEST_LIST] if content else []
-        return [self._places[i] for i in (*shorter, *longer) if i in self._places]
+        longer = range(len(self.places))[self.amateur.starting_with(content)][:_LONGEST_LIST] if content else []
+        return [*(self.places[i] for i in shorter), *longer]
 
-    def comparable(self, content: bytes) -> list[int]:
-        """Expert tokens that begin with these bytes, or that these begin with."""
+    def comparable(self, token: int) -> tuple[list[int], slice]:
+        """Places of expert tokens that an expert token begins with, and of those that begin with it."""
+        content = self.expert.bytes[token]
+        if not content:
+            return [], slice(0, 0)
         shorter = [i for end in range(1, len(content)) for i in self.expert.ids.get(content[:end], ())]
-        return shorter + self.expert.starting_with(content)
+        return [self.expert_places[i] for i in shorter], self.expert.starting_with(content)
 
 
 def _next_token(tail: tuple[int, ...], ids: list[int] | None) -> int:

@@ -3,18 +3,20 @@ tokens of a completion, and batches of the further contexts that the covering as
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 
 from ..contrast import NonFiniteLogitsError, contrastive_label, step_divergence
+from ..models.forward import to_device
 from ..models.weights import get_base_model
 from ..vocabulary import Vocabulary
 from .branches import BranchedRows
-from .covered_step import CoveredStep, covered_steps, log_width
-from .covering import Covering
+from .covered_step import CoveredStep, log_width, open_contexts
+from .covering import Covering, Start
 from .scoring import PART_LOGITS, LogitsAtSteps, Trajectory, TrajectoryScores, as_batch, group_by_length
 
 
@@ -24,6 +26,11 @@ TOP_TOKENS = 20
 MAX_WIDTH = 0.1
 # In place of a probability that is 0 as far as is known, so that no divergence is infinite
 _FLOOR = 1e-12
+# Probabilities of the amateur, in fp64, that exist together
+_PART_PROBS = 2**24
+
+# A row, and the amateur's tokens of its completion
+_Context = tuple[int, tuple[int, ...]]
 
 
 class _ExpertStep(NamedTuple):
@@ -115,7 +122,7 @@ class CrossScoring:
             logits_at = LogitsAtSteps(expert, *as_batch([trajectories[i] for i in group]), known, self._as_expert)
             for place, i in enumerate(group):
                 logits = self.vocabulary.select(logits_at(slice(place, place + 1)))
-                _check_finite(logits, "expert", names[i])
+                _check_finite(logits, names[i])
                 read[i] = self._top(logits.float(), alpha)
         return [read[i] for i in range(len(trajectories))]
 
@@ -153,23 +160,16 @@ class CrossScoring:
         # Logits behind the amateur's own tokens of the completion, the first k of them in row k
         trunks: list[list[int]] = []
         for completion, tops in zip(completions, experts, strict=True):
-            steps = covered_steps(self.covering, completion, len(completion))
-            for t, (step, top) in enumerate(zip(steps, tops, strict=True)):
-                if step is not None and self._is_readable(top, completion[t]):
-                    step.needed = [token for token, mask in zip(top.tokens, top.plausible, strict=True) if mask]
-                else:
-                    steps[t] = None
-            covered.append(steps)
+            starts = self.covering.starts(completion, len(completion))
+            covered.append(list(map(self._step, starts, tops, completion)))
             trunks.append(self.covering.own_tokens(completion[:-1]))
         room = [None if self.max_length is None else self.max_length - len(prompt) for prompt in prompts]
         trunks = [trunk if most is None else trunk[: max(0, most)] for trunk, most in zip(trunks, room, strict=True)]
         own = [Trajectory(prompt, [*trunk, 0]) for prompt, trunk in zip(prompts, trunks, strict=True)]
         read = BranchedRows(amateur, own, self._as_amateur)
         logits = [self.amateur_vocabulary.select(each) for each in read.logits]
-        for each, name in zip(logits, names, strict=True):
-            _check_finite(each, "amateur", name)
         while True:
-            asked: dict[tuple[int, tuple[int, ...]], list[CoveredStep]] = {}
+            asked: dict[_Context, list[CoveredStep]] = {}
             for row, steps in enumerate(covered):
                 for t, step in enumerate(steps):
                     if step is None:
@@ -182,23 +182,39 @@ class CrossScoring:
                         asked.setdefault((row, context), []).append(step)
             if not asked:
                 return covered
-            further = []
-            for (row, context), askers in asked.items():
-                if list(context) == trunks[row][: len(context)]:
-                    self._open(askers, context, logits[row][len(context)])
-                else:
-                    further.append((row, context))
-            for place, found in read.behind(further):
-                row, context = further[place]
-                found = self.amateur_vocabulary.select(found)
-                _check_finite(found[None], "amateur", names[row])
-                self._open(asked[row, context], context, found)
+            found = self._read(read, logits, trunks, list(asked))
+            while part := list(islice(found, max(1, _PART_PROBS // len(self.covering.amateur.bytes)))):
+                contexts = [(names[row], context, asked[row, context]) for (row, context), _ in part]
+                self._open(contexts, torch.stack([each for _, each in part]))
 
-    def _open(self, steps: list[CoveredStep], context: tuple[int, ...], logits: torch.Tensor) -> None:
-        probs = torch.zeros(len(self.covering.amateur.bytes), dtype=torch.float64, device=logits.device)
-        probs[self.amateur_vocabulary.ids.to(logits.device)] = logits.double().softmax(-1)
-        for step in steps:
-            step.open(context, probs)
+    def _read(
+        self, read: BranchedRows, logits: list[torch.Tensor], trunks: list[list[int]], contexts: list[_Context]
+    ) -> Iterator[tuple[_Context, torch.Tensor]]:
+        """The logits after contexts, those along the amateur's own tokens first."""
+        further = []
+        for row, context in contexts:
+            if list(context) == trunks[row][: len(context)]:
+                yield (row, context), logits[row][len(context)]
+            else:
+                further.append((row, context))
+        for place, found in read.behind(further):
+            yield further[place], self.amateur_vocabulary.select(found)
+
+    def _open(self, contexts: list[tuple[str, tuple[int, ...], list[CoveredStep]]], logits: torch.Tensor) -> None:
+        """Open contexts, each of a named trajectory and wanted by some steps, with the logits `(N, W)` there."""
+        if not (finite := logits.isfinite().all(-1)).all():
+            name, context, _ = contexts[finite.tolist().index(False)]
+            raise NonFiniteLogitsError("amateur", len(context), f"token {len(context)} of {name}")
+        probs = torch.zeros(len(logits), len(self.covering.amateur.bytes), dtype=torch.float64, device=logits.device)
+        probs[:, to_device(self.amateur_vocabulary.ids, logits.device)] = logits.double().softmax(-1)
+        openings = [(step, context, row) for row, (_, context, steps) in enumerate(contexts) for step in steps]
+        open_contexts(self.covering, openings, probs)
+
+    def _step(self, start: Start | None, top: _ExpertStep, taken: int) -> CoveredStep | None:
+        if start is None or not self._is_readable(top, taken):
+            return None
+        needed = [token for token, mask in zip(top.tokens, top.plausible, strict=True) if mask]
+        return CoveredStep(self.covering, start, needed, top.tokens)
 
     def _is_readable(self, top: _ExpertStep, taken: int) -> bool:
         """Whether every plausible token, and the one that was taken, stands for text or for the end of the answer."""
@@ -247,11 +263,11 @@ class CrossScoring:
         return scores
 
 
-def _check_finite(logits: torch.Tensor, model: str, name: str) -> None:
+def _check_finite(logits: torch.Tensor, name: str) -> None:
     finite = logits.isfinite().all(-1)
     if not finite.all():
         step = int((~finite).nonzero()[0, 0].item())
-        raise NonFiniteLogitsError(model, step, f"step {step} of {name}")
+        raise NonFiniteLogitsError("expert", step, f"step {step} of {name}")
 
 
 def _groups(lengths: list[int], width: int) -> list[list[int]]:
