@@ -110,17 +110,16 @@ class CoveredStep:
     def _request(self, state: _State, row: int) -> Request:
         covering, missing = self.covering, state.missing
         if missing:
-            shorter = [covering.places[token_id] for token_id, _ in self._inside(missing)]
+            shorter = [token_id for token_id, _ in self._inside(missing)]
             longer = covering.amateur.starting_with(missing)
             same = len(covering.amateur.ids.get(missing, ()))
             return Request(row, slice(longer.start + same, longer.stop), shorter)
-        everything = slice(0, len(covering.places))
         if state.beyond:
-            return Request(row, everything, [])
-        similar = dict.fromkeys(place for token in self._near_by_table for place in covering.similar(token))
+            return Request(row, None, [])
+        similar = dict.fromkeys(i for token in self._near_by_table for i in covering.similar(token))
         asked = [covering.expert_places[token] for token in self._asked_by_table]
         near = [covering.comparable(token) for token in self._near_by_table]
-        return Request(row, everything, list(similar), Table(asked, near))
+        return Request(row, None, list(similar), Table(asked, near))
 
     def _inside(self, missing: bytes) -> list[tuple[int, int]]:
         """Amateur tokens that are a part of what is missing, from its beginning on, and their lengths."""
@@ -133,18 +132,18 @@ class CoveredStep:
         if state.missing:
             for (token_id, end), prob in zip(self._inside(state.missing), reply.others, strict=True):
                 self._states.append(_State(mass * prob, (*context, token_id), state.missing[end:]))
-            self._look_at(state, reply.places, reply.probs, len(state.missing))
+            self._look_at(state, reply.ids, reply.probs, len(state.missing))
             self._states.append(_State(mass * reply.rest, None))
             return
         end = self.covering.ends_with(self.tail, state.beyond)
         if end != LOST:
             self._settled[None if end == OPEN else end] += mass * reply.at_end
         if request.table is None:
-            self._look_at(state, reply.places, reply.probs, 0)
+            self._look_at(state, reply.ids, reply.probs, 0)
             rest = _State(mass * reply.rest, None, beyond=state.beyond, token=state.token, lost=state.lost)
             self._states.append(rest)
             return
-        likely = dict(zip(reply.places, reply.probs, strict=True))
+        likely = dict(zip(reply.ids, reply.probs, strict=True))
         likely |= zip(request.others, reply.others, strict=True)
         self._look_at(state, list(likely), list(likely.values()), 0)
         self._by_table += mass * reply.total
@@ -152,9 +151,8 @@ class CoveredStep:
             for token, prob in zip(sums, found, strict=True):
                 sums[token] += mass * prob
 
-    def _look_at(self, state: _State, places: list[int], probs: list[float], skipped: int) -> None:
+    def _look_at(self, state: _State, token_ids: list[int], probs: list[float], skipped: int) -> None:
         """Add the states that amateur tokens lead to."""
-        token_ids = [self.covering.amateur.sorted_ids[place] for place in places]
         beyond = [state.beyond + (self.covering.amateur.bytes[i] or b"")[skipped:] for i in token_ids]
         context = state.context or ()
         next_tokens = self.covering.next_tokens(self.tail, beyond)
@@ -261,7 +259,7 @@ def open_contexts(
         covering ([`Covering`]): The two tokenizers.
         openings (`list[tuple[CoveredStep, tuple[int, ...], int]]`): A step, one of [`CoveredStep.wanted`], and the row
             of the distribution there.
-        probs (`torch.Tensor` of shape `(N, W)`, fp64): The amateur's next token.
+        probs (`torch.Tensor` of shape `(N, W)`, fp64): The amateur's next token. It is changed.
     """
     found = [(step, *each) for step, context, row in openings for each in step.start_opening(context, row)]
     replies = look_up(covering, probs, [request for _, _, request in found])

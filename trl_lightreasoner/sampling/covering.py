@@ -73,32 +73,35 @@ class Covering:
     def __init__(self, expert: TokenBytes, amateur: TokenBytes, amateur_end_ids: list[int]):
         self.expert, self.amateur = expert, amateur
         self.end_ids = [token_id for token_id in amateur_end_ids if token_id < len(amateur.bytes)]
-        # Where tokens are in `sorted_ids`
-        self.places, self.expert_places = (
-            {token_id: place for place, token_id in enumerate(each.sorted_ids)} for each in (amateur, expert)
-        )
-        self.end_places = [self.places[token_id] for token_id in self.end_ids if token_id in self.places]
+        ends = set(self.end_ids)
+        self._no_text = torch.tensor([not content or i in ends for i, content in enumerate(amateur.bytes)])
+        self._sorted_ids = torch.tensor(amateur.sorted_ids, dtype=torch.long)
+        # Of each expert token its place in `sorted_ids`
+        self.expert_places = {token_id: place for place, token_id in enumerate(expert.sorted_ids)}
         self._expert_lengths = [len(content or b"") for content in expert.bytes]
         self._first: torch.Tensor | None = None
-        self._text_ids = torch.tensor(amateur.sorted_ids, dtype=torch.long)
         # Next tokens that are known, by the tail and the text behind it
         self._known: defaultdict[tuple[int, ...], dict[bytes, tuple[int, bool]]] = defaultdict(dict)
         self._num_known = 0
 
-    def text_ids(self, device: torch.device | str) -> torch.Tensor:
+    def no_text(self, device: torch.device | str) -> torch.Tensor:
+        """Which of the amateur's tokens stand for no text, `(W,)`."""
+        self._no_text = self._no_text.to(device)
+        return self._no_text
+
+    def sorted_ids(self, device: torch.device | str) -> torch.Tensor:
         """The amateur's tokens with bytes, in the order of their bytes."""
-        self._text_ids = self._text_ids.to(device)
-        return self._text_ids
+        self._sorted_ids = self._sorted_ids.to(device)
+        return self._sorted_ids
 
     def first(self, device: torch.device | str) -> torch.Tensor:
         """
-        f(w): for each of [`~Covering.text_ids`], the first expert token of it by itself, as a place in the expert's
-        `sorted_ids`, or their number for none. Made once.
+        f(w): for each amateur token the first expert token of its bytes by themselves, as a place in the expert's
+        `sorted_ids`, or their number for none, `(W,)`. Made once.
         """
         if self._first is None:
-            contents = [self.amateur.bytes[token_id] or b"" for token_id in self.amateur.sorted_ids]
             none = len(self.expert_places)
-            encoded = self.expert.encode_all(contents)
+            encoded = self.expert.encode_all([content or b"" for content in self.amateur.bytes])
             self._first = torch.tensor([self.expert_places.get(ids[0], none) if ids else none for ids in encoded])
         self._first = self._first.to(device)
         return self._first
@@ -243,11 +246,11 @@ class Covering:
         return [more for at in places for more in self.expert.going_on(text[at:], _LONGER_TOKENS)]
 
     def similar(self, token: int) -> list[int]:
-        """Places of amateur tokens that an expert token begins with, or that are little longer."""
+        """Amateur tokens that an expert token begins with, or that are little longer."""
         content = self.expert.bytes[token] or b""
         shorter = [i for end in range(1, len(content) + 1) for i in self.amateur.ids.get(content[:end], ())]
-        longer = range(len(self.places))[self.amateur.starting_with(content)][:_LONGEST_LIST] if content else []
-        return [*(self.places[i] for i in shorter), *longer]
+        longer = self.amateur.sorted_ids[self.amateur.starting_with(content)] if content else []
+        return shorter + longer[:_LONGEST_LIST]
 
     def comparable(self, token: int) -> tuple[list[int], slice]:
         """Places of expert tokens that an expert token begins with, and of those that begin with it."""

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 
 from ..contrast import NonFiniteLogitsError, contrastive_label, step_divergence
-from ..models.forward import to_device
 from ..models.weights import get_base_model
 from ..vocabulary import Vocabulary
 from .branches import BranchedRows
@@ -27,7 +26,7 @@ MAX_WIDTH = 0.1
 # In place of a probability that is 0 as far as is known, so that no divergence is infinite
 _FLOOR = 1e-12
 # Probabilities of the amateur, in fp64, that exist together
-_PART_PROBS = 2**24
+_PART_PROBS = 2**23
 
 # A row, and the amateur's tokens of its completion
 _Context = tuple[int, tuple[int, ...]]
@@ -167,7 +166,6 @@ class CrossScoring:
         trunks = [trunk if most is None else trunk[: max(0, most)] for trunk, most in zip(trunks, room, strict=True)]
         own = [Trajectory(prompt, [*trunk, 0]) for prompt, trunk in zip(prompts, trunks, strict=True)]
         read = BranchedRows(amateur, own, self._as_amateur)
-        logits = [self.amateur_vocabulary.select(each) for each in read.logits]
         while True:
             asked: dict[_Context, list[CoveredStep]] = {}
             for row, steps in enumerate(covered):
@@ -182,31 +180,35 @@ class CrossScoring:
                         asked.setdefault((row, context), []).append(step)
             if not asked:
                 return covered
-            found = self._read(read, logits, trunks, list(asked))
+            found = self._read(read, trunks, list(asked))
             while part := list(islice(found, max(1, _PART_PROBS // len(self.covering.amateur.bytes)))):
                 contexts = [(names[row], context, asked[row, context]) for (row, context), _ in part]
                 self._open(contexts, torch.stack([each for _, each in part]))
 
     def _read(
-        self, read: BranchedRows, logits: list[torch.Tensor], trunks: list[list[int]], contexts: list[_Context]
+        self, read: BranchedRows, trunks: list[list[int]], contexts: list[_Context]
     ) -> Iterator[tuple[_Context, torch.Tensor]]:
         """The logits after contexts, those along the amateur's own tokens first."""
         further = []
         for row, context in contexts:
             if list(context) == trunks[row][: len(context)]:
-                yield (row, context), logits[row][len(context)]
+                yield (row, context), read.logits[row][len(context)]
             else:
                 further.append((row, context))
         for place, found in read.behind(further):
-            yield further[place], self.amateur_vocabulary.select(found)
+            yield further[place], found
 
     def _open(self, contexts: list[tuple[str, tuple[int, ...], list[CoveredStep]]], logits: torch.Tensor) -> None:
         """Open contexts, each of a named trajectory and wanted by some steps, with the logits `(N, W)` there."""
-        if not (finite := logits.isfinite().all(-1)).all():
-            name, context, _ = contexts[finite.tolist().index(False)]
+        no_token = ~self.amateur_vocabulary.contains(torch.arange(logits.shape[1], device=logits.device))
+        # In place, since memory of this size is slow to get
+        probs = logits.double().masked_fill_(no_token, 0.0)
+        finite = probs.sum(-1).isfinite().tolist()
+        if not all(finite):
+            name, context, _ = contexts[finite.index(False)]
             raise NonFiniteLogitsError("amateur", len(context), f"token {len(context)} of {name}")
-        probs = torch.zeros(len(logits), len(self.covering.amateur.bytes), dtype=torch.float64, device=logits.device)
-        probs[:, to_device(self.amateur_vocabulary.ids, logits.device)] = logits.double().softmax(-1)
+        probs.sub_(probs.amax(-1, keepdim=True)).exp_().masked_fill_(no_token, 0.0)
+        probs.div_(probs.sum(-1, keepdim=True))
         openings = [(step, context, row) for row, (_, context, steps) in enumerate(contexts) for step in steps]
         open_contexts(self.covering, openings, probs)
 

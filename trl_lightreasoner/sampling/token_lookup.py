@@ -1,8 +1,8 @@
-"""What the openings of many contexts ask of an amateur's next-token distributions, answered on its device together.
+"""Looks up what many openings need of an amateur's next-token distributions, on its device.
 
-An opening asks for the most probable tokens among those that begin with some bytes, for single tokens, and for the
-sums of all others by the expert token that each of them begins with. Tokens are ordered by their bytes, so tokens that
-begin with the same bytes stand beside each other. The number of transfers does not depend on the number of openings.
+An opening needs the most probable of all tokens, or of those that begin with some bytes; single tokens; and the sums
+of the others by the expert token that each of them begins with. The number of transfers does not depend on the number
+of openings.
 """
 
 from collections.abc import Iterator
@@ -36,17 +36,18 @@ class Table(NamedTuple):
 
 class Request(NamedTuple):
     """
-    What one opening asks for, as places among the amateur's tokens.
+    What one opening asks for.
 
     Attributes:
         row (`int`): The distribution.
-        among (`slice`): The slice whose most probable tokens are wanted.
+        among (`slice`, *optional*): The tokens whose most probable ones are wanted, in the amateur's `sorted_ids`.
+            `None` for all tokens that stand for text.
         others (`list[int]`): Tokens that are wanted in any case.
-        table ([`Table`], *optional*): Sums over the tokens of the slice that are neither.
+        table ([`Table`], *optional*): Sums over all tokens that are neither.
     """
 
     row: int
-    among: slice
+    among: slice | None
     others: list[int]
     table: Table | None = None
 
@@ -55,14 +56,14 @@ class Request(NamedTuple):
 class Reply:
     """
     Attributes:
-        places, probs (`list`): The most probable tokens of the slice.
-        rest (`float`): Probability of the slice's other tokens together.
+        ids, probs (`list`): The most probable tokens.
+        rest (`float`): Probability of the tokens among which they are, without them.
         others (`list[float]`): Probabilities of the request's `others`.
         at_end (`float`): Probability of the tokens that end an answer.
         total (`float`), tokens, near (`list[float]`): Sums of the table, over all tokens and as it asks.
     """
 
-    places: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
     probs: list[float] = field(default_factory=list)
     rest: float = 0.0
     others: list[float] = field(default_factory=list)
@@ -78,49 +79,57 @@ def look_up(covering: Covering, probs: torch.Tensor, requests: list[Request]) ->
 
     Args:
         covering ([`Covering`]): The two tokenizers.
-        probs (`torch.Tensor` of shape `(N, W)`, fp64): The amateur's next token in each context.
+        probs (`torch.Tensor` of shape `(N, W)`, fp64): The amateur's next token in each context. It is changed.
         requests (`list[Request]`): In any order.
 
     Returns:
         `list[Reply]`, in the order of the requests.
     """
     replies = [Reply() for _ in requests]
-    of_text = probs[:, covering.text_ids(probs.device)]
-    of_text[:, covering.end_places] = 0.0
     at_end = probs[:, covering.end_ids].sum(-1).tolist()
-    others = _gather(of_text, [(each.row, each.others) for each in requests])
-    askers: dict[tuple[int, int, int], list[int]] = {}
-    for i, request in enumerate(requests):
-        askers.setdefault((request.row, request.among.start, request.among.stop), []).append(i)
-        replies[i].at_end, replies[i].others = at_end[request.row], others[i]
-    for slices, values in _slices(of_text, list(askers)):
-        top = values.topk(min(_MOST_TOKENS, values.shape[1]))
-        # Each token is looked at unless it and the less probable ones have very little
-        left = values.sum(-1, keepdim=True) - (top.values.cumsum(-1) - top.values)
-        kept = left > _REST
-        values.scatter_(1, top.indices, top.values.masked_fill(kept, 0.0))
-        columns = (kept.sum(-1), top.indices, top.values, values.sum(-1))
-        of_table = []
-        for row, (key, count, places, likely, rest) in enumerate(
-            zip(slices, *(column.tolist() for column in columns), strict=True)
-        ):
-            for i in askers[key]:
-                reply = replies[i]
-                reply.places, reply.probs = [key[1] + place for place in places[:count]], likely[:count]
-                reply.rest = rest
-                if requests[i].table is not None:
-                    of_table.append((row, i))
-        size = max(1, _BLOCK // values.shape[1])
-        for start in range(0, len(of_table), size):
-            part = of_table[start : start + size]
-            _sum_by_table(covering, values[[row for row, _ in part]], [(requests[i], replies[i]) for _, i in part])
+    probs.masked_fill_(covering.no_text(probs.device), 0.0)
+    others = _gather(probs, [(each.row, each.others) for each in requests])
+    everything: dict[int, list[int]] = {}
+    slices: dict[tuple[int, int, int], list[int]] = {}
+    for i, (request, reply) in enumerate(zip(requests, replies, strict=True)):
+        if request.among is None:
+            everything.setdefault(request.row, []).append(i)
+        else:
+            slices.setdefault((request.row, request.among.start, request.among.stop), []).append(i)
+        reply.at_end, reply.others = at_end[request.row], others[i]
+    rows = list(everything)
+    for part in _parts(rows, probs.shape[1]):
+        values = probs.index_select(0, to_device(torch.tensor(part), probs.device))
+        _take_most_probable(values, None, [[replies[i] for i in everything[row]] for row in part])
+        of_table = [(place, i) for place, row in enumerate(part) for i in everything[row] if requests[i].table]
+        for some in _parts(of_table, probs.shape[1]):
+            left = values.index_select(0, to_device(torch.tensor([place for place, _ in some]), probs.device))
+            _sum_by_table(covering, left, [(requests[i], replies[i]) for _, i in some])
+    for keys, places in _slices(list(slices), probs.device):
+        ids = covering.sorted_ids(probs.device)[places.clamp(0)]
+        rows_of = to_device(torch.tensor([[row] for row, _, _ in keys]), probs.device)
+        values = probs[rows_of, ids].masked_fill_(places < 0, 0.0)
+        _take_most_probable(values, ids, [[replies[i] for i in slices[key]] for key in keys])
     return replies
 
 
+def _take_most_probable(values: torch.Tensor, ids: torch.Tensor | None, askers: list[list[Reply]]) -> None:
+    """Move the most probable tokens of each row from `values`, which are those of `ids`, to the replies."""
+    top = values.topk(min(_MOST_TOKENS, values.shape[1]))
+    # A token counts unless it and all that are less probable have very little together
+    kept = values.sum(-1, keepdim=True) - (top.values.cumsum(-1) - top.values) > _REST
+    values.scatter_(1, top.indices, top.values.masked_fill(kept, 0.0))
+    top_ids = top.indices if ids is None else ids.gather(1, top.indices)
+    columns = (kept.sum(-1), top_ids, top.values, values.sum(-1))
+    for replies, count, found, probs, rest in zip(askers, *(each.tolist() for each in columns), strict=True):
+        for reply in replies:
+            reply.ids, reply.probs, reply.rest = found[:count], probs[:count], rest
+
+
 def _sum_by_table(covering: Covering, values: torch.Tensor, pairs: list[tuple[Request, Reply]]) -> None:
-    """Fill in the sums of requests that ask for all tokens, of which `values` has those that are not looked at."""
-    rows, places = _flat([(row, request.others) for row, (request, _) in enumerate(pairs)], values.device)
-    values[rows, places] = 0.0
+    """Fill in the sums over the tokens `values` that are not the most probable ones, `(len(pairs), W)`."""
+    rows, ids = _flat([(row, request.others) for row, (request, _) in enumerate(pairs)], values.device)
+    values[rows, ids] = 0.0
     first = covering.first(values.device)
     table = values.new_zeros(len(pairs), len(covering.expert.sorted_ids) + 1).index_add_(1, first, values)[:, :-1]
     tables = [request.table or Table([], []) for request, _ in pairs]
@@ -128,8 +137,10 @@ def _sum_by_table(covering: Covering, values: torch.Tensor, pairs: list[tuple[Re
     tokens = _gather(table, [(row, each.tokens) for row, each in enumerate(tables)])
     single = _gather(table, [(row, some) for row, each in enumerate(tables) for some, _ in each.near])
     keys = {(row, near.start, near.stop): 0.0 for row, each in enumerate(tables) for _, near in each.near}
-    for slices, found in _slices(table, list(keys)):
-        keys.update(zip(slices, found.sum(-1).tolist(), strict=True))
+    for some, places in _slices(list(keys), table.device):
+        rows_of = to_device(torch.tensor([[row] for row, _, _ in some]), table.device)
+        found = table[rows_of, places.clamp(0)].masked_fill_(places < 0, 0.0)
+        keys.update(zip(some, found.sum(-1).tolist(), strict=True))
     shorter = iter(single)
     for row, ((_, reply), each) in enumerate(zip(pairs, tables, strict=True)):
         reply.total, reply.tokens = totals[row], tokens[row]
@@ -137,19 +148,23 @@ def _sum_by_table(covering: Covering, values: torch.Tensor, pairs: list[tuple[Re
 
 
 def _slices(
-    values: torch.Tensor, keys: list[tuple[int, int, int]]
+    keys: list[tuple[int, int, int]], device: torch.device
 ) -> Iterator[tuple[list[tuple[int, int, int]], torch.Tensor]]:
-    """Slices (row, first, end) of `values`, those of similar length together, padded with zeros, `(S, L)`."""
+    """Keys (row, first, end) of similar length together, and their places, padded with -1, `(S, L)`."""
     keys = sorted(keys, key=lambda key: key[1] - key[2])
     while keys:
         longest = max(1, keys[0][2] - keys[0][1])
         most = max(1, _BLOCK // longest)
         count = max(1, sum(4 * (end - first) >= longest for _, first, end in keys[:most]))
-        rows, firsts, ends = to_device(torch.tensor(keys[:count]), values.device).T[:, :, None]
-        places = firsts + torch.arange(longest, device=values.device)
-        found = values[rows, places.clamp(max=values.shape[1] - 1)]
-        yield keys[:count], found.masked_fill_(places >= ends, 0.0)
+        firsts, ends = to_device(torch.tensor([key[1:] for key in keys[:count]]), device).T[:, :, None]
+        places = firsts + torch.arange(longest, device=device)
+        yield keys[:count], places.masked_fill_(places >= ends, -1)
         keys = keys[count:]
+
+
+def _parts(items: list, width: int) -> Iterator[list]:
+    size = max(1, _BLOCK // width)
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _gather(values: torch.Tensor, wanted: list[tuple[int, list[int]]]) -> list[list[float]]:
