@@ -187,6 +187,15 @@ def test_a_chat_template_that_is_none_is_refused(tmp_path, tokenizer):
         ContrastiveStepSampler(**other_pair(tokenizer), args=args(tmp_path, amateur_chat_template="nothing"))
 
 
+def test_an_amateur_that_says_nan_is_refused_by_name(tmp_path, tokenizer):
+    pair = other_pair(tokenizer)
+    with torch.no_grad():
+        pair["amateur"].get_output_embeddings().weight[7] = torch.nan
+    sampler = ContrastiveStepSampler(**pair, args=args(tmp_path))
+    with pytest.raises(ValueError, match=r"The amateur's logits at token 0 of row 0 are not finite"):
+        sampler.sample(Dataset.from_dict({"prompt": QUESTIONS[:1], "completion": ["24+"]}))
+
+
 def test_steps_that_cannot_be_read_are_counted(tmp_path, tokenizer, caplog):
     """Behind a token that stands for no text, and there; the other steps a random amateur leaves uncertain."""
     sampler = ContrastiveStepSampler(**other_pair(tokenizer), args=args(tmp_path, beta=0.1))
@@ -197,12 +206,32 @@ def test_steps_that_cannot_be_read_are_counted(tmp_path, tokenizer, caplog):
     assert said in caplog.text
 
 
-def test_a_tokenizer_whose_bytes_cannot_be_told_is_refused_before_weights_are_loaded(tmp_path, tokenizer, expert_path):
-    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
-    words = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[UNK]")
-    with pytest.raises(ValueError, match="The bytes of the amateur's tokens cannot be determined"):
-        ContrastiveStepSampler(expert_path, make_model(tokenizer), args(tmp_path), amateur_processing_class=words)
+def wordpiece_tokenizer():
+    """As BERT's: words, and the rest of words after "##"."""
+    backend = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2, "c": 3}, unk_token="[UNK]"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[UNK]")
+
+
+def test_tokens_of_wordpiece_do_not_tell_whitespace():
+    texts = ["ab c", "ab\nc", "ab \n  c"]
+    assert wordpiece_tokenizer()(texts).input_ids == [[1, 2, 3]] * 3
+
+
+def test_wordpiece_is_refused_before_weights_are_loaded(tmp_path, tokenizer, expert_path, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
+    with pytest.raises(ValueError) as refused:
+        ContrastiveStepSampler(
+            expert_path,
+            make_model(tokenizer),
+            args(tmp_path),
+            amateur_processing_class=wordpiece_tokenizer(),
+        )
+    assert str(refused.value) == (
+        "The bytes of the amateur's tokens cannot be determined, so it cannot be paired with a model that has "
+        "different tokens. Choose two models of one family, or two with byte-level BPE or SentencePiece, whose tokens "
+        "reproduce a text."
+    )
 
 
 def test_the_check_asks_an_amateur_in_its_own_tokens(tmp_path, renumbered):

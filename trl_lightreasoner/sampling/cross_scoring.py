@@ -207,7 +207,8 @@ class CrossScoring:
         if not all(finite):
             name, context, _ = contexts[finite.index(False)]
             raise NonFiniteLogitsError("amateur", len(context), f"token {len(context)} of {name}")
-        probs.sub_(probs.amax(-1, keepdim=True)).exp_().masked_fill_(no_token, 0.0)
+        probs.masked_fill_(no_token, -math.inf)
+        probs.sub_(probs.amax(-1, keepdim=True)).exp_()
         probs.div_(probs.sum(-1, keepdim=True))
         openings = [(step, context, row) for row, (_, context, steps) in enumerate(contexts) for step in steps]
         open_contexts(self.covering, openings, probs)

@@ -150,12 +150,11 @@ def _sum_by_table(covering: Covering, values: torch.Tensor, pairs: list[tuple[Re
 def _slices(
     keys: list[tuple[int, int, int]], device: torch.device
 ) -> Iterator[tuple[list[tuple[int, int, int]], torch.Tensor]]:
-    """Keys (row, first, end) of similar length together, and their places, padded with -1, `(S, L)`."""
-    keys = sorted(keys, key=lambda key: key[1] - key[2])
+    """Slices (row, first, end) of similar length together, and their places, padded with -1, `(S, L)`; none empty."""
+    keys = sorted((key for key in keys if key[1] < key[2]), key=lambda key: key[1] - key[2])
     while keys:
-        longest = max(1, keys[0][2] - keys[0][1])
-        most = max(1, _BLOCK // longest)
-        count = max(1, sum(4 * (end - first) >= longest for _, first, end in keys[:most]))
+        longest = keys[0][2] - keys[0][1]
+        count = sum(4 * (end - first) >= longest for _, first, end in keys[: max(1, _BLOCK // longest)])
         firsts, ends = to_device(torch.tensor([key[1:] for key in keys[:count]]), device).T[:, :, None]
         places = firsts + torch.arange(longest, device=device)
         yield keys[:count], places.masked_fill_(places >= ends, -1)

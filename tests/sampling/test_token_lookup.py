@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from trl_lightreasoner.models.token_bytes import TokenBytes
+from trl_lightreasoner.sampling import token_lookup
+from trl_lightreasoner.sampling.covering import Covering
+from trl_lightreasoner.sampling.token_lookup import Request, Table, look_up
+
+from .other_tokens import byte_level_tokenizer, make_texts
+
+
+@pytest.fixture(scope="module")
+def covering():
+    texts = make_texts(200)
+    expert, amateur = byte_level_tokenizer(texts, 1, 300), byte_level_tokenizer(texts, 3, 330)
+    tokens, own = TokenBytes(expert, len(expert)), TokenBytes(amateur, len(amateur) + 5)  # some columns are no tokens
+    return Covering(tokens, own, [amateur.eos_token_id])
+
+
+def make_requests(covering, rows):
+    beginnings = [b"a", b" ", b"1", b"xyz", b" a"]
+    slices = [covering.amateur.starting_with(beginning) for beginning in beginnings]
+    tokens = [covering.expert.ids[content][0] for content in (b" ", b"1", b"a")]
+    table = Table([covering.expert_places[token] for token in tokens], list(map(covering.comparable, tokens)))
+    of_row = [(slices[0], [3]), (slices[1], []), (slices[2], [70, 5]), (slices[3], []), (slices[4], []), (None, [])]
+    requests = [Request(row, *each) for row in range(rows) for each in of_row]
+    return requests + [Request(row, None, [40 + row, 90], table) for row in range(rows)]
+
+
+def naive(covering, probs, request):
+    """What a request asks for, token by token."""
+    probs, own = probs[request.row].tolist(), covering.amateur
+    is_text = [bool(content) and i not in covering.end_ids for i, content in enumerate(own.bytes)]
+    among = range(len(probs)) if request.among is None else own.sorted_ids[request.among]
+    among = sorted((i for i in among if is_text[i]), key=lambda i: -probs[i])
+    count = 0
+    while sum(probs[i] for i in among[count:]) > token_lookup._REST and count < token_lookup._MOST_TOKENS:
+        count += 1
+    found = {"likely": {i: probs[i] for i in among[:count]}, "rest": sum(probs[i] for i in among[count:])}
+    found["others"] = [probs[i] * is_text[i] for i in request.others]
+    found["at_end"] = sum(probs[i] for i in covering.end_ids)
+    if request.table is None:
+        return found
+    sums = dict.fromkeys(range(len(covering.expert.sorted_ids)), 0.0)
+    for i in among[count:]:
+        if i not in request.others:
+            ids = covering.expert.encode(own.bytes[i])
+            if ids is not None:  # else no text begins with it
+                sums[covering.expert_places[ids[0]]] += probs[i]
+    tokens = [covering.expert.bytes[covering.expert.sorted_ids[place]] for place in sums]
+    found["total"] = sum(sums.values())
+    found["tokens"] = [sums[place] for place in request.table.tokens]
+    found["near"] = [
+        sum(sums[place] for place, other in enumerate(tokens) if other.startswith(token) or token.startswith(other))
+        for token in (tokens[place] for place in request.table.tokens)
+    ]
+    return found
+
+
+@pytest.mark.parametrize(("most_tokens", "block"), [(256, 2**22), (4, 2**22), (4, 500)])
+def test_a_lookup_says_what_a_loop_over_the_tokens_says(most_tokens, block, covering, monkeypatch):
+    monkeypatch.setattr(token_lookup, "_MOST_TOKENS", most_tokens)
+    monkeypatch.setattr(token_lookup, "_BLOCK", block)
+    torch.manual_seed(0)
+    probs = (3 * torch.randn(3, len(covering.amateur.bytes), dtype=torch.float64)).softmax(-1)
+    requests = make_requests(covering, len(probs))
+    for request, reply in zip(requests, look_up(covering, probs.clone(), requests), strict=True):
+        expected = naive(covering, probs, request)
+        assert dict(zip(reply.ids, reply.probs, strict=True)) == pytest.approx(expected.pop("likely"), rel=1e-12)
+        for name, value in expected.items():
+            assert getattr(reply, name) == pytest.approx(value, rel=1e-9, abs=1e-15), name
+
+
+def test_more_contexts_need_no_more_transfers(covering, monkeypatch):
+    transfers = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: transfers.append(0) or tolist(self))
+    counts = []
+    for rows in (2, 40):
+        transfers.clear()
+        probs = torch.full((rows, len(covering.amateur.bytes)), 1 / len(covering.amateur.bytes), dtype=torch.float64)
+        look_up(covering, probs, make_requests(covering, rows))
+        counts.append(len(transfers))
+    assert counts[0] == counts[1]
