@@ -76,9 +76,9 @@ def test_branches_are_read_like_whole_contexts(make, most_tokens, monkeypatch, t
     for row, logits in zip(ROWS, rows.logits, strict=True):
         whole = model(torch.tensor([[*row.prompt_ids, *row.completion_ids[:-1]]])).logits[0, len(row.prompt_ids) - 1 :]
         torch.testing.assert_close(logits, whole)
-    dict(rows.behind(CONTEXTS))  # where it is found out how the model reads
+    dict(rows.after(CONTEXTS))  # where it is found out how the model reads
     tokens_read.read.clear()
-    found = dict(rows.behind(CONTEXTS))
+    found = dict(rows.after(CONTEXTS))
     assert max(length for _, length in tokens_read.read) <= min(most_tokens, 9)
     assert found.keys() == set(range(len(CONTEXTS)))
     for place, (row, context) in enumerate(CONTEXTS):
@@ -90,7 +90,7 @@ def test_branches_are_read_like_whole_contexts(make, most_tokens, monkeypatch, t
 def test_what_is_longer_than_a_window_is_read_from_the_beginning(window):
     torch.manual_seed(0)
     model = gemma(window).eval()
-    found = dict(BranchedRows(model, ROWS, nullcontext).behind(CONTEXTS))
+    found = dict(BranchedRows(model, ROWS, nullcontext).after(CONTEXTS))
     for place, (row, context) in enumerate(CONTEXTS):
         torch.testing.assert_close(found[place], alone(model, row, context), rtol=1e-4, atol=1e-5)
 
@@ -105,7 +105,7 @@ def test_a_model_that_reads_branches_otherwise_reads_whole_contexts(tokens_read)
 
     model.get_decoder().register_forward_pre_hook(forget, with_kwargs=True)
     model = tokens_read(model)
-    found = dict(BranchedRows(model, ROWS, nullcontext).behind(CONTEXTS))
+    found = dict(BranchedRows(model, ROWS, nullcontext).after(CONTEXTS))
     for place, (row, context) in enumerate(CONTEXTS):
         torch.testing.assert_close(found[place], alone(model, row, context), rtol=1e-4, atol=1e-5)
     assert not branches._READS_BRANCHES[model]

@@ -78,9 +78,8 @@ def read(pair, step):
 
 def naive(pair, completion, t, floor=1e-5):
     """
-    The expert's next token behind the first t, by every text that the amateur can write from the beginning on, each
-    tokenized by the expert as soon as two further pieces stand behind it; and the share of what was too unlikely to
-    follow.
+    The expert's next token after the first t, by every text that the amateur can write from the beginning on, each
+    tokenized by the expert once two further pieces follow it; and the share of what was too unlikely to follow.
     """
     q = completion[:t]
     before = pair.tokens.join(q)
@@ -95,8 +94,8 @@ def naive(pair, completion, t, floor=1e-5):
         likely = 0.0
         for token_id, content in enumerate(pair.amateur.bytes):
             if content and content[: len(rest)] == rest[: len(content)]:
-                behind = begins((*context, token_id)[-3:], rest[len(content) :])
-                likely += pair.model(context)[token_id].item() * behind
+                after = begins((*context, token_id)[-3:], rest[len(content) :])
+                likely += pair.model(context)[token_id].item() * after
         return likely
 
     floor *= begins((), before + (pair.tokens.bytes[completion[t]] or b""))
@@ -175,7 +174,7 @@ def test_the_covering_is_what_every_text_of_the_amateur_says(name, pairs):
 def test_what_follows_a_step_changes_nothing(pairs):
     pair = pairs("1 digit, 3 digits")
     one = next(completions(pair, 1))
-    place = 7  # behind "OK, 3*2=", before a number that the amateur may write as one token
+    place = 7  # after "OK, 3*2=", before a number that the amateur may write as one token
     other = [*one[:place], *pair.expert("123456 apples", add_special_tokens=False).input_ids]
     bounds = [
         read(pair, make_step(pair, completion, place, one[place : place + 1])).bounds(one[place : place + 1])
@@ -184,7 +183,7 @@ def test_what_follows_a_step_changes_nothing(pairs):
     assert bounds[0] == bounds[1] == bounds[2]
 
 
-def test_a_step_behind_tokens_that_the_expert_would_not_write_is_not_read(pairs):
+def test_a_step_after_tokens_that_the_expert_would_not_write_is_not_read(pairs):
     pair = pairs("3 digits, 1 digit")
     ids = pair.tokens.ids
     digits = [ids[digit][0] for digit in (b"3", b"0")]

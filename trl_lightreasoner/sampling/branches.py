@@ -1,9 +1,9 @@
-"""A model's logits along rows of tokens, and behind contexts that branch off them, many branches in one pass.
+"""Logits of a model along rows of tokens, and after contexts that branch off these rows, many branches in one pass.
 
-The tokens of a row's branches stand behind each other in one pass, each at the position that it has in its own
-context. A token sees the row up to where its branch leaves it, by the keys and values that the pass along the row has
-left, and the branch before itself. Models that cannot be read so, as a comparison with a few whole contexts shows,
-read every context from its beginning.
+The branches of a row follow each other in one pass, and each token has the position that it has in its own context. A
+token sees the row up to where its branch leaves it, through the keys and values of the pass along the row, and the
+tokens of its branch before it. A few whole contexts are compared first. A model that reads branches differently reads
+every context from its beginning.
 """
 
 import inspect
@@ -21,11 +21,11 @@ from ..models.weights import get_base_model
 from .scoring import GROUP_TOKENS, PART_LOGITS, LogitsAtSteps, Trajectory, as_batch, group_by_length
 
 
-# Tokens of one row's branches in one pass: their mask has its square
+# Tokens of one row's branches in one pass. The size of their mask grows with the square
 _MOST_TOKENS = 512
-# Contexts by which a model shows whether it can read branches
+# Contexts that are also read whole, to test whether a model can read branches
 _COMPARED = 8
-# What the comparison has found
+# Results of this test
 _READS_BRANCHES: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -38,15 +38,15 @@ class _Prefix(NamedTuple):
 
 class BranchedRows:
     """
-    Rows of tokens that are read, and contexts that begin like one of them.
+    Rows of tokens, and contexts that begin like one of them.
 
     Args:
         model (`torch.nn.Module`): In eval mode.
-        rows (`list[Trajectory]`): Prompts, and tokens behind them, of which the last is not read.
+        rows (`list[Trajectory]`): Prompts and the tokens after them, of which the last is not read.
         within (`Callable`): Makes a context manager for each pass.
 
     Attributes:
-        logits (`list[torch.Tensor]`): Of each row, behind its prompt and each token that is read, `(T, W)`.
+        logits (`list[torch.Tensor]`): For each row, after its prompt and after each token read, `(T, W)`.
 
     Example:
 
@@ -54,7 +54,7 @@ class BranchedRows:
     >>> read = BranchedRows(model, [Trajectory([1, 2], [3, 4, 5])], nullcontext)
     >>> [len(logits) for logits in read.logits]
     [3]
-    >>> [len(logits) == model.config.vocab_size for _, logits in read.behind([(0, (3, 7)), (0, (3, 8, 9))])]
+    >>> [len(logits) == model.config.vocab_size for _, logits in read.after([(0, (3, 7)), (0, (3, 8, 9))])]
     [True, True]
 
     ```
@@ -84,16 +84,16 @@ class BranchedRows:
             self._prefixes.append(prefix)
         self.logits = [found[i] for i in range(len(rows))]
 
-    def behind(self, contexts: list[tuple[int, tuple[int, ...]]]) -> Iterator[tuple[int, torch.Tensor]]:
+    def after(self, contexts: list[tuple[int, tuple[int, ...]]]) -> Iterator[tuple[int, torch.Tensor]]:
         """
-        Logits behind contexts.
+        Logits after contexts.
 
         Args:
-            contexts (`list[tuple[int, tuple[int, ...]]]`): A row and what stands behind its prompt, each. At least one
-                token is not the row's.
+            contexts (`list[tuple[int, tuple[int, ...]]]`): A row and the tokens after its prompt. At least one token
+                differs from the row's.
 
         Yields:
-            `tuple[int, torch.Tensor]`: Place of a context, and logits `(W,)`. The order is any.
+            `tuple[int, torch.Tensor]`: Index of a context, and logits `(W,)`, in any order.
         """
         branches: dict[int, list[int]] = {}
         whole = []
@@ -202,7 +202,7 @@ class BranchedRows:
 
 
 class _Pack:
-    """Branches of one row, behind each other."""
+    """Branches of one row, one after another."""
 
     def __init__(self, row: int):
         self.row = row

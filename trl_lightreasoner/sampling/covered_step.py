@@ -1,7 +1,7 @@
-"""One step of an expert's completion as an amateur with other tokens reads it: [`Covering`]'s states, with intervals.
+"""Reads one step of an expert's completion with an amateur that has other tokens: the states of a [`Covering`].
 
-No models here: `CoveredStep.wanted` says at which contexts the amateur must be read, and `open_contexts` takes what it
-says there, for many steps together.
+No model is used here. `CoveredStep.wanted` returns the contexts at which the amateur must be read, and `open_contexts`
+takes its distributions there, for many steps together.
 """
 
 import math
@@ -16,7 +16,7 @@ from .covering import LOST, NO_TEXT, OPEN, Covering, Start
 from .token_lookup import Reply, Request, Table, look_up
 
 
-# A state is opened if it has this share of a candidate that the label needs, or of everything
+# A state is opened if it has this share of the probability of a needed token, or of everything
 _OPEN_OF_CANDIDATE, _OPEN_OF_ALL = 1e-3, 2e-2
 # Contexts that a step can open
 _MOST_CONTEXTS = 48
@@ -26,10 +26,10 @@ _MOST_CONTEXTS = 48
 class _State:
     mass: float
     context: tuple[int, ...] | None  # amateur tokens, or `None` if it cannot be opened
-    missing: bytes = b""  # of q
-    beyond: bytes = b""  # behind q
-    token: int = OPEN  # the expert's next, if the text ends here
-    lost: bool = True  # whether text behind can be such that q is not given back
+    missing: bytes = b""  # the bytes of q that are still to come
+    beyond: bytes = b""  # the bytes after q
+    token: int = OPEN  # the expert's next token if the text ends here
+    lost: bool = True  # whether further text can change the tokens of q
 
 
 @dataclass
@@ -49,31 +49,31 @@ class Bounds:
 
 class CoveredStep:
     """
-    One step: a distribution over the expert's next tokens, as far as the amateur has been read.
+    The distribution over the expert's next tokens at one step, as far as the amateur has been read.
 
     Args:
         covering ([`Covering`]): The two tokenizers.
         start ([`Start`]): Where the step starts.
-        needed (`list[int | None]`): Expert tokens that are to be known exactly; `None` is the end of the answer.
-        asked (`list[int | None]`): Expert tokens whose estimate is wanted, among them the needed ones.
+        needed (`list[int | None]`): Expert tokens that need a narrow interval. `None` is the end of the answer.
+        asked (`list[int | None]`): Expert tokens that need an estimate, including those in `needed`.
     """
 
     def __init__(self, covering: Covering, start: Start, needed: list[int | None], asked: list[int | None]):
         self.covering, self.tail, self.needed = covering, start.tail, needed
         self._settled: defaultdict[int | None, float] = defaultdict(float)  # the end of the answer among them
-        # By the table: everything, what is asked for, and for each token that is needed what is comparable to it
+        # Sums of the table: over everything, of tokens in `asked`, and over what can become a token in `needed`
         self._by_table = 0.0
         self._asked_by_table = {token: 0.0 for token in asked if token is not None}
         self._near_by_table = {token: 0.0 for token in needed if token is not None}
         self._states = [_State(1.0, start.context, start.missing)]
-        # States of which it is not known whether they are settled, none of them comparable to a token that is needed
+        # States not yet known to be settled. None of them can become a token in `needed`
         self._untried: list[_State] = []
         self.num_opened = 0
 
     def wanted(self) -> list[tuple[int, ...]]:
         """
-        Contexts, as amateur tokens of the completion, at which the amateur must be read; none when the tokens that are
-        needed are as exact as can be.
+        Contexts at which the amateur must be read, as its tokens of the completion; none once the intervals cannot
+        become narrower.
         """
         everything = self._everything()
         self._try([state for state in self._untried if state.mass >= _OPEN_OF_ALL * everything])
@@ -93,14 +93,14 @@ class CoveredStep:
 
     def start_opening(self, context: tuple[int, ...], row: int) -> list[tuple[_State, Request]]:
         """
-        Take out the states of a context.
+        Remove the states of a context, to be replaced by those that follow them.
 
         Args:
             context (`tuple[int, ...]`): One of [`~CoveredStep.wanted`].
-            row (`int`): The distribution there, among those that are looked up together.
+            row (`int`): Its row among the distributions that are looked up together.
 
         Returns:
-            `list[tuple[_State, Request]]`: For each of them what is to be looked up for [`~CoveredStep.open`].
+            `list[tuple[_State, Request]]`: Each state, and what [`~CoveredStep.open`] needs to know.
         """
         opened = [state for state in self._states if state.context == context]
         self._states = [state for state in self._states if state.context != context]
@@ -122,12 +122,12 @@ class CoveredStep:
         return Request(row, None, list(similar), Table(asked, near))
 
     def _inside(self, missing: bytes) -> list[tuple[int, int]]:
-        """Amateur tokens that are a part of what is missing, from its beginning on, and their lengths."""
+        """Amateur tokens that are a prefix of the missing bytes, and their lengths."""
         ids = self.covering.amateur.ids
         return [(token_id, end) for end in range(1, len(missing) + 1) for token_id in ids.get(missing[:end], ())]
 
     def open(self, state: _State, request: Request, reply: Reply) -> None:
-        """Go on from a state, with what [`look_up`] says."""
+        """Add the states that follow a state, given the result of [`look_up`]."""
         context, mass = state.context or (), state.mass
         if state.missing:
             for (token_id, end), prob in zip(self._inside(state.missing), reply.others, strict=True):
@@ -152,7 +152,7 @@ class CoveredStep:
                 sums[token] += mass * prob
 
     def _look_at(self, state: _State, token_ids: list[int], probs: list[float], skipped: int) -> None:
-        """Add the states that amateur tokens lead to."""
+        """Add the states to which amateur tokens lead, `skipped` bytes of them being part of q."""
         beyond = [state.beyond + (self.covering.amateur.bytes[i] or b"")[skipped:] for i in token_ids]
         context = state.context or ()
         next_tokens = self.covering.next_tokens(self.tail, beyond)
@@ -170,7 +170,7 @@ class CoveredStep:
         self._try(to_try)
 
     def _try(self, states: list[_State]) -> None:
-        """Find out of some of the states that have not been tried whether they are settled."""
+        """Determine which of some untried states are settled."""
         if not states:
             return
         tried = set(map(id, states))
@@ -200,18 +200,18 @@ class CoveredStep:
         return sum(self._settled.values()) + self._by_table + unsettled
 
     def _range(self, token: int | None, states: list[_State]) -> tuple[float, float]:
-        """Mass of a next token: settled, and at most, if some states become it."""
+        """Settled probability of a next token, and its probability if every state that can become it does."""
         settled = self._settled[token]
         near = 0.0 if token is None else self._near_by_table[token]
         return settled, settled + near + sum(state.mass for state in states if self._comparable(state, token))
 
     @property
     def is_read(self) -> bool:
-        """Whether a text that begins with q was found at all."""
+        """Whether any text that begins with q was found."""
         return self._everything() > 0
 
     def estimate(self, tokens: list[int | None]) -> list[float]:
-        """pi_A^E of some of the tokens that are asked for, as if every open text ended where it is."""
+        """pi_A^E of some tokens in `asked`, as if every open text ended where it is."""
         everything = self._everything()
         masses = self._settled.copy()
         for state in (*self._states, *self._untried):
@@ -222,21 +222,21 @@ class CoveredStep:
 
     def bounds(self, tokens: list[int | None], width: float = 0.0) -> Bounds:
         """
-        pi_A^E of some of the tokens that are needed, each with its interval: as narrow as can be, or at most `width`
-        nats wide.
+        pi_A^E of some tokens in `needed` with intervals, at most `width` nats wide if possible, or as narrow as
+        possible if it is 0.
         """
         while True:
             bounds = self._bounds(tokens)
             if not self._untried or width and max(map(log_width, bounds.low, bounds.high)) <= width:
                 return bounds
-            # Those that have half of the mass, or all
+            # Those with half of the probability, or all
             states = sorted(self._untried, key=lambda state: -state.mass)
             masses = list(accumulate(state.mass for state in states))
             self._try(states[: bisect_right(masses, masses[-1] / 2) + 1 if width else len(states)])
 
     def _bounds(self, tokens: list[int | None]) -> Bounds:
         states = [*self._states, *self._untried]
-        # Of P[... begins with q]: what is certain, and what is not
+        # The certain and the uncertain part of P[... begins with q]
         alive = sum(self._settled.values()) + self._by_table
         alive += sum(state.mass for state in states if not state.lost)
         at_risk = sum(state.mass for state in states if state.lost)
@@ -253,13 +253,13 @@ def open_contexts(
     covering: Covering, openings: list[tuple[CoveredStep, tuple[int, ...], int]], probs: torch.Tensor
 ) -> None:
     """
-    Go on from contexts of some steps.
+    Open contexts of some steps, with one lookup for all of them.
 
     Args:
         covering ([`Covering`]): The two tokenizers.
         openings (`list[tuple[CoveredStep, tuple[int, ...], int]]`): A step, one of [`CoveredStep.wanted`], and the row
             of the distribution there.
-        probs (`torch.Tensor` of shape `(N, W)`, fp64): The amateur's next token. It is changed.
+        probs (`torch.Tensor` of shape `(N, W)`, fp64): The amateur's next token. Modified in place.
     """
     found = [(step, *each) for step, context, row in openings for each in step.start_opening(context, row)]
     replies = look_up(covering, probs, [request for _, _, request in found])

@@ -1,20 +1,21 @@
-"""An amateur with other tokens, read in the expert's: a covering over byte strings, with intervals.
+"""Reads an amateur with other tokens in the expert's: a covering over byte strings, with intervals.
 
-Let q be the expert's tokens so far, b(.) bytes, tau_E the expert's tokenizer, and Y what the amateur writes. What is
-wanted is the probability of the expert's next token a, as the amateur's text is tokenized by the expert:
+Let q be the expert's tokens so far, b(.) bytes, tau_E the expert's tokenizer, and Y what the amateur writes. The
+probability of the expert's next token a, when the expert tokenizes the amateur's text, is
 
     pi_A^E(a) = P[tau_E(b(Y)) begins with q a] / P[tau_E(b(Y)) begins with q]
 
-The amateur starts from a context u, what its own tokenizer makes of the bytes of q up to a boundary some tokens back.
-Each of its tokens w leads from a state (its tokens, the bytes that they add) to another one. A state is settled when
-no text behind it changes whether tau_E gives q back, and which token follows; its probability is counted there. Any
-other state is opened, or is counted as if the text ended there, and as unsettled: the interval holds it either way.
-Whether text behind can change something is told by the expert's longer tokens and by a few texts that are tried, most
-of the work. The estimate is the same either way, so states are tried only if they can become a token that is needed,
-if they have enough mass to be opened, or if an interval is too wide without.
+The amateur starts from a context u: its own tokens of the bytes of q, up to a boundary some tokens back. Each of its
+tokens w leads from one state (its tokens and the bytes that they add) to another. A state is settled when no further
+text can change whether tau_E reproduces q, nor which token follows; its probability is then counted. Any other state
+is opened, or it is counted as if the text ended there and as unsettled. The interval holds in both cases.
 
-Here is what depends on the two tokenizers. [`~trl_lightreasoner.sampling.covered_step.CoveredStep`] is the covering of
-one step.
+The expert's longer tokens, and a few texts that are tried, show whether further text can change something. Trying them
+is most of the work and does not change the estimate. So a state is tried only if it can become a needed token, if it
+has enough probability to be opened, or if an interval is too wide otherwise.
+
+This module holds what depends on the two tokenizers.
+[`~trl_lightreasoner.sampling.covered_step.CoveredStep`] is the covering of one step.
 """
 
 from bisect import bisect_right
@@ -29,20 +30,20 @@ from ..models.token_bytes import TokenBytes, split_characters
 
 # Expert tokens between the place where the amateur starts and the step
 _BACK = 3
-# Expert tokens of which it is tested whether they are given back: fewest and most
+# Fewest and most expert tokens before the step that its tokenizer must reproduce
 _TAIL = (4, 16)
-# Texts by which it is tested whether a tokenization is final, and the longer tokens tried beside them
+# Texts that show whether a tokenization is final, and the number of longer tokens tried with them
 _PROBES = [text.encode() for text in (" ", "a", " a", "0", "\n", "\n\na", ".", "'s")]
 _LONGER_TOKENS = 4
-# Amateur tokens that begin with a token that is needed, of those with little probability
+# Improbable amateur tokens looked at because they begin with a needed token
 _LONGEST_LIST = 64
-# Next tokens that are remembered: about a quarter of a GiB
+# Next tokens in the cache: about a quarter of a GiB
 _MOST_KNOWN = 2**20
 
-# What can stand in place of an expert token behind q
+# What can take the place of an expert token after q
 LOST = -1  # the text is not tokenized as q
 OPEN = -2  # nothing yet, or part of a character
-NO_TEXT = -3  # bytes that are no UTF-8, whatever follows
+NO_TEXT = -3  # bytes that are not UTF-8, whatever follows
 
 
 class Start(NamedTuple):
@@ -52,7 +53,7 @@ class Start(NamedTuple):
     Attributes:
         tail (`tuple[int, ...]`): The last expert tokens before the step.
         context (`tuple[int, ...]`): u, the amateur's tokens of the completion.
-        missing (`bytes`): What of the completion before the step comes behind u.
+        missing (`bytes`): The bytes of the completion between u and the step.
     """
 
     tail: tuple[int, ...]
@@ -80,7 +81,7 @@ class Covering:
         self.expert_places = {token_id: place for place, token_id in enumerate(expert.sorted_ids)}
         self._expert_lengths = [len(content or b"") for content in expert.bytes]
         self._first: torch.Tensor | None = None
-        # Next tokens that are known, by the tail and the text behind it
+        # Known next tokens, by the tail and the text after it
         self._known: defaultdict[tuple[int, ...], dict[bytes, tuple[int, bool]]] = defaultdict(dict)
         self._num_known = 0
 
@@ -111,7 +112,7 @@ class Covering:
         return sum(content in self.amateur.ids for content in self.expert.bytes if content)
 
     def own_tokens(self, completion_ids: list[int]) -> list[int]:
-        """The amateur's own tokens of the expert's, as far as they stand for text that it can read."""
+        """The amateur's own tokens of a completion, up to the first token that stands for no text."""
         content = self.expert.join(completion_ids)
         while content is None and completion_ids:
             completion_ids = completion_ids[:-1]
@@ -120,8 +121,8 @@ class Covering:
 
     def starts(self, completion_ids: list[int], num_steps: int) -> list[Start | None]:
         """
-        Where the first steps of a completion start; `None` where the amateur cannot read what comes before, or where
-        the expert's own tokenizer does not give it back. What follows a step plays no part in it.
+        Where the first steps of a completion start. `None` if the amateur cannot read the text before a step, or if
+        the expert's own tokenizer does not reproduce it. The text after a step has no influence.
         """
         parts: list[bytes] = []
         for token_id in completion_ids[: num_steps - 1]:
@@ -145,7 +146,7 @@ class Covering:
         return starts
 
     def _context(self, recent: list[list[int]], end: int) -> tuple[int, ...]:
-        """The amateur's tokens that the last expert tokens have not moved, within the first `end` bytes."""
+        """The amateur's tokens within the first `end` bytes that are the same in all `recent` tokenizations."""
         context = []
         for place, token_id in enumerate(recent[0]):
             if any(ids[place : place + 1] != [token_id] for ids in recent):
@@ -156,7 +157,7 @@ class Covering:
         return tuple(context[: bisect_right(ends, end)])
 
     def _tail(self, ids: list[int]) -> tuple[int, ...] | None:
-        """The last expert tokens, so many that the tokenizer gives them back."""
+        """As few of the last expert tokens as the tokenizer reproduces."""
         fewest, most = _TAIL
         for count in range(min(fewest, len(ids)), min(most, len(ids)) + 1):
             tail = tuple(ids[len(ids) - count :])
@@ -164,7 +165,7 @@ class Covering:
             text = None if content is None else split_characters(content)
             if text is None:
                 continue
-            if text[1]:  # the rest of a character is to come: as far as there are whole ones
+            if text[1]:  # the last character is incomplete: compare the whole ones
                 whole = len(text[0].encode())
                 inside = bisect_right(list(accumulate(self._expert_lengths[i] for i in tail)), whole)
                 found = self.expert.encode(content[:whole])  # type: ignore[index]
@@ -176,8 +177,8 @@ class Covering:
 
     def next_tokens(self, tail: tuple[int, ...], beyond: list[bytes]) -> list[tuple[int, bool]]:
         """
-        The expert's next token, or what stands in its place, of texts that end in these bytes behind `tail`; and
-        whether they end with a whole character.
+        For texts that end in these bytes after `tail`: the expert's next token or what takes its place, and whether
+        the text ends with a whole character.
         """
         if self._num_known > _MOST_KNOWN:
             self._known.clear()
@@ -200,8 +201,8 @@ class Covering:
 
     def finality(self, tail: tuple[int, ...], beyond: list[bytes], tokens: list[int]) -> list[tuple[bool, bool]]:
         """
-        Whether a text behind can change the next token, and whether it can be such that `tail` is not given back, of
-        texts that end with a character and have these next tokens.
+        For texts that end with a character and have these next tokens: whether further text can change the next token,
+        and whether it can change the tokens of `tail`.
         """
         base = self.expert.join(tail) or b""
         grown = [self._can_grow(tail, token, base, each) for token, each in zip(tokens, beyond, strict=True)]
@@ -210,8 +211,8 @@ class Covering:
         for each, token, (_, lost) in zip(beyond, tokens, grown, strict=True):
             if token == LOST or not lost:
                 content = base + each
-                behind = dict.fromkeys((*_PROBES, *self._longer_tokens(tail, base, each)))
-                probes += [content + probe for probe in behind]
+                further = dict.fromkeys((*_PROBES, *self._longer_tokens(tail, base, each)))
+                probes += [content + probe for probe in further]
             ends.append(len(probes))
         outcomes = [_next_token(tail, ids) for ids in self.expert.encode_all(probes)]
         found = []
@@ -225,12 +226,12 @@ class Covering:
         return found
 
     def ends_with(self, tail: tuple[int, ...], beyond: bytes) -> int:
-        """The next token if the text ends there: `OPEN` for none, `LOST` if `tail` is not given back."""
+        """The next token if the text ends there: `OPEN` for none, `LOST` if `tail` is not reproduced."""
         token, whole = self._known[tail].get(beyond, (OPEN, False))
         return token if whole else _next_token(tail, self.expert.encode((self.expert.join(tail) or b"") + beyond))
 
     def _can_grow(self, tail: tuple[int, ...], token: int, base: bytes, beyond: bytes) -> tuple[bool, bool]:
-        """Whether a longer token could stand from the next token's beginning on, or from that of one in the tail."""
+        """Whether a longer token could begin where the next token begins, or where one of the tail does."""
         text = base + beyond
         at, lost = len(base), False
         for token_id in reversed(tail[-3:]):
@@ -239,21 +240,21 @@ class Covering:
         return token == OPEN or bool(self.expert.going_on(beyond, 1)), lost
 
     def _longer_tokens(self, tail: tuple[int, ...], base: bytes, beyond: bytes) -> list[bytes]:
-        """Bytes that would make longer tokens of the end of a text, from places within the last tokens on."""
+        """Bytes that would complete longer tokens that begin within the last tokens of a text."""
         text = base + beyond
         start = len(base) - (self._expert_lengths[tail[-1]] if tail else 0)
         places = range(max(start, len(text) - 8) + 1, len(text))
         return [more for at in places for more in self.expert.going_on(text[at:], _LONGER_TOKENS)]
 
     def similar(self, token: int) -> list[int]:
-        """Amateur tokens that an expert token begins with, or that are little longer."""
+        """Amateur tokens that are a prefix of an expert token, and some of which it is a prefix."""
         content = self.expert.bytes[token] or b""
         shorter = [i for end in range(1, len(content) + 1) for i in self.amateur.ids.get(content[:end], ())]
         longer = self.amateur.sorted_ids[self.amateur.starting_with(content)] if content else []
         return shorter + longer[:_LONGEST_LIST]
 
     def comparable(self, token: int) -> tuple[list[int], slice]:
-        """Places of expert tokens that an expert token begins with, and of those that begin with it."""
+        """Places of expert tokens that are a prefix of an expert token, and of those of which it is a prefix."""
         content = self.expert.bytes[token]
         if not content:
             return [], slice(0, 0)

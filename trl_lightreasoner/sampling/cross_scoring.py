@@ -156,7 +156,7 @@ class CrossScoring:
     ) -> list[list[CoveredStep | None]]:
         """The steps of some completions, with the amateur read wherever needed."""
         covered: list[list[CoveredStep | None]] = []
-        # Logits behind the amateur's own tokens of the completion, the first k of them in row k
+        # The amateur's own tokens of each completion; row k of its logits is after the first k of them
         trunks: list[list[int]] = []
         for completion, tops in zip(completions, experts, strict=True):
             starts = self.covering.starts(completion, len(completion))
@@ -195,7 +195,7 @@ class CrossScoring:
                 yield (row, context), read.logits[row][len(context)]
             else:
                 further.append((row, context))
-        for place, found in read.behind(further):
+        for place, found in read.after(further):
             yield further[place], found
 
     def _open(self, contexts: list[tuple[str, tuple[int, ...], list[CoveredStep]]], logits: torch.Tensor) -> None:

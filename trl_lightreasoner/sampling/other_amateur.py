@@ -17,7 +17,7 @@ from .cross_scoring import MAX_WIDTH, CrossScoring
 from .scoring import TrajectoryScores
 
 
-# The contents of the messages, each with an empty line behind it
+# The contents of the messages, each followed by an empty line
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n\n{% endfor %}"
 
 

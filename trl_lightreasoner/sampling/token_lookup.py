@@ -15,19 +15,20 @@ from ..models.forward import to_device
 from .covering import Covering
 
 
-# Amateur tokens of one context that are looked at in context, unless the others have less than this together
+# Amateur tokens that are followed from one context, or fewer if all others together have less than this probability
 _MOST_TOKENS, _REST = 256, 1e-4
-# Probabilities that are compared together
+# Probabilities in one tensor
 _BLOCK = 2**22
 
 
 class Table(NamedTuple):
     """
-    Expert tokens for which the sums of [`Covering.first`] are wanted, as places among the expert's tokens.
+    Expert tokens, as places in `sorted_ids`, for which the probabilities of the amateur's tokens are summed: those of
+    which they are the first expert token (see [`Covering.first`]).
 
     Attributes:
-        tokens (`list[int]`): Tokens whose own sums are wanted.
-        near (`list[tuple[list[int], slice]]`): Some tokens and a slice of tokens, which are summed.
+        tokens (`list[int]`): Tokens with a sum each.
+        near (`list[tuple[list[int], slice]]`): Sets of tokens with one sum, as some tokens and a slice.
     """
 
     tokens: list[int]
@@ -36,14 +37,14 @@ class Table(NamedTuple):
 
 class Request(NamedTuple):
     """
-    What one opening asks for.
+    What one opening needs.
 
     Attributes:
-        row (`int`): The distribution.
-        among (`slice`, *optional*): The tokens whose most probable ones are wanted, in the amateur's `sorted_ids`.
+        row (`int`): Row of the distribution.
+        among (`slice`, *optional*): Slice of the amateur's `sorted_ids`, whose most probable tokens are returned.
             `None` for all tokens that stand for text.
-        others (`list[int]`): Tokens that are wanted in any case.
-        table ([`Table`], *optional*): Sums over all tokens that are neither.
+        others (`list[int]`): Tokens that are returned in any case.
+        table ([`Table`], *optional*): Sums over all tokens that are not returned.
     """
 
     row: int
@@ -55,12 +56,14 @@ class Request(NamedTuple):
 @dataclass
 class Reply:
     """
+    The result for one request.
+
     Attributes:
         ids, probs (`list`): The most probable tokens.
-        rest (`float`): Probability of the tokens among which they are, without them.
+        rest (`float`): Probability of all other tokens of the slice.
         others (`list[float]`): Probabilities of the request's `others`.
         at_end (`float`): Probability of the tokens that end an answer.
-        total (`float`), tokens, near (`list[float]`): Sums of the table, over all tokens and as it asks.
+        total (`float`), tokens, near (`list[float]`): Sum over all tokens, and the sums of the table.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -75,11 +78,11 @@ class Reply:
 
 def look_up(covering: Covering, probs: torch.Tensor, requests: list[Request]) -> list[Reply]:
     """
-    Answer the requests of some openings.
+    Look up what some openings need.
 
     Args:
         covering ([`Covering`]): The two tokenizers.
-        probs (`torch.Tensor` of shape `(N, W)`, fp64): The amateur's next token in each context. It is changed.
+        probs (`torch.Tensor` of shape `(N, W)`, fp64): The amateur's next token in each context. Modified in place.
         requests (`list[Request]`): In any order.
 
     Returns:
