@@ -362,9 +362,9 @@ class ContrastiveStepSampler:
 
             def judge() -> PairCheck:
                 check = check_steps(sampled, self.processing_class, self.args.beta)
-                firsts = sampled[:_NUM_ANSWERS]
-                check.expert_answers = self._as_texts(firsts["completion_ids"])
-                check.amateur_answers = sampler._amateur_answers(checked, firsts["prompt_ids"])
+                firsts = sampled.select(range(min(_NUM_ANSWERS, len(sampled))))
+                check.expert_answers = self._as_texts(firsts["completion_ids"][:])
+                check.amateur_answers = sampler._amateur_answers(firsts)
                 return check
 
             return self.processes.on_main(judge)
@@ -372,13 +372,14 @@ class ContrastiveStepSampler:
             if self.processes.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _amateur_answers(self, dataset: Dataset, prompt_ids: list[list[int]]) -> list[str]:
+    def _amateur_answers(self, sampled: Dataset) -> list[str]:
+        """The amateur's own answers to the prompts of sampled rows."""
+        prompt_ids = sampled["prompt_ids"][:]
         tokenizer, vocabulary, max_length = self.processing_class, self.shared_vocabulary, self.max_length
         if (other := self.other_amateur) is not None:
             tokenizer, vocabulary, max_length = other.tokenizer, other.vocabulary, other.max_length
         if (own := self._amateur_prompts()) is not None:
-            encoded = own.encode([dataset[index] for index in range(len(dataset))])
-            prompt_ids = [ids for ids in encoded if ids][: len(prompt_ids)]
+            prompt_ids = own.encode(list(sampled), date=run_date(self.args.output_dir))
         room = self.args.max_new_tokens
         if max_length is not None:
             room = min(room, max_length - max(map(len, prompt_ids)))
