@@ -298,7 +298,9 @@ class ContrastiveStepSampler:
         self.batch_size = self.processes.on_main(lambda: self._find_batch_size(encoded, plan, scoring_only))
         try:
             done = self.processes.on_main(
-                lambda: writer.open({**self._identity(encoded), **describe_rows(dataset)}, self._metadata(dataset))
+                lambda: writer.open(
+                    {**self._identity(encoded), **describe_rows(dataset)}, self._metadata(dataset, writer)
+                )
             )
             if not self.processes.is_main:
                 writer.join()
@@ -498,7 +500,7 @@ class ContrastiveStepSampler:
         reading = {"by": "covering", "description": self.other_amateur.reading}
         return {"shared_tokens": self.other_amateur.num_shared, "amateur_reading": reading}
 
-    def _metadata(self, dataset: Dataset) -> dict[str, Any]:
+    def _metadata(self, dataset: Dataset, writer: StepWriter) -> dict[str, Any]:
         return make_metadata(
             {"expert": (self.expert, self._names[0]), "amateur": (self.amateur, self._names[1])},
             {name: getattr(self.args, name) for name in _SETTINGS},
@@ -509,4 +511,5 @@ class ContrastiveStepSampler:
             self.processing_class,
             None if self._vllm is None else self._vllm.version,
             source_of(dataset),
+            writer.date,
         )
