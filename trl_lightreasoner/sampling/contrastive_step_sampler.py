@@ -253,6 +253,7 @@ class ContrastiveStepSampler:
                 f"the expert's context is {self.max_length} tokens, the amateur's {self.other_amateur.max_length}"
             )
         plan = plan_prompts(encoded, scoring_only, self.args, self.max_length, self._amateur_room, context)
+        self._sampled_rows = sorted(index for index, _ in plan)
         self._vllm = None
         if self.args.use_vllm:
             longest, room = plan[0]
@@ -364,9 +365,10 @@ class ContrastiveStepSampler:
 
             def judge() -> PairCheck:
                 check = check_steps(sampled, self.processing_class, self.args.beta)
-                firsts = sampled.select(range(min(_NUM_ANSWERS, len(sampled))))
-                check.expert_answers = self._as_texts(firsts["completion_ids"][:])
-                check.amateur_answers = sampler._amateur_answers(firsts)
+                firsts = sampled[:_NUM_ANSWERS]
+                check.expert_answers = self._as_texts(firsts["completion_ids"])
+                rows = [checked[index] for index in sampler._sampled_rows[:_NUM_ANSWERS]]
+                check.amateur_answers = sampler._amateur_answers(rows, firsts["prompt_ids"])
                 return check
 
             return self.processes.on_main(judge)
@@ -374,14 +376,12 @@ class ContrastiveStepSampler:
             if self.processes.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _amateur_answers(self, sampled: Dataset) -> list[str]:
-        """The amateur's own answers to the prompts of sampled rows."""
-        prompt_ids = sampled["prompt_ids"][:]
+    def _amateur_answers(self, rows: list[dict[str, Any]], prompt_ids: list[list[int]]) -> list[str]:
         tokenizer, vocabulary, max_length = self.processing_class, self.shared_vocabulary, self.max_length
         if (other := self.other_amateur) is not None:
             tokenizer, vocabulary, max_length = other.tokenizer, other.vocabulary, other.max_length
         if (own := self._amateur_prompts()) is not None:
-            prompt_ids = own.encode(list(sampled), date=run_date(self.args.output_dir))
+            prompt_ids = own.encode(rows, date=run_date(self.args.output_dir))
         room = self.args.max_new_tokens
         if max_length is not None:
             room = min(room, max_length - max(map(len, prompt_ids)))
