@@ -71,6 +71,7 @@ def test_each_round_samples_fresh_questions(finished, settings):
     sampled = [[row["prompt"][-1]["content"] for row in steps_of(finished, number)] for number in (1, 2)]
     assert sampled == [asked[:NUM_PROMPTS], asked[NUM_PROMPTS : NUM_PROMPTS + NUM_LATER]]
     assert finished.num_prompts == NUM_PROMPTS + NUM_LATER
+    assert finished.num_updates == 2 * settings["max_steps"]
 
 
 @torch.no_grad()

@@ -57,6 +57,21 @@ def divergences(rows) -> np.ndarray:
     return np.array([value for row in rows for value in row["kl_divergence"]])
 
 
+@pytest.mark.parametrize(
+    ("others", "alpha", "beta", "label_power"),
+    [
+        ({"alpha": 0.2, "beta": BETA}, 0.2, BETA, (1.0, 0.0)),
+        ({"alpha": 0.2, "beta": BETA, "contrast_strength": 1.0, "expert_anchor": 0.0}, 0.2, BETA, (1.0, 0.0)),
+        ({"alpha": 0.1, "beta": 0.6}, None, None, (1.0, 0.0)),
+        ({"alpha": 0.2, "beta": BETA, "contrast_strength": 0.5}, 0.2, BETA, None),
+    ],
+)
+def test_settings_are_told_if_all_rows_have_them(others, alpha, beta, label_power, rows):
+    mixed = [*rows[:3], {**rows[3], "sampling_metadata": json.dumps({"settings": others})}]
+    statistics = StepStatistics(as_dataset(mixed))
+    assert (statistics.alpha, statistics.beta, statistics.label_power) == (alpha, beta, label_power)
+
+
 def test_rows_steps_and_kept_steps_are_counted(statistics, rows, divergences):
     assert statistics.num_rows == statistics.num_trajectories == len(rows)
     assert statistics.num_steps == len(divergences)

@@ -3,6 +3,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -81,6 +83,16 @@ def test_branches_are_read_like_whole_contexts(make, most_tokens, monkeypatch, t
     found = dict(rows.after(CONTEXTS))
     assert max(length for _, length in tokens_read.read) <= min(most_tokens, 9)
     assert found.keys() == set(range(len(CONTEXTS)))
+    for place, (row, context) in enumerate(CONTEXTS):
+        torch.testing.assert_close(found[place], alone(model, row, context), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_distances_that_are_counted_along_the_mask_are_read_from_the_beginning():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = FalconForCausalLM(FalconConfig(**sizes, alibi=True, initializer_range=0.5)).eval()
+    found = dict(BranchedRows(model, ROWS, nullcontext).behind(CONTEXTS))
     for place, (row, context) in enumerate(CONTEXTS):
         torch.testing.assert_close(found[place], alone(model, row, context), rtol=1e-4, atol=1e-5)
 

@@ -367,6 +367,15 @@ def test_the_check_asks_the_amateur_as_it_reads(make_sampler, expert, tokenizer)
     assert check.amateur_answers[0] == tokenizer.decode(answer[0], skip_special_tokens=True)
 
 
+def test_the_check_asks_the_amateur_what_the_expert_was_asked(make_sampler, expert, tokenizer):
+    too_long = Dataset.from_dict({"prompt": ["What is 2+2? " * 60, *QUESTIONS[:4]]})
+    sampler = make_sampler(expert, None, (tokenizer,), amateur_prompt_template="{question} =")
+    asked = Dataset.from_dict({"prompt": QUESTIONS[:4]})
+    checks = [sampler.check(prompts, prompt_format=PromptFormat("raw", "{question}")) for prompts in (too_long, asked)]
+    for name in ("expert_answers", "amateur_answers"):
+        assert getattr(checks[0], name) == getattr(checks[1], name)
+
+
 NOTHING_DIFFERS = "so they never diverge. Name the base model .* `amateur_skipped_layers`, `amateur_system_prompt` or"
 
 

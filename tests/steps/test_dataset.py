@@ -371,6 +371,18 @@ def test_quantiles_are_over_every_step(made):
     assert kl_quantiles(made, [0.0, 0.5, 1.0]) == [values[0], (values[8] + values[9]) / 2, values[-1]]
 
 
+@pytest.mark.parametrize(
+    "choose",
+    [lambda made: made.select([4, 1]), lambda made: made.filter(lambda _, i: i % 2 == 1, with_indices=True)],
+    ids=["selected", "filtered"],
+)
+def test_quantiles_are_of_the_rows_that_were_chosen(choose, made):
+    chosen = choose(made)
+    values = sorted(value for row in chosen for value in row["kl_divergence"])
+    assert 0 < len(chosen) < len(made)
+    assert kl_quantiles(chosen, [0.0, 1.0]) == [values[0], values[-1]]
+
+
 @pytest.mark.parametrize("beta", [0.4, 0.5, 0.6, 9.0])
 def test_raising_beta_keeps_the_steps_that_reach_it(made, beta):
     raised = raise_beta(made, beta)

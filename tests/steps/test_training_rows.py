@@ -100,16 +100,19 @@ def test_a_malformed_row_is_refused_by_number_and_reason(changes, reason):
     ("weights", "reason"),
     [
         ([1.0, 2.0], "there are 3 step positions and 2 step weights"),
-        ([1.0, math.nan, 2.0], "the weight of step 2 must be a finite number, 0 or more, and is nan"),
-        ([1.0, 2.0, math.inf], "the weight of step 3 must be a finite number, 0 or more, and is inf"),
-        ([-0.5, 1.0, 2.0], "the weight of step 0 must be a finite number, 0 or more, and is -0.5"),
+        ([1.0, math.nan, 2.0], "the weight of step 2 must be 0, or between 1e-30 and 1e.30, and is nan"),
+        ([1.0, 2.0, math.inf], "the weight of step 3 must be 0, or between 1e-30 and 1e.30, and is inf"),
+        # In single precision their mean would be 0, or not a number
+        ([1.0, 2.0, 1e-50], "the weight of step 3 must be 0, or between 1e-30 and 1e.30, and is 1e-50"),
+        ([1.0, 2.0, 3e38], "the weight of step 3 must be 0, or between 1e-30 and 1e.30, and is 3e.38"),
+        ([-0.5, 1.0, 2.0], "the weight of step 0 must be 0, or between 1e-30 and 1e.30, and is -0.5"),
         ([1.0, None, 2.0], "step_weights has a gap"),
         (None, "step_weights is missing"),
     ],
 )
 def test_weights_that_cannot_be_meant_are_refused_by_row(weights, reason):
     rows = [{**ROW, "step_weights": [1.0, 0.0, 2.5]}, {**ROW, "step_weights": weights}]
-    features = Features({**FEATURES, "step_weights": List(Value("float32"))})
+    features = Features({**FEATURES, "step_weights": List(Value("float64"))})
     with pytest.raises(ValueError, match=f"^Row 1 of the train dataset cannot be used for training: {reason}"):
         prepare(Dataset.from_list(rows, features=features))
 

@@ -1,5 +1,7 @@
 """The loss with an SFT dataset is two means over the whole update, whatever its cut."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
@@ -7,7 +9,12 @@ from peft import LoraConfig
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from trl_lightreasoner import DataCollatorForLightReasoner, LightReasonerTrainer
+from trl_lightreasoner import (
+    ContrastiveSamplingConfig,
+    ContrastiveStepSampler,
+    DataCollatorForLightReasoner,
+    LightReasonerTrainer,
+)
 
 from ..conftest import QUESTIONS, make_model
 from .test_packed_attention import make_trainer, naive  # noqa: F401
@@ -130,6 +137,28 @@ def test_tokens_beyond_max_length_are_left_out(rows, expert, tokenizer, tmp_path
     trainer = LightReasonerTrainer(expert, config(tmp_path, max_length=length), train_dataset=rows, sft_dataset=long)
     row = trainer.train_dataset[0]
     assert len(row["sft_prompt_ids"]) + row["sft_step_positions"][-1] == length
+
+
+def test_demonstrations_and_questions_show_the_date_of_the_steps(expert, amateur, tokenizer, tmp_path, today):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    prompt = [{"role": "user", "content": "What is 2+2?"}]
+    today(27)
+    args = ContrastiveSamplingConfig(str(tmp_path / "steps"), max_new_tokens=4, beta=0.0)
+    sampler = ContrastiveStepSampler(expert, amateur, args, tokenizer, tokenizer)
+    steps = sampler.sample(Dataset.from_dict({"prompt": [prompt]}))
+    today(28)
+    trainer = LightReasonerTrainer(
+        expert,
+        config(tmp_path),
+        train_dataset=steps,
+        processing_class=tokenizer,
+        sft_dataset=Dataset.from_dict({"prompt": [prompt], "completion": [[{"role": "assistant", "content": "4"}]]}),
+        eval_questions=Dataset.from_dict({"prompt": [prompt], "answer": ["4"]}),
+    )
+    assert "27 Nov 2026" in tokenizer.decode(steps["prompt_ids"][0])
+    assert trainer.train_dataset["sft_prompt_ids"][0] == steps["prompt_ids"][0]
+    assert trainer._questions.prompt_ids[0] == steps["prompt_ids"][0]
 
 
 def test_demonstrations_beside_streamed_rows_are_refused(rows, expert, tmp_path):

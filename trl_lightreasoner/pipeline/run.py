@@ -43,7 +43,7 @@ class RunResult:
         num_kept (`int`):
             Kept steps.
         num_updates (`int`):
-            Number of training updates.
+            Number of training updates, in all rounds, as are the three numbers above.
         pair (`str`):
             Verdict of the check of the pair, such as `"promising"`.
         best_round (`int`):
@@ -161,7 +161,7 @@ def run_pipeline(args: RunConfig) -> RunResult:
         if len(rounds) > 1 and results is not None:
             what += f", which also chose round {best.number} of {len(rounds)}"
         verdict = judge(scores.get("difference"), what)
-        state = json.loads((folder.adapter / "trainer_state.json").read_text(encoding="utf-8"))
+        states = [folder.round(each.number).adapter / "trainer_state.json" for each in rounds]
         result = RunResult(
             *verdict,
             accuracy_before=scores["baseline"]["accuracy"] if scores else None,
@@ -171,7 +171,7 @@ def run_pipeline(args: RunConfig) -> RunResult:
             num_prompts=sum(each.num_prompts for each in rounds),
             num_steps=sum(each.num_steps for each in rounds),
             num_kept=sum(each.num_kept for each in rounds),
-            num_updates=state["global_step"],
+            num_updates=sum(json.loads(path.read_text(encoding="utf-8"))["global_step"] for path in states),
             pair=check["verdict"],
             best_round=best.number,
             seconds=stages.seconds(),

@@ -126,7 +126,7 @@ def _summary(dataset: ReportedDataset, style: str) -> str:
             name = name if isinstance(name, str) else ", ".join(map(str, name))
             settings.append((f"{role.capitalize()} {symbol}", escape(spell_out(short_name(name)))))
     settings += [(key, write_number(value)) for key, value in (("α", numbers.alpha), ("β", numbers.beta)) if value]
-    if numbers.label_power != (1.0, 0.0):
+    if numbers.label_power not in ((1.0, 0.0), None):
         settings += list(zip(("γ", "λ"), map(write_number, numbers.label_power), strict=True))
     rows = ""
     if numbers.num_rows > numbers.num_trajectories:

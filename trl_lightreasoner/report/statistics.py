@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from ..sampling.model_pair import AMATEUR_SETTINGS
 from ..steps.columns import StepColumns, count_changes, longest_completion, read_columns
-from ..steps.dataset import STEP_COLUMNS, sampling_metadata
+from ..steps.dataset import STEP_COLUMNS, read_samplings, sampling_metadata
 
 
 BINS_PER_DECADE = 1000
@@ -50,8 +50,9 @@ class StepStatistics:
         name (`str`): What to call it in messages.
 
     Attributes:
-        alpha, beta (`float`, *optional*): As the Dataset says; None if it does not.
-        label_power (`tuple[float, float]`): gamma and lambda of the labels, by default the paper's.
+        alpha, beta (`float`, *optional*): As the Dataset says; None if it does not, or holds rows of several values.
+        label_power (`tuple[float, float]`, *optional*): gamma and lambda of the labels, by default the paper's; None
+            if the rows differ.
         num_rows, num_trajectories, num_steps, num_kept (`int`): Counts. Steps are those of the distinct trajectories.
         num_known (`int`): Steps whose divergence is known: all, but for a Dataset of `lightreasoner import`.
         position_edges (`np.ndarray` of shape `(G + 1,)`): Bounds of the groups of positions.
@@ -79,9 +80,11 @@ class StepStatistics:
 
     def __init__(self, dataset: Dataset, name: str = "dataset"):
         check_columns(dataset, name)
-        settings = made_with(dataset).get("settings") or {}
-        self.alpha, self.beta = settings.get("alpha"), settings.get("beta")
-        self.label_power = (settings.get("contrast_strength", 1.0), settings.get("expert_anchor", 0.0))
+        settings = [_parts_of(each)["settings"] for each in read_samplings([dataset])] or [{}]
+        self.alpha, self.beta = (_if_one({each.get(key) for each in settings}) for key in ("alpha", "beta"))
+        self.label_power = _if_one(
+            {(each.get("contrast_strength", 1.0), each.get("expert_anchor", 0.0)) for each in settings}
+        )
         longest = longest_completion(dataset, name)
         width = -(-longest // _NUM_POSITIONS)
         num_groups = -(-longest // width)
@@ -223,8 +226,14 @@ class Bins:
 def made_with(dataset: Dataset) -> dict[str, Any]:
     """What [`sampling_metadata`] says, or nothing where it is not of the sampler's making."""
     metadata = sampling_metadata(dataset)
-    if not isinstance(metadata, dict):
-        return {}
+    return _parts_of(metadata) if isinstance(metadata, dict) else {}
+
+
+def _if_one(values: set[Any]) -> Any:
+    return values.pop() if len(values) == 1 else None
+
+
+def _parts_of(metadata: dict[str, Any]) -> dict[str, Any]:
     parts = {name: part for name, part in metadata.items() if isinstance(part, dict)}
     settings = parts.get("settings", {})
     parts["settings"] = {

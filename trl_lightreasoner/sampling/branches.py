@@ -226,6 +226,8 @@ def _longest_context(model: torch.nn.Module) -> int:
     names = inspect.signature(base.get_decoder().forward).parameters
     if base.config._attn_implementation != "sdpa" or not {"position_ids", "attention_mask"} <= names.keys():
         return 0
+    if getattr(base.config, "alibi", False):  # distances are counted along a mask of one row's tokens
+        return 0
     layers = DynamicCache(config=base.config).layers
     if not {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return 0

@@ -253,6 +253,7 @@ class ContrastiveStepSampler:
                 f"the expert's context is {self.max_length} tokens, the amateur's {self.other_amateur.max_length}"
             )
         plan = plan_prompts(encoded, scoring_only, self.args, self.max_length, self._amateur_room, context)
+        self._sampled_rows = sorted(index for index, _ in plan)
         self._vllm = None
         if self.args.use_vllm:
             longest, room = plan[0]
@@ -298,7 +299,9 @@ class ContrastiveStepSampler:
         self.batch_size = self.processes.on_main(lambda: self._find_batch_size(encoded, plan, scoring_only))
         try:
             done = self.processes.on_main(
-                lambda: writer.open({**self._identity(encoded), **describe_rows(dataset)}, self._metadata(dataset))
+                lambda: writer.open(
+                    {**self._identity(encoded), **describe_rows(dataset)}, self._metadata(dataset, writer)
+                )
             )
             if not self.processes.is_main:
                 writer.join()
@@ -364,7 +367,8 @@ class ContrastiveStepSampler:
                 check = check_steps(sampled, self.processing_class, self.args.beta)
                 firsts = sampled[:_NUM_ANSWERS]
                 check.expert_answers = self._as_texts(firsts["completion_ids"])
-                check.amateur_answers = sampler._amateur_answers(checked, firsts["prompt_ids"])
+                rows = [checked[index] for index in sampler._sampled_rows[:_NUM_ANSWERS]]
+                check.amateur_answers = sampler._amateur_answers(rows, firsts["prompt_ids"])
                 return check
 
             return self.processes.on_main(judge)
@@ -372,13 +376,12 @@ class ContrastiveStepSampler:
             if self.processes.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _amateur_answers(self, dataset: Dataset, prompt_ids: list[list[int]]) -> list[str]:
+    def _amateur_answers(self, rows: list[dict[str, Any]], prompt_ids: list[list[int]]) -> list[str]:
         tokenizer, vocabulary, max_length = self.processing_class, self.shared_vocabulary, self.max_length
         if (other := self.other_amateur) is not None:
             tokenizer, vocabulary, max_length = other.tokenizer, other.vocabulary, other.max_length
         if (own := self._amateur_prompts()) is not None:
-            encoded = own.encode([dataset[index] for index in range(len(dataset))])
-            prompt_ids = [ids for ids in encoded if ids][: len(prompt_ids)]
+            prompt_ids = own.encode(rows, date=run_date(self.args.output_dir))
         room = self.args.max_new_tokens
         if max_length is not None:
             room = min(room, max_length - max(map(len, prompt_ids)))
@@ -497,7 +500,7 @@ class ContrastiveStepSampler:
         reading = {"by": "covering", "description": self.other_amateur.reading}
         return {"shared_tokens": self.other_amateur.num_shared, "amateur_reading": reading}
 
-    def _metadata(self, dataset: Dataset) -> dict[str, Any]:
+    def _metadata(self, dataset: Dataset, writer: StepWriter) -> dict[str, Any]:
         return make_metadata(
             {"expert": (self.expert, self._names[0]), "amateur": (self.amateur, self._names[1])},
             {name: getattr(self.args, name) for name in _SETTINGS},
@@ -508,4 +511,5 @@ class ContrastiveStepSampler:
             self.processing_class,
             None if self._vllm is None else self._vllm.version,
             source_of(dataset),
+            writer.date,
         )

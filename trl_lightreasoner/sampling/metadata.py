@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
 from ..models.weights import describe_loading, describe_model, weight_fingerprint
+from ..steps.messages import prints_date
 from ..steps.prompt_format import PromptFormat
 from ..steps.writer import hash_ids
 from ..vocabulary import Vocabulary
@@ -30,6 +32,7 @@ def make_metadata(
     tokenizer: PreTrainedTokenizerBase,
     vllm_version: str | None,
     prompt_source: dict[str, Any] | None = None,
+    date: datetime | None = None,
 ) -> dict[str, Any]:
     """
     The metadata that [`sampling_metadata`] returns, as JSON-serializable values.
@@ -44,6 +47,8 @@ def make_metadata(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's.
         vllm_version (`str`, *optional*): Version of the vLLM that generated the completions.
         prompt_source (`dict[str, Any]`, *optional*): Where the prompts were loaded from, as of [`source_of`].
+        date ([`~datetime.datetime`], *optional*): When the run was started. It is stored if the chat template prints
+            it.
     """
     return {
         "method": "LightReasoner (arXiv 2510.07962)",
@@ -55,6 +60,7 @@ def make_metadata(
         **({} if prompt_source is None else {"prompt_source": prompt_source}),
         "prompt_format": prompt_format and prompt_format.to_dict(),
         "chat_template_sha256": hashlib.sha256(_template_of(tokenizer).encode()).hexdigest(),
+        **({"date": date.isoformat()} if date is not None and prints_date(tokenizer) else {}),
         "versions": {
             "python": platform.python_version(),
             "trl-lightreasoner": __version__,

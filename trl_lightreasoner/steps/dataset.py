@@ -14,10 +14,11 @@
 
 import json
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
 import pyarrow.compute as pc
-from datasets import Dataset, List, Value
+from datasets import Dataset, IterableDataset, List, Value
 
 from .caches import map_rows
 
@@ -79,6 +80,15 @@ def read_samplings(datasets: Iterable[Dataset]) -> list[dict[str, Any]]:
     return samplings
 
 
+def printed_date(dataset: Dataset | IterableDataset) -> datetime | None:
+    """
+    The date that the prompts of a Dataset of steps show, if their chat template prints today's date. Of several dates
+    it is the last; streamed rows tell none.
+    """
+    samplings = read_samplings([dataset]) if isinstance(dataset, Dataset) else []
+    return max((datetime.fromisoformat(each["date"]) for each in samplings if each.get("date")), default=None)
+
+
 def check_dataset(dataset: Any) -> None:
     """Refuse anything other than a [`~datasets.Dataset`], such as a dict of splits."""
     if not isinstance(dataset, Dataset):
@@ -93,7 +103,8 @@ def count_steps(dataset: Dataset) -> int:
 
 def kl_quantiles(dataset: Dataset, quantiles: list[float]) -> list[float]:
     """Quantiles of D_KL(pi_E || pi_A) in nats over every step of a Dataset, kept or not."""
-    divergence = pc.list_flatten(dataset.data["kl_divergence"])
+    # The format applies a selection or an order of rows, which the stored table knows nothing of
+    divergence = pc.list_flatten(dataset.select_columns("kl_divergence").with_format("arrow")[:]["kl_divergence"])
     return pc.quantile(divergence, q=quantiles).to_pylist()
 
 

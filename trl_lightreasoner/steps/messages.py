@@ -88,6 +88,13 @@ def render_row(
     return rendered
 
 
+def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template of the tokenizer prints today's date."""
+    template = tokenizer.chat_template or ""
+    templates = [template] if isinstance(template, str) else template.values()  # several by name
+    return any(_TODAY.search(each) for each in templates)
+
+
 def _without_nulls(value: Any) -> Any:
     # Like `trl.trainer.utils.remove_none_values`, whose import loads what TRL's trainers need
     if isinstance(value, dict):

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase, logging
 from .. import __version__
 from ..models.loading import load_config, load_tokenizer
 from ..vocabulary import Vocabulary, model_vocabulary
-from .messages import render_row
+from .messages import prints_date, render_row
 from .prompt_format import PromptFormat
 from .prompts import encode_continuation
 from .run_file import run_date
@@ -99,6 +99,7 @@ def import_published_steps(
         "amateur": None,
         "settings": {"alpha": None, "beta": None},
         "prompt_format": PromptFormat("chat", system_prompt=system_prompt or "").to_dict(),
+        **({"date": date.isoformat()} if prints_date(tokenizer) else {}),
         "versions": {"trl-lightreasoner": __version__},
     }
     try:

@@ -4,6 +4,7 @@ If a label is a single token, D_KL(v_C || pi_theta) is the cross-entropy of that
 row in which every token of the completion is a kept step and its own label.
 """
 
+from datetime import datetime
 from typing import Any
 
 from datasets import Dataset, Features
@@ -15,7 +16,7 @@ from .prompt_format import has_messages
 from .prompts import encode_rows, end_of_turn
 
 
-def encode_sft_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def encode_sft_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, date: datetime | None = None) -> Dataset:
     """
     Convert demonstrations in TRL's formats to rows of kept steps. Every token of a completion becomes a kept step.
 
@@ -24,6 +25,8 @@ def encode_sft_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dat
             `messages`, of which the last, the assistant's, is the completion. An EOS token is appended to text.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's, with the chat template if there are
             messages.
+        date ([`~datetime.datetime`], *optional*): Date for chat templates that print today's date, as the prompts of
+            the steps show it.
 
     Returns:
         [`~datasets.Dataset`] with the columns `STEP_COLUMNS`, one row per demonstration. The last step of a
@@ -65,7 +68,7 @@ def encode_sft_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dat
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         try:
             demonstrations = [_demonstration(row, n, tokenizer) for n, row in zip(indices, rows, strict=True)]
-            ids = encode_rows(demonstrations, tokenizer, eos_ids, first_row=indices[0])
+            ids = encode_rows(demonstrations, tokenizer, eos_ids, first_row=indices[0], date=date)
         except ValueError as error:
             raise ValueError(f"`sft_dataset`: {error}") from None
         completions = ids["completion_ids"]

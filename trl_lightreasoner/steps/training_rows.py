@@ -17,6 +17,9 @@ logger = logging.get_logger(__name__)
 
 # Labels are stored in fp32, and some file formats round them further
 SUM_TOLERANCE = 1e-3
+# Smallest weight of a step that is not 0. Sums of products of smaller ones are 0 in single precision, and those of
+# weights above its inverse are infinite
+_LEAST = 1e-30
 # The evidence for `choose_beta` and `has_corrections` (docs/evidence.md). A real pair gained most from the steps of
 # 1.6 nats or more, at which 22 % of the labels preferred another token. Three tiny pairs, whose labels preferred no
 # other token at such steps, gained most from the steps of 0.8 nats or more
@@ -67,9 +70,11 @@ def check_row(row: dict[str, Any], vocabulary: Container[int], width: int) -> No
     weights = row.get("step_weights", [1.0] * len(positions))
     if len(weights) != len(positions):
         raise ValueError(f"there are {len(positions)} step positions and {len(weights)} step weights")
-    if wrong := [(t, w) for t, w in zip(positions, weights, strict=True) if not (math.isfinite(w) and w >= 0)]:
+    if wrong := [(t, w) for t, w in zip(positions, weights, strict=True) if w != 0 and not _LEAST <= w <= 1 / _LEAST]:
         position, weight = wrong[0]
-        raise ValueError(f"the weight of step {position} must be a finite number, 0 or more, and is {weight}")
+        raise ValueError(
+            f"the weight of step {position} must be 0, or between {_LEAST:g} and {1 / _LEAST:g}, and is {weight}"
+        )
     if bad := [i for i in (*prompt, *completion) if not 0 <= i < width]:
         raise ValueError(f"token id {bad[0]} is outside the model's {width} embeddings")
     if any(later <= earlier for earlier, later in zip(positions, positions[1:], strict=False)):

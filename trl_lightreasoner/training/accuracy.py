@@ -5,6 +5,7 @@ adapter and in the precision of training. Its weights, its random numbers and th
 """
 
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ class EvalQuestions:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's.
         config ([`~transformers.PretrainedConfig`]): The model's, which gives the length of its context.
         max_new_tokens (`int`): Longest answer.
+        date ([`~datetime.datetime`], *optional*): Date for chat templates that print today's date.
 
     Raises:
         `ValueError`: If a column is missing or a row is invalid. The message names the row.
@@ -67,7 +69,12 @@ class EvalQuestions:
     """
 
     def __init__(
-        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, max_new_tokens: int
+        self,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PretrainedConfig,
+        max_new_tokens: int,
+        date: datetime | None = None,
     ):
         if not isinstance(dataset, Dataset):
             raise TypeError(f"`eval_questions` must be a `datasets.Dataset`, got `{type(dataset).__name__}`.")
@@ -89,7 +96,7 @@ class EvalQuestions:
         columns = [name for name in _PROMPT_COLUMNS if name in dataset.column_names]
         try:
             rows = dataset.select_columns(columns).to_list()
-            self.prompt_ids = encode_rows(rows, tokenizer, set())["prompt_ids"]
+            self.prompt_ids = encode_rows(rows, tokenizer, set(), date=date)["prompt_ids"]
             for row, ids in enumerate(self.prompt_ids):
                 check_embedded(ids, tokenizer, config.vocab_size, row, "model")
         except ValueError as error:

@@ -1,6 +1,7 @@
 """The rows of a trainer: kept steps, checked against its settings, and rows of an SFT dataset."""
 
 import os
+from datetime import datetime
 from typing import Any
 
 from accelerate.utils.memory import clear_device_cache
@@ -120,6 +121,7 @@ def prepare_sft_dataset(
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: Vocabulary,
     config: PretrainedConfig,
+    date: datetime | None = None,
 ) -> Dataset:
     """
     Rows of a dataset of demonstrations, encoded by [`encode_sft_rows`], within `args.max_length`.
@@ -127,7 +129,7 @@ def prepare_sft_dataset(
     Raises:
         `ValueError`: If it cannot be used for training. The message says what to do.
     """
-    rows = encode_sft_rows(dataset, tokenizer)
+    rows = encode_sft_rows(dataset, tokenizer, date)
     limits = (args.max_length, False, None, context_length(config))
     return prepare_rows(rows, "SFT", vocabulary, config.vocab_size, *limits)
 

@@ -30,7 +30,7 @@ from ..models.loading import add_quantization, hub_kwargs, load_config, load_mod
 from ..models.provenance import warn_of_another_expert
 from ..models.weights import get_base_model, settle_4bit_layers
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
-from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS
+from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS, printed_date
 from ..steps.prompt_format import format_of_steps
 from ..steps.training_rows import choose_beta
 from ..vocabulary import model_vocabulary
@@ -246,6 +246,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
         self.beta = choose_beta(train_dataset) if args.beta is None else args.beta
         prepare = partial(prepare_dataset, args=args, vocabulary=self.vocabulary, config=config, beta=self.beta)
         self._prepare_rows = prepare
+        date = printed_date(train_dataset)  # all that the model reads shows the same
         with args.main_process_first():
             train_dataset = prepare(train_dataset, "train")
             if isinstance(eval_dataset, dict):
@@ -253,7 +254,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
             elif eval_dataset is not None:
                 eval_dataset = prepare(eval_dataset, "eval")
             if sft_dataset is not None:
-                sft_rows = prepare_sft_dataset(sft_dataset, args, processing_class, self.vocabulary, config)
+                sft_rows = prepare_sft_dataset(sft_dataset, args, processing_class, self.vocabulary, config, date)
                 check_rope(args, rope_switch(config), sft_rows, None)
                 train_dataset = put_beside(train_dataset, sft_rows)
         # What every batch must contain
@@ -263,7 +264,8 @@ class LightReasonerTrainer(EvaluatingTrainer):
         if isinstance(train_dataset, Dataset):
             self.prompt_format = format_of_steps(train_dataset)
         if eval_questions is not None:
-            self._questions = EvalQuestions(eval_questions, processing_class, config, args.eval_max_new_tokens)
+            longest = args.eval_max_new_tokens
+            self._questions = EvalQuestions(eval_questions, processing_class, config, longest, date)
             eval_dataset = {} if eval_dataset is None else eval_dataset  # without it `Trainer` has no rows for a loss
 
         # Model
