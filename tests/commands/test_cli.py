@@ -700,7 +700,7 @@ def test_train_adds_demonstrations(train, tmp_path):
     log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert log[0]["sft_loss"] > 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| sft_weight | 0.5 |" in card and "was added to the loss 0.5 times" in card
+    assert "| sft_weight | 0.5 |" in card and "cross-entropy, times 0.5, was added to the loss" in card
     assert "No reference answers" not in card
 
 
