@@ -177,6 +177,7 @@ def test_help_of_train_is_what_most_need_and_its_groups(capsys):
     assert len(text.splitlines()) < 220
     for section in ("settings:", "LoRA:", "quantization:", "Hub:", "`--help-all` shows ", "example:"):
         assert f"\n{section}" in text
+    assert text.endswith("with `--resume_from_checkpoint true`.\n")
     assert "  --expert TEXT" in text and "  --use_peft [true|false]" in text and "(default: None)" not in text
     assert "--adam_beta1" not in text and "--dataset_streaming" not in text and "--no_use_peft" not in text
 
@@ -189,6 +190,12 @@ def test_the_example_of_a_command_is_one(command):
     assert (program, name) == ("lightreasoner", command)
     parser.parse(argv)
     assert module.EXAMPLE in parser.format_help()
+
+
+def test_a_command_without_settings_takes_no_config_file(capsys):
+    with pytest.raises(SystemExit):
+        main(["env", "--help"])
+    assert "--config" not in capsys.readouterr().out
 
 
 # Flags

@@ -34,9 +34,8 @@ _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors
 
 
 EXAMPLE = r"""example:
-  lightreasoner train --expert Qwen/Qwen2.5-Math-1.5B --dataset_name steps --output_dir adapter
-
-To resume an interrupted training, run the same command with `--resume_from_checkpoint true`."""
+  lightreasoner train --expert Qwen/Qwen2.5-Math-1.5B --dataset_name steps --output_dir adapter"""
+_RESUMING = "To resume an interrupted training, run the same command with `--resume_from_checkpoint true`."
 
 
 @dataclass
@@ -191,7 +190,8 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 
     types: list[type] = [TrainArguments, LightReasonerConfig, LightReasonerModelConfig]
     refused = ("dataset_streaming", "ignore_bias_buffers", "label_smoothing_factor")
-    return ArgumentParser(types, common=_COMMON, refused=refused, prog=prog, description=__doc__, epilog=EXAMPLE)
+    epilog = f"{EXAMPLE}\n\n{_RESUMING}"
+    return ArgumentParser(types, common=_COMMON, refused=refused, prog=prog, description=__doc__, epilog=epilog)
 
 
 def main(
