@@ -759,7 +759,7 @@ def test_the_command_that_comes_next_can_be_run_as_it_is(expert_path, amateur_pa
     argv = ["--expert", expert_path, "--amateur", amateur_path, "--dataset_name", prompts_file]
     argv += ["--prompt_column", "question", "--max_new_tokens", "8", "--beta", "0.1"]
     assert main(["sample", *argv, "--output_dir", str(tmp_path / "my steps")]) == 0
-    program, *command = shlex.split(capsys.readouterr().out.partition("Next: ")[2])
+    program, *command = shlex.split(capsys.readouterr().out.partition("To train anyway: ")[2])  # a random pair
     assert (program, command[-1]) == ("lightreasoner", "ADAPTER")
     assert main([*command[:-1], str(tmp_path / "adapter"), "--use_cpu", "--max_steps", "1"]) == 0
 
