@@ -425,16 +425,16 @@ def as_table(results: dict[str, tuple[str, str, list[float]]]) -> str:
     """The results as Markdown."""
     counts = Counter(result for result, *_ in results.values())
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch", "peft"))
-    said = ", ".join(f"{count} {result}" for result, count in counts.most_common())
+    counted = ", ".join(f"{count} {result}" for result, count in counts.most_common())
     exact = ", ".join(f"`{family}`" for family, (result, *_) in sorted(results.items()) if result == "exact")
     losses = {family: each for family, (*_, each) in sorted(results.items()) if each}
     rose = [f"`{family}` ({each[0]:.3g} to {each[1]:.3g})" for family, each in losses.items() if each[1] >= each[0]]
-    lines = [f"{len(results)} families with {versions}: {said}.", "", f"Exact: {exact}.", ""]
+    lines = [f"{len(results)} families with {versions}: {counted}.", "", f"Exact: {exact}.", ""]
     lines += [f"The loss fell in {len(losses) - len(rose)} of {len(losses)}; not in: {', '.join(rose) or 'none'}.", ""]
     lines += ["| family | result | why |", "|---|---|---|"]
     for family, (result, reason, _) in sorted(results.items()):
         if result != "exact":
-            why = re.sub(rf"{re.escape(tempfile.gettempdir())}\S+", "FOLDER", " ".join(reason.split()))
+            why = re.sub(rf"{re.escape(tempfile.gettempdir())}[^\s']+", "FOLDER", " ".join(reason.split()))
             why = why.replace("|", "\\|").replace("<", "&lt;")
             lines.append(f"| `{family}` | {result} | {why[:220].rstrip()}{'...' if len(why) > 220 else ''} |")
     return "\n".join(lines) + "\n"

@@ -226,8 +226,8 @@ SAMPLE = [
     ),
     prompts(
         "chat.jsonl",
-        r"The prompts are conversational, but the expert's tokenizer has no chat template\. Set "
-        r"`tokenizer\.chat_template` and pass it as `processing_class`, or give the prompts as text\.",
+        r"The prompts are conversational, but the expert's tokenizer has no chat template\. Give "
+        r"the prompts as text, or a tokenizer with a chat template: saved with the expert, .*\.",
         expert="{folder}/no_template",
     ),
     prompts(
@@ -402,9 +402,13 @@ SAMPLE = [
     model(
         "no_tokenizer",
         r"The expert has no tokenizer: '{folder}/no_tokenizer' holds no tokenizer\.json\. Save the "
-        r"model's tokenizer there, or pass it as `processing_class`\.",
+        r"model's tokenizer there, or in Python pass it as `processing_class`\.",
     ),
-    model("no_tokenizer", r"The amateur has no tokenizer: .*, or pass it as `amateur_processing_class`\.", "amateur"),
+    model(
+        "no_tokenizer",
+        r"The amateur has no tokenizer: .*, or in Python pass it as `amateur_processing_class`\.",
+        "amateur",
+    ),
     model("bad_tokenizer", r"The tokenizer of the expert '{folder}/bad_tokenizer' cannot be loaded: .*\."),
     model("empty_tokenizer", r"The tokenizer of the expert '{folder}/empty_tokenizer' cannot be loaded: .*\."),
     model(

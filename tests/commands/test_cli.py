@@ -177,6 +177,7 @@ def test_help_of_train_is_what_most_need_and_its_groups(capsys):
     assert len(text.splitlines()) < 220
     for section in ("settings:", "LoRA:", "quantization:", "Hub:", "`--help-all` shows ", "example:"):
         assert f"\n{section}" in text
+    assert text.endswith("with `--resume_from_checkpoint true`.\n")
     assert "  --expert TEXT" in text and "  --use_peft [true|false]" in text and "(default: None)" not in text
     assert "--adam_beta1" not in text and "--dataset_streaming" not in text and "--no_use_peft" not in text
 
@@ -189,6 +190,12 @@ def test_the_example_of_a_command_is_one(command):
     assert (program, name) == ("lightreasoner", command)
     parser.parse(argv)
     assert module.EXAMPLE in parser.format_help()
+
+
+def test_a_command_without_settings_takes_no_config_file(capsys):
+    with pytest.raises(SystemExit):
+        main(["env", "--help"])
+    assert "--config" not in capsys.readouterr().out
 
 
 # Flags
@@ -700,7 +707,7 @@ def test_train_adds_demonstrations(train, tmp_path):
     log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert log[0]["sft_loss"] > 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| sft_weight | 0.5 |" in card and "was added to the loss 0.5 times" in card
+    assert "| sft_weight | 0.5 |" in card and "cross-entropy, times 0.5, was added to the loss" in card
     assert "No reference answers" not in card
 
 
@@ -752,7 +759,7 @@ def test_the_command_that_comes_next_can_be_run_as_it_is(expert_path, amateur_pa
     argv = ["--expert", expert_path, "--amateur", amateur_path, "--dataset_name", prompts_file]
     argv += ["--prompt_column", "question", "--max_new_tokens", "8", "--beta", "0.1"]
     assert main(["sample", *argv, "--output_dir", str(tmp_path / "my steps")]) == 0
-    program, *command = shlex.split(capsys.readouterr().out.partition("Next: ")[2])
+    program, *command = shlex.split(capsys.readouterr().out.partition("To train anyway: ")[2])  # a random pair
     assert (program, command[-1]) == ("lightreasoner", "ADAPTER")
     assert main([*command[:-1], str(tmp_path / "adapter"), "--use_cpu", "--max_steps", "1"]) == 0
 

@@ -120,6 +120,15 @@ def test_svamp_with_numbers_as_text(tmp_path):
     assert [row["gold"] for row in load_benchmark("svamp", str(tmp_path))] == [["145"], ["1.5"], ["1000000"]]
 
 
+def test_without_the_hub_the_folder_of_the_files_is_asked_for(monkeypatch):
+    def fail(*args):
+        raise ValueError("The dataset 'openai/gsm8k' cannot be loaded.")
+
+    monkeypatch.setattr(sets, "load_split", fail)
+    with pytest.raises(ValueError, match=r"cannot be loaded\. Or name the folder of a file of GSM8K in `data_dir`\.$"):
+        load_benchmark("gsm8k")
+
+
 def test_minerva_as_the_hub_names_its_columns(tmp_path):
     write(tmp_path / "minerva_math.jsonl", [{"question": "Find $s$.", "answer": "1.6"}])
     (row,) = load_benchmark("minerva_math", str(tmp_path))

@@ -163,5 +163,5 @@ def test_a_merged_model_names_base_model_and_adapter_on_the_hub(expert, tokenize
     assert (card.data.base_model, card.data.base_model_relation) == ("Qwen/Qwen2.5-Math-1.5B", "finetune")
     assert card.data.library_name == "transformers" and card.data.tags is None
     assert "with the LOHA adapter [me/adapter](https://huggingface.co/me/adapter) merged" in card.text
-    assert "| divergence from the base model | 0.12 nats a token |" in card.text and "/data" not in card.text
+    assert "| divergence from the base model | 0.12 nats per token |" in card.text and "/data" not in card.text
     assert example_of(card) == [{"role": "user", "content": "What is 17 * 3?"}] and "## License" in card.text

@@ -298,7 +298,7 @@ def test_a_model_card_tells_data_settings_and_curve(shared):
     assert data["dataset"] == "[me/public-steps](https://huggingface.co/datasets/me/public-steps)"
     assert data["beta"] == "1.95 nats" and int(data["kept steps"]) > 0
     assert settings["beta"] in ("1.6 nats", "0.8 nats")
-    assert (settings["learning_rate"], settings["updates"], settings["rows an update"]) == ("0.0001", "4", "8")
+    assert (settings["learning_rate"], settings["updates"], settings["rows per update"]) == ("0.0001", "4", "8")
     layers = "q_proj, v_proj"
     assert (settings["LoRA r"], settings["LoRA target modules"]) == ("8", layers)
     curve = table_rows(card.text, "Training curve")
@@ -352,7 +352,7 @@ def test_a_saved_folder_has_the_card_without_a_path(expert_path, steps, tmp_path
     lora = LoraConfig(r=4, task_type="CAUSAL_LM")
     LightReasonerTrainer(expert_path, args, train_dataset=steps, peft_config=lora).save_model()
     card = (tmp_path / "adapter" / "README.md").read_text()
-    assert expert_path not in card and "A LoRA adapter of `expert`" in card
+    assert expert_path not in card and "A LoRA adapter for `expert`" in card
 
 
 def test_streamed_rows_have_a_card(expert_path, steps, tmp_path):
@@ -382,7 +382,7 @@ def test_the_accuracies_of_a_training_are_told_with_their_errors(expert_path, st
     text = (tmp_path / "README.md").read_text()
     accuracies = {row[0]: row[-1] for row in table_rows(text, "Training curve") if row[-1]}
     assert accuracies == {"0": "0.5 +- 0.05", "333": "0.625 +- 0.048"}
-    assert "over held-out ones. `eval_accuracy` is the share of questions" in text
+    assert "are for held-out data. `eval_accuracy` is the share of questions" in text
     if importlib.util.find_spec("matplotlib") is not None:
         assert "![Loss, entropy, accuracy over the updates](training_curve.png)" in text
         assert (tmp_path / "training_curve.png").is_file()

@@ -555,7 +555,8 @@ def test_the_command_writes_a_report(steps, training_dir, tmp_path, capsys):
     assert main(["report", *argv, "--training_dir", training_dir, "--no_load_models"]) == 0
     stdout, stderr = capsys.readouterr()
     assert f"The report is in {tmp_path / 'out' / 'report.html'}." in stdout
-    assert stdout.endswith(f"\nNext: lightreasoner eval --model {training_dir} --output_dir EVALUATION\n")
+    flags = rf"--model {re.escape(training_dir)} --baseline \S+ --output_dir EVALUATION"
+    assert re.search(rf"\nNext: lightreasoner eval {flags}\n$", stdout)
     assert f"\nReading {len(steps)} rows of " in stderr and "steps.parquet and 3 rows of " in stderr
     text, _, _ = page_of(tmp_path / "out")
     assert "steps.parquet" in text and "fewer.parquet" in text and 'id="training"' in text

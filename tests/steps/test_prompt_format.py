@@ -145,7 +145,7 @@ def test_the_format_lies_beside_what_is_trained(name, adapter):
 
 def test_the_card_shows_the_format_and_asks_in_it(adapter):
     card = open(f"{adapter}/README.md").read()
-    assert "| prompts | by the chat template and the system prompt 'Think.' |" in card
+    assert "| prompt format | the chat template and the system prompt 'Think.' |" in card
     asked = (
         'prompt = [{"role": "system", "content": "Think."}, {"role": "user", "content": ' + json.dumps(text)
         for text in QUESTIONS

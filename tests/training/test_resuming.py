@@ -253,7 +253,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(name, halfw
     full.mkdir()
     (full / name).symlink_to("/dev/full")
     reason = r"\((No space left on device|a file could not be written completely, as on a full disk)\)"
-    kept = r"Earlier checkpoints are kept\. Free disk space or fix the permissions, and resume with `resume_from_check"
+    kept = r"Earlier checkpoints are kept\. Free disk space or fix the permissions, and resume from the last one\."
     with pytest.raises(OSError, match=rf"^Cannot write the checkpoint '{full}' {reason}\. {kept}"):
         resume()
     assert [path.name for path in halfway.parent.glob("checkpoint-*")] == ["checkpoint-2"]

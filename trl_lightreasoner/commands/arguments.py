@@ -100,8 +100,9 @@ class ArgumentParser(TrlParser):
         super().__init__(dataclass_types=dataclass_types, allow_abbrev=False, **kwargs)
         if common is not None:
             self.add_argument("--help-all", action=_HelpAll, nargs=0, help="Show every flag and exit.")
-        # `parse` removes `--config` before argparse sees it. It is declared for `--help`
-        self.add_argument("--config", help="YAML file whose keys are the flags below. Flags override it.")
+        if dataclass_types:
+            # `parse` removes `--config` before argparse sees it. It is declared for `--help`
+            self.add_argument("--config", help="YAML file whose keys are flags without `--`. Flags override it.")
         self._fields = [action.dest for action in self._actions if action.dest in self._hints]
         self._other_names = other_names(self._fields)
         self._name_flags()

@@ -19,6 +19,6 @@ def flags_of(args: Any, without: Sequence[str] = ()) -> list[str]:
     return flags
 
 
-def next_command(name: str, *flags: str) -> str:
+def next_command(name: str, *flags: str, label: str = "Next") -> str:
     """The line that suggests the next command."""
-    return f"Next: {shlex.join(['lightreasoner', name, *flags])}"
+    return f"{label}: {shlex.join(['lightreasoner', name, *flags])}"

@@ -163,7 +163,8 @@ def main(args: ReportArguments) -> None:
     print(f"The report is in {path}. Open it in a browser.")
     expert = args.expert or made_with(datasets[names[0]]).get("expert", {}).get("model")
     if args.training_dir is not None:
-        print(next_command("eval", "--model", args.training_dir, "--output_dir", "EVALUATION"))
+        baseline = ["--baseline", expert] if isinstance(expert, str) else []
+        print(next_command("eval", "--model", args.training_dir, *baseline, "--output_dir", "EVALUATION"))
     elif isinstance(expert, str):
         flags = ["--expert", expert, "--dataset_name", args.dataset_name[0]]
         print(next_command("train", *flags, "--output_dir", "ADAPTER"))

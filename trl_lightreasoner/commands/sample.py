@@ -84,15 +84,17 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
         push_dataset_to_hub(dataset, repo_id, **hub)
         print(f"The Dataset is at {repo_id} on the Hub.")
     num_steps, num_kept = sum(map(len, dataset["completion_ids"])), count_steps(dataset)
+    check = check_steps(dataset, sampler.processing_class)
     advice = "There is nothing to train on. Choose a weaker amateur or a lower `--beta`."
     if num_kept:
         flags = ["--expert", script_args.expert, "--dataset_name", sampling_args.output_dir]
-        advice = next_command("train", *flags, *_quantization_flags(script_args), "--output_dir", "ADAPTER")
+        flags += [*_quantization_flags(script_args), "--output_dir", "ADAPTER"]
+        advice = next_command("train", *flags, label="Next" if check.promising else "To train anyway")
     print(
         f"{len(dataset):,} trajectories with {num_kept:,} of {num_steps:,} steps kept ({num_kept / num_steps:.1%}) "
         f"are in {sampling_args.output_dir}."
     )
-    print(check_steps(dataset, sampler.processing_class).summary())
+    print(check.summary())
     print(advice)
 
 

@@ -35,6 +35,7 @@ _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors
 
 EXAMPLE = r"""example:
   lightreasoner train --expert Qwen/Qwen2.5-Math-1.5B --dataset_name steps --output_dir adapter"""
+_RESUMING = "To resume an interrupted training, run the same command with `--resume_from_checkpoint true`."
 
 
 @dataclass
@@ -48,7 +49,7 @@ class TrainArguments(ScriptArguments):
         dataset_config (`str`, *optional*):
             Configuration of the dataset.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
-            Split to use, such as `"train[:1000]"`. As a flag, `--dataset_split`.
+            Split to use, such as `"train[:1000]"`.
         dataset_test_split (`str`, *optional*):
             Split with held-out kept steps, for `eval_loss`. If not set, it is `"test"` if `eval_strategy` is set and
             there are no `eval_questions`.
@@ -73,7 +74,7 @@ class TrainArguments(ScriptArguments):
     )
     dataset_train_split: str = field(
         default="train",
-        metadata={"help": "Split to use, such as 'train[:1000]'. As a flag, `--dataset_split`."},
+        metadata={"help": "Split to use, such as 'train[:1000]'."},
     )
     dataset_test_split: str | None = field(
         default=None,
@@ -109,7 +110,7 @@ class LightReasonerModelConfig(ModelConfig):
     Parameters:
         model_name_or_path (`str`):
             Hub id or path of the expert that the dataset was sampled with, or of its adapter, which is trained
-            further. As a flag, `--expert`.
+            further.
         dtype (`str`, *optional*):
             Data type of the model's weights: `"auto"` (the checkpoint's own), `"bfloat16"`, `"float16"` or
             `"float32"`. If not set, it is the checkpoint's own for an adapter, as in sampling, and `"float32"` for
@@ -130,7 +131,7 @@ class LightReasonerModelConfig(ModelConfig):
         default=None,
         metadata={
             "help": "Hub id or path of the expert that the dataset was sampled with, or of its adapter, which is "
-            "trained further. As a flag, `--expert`."
+            "trained further."
         },
     )
     dtype: str | None = field(
@@ -189,7 +190,8 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 
     types: list[type] = [TrainArguments, LightReasonerConfig, LightReasonerModelConfig]
     refused = ("dataset_streaming", "ignore_bias_buffers", "label_smoothing_factor")
-    return ArgumentParser(types, common=_COMMON, refused=refused, prog=prog, description=__doc__, epilog=EXAMPLE)
+    epilog = f"{EXAMPLE}\n\n{_RESUMING}"
+    return ArgumentParser(types, common=_COMMON, refused=refused, prog=prog, description=__doc__, epilog=epilog)
 
 
 def main(

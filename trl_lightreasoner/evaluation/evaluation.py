@@ -263,7 +263,8 @@ class Candidate:
         if args.prompt_style == "chat" and tokenizer.chat_template is None:
             raise ValueError(
                 f"The tokenizer of the {role} has no chat template. Set `prompt_style='raw'`, as for a base model, or "
-                f"set `tokenizer.chat_template` and pass it as `{prefix}processing_class`."
+                f"give a tokenizer with a chat template: saved with the {role}, or in Python as "
+                f"`{prefix}processing_class`."
             )
         self.tokenizer = tokenizer
         self.vocabulary = model_vocabulary(tokenizer, config.vocab_size, role)

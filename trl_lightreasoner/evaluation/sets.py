@@ -219,7 +219,10 @@ def load_benchmark(name: str, data_dir: str | None = None, max_samples: int | No
     benchmark = BENCHMARKS[name]
     if data_dir is None:
         source = benchmark.dataset[0]
-        dataset = load_split(*benchmark.dataset)
+        try:
+            dataset = load_split(*benchmark.dataset)
+        except ValueError as error:
+            raise ValueError(f"{error} Or name the folder of a file of {benchmark.title} in `data_dir`.") from error
     else:
         source = _find_file(name, data_dir)
         dataset = load_split(source, None, "train")

@@ -32,6 +32,8 @@ logger = get_logger(__name__)
 
 T = TypeVar("T")
 
+BATCH_SIZE = 16  # on devices other than CUDA GPUs
+
 
 class GreedyDecoder:
     """
@@ -140,7 +142,7 @@ def find_batch_size(model: torch.nn.Module, longest: int | None, num_rows: int, 
     If `longest` is `None`, nothing is generated, and the maximum batch size is used.
     """
     if model.device.type != "cuda":
-        return 16
+        return BATCH_SIZE
     most = MAX_ROWS if longest is None else rows_that_fit(model, longest)
     return even_batch_size(num_rows, most, num_processes)
 

@@ -1,4 +1,4 @@
-"""What the cards have in common: tables, links, parts that are replaced, and what is told of a sampling."""
+"""What the cards share: tables, links, sections that are replaced, and the description of a sampling."""
 
 import importlib.metadata
 import re
@@ -22,9 +22,9 @@ CITATION = """@inproceedings{wang-etal-2026-lightreasoner,
   url       = {https://aclanthology.org/2026.acl-long.122/}
 }"""
 TAGS = ["trl", "light-reasoner"]
-LINES = "\n\t"  # of a card, which are no control characters
+LINES = "\n\t"  # control characters that a card may contain
 
-# Of the label; they are told where they are others than the paper's
+# Settings of the label, which are shown only if they differ from the paper's
 _PAPERS_LABEL = {"contrast_strength": 1.0, "expert_anchor": 0.0}
 
 
@@ -40,14 +40,14 @@ def sampling_rows(sampling: dict[str, Any]) -> list[tuple[str, str]]:
             shown = "not known" if value is None else show(value)
             rows.append((name, f"{shown} nats" if name == "beta" and value is not None else shown))
     if sampling.get("per_device_batch_size"):
-        rows.append(("rows together", show(sampling["per_device_batch_size"])))
+        rows.append(("batch size", show(sampling["per_device_batch_size"])))
     source = sampling.get("prompt_source") or {}
     revision = f", revision {source['revision']}" if source.get("revision") else ""
     rows.append(
         ("source of the prompts", f"{link(source.get('dataset'), 'datasets/')}{revision}" if source else "not known")
     )
     if prompt_format := sampling.get("prompt_format"):
-        rows.append(("prompts", f"by {PromptFormat(**prompt_format)}"))
+        rows.append(("prompt format", str(PromptFormat(**prompt_format))))
     version = (sampling.get("versions") or {}).get("trl-lightreasoner")
     return rows + ([("trl-lightreasoner", version)] if version else [])
 
@@ -85,7 +85,7 @@ def languages_of(samplings: Iterable[dict[str, Any]]) -> list[str] | None:
 
 def show(value: Any) -> str:
     """
-    A value as people read it.
+    A value as text, with thousands separators and without trailing zeros.
 
     Example:
 
@@ -112,7 +112,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def replace_part(text: str, name: str, part: str, before: str | None = None) -> str:
-    """`text` with the part of that name replaced, or put in front of `before`, or else at the end."""
+    """`text` with the section `name` replaced. A new section goes before the text `before`, or else to the end."""
     start, end = f"<!-- lightreasoner: {name} -->", f"<!-- lightreasoner: end of {name} -->"
     part = f"{start}\n{printable(part, keep=LINES)}\n{end}"
     pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)

@@ -228,7 +228,7 @@ def dataset_card(splits: dict[str, Dataset], repo_id: str, existing: DatasetCard
 
 
 def _size_category(num_rows: int) -> str:
-    """Its name on the Hub."""
+    """The Hub's name for a number of rows."""
     index = len(str(num_rows)) - len("1000") + 1  # of the first limit that is above it
     if index <= 0:
         return f"n<{_SIZES[0]}"
@@ -236,14 +236,14 @@ def _size_category(num_rows: int) -> str:
 
 
 class _Told(NamedTuple):
-    """What a card tells of a split, which is not at hand when another one is pushed."""
+    """What a card says about a split, whose rows are not at hand when another split is pushed."""
 
     making: str = _UNKNOWN
     cells: tuple[str, ...] = ("", "", "")
 
     def counts(self, name: str, split: SplitInfo) -> tuple[str, ...]:
         num_rows = f"{split.num_examples:,}"
-        # A split that somebody has changed since is another one
+        # With another number of rows, the split has been changed since
         return (name, *self.cells) if self.cells[0] == num_rows else (name, num_rows, "", "")
 
 
@@ -257,13 +257,13 @@ def _told(text: str) -> dict[str, _Told]:
     for part in section("How it was made").split("\n### ")[1:]:
         names, _, making = part.partition("\n")
         makings |= dict.fromkeys(names.split(", "), making.strip())
-    if not makings and len(cells) == 1:  # of a card that tells of one split
+    if not makings and len(cells) == 1:  # of a card with one split
         makings = dict.fromkeys(cells, section("How it was made").strip())
     return {name: _Told(makings.get(name, _UNKNOWN), row) for name, row in cells.items()}
 
 
 def _makings_of(splits: dict[str, Dataset]) -> dict[str, str]:
-    """Of each split, a table of every sampling that its rows come from."""
+    """For each split, a table of every sampling that its rows come from."""
     tables = {
         name: [table(["", ""], sampling_rows(sampling)) for sampling in read_samplings([split])]
         for name, split in splits.items()
@@ -272,7 +272,7 @@ def _makings_of(splits: dict[str, Dataset]) -> dict[str, str]:
 
 
 def _makings(makings: dict[str, str]) -> str:
-    """A part for the splits of each making."""
+    """One section for all splits that were made in the same way."""
     alike: dict[str, list[str]] = {}
     for name, making in makings.items():
         alike.setdefault(making, []).append(name)
@@ -280,7 +280,7 @@ def _makings(makings: dict[str, str]) -> str:
 
 
 def _example_prompt(trainer: "Trainer") -> str:
-    """A prompt of those that were trained on, or one in their form, as a literal of Python."""
+    """A training prompt, or an example in the same format, as a Python literal."""
     known = _short_prompt(trainer.train_dataset)
     if known is None:
         return make_example(trainer.prompt_format, trainer.processing_class)
@@ -288,7 +288,7 @@ def _example_prompt(trainer: "Trainer") -> str:
 
 
 def make_example(prompt_format: PromptFormat | None, tokenizer: Any) -> str:
-    """A prompt of that format, or else of the tokenizer's, as a literal of Python."""
+    """An example prompt in a format, or else in the tokenizer's, as a Python literal."""
     prompt: Any = "What is 17 * 3?"
     if prompt_format is not None:
         prompt = prompt_format.make_prompt(prompt)
@@ -298,7 +298,7 @@ def make_example(prompt_format: PromptFormat | None, tokenizer: Any) -> str:
 
 
 def _short_prompt(dataset: Any) -> Any:
-    """The first prompt of few words that needs nothing beside it, such as tools."""
+    """The first short prompt that needs no other column, such as tools."""
     if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
         return None
     for row in dataset.with_format(None).select(range(min(_LOOKED_THROUGH, len(dataset)))):
@@ -336,7 +336,7 @@ def _setting_rows(trainer: "Trainer", model: Any) -> list[tuple[str, Any]]:
     if "step_weights" in (trainer.train_dataset.column_names or ()):
         rows.append(("weights of the kept steps", "a column of the dataset"))
     rows_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    rows.append(("rows an update", rows_per_update))
+    rows.append(("rows per update", rows_per_update))
     rows.append(("updates", trainer.state.global_step))
     rows.append(("epochs", round(trainer.state.epoch or 0.0, 2)))
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "none"

@@ -1,4 +1,4 @@
-"""The card of a model that an adapter was merged into, made of what the merge knows and of the adapter's card."""
+"""The card of a merged model, made from the results of the merge and from the adapter's card."""
 
 import json
 import re
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
     from ..steps.prompt_format import PromptFormat
 
-# What an adapter's card says of itself alone, or the model says otherwise
+# Metadata of an adapter's card that does not hold for the merged model
 _OF_THE_ADAPTER = (
     *("base_model", "base_model_relation", "library_name", "model_name"),
     *("model-index", "pipeline_tag", "tags"),
 )
 _TAGS = ("peft", "lora")
-_LICENSE = "## License\n\nThe license of the base model applies to what is derived from it."
+_LICENSE = "## License\n\nThe license of the base model applies."
 
 
 def merged_card(
@@ -46,19 +46,19 @@ def merged_card(
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The merged model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer beside it.
-        folder (`Path`): Where it is, whose name is the title.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        folder (`Path`): Its folder, whose name is the title of the card.
         base (`str`): Id or path of the base model.
         adapter_name (`str`): Id or path of the adapter.
-        adapter ([`~peft.PeftConfig`]): Of the adapter.
-        adapter_card ([`~huggingface_hub.ModelCard`], *optional*): As of [`load_card`].
+        adapter ([`~peft.PeftConfig`]): Config of the adapter.
+        adapter_card ([`~huggingface_hub.ModelCard`], *optional*): Card of the adapter, from [`load_card`].
         prompt_format ([`PromptFormat`], *optional*): Format of the prompts that the adapter was trained on.
-        change (`float`): Divergence of base model and adapter from the base model, in nats a token.
-        difference (`float`): Divergence of the merged model from base model and adapter, in nats a token.
-        num_tokens (`int`): Number of tokens that both were measured on.
+        change (`float`): Divergence of base model and adapter from the base model, in nats per token.
+        difference (`float`): Divergence of the merged model from base model and adapter, in nats per token.
+        num_tokens (`int`): Number of tokens on which both divergences were measured.
     """
-    told: dict[str, Any] = adapter_card.data.to_dict() if adapter_card is not None else {}
-    tags = [tag for tag in told.get("tags") or [] if tag not in _TAGS and not str(tag).startswith("base_model:")]
+    known: dict[str, Any] = adapter_card.data.to_dict() if adapter_card is not None else {}
+    tags = [tag for tag in known.get("tags") or [] if tag not in _TAGS and not str(tag).startswith("base_model:")]
     is_ours = TAGS[-1] in tags
     base_model = hub_id(base)
     data = ModelCardData(
@@ -68,7 +68,7 @@ def merged_card(
         model_name=folder.name,
         pipeline_tag="text-generation",
         tags=tags or None,
-        **(license_of(base) | {name: value for name, value in told.items() if name not in _OF_THE_ADAPTER}),
+        **(license_of(base) | {name: value for name, value in known.items() if name not in _OF_THE_ADAPTER}),
     )
     making = [
         ("base model", link(base)),
@@ -76,8 +76,8 @@ def merged_card(
         *((name, show(value)) for name, value in adapter_rows(adapter)),
         ("parameters", show(model.num_parameters())),
         ("dtype of the weights", str(model.dtype).removeprefix("torch.")),
-        ("divergence from the base model", f"{change:.2g} nats a token"),
-        ("divergence from base model and adapter", f"{difference:.2g} nats a token"),
+        ("divergence from the base model", f"{change:.2g} nats per token"),
+        ("divergence from base model and adapter", f"{difference:.2g} nats per token"),
     ]
     text = adapter_card.text if adapter_card is not None and is_ours else ""
     card = ModelCard.from_template(
@@ -99,7 +99,7 @@ def merged_card(
 
 
 def load_card(model: str, revision: str | None = None) -> ModelCard | None:
-    """The card beside an adapter, or `None` if there is none that can be read."""
+    """The card of an adapter, or `None` if it has none that can be read."""
     path = find_card(model, revision)
     try:
         return None if path is None else ModelCard.load(path)
@@ -108,7 +108,7 @@ def load_card(model: str, revision: str | None = None) -> ModelCard | None:
 
 
 def _example_of(text: str) -> str | None:
-    """The prompt of the quick start of a card of ours, if it is one still."""
+    """The prompt in the quick start of one of our cards, if it has not been edited."""
     found = re.search("^prompt = (.+)$", text, re.MULTILINE)
     try:
         return json.dumps(json.loads(found[1]), ensure_ascii=False) if found else None
@@ -117,6 +117,6 @@ def _example_of(text: str) -> str | None:
 
 
 def _rest_of(text: str) -> str:
-    """What a card of ours says of the training, without the picture, which lies beside the adapter."""
+    """What one of our cards says about the training, without the figure, which is in the adapter's folder."""
     _, title, rest = text.partition("\n## Training data\n")
     return re.sub(r"^!\[.*\]\(training_curve\.png\)\n\n?", "", f"{title}{rest}".strip(), flags=re.MULTILINE)

@@ -304,7 +304,7 @@ def load_tokenizer(
     if folder.is_dir() and not _has_tokenizer(source, repository):  # transformers would create an empty one
         raise ValueError(
             f"The {name} has no tokenizer: {source!r} holds no tokenizer.json. Save the model's tokenizer there, or "
-            f"pass it as `{argument}`."
+            f"in Python pass it as `{argument}`."
         )
     return _load_tokenizer(source, name, repository)
 

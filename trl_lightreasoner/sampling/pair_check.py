@@ -160,7 +160,9 @@ class PairCheck:
         second = self.reasons[0]
         if self.corrections:
             taken, preferred, count = self.corrections[0]
-            second += f" The most frequent correction: {taken} -> {preferred} ({count:,} times)."
+            second += (
+                f" The most frequent correction: {taken} -> {preferred} ({count:,} time{'s' if count > 1 else ''})."
+            )
         return f"{self.headline} {second}\n{' '.join([*self.warnings, CAVEAT])}"
 
     def report(self) -> str:

@@ -60,7 +60,7 @@ def plan_prompts(
         columns = "`prompt` or `completion`" if scoring_only else "`prompt`"
         raise ValueError(
             f"Every row of the dataset is empty: {columns} holds no text, or the expert's tokenizer makes no token of "
-            "it. Check the column and `processing_class`."
+            "it. Check the column and the tokenizer."
         )
     if not plan:
         remedies = ["Shorten the prompts" + (" and completions" if scoring_only else "")]

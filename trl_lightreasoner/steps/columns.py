@@ -1,4 +1,4 @@
-"""Kept steps as flat NumPy arrays, some rows at a time, checked. A loop over rows in Python takes ten times longer."""
+"""Read and check kept steps in batches, as flat NumPy arrays. A Python loop over rows takes ten times longer."""
 
 import math
 from collections.abc import Iterator
@@ -20,14 +20,14 @@ _TYPES = {
     "label_ids": pa.list_(pa.list_(pa.int64())),
     "label_probs": pa.list_(pa.list_(pa.float64())),
 }
-_ROWS = 200  # rows that are in memory at a time
+_ROWS = 200  # rows in memory at a time
 _MAX_ID = 2**31
 
 
 class StepColumns(NamedTuple):
     """
-    R rows with S kept steps. Row r has the prompt `prompt_ids[prompts[r] : prompts[r + 1]]`, and so on; its kept steps
-    are `steps[r]` to `steps[r + 1]`, and the label of step s is at `labels[s]` to `labels[s + 1]`.
+    R rows with S kept steps. The prompt of row r is `prompt_ids[prompts[r] : prompts[r + 1]]`, and so on. Its kept
+    steps are those from `steps[r]` to `steps[r + 1]`, and the label of step s is from `labels[s]` to `labels[s + 1]`.
 
     Attributes:
         prompt_ids, prompts (`np.ndarray`, the second of shape `(R + 1,)`): The prompts.
@@ -50,17 +50,20 @@ class StepColumns(NamedTuple):
 
     @property
     def rows(self) -> np.ndarray:
-        """Row of each kept step, `(S,)`."""
+        """Row of each kept step, of shape `(S,)`."""
         return np.repeat(np.arange(len(self.steps) - 1), np.diff(self.steps))
 
     @property
     def places(self) -> np.ndarray:
-        """Place of each kept step in `completion_ids` and `divergences`, `(S,)`."""
+        """Index of each kept step in `completion_ids` and `divergences`, of shape `(S,)`."""
         return self.completions[self.rows] + self.positions
 
     @property
     def favourites(self) -> np.ndarray:
-        """Place of v_C's favourite, the first if there are several, in `label_ids` and `label_probs`, `(S,)`."""
+        """
+        Index of the most probable token of each v_C, the first if several are equal, in `label_ids` and `label_probs`,
+        of shape `(S,)`.
+        """
         if not len(self.positions):
             return np.zeros(0, dtype=int)
         highest = np.maximum.reduceat(self.label_probs, self.labels[:-1])
@@ -70,7 +73,7 @@ class StepColumns(NamedTuple):
         return found[firsts]
 
     def keys(self) -> list[tuple[int, int]]:
-        """Two numbers a row, which are equal where the prompts are, and where prompt and completion are."""
+        """For each row, a hash of the prompt, and a hash of prompt and completion."""
         keys = []
         for row in range(len(self.prompts) - 1):
             prompt = self.prompt_ids[self.prompts[row] : self.prompts[row + 1]].tobytes()
@@ -81,14 +84,14 @@ class StepColumns(NamedTuple):
 
 def read_columns(dataset: Dataset, name: str = "dataset") -> Iterator[StepColumns]:
     """
-    The rows of a Dataset of kept steps, 200 at a time, each of which is checked.
+    Read and check the rows of a Dataset of kept steps, 200 at a time.
 
     Args:
-        dataset ([`~datasets.Dataset`]): With the columns of `STEP_COLUMNS` and `kl_divergence`.
+        dataset ([`~datasets.Dataset`]): Dataset with the columns of `STEP_COLUMNS` and `kl_divergence`.
         name (`str`): What to call it in messages.
 
     Raises:
-        `ValueError`: If a column does not hold lists of numbers, or a row does not add up; it is named.
+        `ValueError`: If a column does not hold lists of numbers, or a row is invalid. The message names it.
 
     Example:
 
@@ -104,7 +107,7 @@ def read_columns(dataset: Dataset, name: str = "dataset") -> Iterator[StepColumn
         table = _cast(batch, name)
         columns = flatten(table)
         if columns is None or not _adds_up(columns):
-            # One of the rows is wrong, or nearly: one by one they say which, and why
+            # A row is invalid, or a sum is close to its limit. Check one by one, for a message that names the row
             for number, row in enumerate(table.to_pylist(), start):
                 try:
                     _check(row)
@@ -116,7 +119,7 @@ def read_columns(dataset: Dataset, name: str = "dataset") -> Iterator[StepColumn
 
 
 def flatten(table: pa.Table) -> StepColumns | None:
-    """The columns of rows, or `None` where they do not fit together or have a gap."""
+    """The columns as flat arrays, or `None` if their lengths do not match or a value is missing."""
     lists = [table[column].cast(kind).combine_chunks() for column, kind in _TYPES.items()]
     prompt_ids, completion_ids, nats, positions, ids_of_row, probs_of_row = (each.flatten() for each in lists)
     label_ids, label_probs = ids_of_row.flatten(), probs_of_row.flatten()
@@ -126,7 +129,7 @@ def flatten(table: pa.Table) -> StepColumns | None:
     prompts, completions, nats_of_row, steps, *labels_of_row = map(_offsets, lists)
     labels = _offsets(ids_of_row)
     pairs = [(completions, nats_of_row), *((steps, each) for each in labels_of_row), (labels, _offsets(probs_of_row))]
-    divergences = nats.to_numpy(zero_copy_only=False)  # a gap is NaN
+    divergences = nats.to_numpy(zero_copy_only=False)  # missing values become NaN
     if not all(map(np.array_equal, *zip(*pairs, strict=True))) or np.isnan(divergences).sum() > nats.null_count:
         return None
     ids, completion, places, label, probs = (
@@ -152,7 +155,7 @@ def _cast(batch: pa.Table, name: str) -> pa.Table:
 
 
 def _adds_up(columns: StepColumns) -> bool:
-    """Whether every row passes [`_check`]; a sum of probabilities at the edge of what is allowed does not count."""
+    """Whether every row passes [`_check`], with a slightly lower tolerance for the sum of the probabilities."""
     positions, probs, sizes = columns.positions, columns.label_probs, np.diff(columns.labels)
     rows, lengths = columns.rows, np.diff(columns.completions)
     ids = (columns.prompt_ids, columns.completion_ids, columns.label_ids)
@@ -190,10 +193,10 @@ def _check(row: dict[str, list]) -> None:
 
 def longest_completion(dataset: Dataset, name: str = "dataset") -> int:
     """
-    Tokens of the longest completion of a Dataset of kept steps.
+    Number of tokens of the longest completion in a Dataset of kept steps.
 
     Raises:
-        `ValueError`: If there is no step at all.
+        `ValueError`: If there is no step.
     """
     batches = dataset.select_columns(["kl_divergence"]).with_format("arrow").iter(batch_size=1000)
     longest = max(pc.max(pc.list_value_length(batch["kl_divergence"])).as_py() or 0 for batch in batches)
@@ -204,7 +207,7 @@ def longest_completion(dataset: Dataset, name: str = "dataset") -> int:
 
 def count_changes(taken: np.ndarray, preferred: np.ndarray) -> dict[tuple[int, int], int]:
     """
-    How often each pair of two different tokens is met, in the order in which the pairs are met first.
+    How often each pair of different tokens occurs, in the order of first occurrence.
 
     Example:
 

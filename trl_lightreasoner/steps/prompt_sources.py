@@ -1,4 +1,4 @@
-"""Prompts as users have them, in a list, a Dataset or a stream, as a Dataset with a column `prompt`."""
+"""Convert prompts in a list, a Dataset or a stream to a Dataset with a column `prompt`."""
 
 import logging
 import re
@@ -15,7 +15,7 @@ from .caches import map_rows
 from .dataset import check_dataset
 
 
-if TYPE_CHECKING:  # slow to import, and the flags of a command do without
+if TYPE_CHECKING:  # slow to import, and not needed for a command's flags
     from ..processes import Processes
 
 
@@ -26,20 +26,20 @@ def read_prompts(
     prompts: Dataset | IterableDataset | list[Any], num_prompts: int | None, processes: "Processes"
 ) -> Dataset:
     """
-    Prompts as a Dataset.
+    Convert prompts to a Dataset.
 
     Args:
         prompts ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `list`): Rows, or a list of texts or
             conversations.
-        num_prompts (`int`, *optional*): Number of prompts to take, from the first. If `None`, all of them.
-        processes ([`Processes`]): Of which the main one reads a stream, so that all have the same rows.
+        num_prompts (`int`, *optional*): Number of prompts to take, from the start. If `None`, all of them.
+        processes ([`Processes`]): The processes. The main one reads a stream, so that all have the same rows.
 
     Returns:
-        [`~datasets.Dataset`], whose conversations in a column `messages` became prompts if it has no others.
+        [`~datasets.Dataset`]. Without `prompt` and `completion`, the conversations in `messages` are the prompts.
 
     Raises:
-        `ValueError`: If rows are streamed without a limit, or the entries of a list are not of one kind.
-        `TypeError`: If it is something else.
+        `ValueError`: If rows are streamed without a limit, or the entries of a list have different types.
+        `TypeError`: If `prompts` is something else.
     """
     if isinstance(prompts, IterableDataset):
         if num_prompts is None:
@@ -63,9 +63,9 @@ def read_prompts(
 
 def take_messages(dataset: Dataset, column: str) -> Dataset:
     """
-    The dataset with its conversations as prompts, in the column `prompt`.
+    Make the conversations in a column the prompts of a dataset.
 
-    An answer at the end of a conversation is left out, with a warning: the expert gives its own.
+    An answer at the end of a conversation is left out, with a warning, because the expert answers instead.
 
     Example:
 
@@ -90,13 +90,13 @@ def take_messages(dataset: Dataset, column: str) -> Dataset:
 
 def source_of(dataset: Dataset) -> dict[str, Any] | None:
     """
-    Where a dataset was loaded from, if that is one repository on the Hub.
+    The repository on the Hub that a dataset was loaded from, or `None` if it is not known.
 
     Returns:
         `dict` with the id, `dataset`, the `revision`, and `language` if the dataset's card says so.
     """
-    # `load_dataset` names the folder of the rows after the commit, and so does the cache of the Hub, which has the id
-    # as it is written
+    # `load_dataset` names the folder of the rows after the commit. So does the cache of the Hub, whose folder also has
+    # the id with its upper-case letters
     commits = {Path(file["filename"]).parent.name for file in dataset.cache_files}
     if len(commits) != 1 or not re.fullmatch("[0-9a-f]{40}", commit := commits.pop()):
         return None
@@ -111,7 +111,7 @@ def source_of(dataset: Dataset) -> dict[str, Any] | None:
 
 def _read_stream(dataset: IterableDataset, num_prompts: int) -> Dataset:
     rows = [dict(row) for row in islice(dataset.with_format(None), num_prompts)]
-    # Without features, a column may begin with a later row
+    # Without features, the first rows may lack a column
     names = dataset.features or dict.fromkeys(name for row in rows for name in row)
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}, features=dataset.features)
 

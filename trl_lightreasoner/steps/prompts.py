@@ -40,8 +40,9 @@ def check_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
         raise ValueError("The dataset is empty: there is no prompt to sample.")
     if has_messages(dataset) and tokenizer.chat_template is None:
         raise ValueError(
-            "The prompts are conversational, but the expert's tokenizer has no chat template. Set "
-            "`tokenizer.chat_template` and pass it as `processing_class`, or give the prompts as text."
+            "The prompts are conversational, but the expert's tokenizer has no chat template. Give "
+            "the prompts as text, or a tokenizer with a chat template: saved with the expert, or in Python as "
+            "`processing_class`."
         )
 
 

@@ -81,8 +81,8 @@ def import_published_steps(
     tokenizer = processing_class or load_tokenizer(expert, "expert", trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
         raise ValueError(
-            "The expert's tokenizer has no chat template, which the published scripts need for their prompts. Set "
-            "`tokenizer.chat_template` and pass it as `processing_class`."
+            "The expert's tokenizer has no chat template, which the published scripts need for their prompts. Give "
+            "a tokenizer that has one: saved with the expert, or in Python as `processing_class`."
         )
     date = run_date(output_dir, overwrite_output_dir)
     reader = _Reader(path, tokenizer, model_vocabulary(tokenizer, width, "expert"), width, system_prompt, date)

@@ -149,8 +149,7 @@ def saving(folder: Path) -> Iterator[None]:
         remedy = "Free disk space or fix the permissions, and train again."
         if _checkpoints(str(folder.parent)):
             remedy = (
-                "Earlier checkpoints are kept. Free disk space or fix the permissions, and resume with "
-                "`resume_from_checkpoint`."
+                "Earlier checkpoints are kept. Free disk space or fix the permissions, and resume from the last one."
             )
         raise OSError(f"Cannot write the checkpoint {str(folder)!r} ({reason}). {remedy}") from error
 
@@ -170,7 +169,7 @@ def saving_model(folder: str, output_dir: str) -> Iterator[None]:
             raise
         remedy = "train again."
         if last_checkpoint(output_dir) is not None:
-            remedy = "resume from the last checkpoint with `resume_from_checkpoint`."
+            remedy = "resume from the last checkpoint."
         raise OSError(
             f"Cannot write the model to {folder!r} ({reason}). Free disk space or fix the permissions, and {remedy}"
         ) from error

@@ -1,4 +1,4 @@
-"""The settings of a trainer, whichever config the user gave."""
+"""Convert the config that the user passed into a `LightReasonerConfig`."""
 
 import copy
 from dataclasses import MISSING, Field, fields
@@ -13,22 +13,22 @@ from .lightreasoner_config import LightReasonerConfig
 logger = logging.get_logger(__name__)
 
 _SHARED = {field.name for field in fields(TrainingArguments)}
-# What means the same in TRL's configs, as their `beta` does not
+# Also in TRL's configs, with the same meaning. (Their `beta` has another meaning.)
 _SHARED |= {"model_init_kwargs", "trust_remote_code", "max_length"}
 
 
 def own_config(args: TrainingArguments | None, model: Any) -> LightReasonerConfig:
     """
-    A copy of the user's settings, or the defaults for a model or its name, which a trainer may complete.
+    A copy of the user's settings, which the trainer may change, or the defaults for a model.
 
     Args:
-        args ([`LightReasonerConfig`] or [`~transformers.TrainingArguments`], *optional*): Of another trainer's config,
-            the settings that the user changed are taken, and a warning says what is used and what is not.
-        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): After which the default folder is
-            named.
+        args ([`LightReasonerConfig`] or [`~transformers.TrainingArguments`], *optional*): The settings. If they are
+            another trainer's, those that the user changed are kept, and a warning lists what is ignored or replaced.
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model, which gives the default
+            folder its name.
 
     Raises:
-        `TypeError`: If it is something else.
+        `TypeError`: If `args` is neither.
     """
     if args is None:
         args = LightReasonerConfig(f"{short_name(model)}-LightReasoner")
@@ -43,7 +43,7 @@ def own_config(args: TrainingArguments | None, model: Any) -> LightReasonerConfi
 
 def _convert(args: TrainingArguments) -> LightReasonerConfig:
     changed = _changed_settings(args)
-    # A default of the other trainer is nobody's choice, and ours are what gained
+    # The user did not choose the other trainer's defaults, and ours are the ones that were measured
     converted = LightReasonerConfig(**{name: value for name, value in changed.items() if name in _SHARED})
     notes = [f"`args` is a config of another trainer, `{type(args).__name__}`."]
     if ignored := [f"`{name}`" for name in changed if name not in _SHARED]:
@@ -59,7 +59,7 @@ def _replaced_defaults(args: TrainingArguments, converted: LightReasonerConfig, 
     replaced = []
     for name in [field.name for field in fields(args) if field.name in _SHARED - changed.keys()]:
         ours, other = getattr(converted, name), getattr(args, name)
-        if ours == other or not (ours or other):  # `None` and `False` say the same
+        if ours == other or not (ours or other):  # `None` and `False` mean the same
             continue
         if name == "max_steps":
             other = f"{args.num_train_epochs:g} epochs"
@@ -68,11 +68,11 @@ def _replaced_defaults(args: TrainingArguments, converted: LightReasonerConfig, 
 
 
 def _changed_settings(args: TrainingArguments) -> dict[str, Any]:
-    """The settings that are not the defaults of their class, neither as written there nor as it completes them."""
+    """The settings that differ from the defaults of their class, both as declared and as set by `__post_init__`."""
     always = {"output_dir": args.output_dir, "use_cpu": args.use_cpu}
     try:
         completed = vars(type(args)(**always))
-    except (TypeError, ValueError):  # a class with arguments of its own, or a default that this machine does not allow
+    except (TypeError, ValueError):  # the class has other arguments, or a default that this machine does not allow
         completed = {}
     changed = {}
     for field in fields(args):

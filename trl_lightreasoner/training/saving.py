@@ -1,4 +1,4 @@
-"""Can the model be saved, and do the saved files match the trained weights? The first is tried before training."""
+"""Check before training that the model can be saved, and after it that the saved files match the trained weights."""
 
 import os
 import re
@@ -96,12 +96,12 @@ def check_saved(model: PreTrainedModel | PeftModel, folder: str, ids: list[int],
 
 def check_gathered(model: PreTrainedModel | PeftModel, state_dict: dict[str, torch.Tensor], folder: str) -> None:
     """
-    Compare the trained tensors of a model that several processes hold in parts with its saved files, name by name. A
-    warning says if that is not possible.
+    Compare the saved files of a model that is sharded over several processes with its trained tensors, name by name.
+    If that is not possible, a warning is logged.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The trained model.
-        state_dict (`dict[str, torch.Tensor]`): Its tensors, gathered from all processes for saving.
+        state_dict (`dict[str, torch.Tensor]`): Its full tensors, gathered from all processes.
         folder (`str`): Folder of the saved model.
 
     Raises:
@@ -111,13 +111,12 @@ def check_gathered(model: PreTrainedModel | PeftModel, state_dict: dict[str, tor
     adapter = re.escape(model.active_adapter) if isinstance(model, PeftModel) else None
     saved = _list_saved(Path(folder))
     for name in sorted(trained):
-        # PEFT leaves the adapter's name out
+        # PEFT saves tensors without the adapter's name
         place = name if adapter is None else re.sub(rf"\.(modules_to_save\.)?{adapter}(?=\.|$)", "", name)
         if name not in state_dict or place not in saved:
             logger.warning(
                 f"The files in {folder!r} cannot be compared with the trained weights: the processes did not gather "
-                f"{name!r}, or it has another name in the files. Evaluate the saved model before you rely "
-                "on it."
+                f"{name!r}, or it has another name in the files. Evaluate the saved model before you rely on it."
             )
             return
         with safe_open(saved[place], framework="pt") as file:
