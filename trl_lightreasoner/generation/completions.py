@@ -32,9 +32,10 @@ logger = get_logger(__name__)
 
 T = TypeVar("T")
 
-# On a CPU: bytes for the rows of a batch, and rows beyond which a step of a tiny model takes as long for each
+# On a CPU: bytes for the rows of a batch, and rows beyond which even a tiny model gains nothing, because `generate`
+# goes on with those that have ended
 _CPU_MEMORY = 2**30
-_MAX_CPU_ROWS = 256
+_MAX_CPU_ROWS = 64
 
 
 class GreedyDecoder:
@@ -141,7 +142,7 @@ class GreedyDecoder:
 def find_batch_size(model: torch.nn.Module, longest: int | None, num_rows: int, num_processes: int) -> int:
     """
     How many of `num_rows` rows to process together: as many rows of `longest` tokens as a GPU's memory can generate,
-    or on a CPU as many as 1 GiB holds, between 16 and 256. If `longest` is `None`, nothing is generated, and the
+    or on a CPU as many as 1 GiB holds, between 16 and 64. If `longest` is `None`, nothing is generated, and the
     maximum batch size is used, or 16 on a CPU.
     """
     if model.device.type != "cuda":
