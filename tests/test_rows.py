@@ -150,7 +150,7 @@ def test_questions_are_answered_as_a_context_at_a_time(kind, tokenizer, monkeypa
     decode = GreedyDecoder(model, model_vocabulary(tokenizer, model.config.vocab_size), eos_ids)
     prompt_ids = tokenizer(PROMPTS)["input_ids"]
     answers = answering.Answering(model, decode, tokenizer, eos_ids, is_raw=False, batch_size=8)
-    completions, _ = answers.complete(prompt_ids, NEW_TOKENS)
+    completions, _ = answers.complete(prompt_ids, [NEW_TOKENS] * len(prompt_ids))
     assert completions == [complete(model, ids, tokenizer) for ids in prompt_ids]
 
 

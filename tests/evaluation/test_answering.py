@@ -36,7 +36,7 @@ class Memory:
 
 def answers(decode: Memory, monkeypatch) -> list[list[int]]:
     monkeypatch.setattr(answering, "TOKENS_A_PIECE", 4)
-    completions, ended = Answering(None, decode, None, [EOS], is_raw=False, batch_size=8).complete(PROMPTS, ROOM)
+    completions, ended = Answering(None, decode, None, [EOS], is_raw=False, batch_size=8).complete(PROMPTS, [ROOM] * 8)
     assert ended == [prompt[0] <= ROOM for prompt in PROMPTS]
     return completions
 
@@ -55,6 +55,16 @@ def test_rows_that_follow_are_as_few_without_another_try(monkeypatch, caplog):
     answers(decode, monkeypatch)
     assert [len(call) for call in decode.calls] == [8, 3, 3, 3, 1]
     assert caplog.text.count("Memory ran out") == 1
+
+
+def test_answers_with_different_room_share_a_batch(monkeypatch):
+    monkeypatch.setattr(answering, "TOKENS_A_PIECE", 4)
+    decode = Memory(most=8, length=1)
+    rooms = [10, 7, 10, 10, 6, 1, 8, 12]
+    completions, ended = Answering(None, decode, None, [EOS], is_raw=False, batch_size=8).complete(PROMPTS, rooms)
+    assert completions == [answer_to(prompt)[:room] for prompt, room in zip(PROMPTS, rooms, strict=True)]
+    assert ended == [prompt[0] <= room for prompt, room in zip(PROMPTS, rooms, strict=True)]
+    assert len(decode.calls[0]) == 8
 
 
 def test_memory_that_does_not_hold_one_row_is_told_on(monkeypatch):

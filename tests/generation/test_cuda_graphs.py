@@ -22,8 +22,8 @@ from transformers import (
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
 from trl_lightreasoner.generation import cuda_graphs
-from trl_lightreasoner.generation.completions import even_batch_size
-from trl_lightreasoner.generation.cuda_graphs import generate_greedy_by_graph, why_no_graph
+from trl_lightreasoner.generation.completions import even_batch_size, find_batch_size
+from trl_lightreasoner.generation.cuda_graphs import bytes_of_row, generate_greedy_by_graph, why_no_graph
 from trl_lightreasoner.models.forward import has_full_attention, hidden_states_at
 from trl_lightreasoner.vocabulary import Vocabulary, model_vocabulary
 
@@ -272,8 +272,20 @@ def test_given_completions_are_scored_in_large_batches_on_a_gpu(monkeypatch, exp
     order = [(0, 12)] * 2000
     assert sampler._find_batch_size(encoded, order, scoring_only=True) == 1000
     assert sampler._find_batch_size(encoded, order[:14], scoring_only=False) == 7
-    sampler._pair.expert = SimpleNamespace(device=torch.device("cpu"))
-    assert sampler._find_batch_size(encoded, order, scoring_only=False) == 16
+
+
+@pytest.mark.parametrize("longest, most", [(None, 16), (10, 64), (200, 50), (500, 20), (1000, 16)])
+def test_on_a_cpu_a_batch_takes_a_gibibyte(longest, most):
+    config = Qwen3Config(hidden_size=2048, num_hidden_layers=24, num_key_value_heads=4, head_dim=128, vocab_size=1000)
+    model = SimpleNamespace(config=config, dtype=torch.float32, device=torch.device("cpu"))
+    assert find_batch_size(model, longest, 10**6, num_processes=1) == most
+
+
+def test_heads_may_differ_from_layer_to_layer():
+    layers = [SimpleNamespace(num_attention_heads=8, num_key_value_heads=heads, head_dim=4) for heads in (1, 2)]
+    text = SimpleNamespace(is_heterogeneous=True, per_layer_config=layers, hidden_size=10, vocab_size=6)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text), dtype=torch.bfloat16)
+    assert bytes_of_row(model, 100) == 2 * (2 * 100 * (1 + 2) * 4 + 10 * 100 + 2 * 6)
 
 
 @pytest.mark.parametrize("way", ["by CUDA graphs", "by generate"])

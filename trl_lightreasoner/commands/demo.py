@@ -142,12 +142,15 @@ def _answer(model: Any, tokenizer: Any, problems: list[dict]) -> list[tuple[str,
 
     from ..demo.bundled_pair import solve
 
-    answers: list[tuple[str, bool]] = []
+    # Answers of a batch end at about the same step if the problems are about as long
+    order = sorted(range(len(problems)), key=lambda i: -len(problems[i]["question"]))
+    answers: dict[int, tuple[str, bool]] = {}
     with tqdm(total=len(problems), desc="Answering", unit="problem") as bar:
         for start in range(0, len(problems), _BATCH_SIZE):
-            answers += solve(model, tokenizer, problems[start : start + _BATCH_SIZE])
-            bar.update(len(answers) - bar.n)
-    return answers
+            batch = order[start : start + _BATCH_SIZE]
+            answers.update(zip(batch, solve(model, tokenizer, [problems[i] for i in batch]), strict=True))
+            bar.update(len(batch))
+    return [answers[i] for i in range(len(problems))]
 
 
 def report(

@@ -35,11 +35,11 @@ def dtype_of(model: str, dtype: str | None, name: str = "model", **kwargs: Any) 
 def prompts_at_a_time(batch_size: int | None) -> str:
     import torch
 
-    from ..generation.completions import BATCH_SIZE
+    from ..generation.completions import CPU_ROWS
 
     if batch_size is None and torch.cuda.is_available():
         return "as many prompts at a time as fit in memory"
-    return f"{batch_size or BATCH_SIZE} prompts at a time"
+    return f"{batch_size or ' to '.join(map(str, CPU_ROWS))} prompts at a time"
 
 
 def announce(*parts: str, cpu: bool = False) -> None:

@@ -84,17 +84,20 @@ class Answering:
         longest = num_tokens + self._piece(room)
         return self.batch_size or find_batch_size(self.model, longest, num_rows, num_processes)
 
-    def complete(self, prompt_ids: list[list[int]], room: int) -> tuple[list[list[int]], list[bool]]:
+    def complete(self, prompt_ids: list[list[int]], rooms: list[int]) -> tuple[list[list[int]], list[bool]]:
         """
-        The completion of each prompt, of at most `room` tokens, and whether it is finished. When the memory does not
-        hold the rows together, half as many are from there on.
+        The completion of each prompt, of at most as many tokens as its room, and whether it is finished. When the
+        memory does not hold the rows together, half as many are from there on.
         """
         completions: list[list[int]] = [[] for _ in prompt_ids]
         ended = [False] * len(prompt_ids)
-        for start in range(0, room, self._piece(room)):
-            length = self._piece(room - start)
-            # The prompt of a later piece includes everything generated before it, as in greedy decoding
-            contexts = {i: prompt_ids[i] + completions[i] for i, has_ended in enumerate(ended) if not has_ended}
+        start = 0
+        # The prompt of a later piece includes everything generated before it, as in greedy decoding
+        while contexts := {
+            i: prompt_ids[i] + completions[i] for i, room in enumerate(rooms) if not ended[i] and start < room
+        }:
+            length = self._piece(min(rooms[i] for i in contexts) - start)
+            start += length
             going = sorted(contexts, key=lambda i: -len(contexts[i]))
             while going:
                 size = min(self._most, self.rows_together(len(contexts[going[0]]), length, len(going)))

@@ -326,9 +326,11 @@ class Candidate:
 
     def _answer(self, name: str, writer: StepWriter) -> None:
         all_prompt_ids, plan = self.prompt_ids[name], self.plans[name]
+        rooms = dict(plan)
 
-        def run(indices: list[int], room: int) -> tuple[list[list[int]], list[bool]]:
-            return self.answering.complete([all_prompt_ids[index] for index in indices], room)
+        def run(indices: list[int], _: int) -> tuple[list[list[int]], list[bool]]:
+            prompt_ids = [all_prompt_ids[index] for index in indices]
+            return self.answering.complete(prompt_ids, [rooms[index] for index in indices])
 
         def write(indices: list[int], result: tuple[list[list[int]], list[bool]]) -> str:
             completion_ids, ended = result
@@ -347,7 +349,8 @@ class Candidate:
             if without_room and self.processes.is_main:
                 write(without_room, ([[] for _ in without_room], [False] * len(without_room)))
                 num_tokens.clear()  # they do not describe the model
-            order = [item for item in plan if item[0] not in done]
+            # Answers are made in pieces, so those of a batch need not have the same room
+            order = [(row, self.args.max_new_tokens) for row in rooms if row not in done]
             if len(order) < len(plan):
                 logger.warning(
                     f"{len(plan) - len(order):,} of {len(plan):,} problems of {title_of(name)} are already answered "

@@ -81,7 +81,8 @@ class EvaluationConfig:
             stand.
         per_device_batch_size (`int`, *optional*):
             Number of problems whose answers are generated together. If `None`, as many as the memory of a CUDA GPU
-            allows, 1,024 at most, and 16 on other devices. It is halved when memory runs out.
+            allows, 1,024 at most, and on other devices as many as 1 GiB holds, between 16 and 64. It is halved when
+            memory runs out.
 
         > Parameters that control the generation by vLLM
 
@@ -192,7 +193,8 @@ class EvaluationConfig:
         default=None,
         metadata={
             "help": "Number of problems whose answers are generated together. If `None`, as many as the memory of a "
-            "CUDA GPU allows, 1,024 at most, and 16 on other devices. It is halved when memory runs out."
+            "CUDA GPU allows, 1,024 at most, and on other devices as many as 1 GiB holds, between 16 and 64. It is "
+            "halved when memory runs out."
         },
     )
     use_vllm: bool = field(

@@ -23,7 +23,7 @@ from ..models.forward import rope_switch
 from ..models.weights import get_base_model
 from ..processes import Processes
 from ..vocabulary import Vocabulary
-from .cuda_graphs import MAX_ROWS, Generated, generate_greedy_by_graph, rows_that_fit, why_no_graph
+from .cuda_graphs import MAX_ROWS, Generated, bytes_of_row, generate_greedy_by_graph, rows_that_fit, why_no_graph
 from .greedy import Alike, generate_by_passes, generate_greedy, length_that_shows, rows_alike
 from .vllm import VLLMGeneration
 
@@ -32,7 +32,10 @@ logger = get_logger(__name__)
 
 T = TypeVar("T")
 
-BATCH_SIZE = 16  # on devices other than CUDA GPUs
+# On a CPU: bytes for the rows of a batch, and rows that even a large or a tiny model gets. More gain nothing, because
+# `generate` goes on with those that have ended
+_CPU_MEMORY = 2**30
+CPU_ROWS = (16, 64)
 
 
 class GreedyDecoder:
@@ -138,11 +141,15 @@ class GreedyDecoder:
 
 def find_batch_size(model: torch.nn.Module, longest: int | None, num_rows: int, num_processes: int) -> int:
     """
-    How many of `num_rows` rows to process together: as many rows of `longest` tokens as a GPU's memory can generate.
-    If `longest` is `None`, nothing is generated, and the maximum batch size is used.
+    How many of `num_rows` rows to process together: as many rows of `longest` tokens as a GPU's memory can generate,
+    or on a CPU as many as 1 GiB holds, between 16 and 64. If `longest` is `None`, nothing is generated, and the
+    maximum batch size is used, or 16 on a CPU.
     """
     if model.device.type != "cuda":
-        return BATCH_SIZE
+        # Not by the free memory, so that a machine gives the same numbers whatever else runs on it
+        least, most = CPU_ROWS
+        fitting = least if longest is None else _CPU_MEMORY // bytes_of_row(model, longest)
+        return even_batch_size(num_rows, max(least, min(most, fitting)), num_processes)
     most = MAX_ROWS if longest is None else rows_that_fit(model, longest)
     return even_batch_size(num_rows, most, num_processes)
 

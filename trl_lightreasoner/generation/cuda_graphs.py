@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
 from ..models.forward import attention_backends, has_full_attention, head_makes_logits, to_device, without_routers
@@ -82,16 +82,30 @@ def why_no_graph(model: torch.nn.Module) -> str | None:
 
 def rows_that_fit(model: torch.nn.Module, num_tokens: int) -> int:
     """Estimated number of rows of `num_tokens` tokens that fit in the free memory of the model's GPU."""
-    base = get_base_model(model)
-    config, device = base.config.get_text_config(), base.get_input_embeddings().weight.device
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    keys_and_values = 2 * config.num_hidden_layers * heads * head_dim * num_tokens
-    row = (keys_and_values + config.hidden_size * num_tokens + 2 * config.vocab_size) * base.dtype.itemsize
+    device = get_base_model(model).get_input_embeddings().weight.device
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     # Half is left for passes over prompts or trajectories, and for copies when ended rows are removed
-    return max(1, min(MAX_ROWS, int(free / 2) // row))
+    return max(1, min(MAX_ROWS, int(free / 2) // bytes_of_row(model, num_tokens)))
+
+
+def bytes_of_row(model: torch.nn.Module, num_tokens: int) -> int:
+    """Estimated memory of a row of `num_tokens` tokens in decoding: its keys and values, hidden states and logits."""
+    base = get_base_model(model)
+    config = base.config.get_text_config()
+    # In some families, such as Gemma 4, the heads differ from layer to layer
+    differ = getattr(config, "is_heterogeneous", False)
+    layers = config.per_layer_config if differ else [config] * config.num_hidden_layers
+    hidden_size = getattr(config, "hidden_size", 0)
+    keys_and_values = 2 * num_tokens * sum(_width_of_heads(layer, hidden_size) for layer in layers)
+    return (keys_and_values + hidden_size * num_tokens + 2 * config.vocab_size) * base.dtype.itemsize
+
+
+def _width_of_heads(config: PretrainedConfig, hidden_size: int) -> int:
+    """Numbers that a layer keeps of a token as its keys, and as many as its values: 0 without attention."""
+    num_heads = getattr(config, "num_attention_heads", None) or 0
+    head_dim = getattr(config, "head_dim", None) or hidden_size // max(1, num_heads)
+    return (getattr(config, "num_key_value_heads", None) or num_heads) * head_dim
 
 
 @torch.no_grad()

@@ -98,7 +98,8 @@ class ContrastiveSamplingConfig:
             only prompts that leave no room in the models' context are skipped.
         per_device_batch_size (`int`, *optional*):
             Number of prompts processed together. If `None`, as many as the memory of a CUDA GPU
-            allows, 1,024 at most, and 16 on other devices. It is halved when memory runs out.
+            allows, 1,024 at most, and on other devices as many as 1 GiB holds, between 16 and 64. It is halved when
+            memory runs out.
 
         > Parameters that control the generation by vLLM
 
@@ -243,7 +244,8 @@ class ContrastiveSamplingConfig:
         default=None,
         metadata={
             "help": "Number of prompts processed together. If `None`, as many as the memory of a CUDA GPU allows, "
-            "1,024 at most, and 16 on other devices. It is halved when memory runs out."
+            "1,024 at most, and on other devices as many as 1 GiB holds, between 16 and 64. It is halved when "
+            "memory runs out."
         },
     )
     use_vllm: bool = field(

@@ -161,15 +161,19 @@ class EvalQuestions:
         }
 
     def _answer(self, order: list[tuple[int, int]], answering: Answering):
-        def run(rows: list[int], room: int) -> tuple[list[list[int]], list[bool]]:
-            return answering.complete([self.prompt_ids[row] for row in rows], room)
+        rooms = dict(order)
+
+        def run(rows: list[int], _: int) -> tuple[list[list[int]], list[bool]]:
+            return answering.complete([self.prompt_ids[row] for row in rows], [rooms[row] for row in rows])
 
         if not order:
             return iter(())
         row, room = order[0]  # the longest
         batch_size = answering.rows_together(len(self.prompt_ids[row]), room, len(order))
         remedy = "Lower `eval_max_new_tokens`, or remove long questions."
-        return batches_that_fit(order, batch_size, run, lambda row: len(self.prompt_ids[row]), remedy)
+        # Answers are made in pieces, so those of a batch need not have the same room
+        together = [(row, max(rooms.values())) for row in rooms]
+        return batches_that_fit(together, batch_size, run, lambda row: len(self.prompt_ids[row]), remedy)
 
 
 def _read_answer(row: int, answer: Any) -> list[str]:
