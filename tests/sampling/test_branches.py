@@ -92,7 +92,7 @@ def test_distances_that_are_counted_along_the_mask_are_read_from_the_beginning()
     torch.manual_seed(0)
     sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = FalconForCausalLM(FalconConfig(**sizes, alibi=True, initializer_range=0.5)).eval()
-    found = dict(BranchedRows(model, ROWS, nullcontext).behind(CONTEXTS))
+    found = dict(BranchedRows(model, ROWS, nullcontext).after(CONTEXTS))
     for place, (row, context) in enumerate(CONTEXTS):
         torch.testing.assert_close(found[place], alone(model, row, context), rtol=1e-4, atol=1e-5)
 
