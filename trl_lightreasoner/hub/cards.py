@@ -1,8 +1,8 @@
-"""The cards of what is shared: a model card and a dataset card, made of what is known, without a network.
+"""Model cards and dataset cards, made without a network.
 
-Nothing of this machine is in them: models and datasets are named by their id on the Hub, or by the last part of a
-path. A part that is made here stands between two comments and is replaced when it is made again; what people write
-beside it stays.
+They contain nothing about this machine: models and datasets are named by their id on the Hub, or by the last part of
+a path. A section that is made here stands between two comments, and is replaced when it is made again. Text that
+people write outside it is kept.
 """
 
 import json
@@ -42,7 +42,7 @@ from .card_parts import (
 from .training_curve import curve_table
 
 
-if TYPE_CHECKING:  # slow to import, and a Dataset's card does without
+if TYPE_CHECKING:  # slow to import, and not needed for a dataset card
     from peft import PeftConfig
     from transformers import Trainer
 
@@ -50,14 +50,14 @@ if TYPE_CHECKING:  # slow to import, and a Dataset's card does without
 
 
 _MEANINGS = {
-    "prompt": "what was asked",
+    "prompt": "the prompt",
     "completion": "the expert's answer",
     "prompt_ids": "tokens of the prompt, as read by the models",
-    "completion_ids": "tokens of the completion, EOS kept",
+    "completion_ids": "tokens of the completion, including EOS",
     "kl_divergence": "D_KL(pi_E, pi_A) in nats at every completion token, kept or not",
-    "step_positions": "t of each kept step: its context is `prompt_ids + completion_ids[:t]`",
+    "step_positions": "position t of each kept step, whose context is `prompt_ids + completion_ids[:t]`",
     "label_ids": "support of v_C at each kept step, most probable first",
-    "label_probs": "v_C there, sums to 1",
+    "label_probs": "probabilities of `label_ids` under v_C, which sum to 1",
     "step_weights": "weight of each kept step in the mean of the loss",
     "sampling_metadata": "JSON: models, revisions, settings and versions",
 }
@@ -65,7 +65,7 @@ _SETTINGS = ("learning_rate", "lr_scheduler_type", "optim", "max_length", "one_s
 # For the quick start of a model
 _LOOKED_THROUGH, _MAX_PROMPT_CHARACTERS = 100, 600
 _SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")  # of datasets, as the Hub calls them
-_UNKNOWN = "The rows do not say."
+_UNKNOWN = "The rows do not record it."
 
 
 def model_card(
@@ -352,7 +352,7 @@ def _setting_rows(trainer: "Trainer", model: Any) -> list[tuple[str, Any]]:
 
 
 def adapter_rows(config: "PeftConfig") -> list[tuple[str, Any]]:
-    """Size and place of an adapter, if it is LoRA."""
+    """Size and target modules of an adapter, if it is LoRA."""
     from peft import LoraConfig
 
     if not isinstance(config, LoraConfig):
@@ -369,7 +369,7 @@ def adapter_rows(config: "PeftConfig") -> list[tuple[str, Any]]:
 
 
 def adapter_type(config: "PeftConfig") -> str:
-    """Its name, as people write it."""
+    """The display name of an adapter's type."""
     from peft import LoraConfig
 
     return "LoRA" if isinstance(config, LoraConfig) else config.peft_type.value

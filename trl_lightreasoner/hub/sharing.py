@@ -1,6 +1,6 @@
-"""To the Hub: a Dataset of steps with its card, and accuracies into a model card. The trainer uploads its model.
+"""Upload a Dataset of steps with its card, and write accuracies into a model card. The trainer uploads its model.
 
-What says where something lies on this machine is left out of what is uploaded, and a token is used and kept nowhere.
+Paths on this machine are not uploaded, and tokens are not stored.
 """
 
 import json
@@ -69,7 +69,7 @@ def push_dataset_to_hub(
     with hub_errors("Nothing is lost. Push it again, all splits as a `DatasetDict` if their columns have changed."):
         if isinstance(dataset, DatasetDict):
             DatasetDict(splits).push_to_hub(repo_id, token=token)
-        else:  # beside other splits that are there
+        else:  # other splits are kept
             ((name, split),) = splits.items()
             split.push_to_hub(repo_id, split=name, token=token)
         card = dataset_card(splits, repo_id, existing=DatasetCard.load(repo_id, token=token))
@@ -102,7 +102,8 @@ def push_evaluation_to_hub(evaluation: "Evaluation", repo_id: str, token: str | 
 
 def open_repo(repo_id: str, repo_type: str = "model", private: bool | None = None, token: str | None = None) -> str:
     """
-    The full id of a repository, which is made if it is missing, so that who may not write learns it before the work.
+    The full id of a repository, which is created if it is missing. Called before the work, it finds missing write
+    access early.
 
     Raises:
         `ValueError`: If the Hub refuses, or cannot be reached.
@@ -115,8 +116,8 @@ def open_repo(repo_id: str, repo_type: str = "model", private: bool | None = Non
 
 
 def _upload_card(card: RepoCard, repo_id: str, repo_type: str, token: str | None, message: str) -> None:
-    # `RepoCard.push_to_hub` asks huggingface.co about the card first, in huggingface_hub 1 even if HF_ENDPOINT names
-    # another Hub; a Hub looks at the metadata of what it is sent by itself
+    # `RepoCard.push_to_hub` first has huggingface.co validate the card, in huggingface_hub 1 even if HF_ENDPOINT names
+    # another Hub. A Hub also validates the metadata on upload
     HfApi(token=token).upload_file(
         path_or_fileobj=str(card).encode(),
         path_in_repo="README.md",
@@ -128,10 +129,12 @@ def _upload_card(card: RepoCard, repo_id: str, repo_type: str, token: str | None
 
 @contextmanager
 def hub_errors(remedy: str) -> Iterator[None]:
-    """One sentence for what goes wrong between here and the Hub."""
+    """A context that turns an error of the Hub into one sentence."""
     try:
         yield
-    except Exception as error:  # besides its own, huggingface_hub raises what its HTTP client does, now this, now that
+    except (
+        Exception
+    ) as error:  # huggingface_hub also raises errors of its HTTP client, whose types differ between versions
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise ValueError(f"The Hub could not be used: {reason}. {remedy}") from error
 
@@ -157,6 +160,6 @@ def _public(text: str | None) -> str | None:
             for key in ("model", "adapter"):
                 if isinstance(model.get(key), str):
                     model[key] = public_name(model[key])
-    except (TypeError, KeyError, AttributeError, json.JSONDecodeError):  # somebody else's column
+    except (TypeError, KeyError, AttributeError, json.JSONDecodeError):  # not written by this package
         return text
     return json.dumps(sampling)
