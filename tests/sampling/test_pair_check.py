@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler, PairCheck, check_steps
 from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR, as_prompt
@@ -137,6 +137,18 @@ def test_every_number_is_that_of_a_loop(beta):
     shown = [(taken, preferred) for taken, preferred, _ in check.corrections]
     assert [count for *_, count in check.corrections] == [count for _, count in expected.most_common(10)]
     assert all(expected[tuple(int(token.removeprefix("#")) for token in each)] for each in shown)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_rows_of_two_thresholds_are_judged_from_the_higher_one(order):
+    def rows_from(beta: float, seed: int) -> Dataset:
+        return as_dataset(random_rows(beta=beta, seed=seed), beta)
+
+    parts = [rows_from(0.1, seed=1), rows_from(1.0, seed=2)]
+    check = check_steps(concatenate_datasets([parts[i] for i in order]))
+    divergences = [value for part in parts for row in part for value in row["kl_divergence"]]
+    assert check.beta == 1.0
+    assert check.num_kept == sum(value >= 1.0 for value in divergences)
 
 
 def test_first_steps_count_where_they_can_be_kept():

@@ -115,6 +115,12 @@ def test_a_gap_before_the_selected_rows_does_not_count():
     assert len(columns.steps) == 3
 
 
+def test_a_divergence_per_row_is_refused():
+    dataset = Dataset.from_list([row | {"kl_divergence": 0.5} for row in make_rows(3)])
+    with pytest.raises(ValueError, match="The column 'kl_divergence' of the dataset must hold lists of numbers, got"):
+        longest_completion(dataset)
+
+
 def test_a_dataset_without_any_step_is_refused():
     rows = make_rows(20)
     assert longest_completion(as_dataset(rows)) == max(len(row["completion_ids"]) for row in rows)

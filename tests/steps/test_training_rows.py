@@ -168,6 +168,7 @@ def test_streamed_rows_without_a_step_to_train_on_are_refused(beta):
         ({"label_ids": [[4], [6.5, 5], [7, 8, 9]]}, "label_ids does not hold whole numbers, but float"),
         ({"label_probs": [[True], [0.75, 0.25], [0.5, 0.25, 0.25]]}, "label_probs does not hold numbers, but bool"),
         ({"label_probs": [[1], [0.75, "0"], [0.5, 0.25, 0.25]]}, "label_probs does not hold numbers, but str"),
+        ({"kl_divergence": 0.5}, "kl_divergence does not hold lists of numbers, but 0.5"),
         ({"kl_divergence": ["high"] * 4}, "kl_divergence does not hold numbers, but 'high'"),
         ({"kl_divergence": [math.nan] * 4}, "kl_divergence does not hold numbers, but nan"),
     ],

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.token_text import TokenTexts, label_of, spell_out
 from ..steps.columns import count_changes, longest_completion, read_columns
-from ..steps.dataset import STEP_COLUMNS, check_dataset, sampling_metadata
+from ..steps.dataset import STEP_COLUMNS, check_dataset, read_samplings, sampling_metadata
 from ..steps.prompt_format import has_messages
 
 
@@ -343,8 +343,11 @@ def _made_with(dataset: Dataset) -> dict[str, Any]:
         value = holder.get(name) if isinstance(holder, dict) else None
         return value if isinstance(value, kind) else None  # it can be somebody else's column
 
+    # From the highest threshold of the rows on, every step has its label
+    settings = [each.get("settings") for each in read_samplings([dataset])]
+    betas = [each.get("beta") for each in settings if isinstance(each, dict)]
     return {
-        "beta": get("settings", "beta", (int, float)),
+        "beta": max((beta for beta in betas if isinstance(beta, int | float)), default=None),
         "include_first_step": get("settings", "include_first_step", bool) is not False,
         "eos_ids": set(get("", "eos_token_ids", list) or []),
         "has_template": get("", "chat_template_sha256", str) not in (None, hashlib.sha256(b"").hexdigest()),

@@ -143,7 +143,8 @@ def _offsets(lists: pa.ListArray) -> np.ndarray:
 
 
 def _cast(batch: pa.Table, name: str) -> pa.Table:
-    for column, kind in _TYPES.items():
+    for column in batch.column_names:
+        kind = _TYPES[column]
         try:
             batch = batch.set_column(batch.schema.get_field_index(column), column, batch[column].cast(kind))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -196,10 +197,11 @@ def longest_completion(dataset: Dataset, name: str = "dataset") -> int:
     Number of tokens of the longest completion in a Dataset of kept steps.
 
     Raises:
-        `ValueError`: If there is no step.
+        `ValueError`: If there is no step, or `kl_divergence` does not hold lists of numbers.
     """
     batches = dataset.select_columns(["kl_divergence"]).with_format("arrow").iter(batch_size=1000)
-    longest = max(pc.max(pc.list_value_length(batch["kl_divergence"])).as_py() or 0 for batch in batches)
+    columns = (_cast(batch, name)["kl_divergence"] for batch in batches)
+    longest = max(pc.max(pc.list_value_length(column)).as_py() or 0 for column in columns)
     if longest == 0:
         raise ValueError(f"The {name} has no step: every `kl_divergence` is empty. Sample again.")
     return longest

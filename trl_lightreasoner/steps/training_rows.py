@@ -149,8 +149,9 @@ def select_steps(row: dict[str, Any], max_length: int | None = None, beta: float
 def divergences_of(row: dict[str, Any]) -> list[float | None]:
     """D_KL(pi_E || pi_A) in nats at the kept steps of a row, `None` for steps at which it is not known."""
     divergence = row.get("kl_divergence") or []
-    numbers = divergence if isinstance(divergence, list) else [divergence]
-    if wrong := [d for d in numbers if d is not None and (type(d) not in (int, float) or math.isnan(d))]:
+    if not isinstance(divergence, list):
+        raise ValueError(f"kl_divergence does not hold lists of numbers, but {divergence!r}")
+    if wrong := [d for d in divergence if d is not None and (type(d) not in (int, float) or math.isnan(d))]:
         raise ValueError(f"kl_divergence does not hold numbers, but {wrong[0]!r}")
     return [divergence[t] if t < len(divergence) else None for t in row["step_positions"]]
 
