@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from trl_lightreasoner.evaluation.answering import Answering
 from trl_lightreasoner.evaluation.evaluation_config import EvaluationConfig
 from trl_lightreasoner.evaluation.sets import read_problems
 from trl_lightreasoner.evaluation.statistics import compare
+from trl_lightreasoner.models import loading
 from trl_lightreasoner.pipeline import rounds, stages
 from trl_lightreasoner.pipeline import run as pipeline
 from trl_lightreasoner.sampling import contrastive_step_sampler
@@ -180,6 +182,18 @@ def test_a_finished_run_does_nothing_again(finished, settings, monkeypatch):
         monkeypatch.setattr(owner, name, never)
     sentence = json.loads((folder / "verdict.json").read_text())["sentence"]
     assert run_pipeline(RunConfig(output_dir=str(folder), **settings)).sentence == sentence
+
+
+def test_each_tokenizer_is_loaded_once(finished, settings, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "report")
+    shutil.rmtree(folder / "evaluation" / "model")
+    loaded, load = [], loading._load_tokenizer
+    monkeypatch.setattr(loading, "_load_tokenizer", lambda source, *args: loaded.append(source) or load(source, *args))
+    run_pipeline(RunConfig(output_dir=str(folder), **settings))
+    assert loaded == [settings["expert"], settings["amateur"]]
+    assert read_answers(folder, "model") == read_answers(finished[0], "model")
 
 
 def interrupt_at(number: int, function):
