@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ from trl_lightreasoner.evaluation.answering import Answering
 from trl_lightreasoner.evaluation.evaluation_config import EvaluationConfig
 from trl_lightreasoner.evaluation.sets import read_problems
 from trl_lightreasoner.evaluation.statistics import compare
+from trl_lightreasoner.generation import completions
+from trl_lightreasoner.models import loading
 from trl_lightreasoner.pipeline import rounds, stages
 from trl_lightreasoner.pipeline import run as pipeline
 from trl_lightreasoner.sampling import contrastive_step_sampler
@@ -182,6 +185,18 @@ def test_a_finished_run_does_nothing_again(finished, settings, monkeypatch):
     assert run_pipeline(RunConfig(output_dir=str(folder), **settings)).sentence == sentence
 
 
+def test_each_tokenizer_is_loaded_once(finished, settings, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "report")
+    shutil.rmtree(folder / "evaluation" / "model")
+    loaded, load = [], loading._load_tokenizer
+    monkeypatch.setattr(loading, "_load_tokenizer", lambda source, *args: loaded.append(source) or load(source, *args))
+    run_pipeline(RunConfig(output_dir=str(folder), **settings))
+    assert loaded == [settings["expert"], settings["amateur"]]
+    assert read_answers(folder, "model") == read_answers(finished[0], "model")
+
+
 def interrupt_at(number: int, function):
     """The function, of which a call is Ctrl-C instead."""
     calls = []
@@ -206,6 +221,7 @@ def left_alone(tmp_path_factory, short) -> RunResult:
     """What is made of them by a run that nothing breaks off."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trl_lightreasoner.report.write_report.save_pictures", lambda *args: [])
+        patch.setattr(completions, "_MAX_CPU_ROWS", 16)
         return run_pipeline(RunConfig(output_dir=str(tmp_path_factory.mktemp("left alone") / "run"), **short))
 
 
@@ -231,6 +247,7 @@ def test_a_run_that_was_broken_off_goes_on(
     owner, name, call, finished_stages, short, left_alone, tmp_path, monkeypatch
 ):
     args = RunConfig(output_dir=str(tmp_path / "run"), **short)
+    monkeypatch.setattr(completions, "_MAX_CPU_ROWS", 16)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, interrupt_at(call, getattr(owner, name)))
         with pytest.raises(KeyboardInterrupt):

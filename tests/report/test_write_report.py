@@ -353,6 +353,15 @@ def test_the_model_of_a_training_stands_beside_the_label(steps, adapter, expert,
         assert detail["m"] != pytest.approx(detail["e"], abs=1e-3)
 
 
+def test_tokenizers_that_are_loaded_are_not_loaded_again(steps, adapter, tokenizer, tmp_path, monkeypatch):
+    write_report(steps, str(tmp_path / "loads"), training_dir=adapter)
+    monkeypatch.delattr("trl_lightreasoner.report.model_reading.load_tokenizer")
+    given = {"processing_class": tokenizer, "amateur_processing_class": tokenizer}
+    write_report(steps, str(tmp_path / "given"), training_dir=adapter, **given)
+    details = [page_of(tmp_path / name)[2] for name in ("loads", "given")]
+    assert details[0] == details[1] and all("m" in detail for detail in details[0].values())
+
+
 @pytest.mark.parametrize("is_resized", [False, True])
 def test_an_adapter_reads_on_a_loaded_expert_and_leaves_it_as_it_was(
     is_resized, steps, adapter, expert, expert_path, tokenizer, tmp_path

@@ -1,5 +1,7 @@
 """`lightreasoner run`: train an adapter from a pair and a dataset, and judge whether to keep it, in one process."""
 
+import gc
+
 from ..pipeline.run_config import RunConfig
 from .arguments import ArgumentParser
 from .running_on import announce_stages
@@ -19,6 +21,7 @@ def main(args: RunConfig) -> None:
 
     from ..pipeline.run import run_pipeline
 
+    gc.freeze()  # the libraries' objects stay, and each stage would look for garbage among them
     announce_stages(args)
     datasets.disable_progress_bars()  # those of files. The bars of the stages remain
     print(f"\n{run_pipeline(args).summary()}")

@@ -82,6 +82,7 @@ class Rounds:
 
     Attributes:
         expert, amateur: The models of the last round that was played. The expert has no adapter.
+        tokenizer, amateur_tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Their tokenizers.
         sampled (`list[Dataset]`): The steps of every round so far.
     """
 
@@ -96,7 +97,7 @@ class Rounds:
     ):
         self.args, self.folder, self.stages = args, folder, stages
         self.prompt_format, self.problems = prompt_format, problems
-        self.tokenizer = sampler.processing_class
+        self.tokenizer, self.amateur_tokenizer = sampler.processing_class, sampler.amateur_processing_class
         self._sampler: ContrastiveStepSampler | None = sampler
         self._baseline: Candidate | None = None
         if problems:
@@ -175,8 +176,9 @@ class Rounds:
 
     def _answer(self, place: RoundFolder) -> dict[str, Any]:
         args = self._eval_args(place.evaluation)
+        # Its tokenizer was saved from this one, and a large one takes a second to load
         candidate = Candidate(
-            "model", str(place.adapter), None, None, args, self.problems, Processes(), self._baseline
+            "model", str(place.adapter), self.tokenizer, None, args, self.problems, Processes(), self._baseline
         )
         adapted = load_adapter(self.expert, str(place.adapter))
         candidate.answer(adapted)

@@ -196,4 +196,6 @@ def _report(args: RunConfig, folder: RunFolder, play: Rounds) -> None:
         play.expert if is_one_expert else None,
         play.amateur if is_one_expert else None,
         answer_column=args.answer_column,
+        processing_class=play.tokenizer,
+        amateur_processing_class=play.amateur_tokenizer,
     )

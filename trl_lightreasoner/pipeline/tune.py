@@ -165,7 +165,7 @@ def tune(args: TuneConfig) -> TuneResult:
             training_config(with_setting(args, {parameter.name: value}), folder.path)
     sampler = open_pair(args, folder.steps, "tune")
     _check_layers(args)
-    tokenizer = sampler.processing_class
+    tokenizer, amateur_tokenizer = sampler.processing_class, sampler.amateur_processing_class
     prompts, problems, validation, prompt_format = prepare_questions(args, tokenizer, args.num_validation)
     if HELD_OUT not in problems or not len(validation):
         raise ValueError(
@@ -222,6 +222,8 @@ def tune(args: TuneConfig) -> TuneResult:
                 amateur,
                 answer_column=args.answer_column,
                 search=result,
+                processing_class=tokenizer,
+                amateur_processing_class=amateur_tokenizer,
             )
         count = len(problems[HELD_OUT])
         best_scores, default_scores, _ = scores
@@ -315,7 +317,7 @@ def _confirm(
     for number in dict.fromkeys([result.best.number, result.trials[0].number]):
         path = str(folder.trial(number))
         # A folder for each, since another trial can be the best when the search is continued
-        folder_of_model = (path, None, None, args, problems, baseline.processes)
+        folder_of_model = (path, baseline.tokenizer, None, args, problems, baseline.processes)
         candidates[number] = Candidate(f"trial_{number}", *folder_of_model, other=baseline)
         model = load_adapter(expert, path)
         try:

@@ -56,6 +56,8 @@ def add_probabilities(
     metadata: dict[str, Any],
     expert: "NamedModel | None",
     amateur: "NamedModel | None",
+    expert_tokenizer: PreTrainedTokenizerBase | None = None,
+    amateur_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> str | None:
     """
     Add the probabilities of expert and amateur at the kept steps of the trajectories.
@@ -65,6 +67,8 @@ def add_probabilities(
         metadata (`dict`): Result of [`made_with`].
         expert, amateur (`str` or model, *optional*): Ids or paths, or the models. By default they are those that
             `metadata` names, if they are on this machine.
+        expert_tokenizer, amateur_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Their tokenizers,
+            if they are loaded.
 
     Returns:
         `str` or `None`: The reason if nothing was added.
@@ -88,7 +92,10 @@ def add_probabilities(
             kwargs["local_files_only"] = True
     try:
         tokenizers = [
-            load_tokenizer(name, role, **kwargs) for role, (name, kwargs) in zip(roles, sources, strict=True)
+            load_tokenizer(name, role, **kwargs) if tokenizer is None else tokenizer
+            for role, tokenizer, (name, kwargs) in zip(
+                roles, (expert_tokenizer, amateur_tokenizer), sources, strict=True
+            )
         ]
         configs = [load_config(name, role, **kwargs) for role, (name, kwargs) in zip(roles, sources, strict=True)]
         vocabulary = shared_vocabulary(*tokenizers, *(config.get_text_config().vocab_size for config in configs))
@@ -124,6 +131,7 @@ def add_trained(
     trained: "NamedModel",
     expert: "NamedModel | None",
     tokenizer: PreTrainedTokenizerBase,
+    own_tokenizer: PreTrainedTokenizerBase | None = None,
     local_files_only: bool = False,
 ) -> None:
     """
@@ -136,6 +144,7 @@ def add_trained(
         expert (`str` or model, *optional*): The expert as the user gave it. If it is a loaded model, an adapter is
             loaded onto it temporarily.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's.
+        own_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The trained model's, if it is loaded.
         local_files_only (`bool`): Whether to use only files on this machine.
 
     Raises:
@@ -145,9 +154,10 @@ def add_trained(
         return
     kwargs: dict[str, Any] = {"dtype": (metadata.get("expert") or {}).get("dtype") or "auto"}
     kwargs |= {"local_files_only": True} if local_files_only else {}
-    own_tokenizer = load_tokenizer(trained, "trained model", **kwargs)
+    if own_tokenizer is None:
+        own_tokenizer = load_tokenizer(trained, "trained model", **kwargs)
     try:
-        if own_tokenizer.get_vocab() != tokenizer.get_vocab():
+        if own_tokenizer is not tokenizer and own_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise ValueError("its tokens differ from the expert's")
         if isinstance(trained, str) and isinstance(expert, PreTrainedModel) and _lies_on(trained, expert):
             generation_config = expert.generation_config

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, logging
 
 from ..models.token_text import TokenTexts, spell_out
 from ..sampling.pair_check import check_steps
@@ -43,6 +43,8 @@ def write_report(
     seed: int = 0,
     answer_column: str | None = None,
     search: SearchResult | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    amateur_processing_class: PreTrainedTokenizerBase | None = None,
 ) -> Path:
     """
     Write report.html, the numbers behind it as CSV, and its figures as PNG, if matplotlib is installed.
@@ -68,6 +70,9 @@ def write_report(
         answer_column (`str`, *optional*): Column with the reference answers, to mark rows as right or wrong. By
             default it is `answer`, if there is such a column.
         search ([`SearchResult`], *optional*): The trials of a search, to show as well.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The tokenizer of every
+            expert and of the trained model. By default each is loaded from the model's folder or repository.
+        amateur_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The amateur's, likewise.
 
     Returns:
         `Path`: report.html.
@@ -100,14 +105,14 @@ def write_report(
     reported = []
     for (name, each), numbers, chosen in zip(datasets.items(), statistics, rows, strict=True):
         metadata = made_with(each)
-        tokenizer, notes = find_tokenizer(metadata, expert), []
+        tokenizer, notes = find_tokenizer(metadata, expert) if processing_class is None else processing_class, []
         trajectories = load_trajectories(each, chosen)
         if isinstance(tokenizer, str):
             notes.append(f"Tokens are shown by number: {tokenizer}. Name the expert with --expert.")
             tokenizer = None
         reason: str | None = "loading the models is turned off"
         if load_models:
-            reason = add_probabilities(trajectories, metadata, expert, amateur)
+            reason = add_probabilities(trajectories, metadata, expert, amateur, tokenizer, amateur_processing_class)
         if reason is not None and any(trajectory.steps for trajectory in trajectories):
             notes.append(
                 f"Only the label is shown, without the probabilities of expert and amateur: {reason}. A dataset does "
@@ -118,7 +123,7 @@ def write_report(
             try:
                 if tokenizer is None:
                     raise ValueError("The trained model cannot be read: the expert's tokenizer is not available.")
-                add_trained(trajectories, metadata, trained, expert, tokenizer, local_files_only=model is None)
+                add_trained(trajectories, metadata, trained, expert, tokenizer, processing_class, model is None)
             except ValueError as error:
                 if model is not None:
                     raise

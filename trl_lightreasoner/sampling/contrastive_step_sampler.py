@@ -150,7 +150,8 @@ class ContrastiveStepSampler:
             amateur_processing_class = load_tokenizer(amateur, "amateur", "amateur_processing_class", **amateur_kwargs)
         expert_width = expert_config.get_text_config().vocab_size
         amateur_width = amateur_config.get_text_config().vocab_size
-        self.processing_class, self._widths = processing_class, (expert_width, amateur_width)
+        self.processing_class, self.amateur_processing_class = processing_class, amateur_processing_class
+        self._widths = (expert_width, amateur_width)
         contexts = [
             getattr(config.get_text_config(), "max_position_embeddings", None)
             for config in (expert_config, amateur_config)
