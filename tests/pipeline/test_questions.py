@@ -53,6 +53,14 @@ def test_a_question_that_is_held_back_is_not_sampled_from_another_row(prepare):
     assert texts(prompts) == [row["question"] for row in ROWS[:9]]
 
 
+def test_a_question_in_several_rows_is_not_sampled_in_two_rounds(prepare):
+    rows = [ROWS[0], ROWS[1], ROWS[0], ROWS[2], ROWS[1], ROWS[3]]
+    once, *_ = prepare(rows, num_held_out=0, num_prompts=2)
+    assert texts(once) == ["What is 0+0?", "What is 1+1?"]
+    prompts, *_ = prepare(rows, num_held_out=0, num_prompts=2, num_rounds=2)
+    assert texts(prompts) == [row["question"] for row in ROWS[:4]]
+
+
 def test_without_answers_all_can_be_sampled(prepare):
     prompts, problems, *_ = prepare([{"prompt": row["question"]} for row in ROWS])
     assert len(prompts) == 10 and problems == {}

@@ -43,7 +43,7 @@ class Questions(NamedTuple):
 def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_validation: int = 0) -> Questions:
     """
     Load the questions. No question has two uses, even if several rows hold it: a held-out question is neither sampled
-    nor used for validation, and a validation question is not sampled.
+    nor used for validation, a validation question is not sampled, and no question is in two rounds.
 
     Args:
         args ([`RunConfig`]): Settings.
@@ -74,6 +74,8 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_v
     choosing = [row for row in range(start, first) if texts[row] not in taken]
     taken |= {texts[row] for row in choosing}
     rows = [row for row in range(start) if texts[row] not in taken]
+    if args.num_rounds > 1:  # which sample other questions each
+        rows = sorted({texts[row]: row for row in reversed(rows)}.values())
     if not rows:
         raise ValueError("The dataset has no question left to sample after the held-out ones.")
     rows = rows[: args.num_prompts + (args.num_rounds - 1) * args.num_prompts_later]
