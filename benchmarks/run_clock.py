@@ -1,5 +1,6 @@
 """
-How long `lightreasoner run` takes: in a process of its own, in all and by stage. Prints a Markdown table.
+How long `lightreasoner run` takes: in a process of its own, in all and by stage, and its processor time. Prints a
+Markdown table.
 
 Without flags it runs the bundled pair on 200 questions, with 300 held out; flags behind `--` are given to
 `lightreasoner run` instead.
@@ -11,6 +12,7 @@ python benchmarks/run_clock.py -- --expert EXPERT --amateur AMATEUR --dataset_na
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -50,6 +52,8 @@ def main(flags: list[str]) -> None:
         if stage != "total":
             print(f"| {stage} | {value:.1f} |")
     print(f"| **in all** | **{seconds:.1f}** |")
+    times = os.times()
+    print(f"| processor time | {times.children_user + times.children_system:.1f} |")
 
 
 if __name__ == "__main__":
