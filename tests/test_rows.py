@@ -164,7 +164,7 @@ def test_only_what_padding_changes_is_completed_by_length(kind, num_calls, token
     monkeypatch.setattr(greedy, "_generate", lambda *args: sizes.append(len(args[1])) or generate(*args))
     decode(prompt_ids, 4)
     assert len(sizes) == num_calls
-    assert ("Rows of a batch change what `RwkvForCausalLM` says" in caplog.text) == (kind == "rwkv")
+    assert ("The predictions of `RwkvForCausalLM` depend on other rows of a batch" in caplog.text) == (kind == "rwkv")
 
 
 def test_rows_beyond_the_switch_of_the_rope_are_refused_in_several_processes():

@@ -221,7 +221,7 @@ def left_alone(tmp_path_factory, short) -> RunResult:
     """What is made of them by a run that nothing breaks off."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trl_lightreasoner.report.write_report.save_pictures", lambda *args: [])
-        patch.setattr(completions, "_MAX_CPU_ROWS", 16)
+        patch.setattr(completions, "CPU_ROWS", (16, 16))
         return run_pipeline(RunConfig(output_dir=str(tmp_path_factory.mktemp("left alone") / "run"), **short))
 
 
@@ -247,7 +247,7 @@ def test_a_run_that_was_broken_off_goes_on(
     owner, name, call, finished_stages, short, left_alone, tmp_path, monkeypatch
 ):
     args = RunConfig(output_dir=str(tmp_path / "run"), **short)
-    monkeypatch.setattr(completions, "_MAX_CPU_ROWS", 16)
+    monkeypatch.setattr(completions, "CPU_ROWS", (16, 16))
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, interrupt_at(call, getattr(owner, name)))
         with pytest.raises(KeyboardInterrupt):

@@ -123,13 +123,13 @@ def test_a_run_goes_on_only_with_a_model_that_is_loaded_alike(
 def test_what_decides_rows_in_half_precision_is_in_the_metadata_and_on_the_card(sample, expert_path, prompts):
     steps = sample(expert_path, prompts)
     metadata = sampling_metadata(steps)
-    assert metadata["per_device_batch_size"] == 16
+    assert metadata["per_device_batch_size"] == len(steps)
     assert [metadata[role][key] for role in ("expert", "amateur") for key in ("attention", "device")] == [
         "sdpa",
         "cpu",
     ] * 2
     card = dataset_card({"train": steps}, "steps")
-    assert "sdpa attention, on cpu" in card.text and "rows together" in card.text
+    assert "sdpa attention, on cpu" in card.text and "batch size" in card.text
 
 
 @pytest.fixture
