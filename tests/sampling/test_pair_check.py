@@ -16,7 +16,8 @@ from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR, as_prompt
 from trl_lightreasoner.demo.task import make_problems
 from trl_lightreasoner.generation.greedy import find_eos_ids, generate_greedy
 from trl_lightreasoner.models.loading import load_model
-from trl_lightreasoner.sampling.pair_check import CAVEAT, JUDGED_AT, RESTS_ON
+from trl_lightreasoner.sampling.pair_check import CAVEAT, RESTS_ON
+from trl_lightreasoner.sampling.pair_verdict import JUDGED_AT
 from trl_lightreasoner.steps.dataset import STEP_FEATURES
 from trl_lightreasoner.vocabulary import model_vocabulary
 

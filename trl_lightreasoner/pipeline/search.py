@@ -112,68 +112,58 @@ def search(
         `OSError`: If the disk is full.
     """
     with _room_for(folder.study):
-        return _search(parameters, default, train, folder, num_trials, seed)
+        optuna = import_optuna()
+        study = _open_study(optuna, folder.study)
+        _repeat_broken_trials(optuna, study, folder)
+        # With the same seed, a resumed search would repeat its first suggestions
+        study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
+        if not study.trials:
+            study.enqueue_trial({each.name: default[each.name] for each in parameters}, user_attrs={_IS_DEFAULT: True})
+        done = len(_finished(study))
 
+        def objective(trial: "OptunaTrial") -> float:
+            is_default = trial.user_attrs.get(_IS_DEFAULT, False)
+            # Optuna gets only those values of the default setting that are in the space
+            names = [each for each in parameters if not is_default or each.holds(default[each.name])]
+            suggested = {each.name: each.suggest(trial) for each in names}
+            setting = default if is_default else {**default, **suggested}
+            trial.set_user_attr(_SETTING, setting)
+            for other in _finished(study):
+                if other.user_attrs[_SETTING] == setting:
+                    trial.set_user_attr(_NOTE, f"the same as trial {other.number}")
+                    if other.value is None:
+                        raise optuna.TrialPruned()
+                    return other.value
+            reporter = AccuracyReporter(trial, setting["max_steps"])
+            try:
+                train(setting, folder.trial(trial.number), reporter, is_default)
+            except (torch.OutOfMemoryError, FloatingPointError, UnfitSetting) as error:  # concerns only this setting
+                if is_default:
+                    raise
+                notes = {torch.OutOfMemoryError: "out of memory", FloatingPointError: "gradients were not finite"}
+                trial.set_user_attr(_NOTE, notes.get(type(error), str(error)))
+                raise optuna.TrialPruned() from error
+            assert reporter.accuracy is not None  # the last update is one of the parts
+            return reporter.accuracy
 
-def _search(
-    parameters: list[Parameter],
-    default: Setting,
-    train: Callable[[Setting, Path, AccuracyReporter, bool], None],
-    folder: TuneFolder,
-    num_trials: int,
-    seed: int,
-) -> SearchResult:
-    optuna = import_optuna()
-    study = _open_study(optuna, folder.study)
-    _repeat_broken_trials(optuna, study, folder)
-    # With the same seed, a resumed search would repeat its first suggestions
-    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
-    if not study.trials:
-        study.enqueue_trial({each.name: default[each.name] for each in parameters}, user_attrs={_IS_DEFAULT: True})
-    done = len(_finished(study))
+        def look_back(study: "Study", trial: "FrozenTrial") -> None:
+            result = _read(study, parameters)
+            kept = {str(each.number) for each in (result.trials[0], result.best)}
+            for path in folder.trials.iterdir() if folder.trials.is_dir() else ():
+                if path.name not in kept:
+                    shutil.rmtree(path)
+            (last,) = (each for each in result.trials if each.number == trial.number)
+            accuracy = "" if last.last_accuracy is None else f"{last.last_accuracy:.1%}"
+            remarks = ", ".join(filter(None, [accuracy, last.remark()]))
+            print(
+                f"  {len(result.trials)}/{num_trials} {write_setting(last.setting, result.names)}: {remarks}",
+                flush=True,
+            )
 
-    def objective(trial: "OptunaTrial") -> float:
-        is_default = trial.user_attrs.get(_IS_DEFAULT, False)
-        # Optuna gets only those values of the default setting that are in the space
-        names = [each for each in parameters if not is_default or each.holds(default[each.name])]
-        suggested = {each.name: each.suggest(trial) for each in names}
-        setting = default if is_default else {**default, **suggested}
-        trial.set_user_attr(_SETTING, setting)
-        for other in _finished(study):
-            if other.user_attrs[_SETTING] == setting:
-                trial.set_user_attr(_NOTE, f"the same as trial {other.number}")
-                if other.value is None:
-                    raise optuna.TrialPruned()
-                return other.value
-        reporter = AccuracyReporter(trial, setting["max_steps"])
-        try:
-            train(setting, folder.trial(trial.number), reporter, is_default)
-        except (torch.OutOfMemoryError, FloatingPointError, UnfitSetting) as error:  # concerns only this setting
-            if is_default:
-                raise
-            notes = {torch.OutOfMemoryError: "out of memory", FloatingPointError: "gradients were not finite"}
-            trial.set_user_attr(_NOTE, notes.get(type(error), str(error)))
-            raise optuna.TrialPruned() from error
-        assert reporter.accuracy is not None  # the last update is one of the parts
-        return reporter.accuracy
-
-    def look_back(study: "Study", trial: "FrozenTrial") -> None:
-        result = _read(study, parameters)
-        kept = {str(each.number) for each in (result.trials[0], result.best)}
-        for path in folder.trials.iterdir() if folder.trials.is_dir() else ():
-            if path.name not in kept:
-                shutil.rmtree(path)
-        (last,) = (each for each in result.trials if each.number == trial.number)
-        accuracy = "" if last.last_accuracy is None else f"{last.last_accuracy:.1%}"
-        remarks = ", ".join(filter(None, [accuracy, last.remark()]))
-        print(
-            f"  {len(result.trials)}/{num_trials} {write_setting(last.setting, result.names)}: {remarks}", flush=True
-        )
-
-    if done:
-        print(f"  {done} are already done", flush=True)
-    study.optimize(objective, n_trials=max(0, num_trials - done), callbacks=[look_back])
-    return _read(study, parameters)
+        if done:
+            print(f"  {done} are already done", flush=True)
+        study.optimize(objective, n_trials=max(0, num_trials - done), callbacks=[look_back])
+        return _read(study, parameters)
 
 
 @contextmanager

@@ -31,7 +31,8 @@ from .encoding import encode_dataset
 from .metadata import identify_model, identify_tokens, make_metadata
 from .model_pair import AMATEUR_SETTINGS, SAME_READING, ModelPair, check_own_amateur
 from .other_amateur import OtherAmateur
-from .pair_check import JUDGED_AT, PairCheck, check_steps
+from .pair_check import PairCheck, check_steps
+from .pair_verdict import JUDGED_AT
 from .planning import check_readable, plan_prompts
 from .scoring import Trajectory, TrajectoryScores, prepare_scoring, score_trajectories
 
