@@ -382,6 +382,14 @@ def test_the_answer_in_a_reference(text, expected):
         ("That makes -2 degrees.", "-2"),
         ("It is 1,450,000.", "1,450,000"),
         (r"so we get $x = \frac{3}{4}$", r"x = \frac{3}{4}"),
+        ("18\nExplanation: 30 - 12 = 18, as 12 of 30 are gone.", "18"),
+        ("30 - 12 = 18 eggs\n\n**Reasoning:** 12 are gone.", "30 - 12 = 18 eggs"),
+        ("17\nExplanation: 30 - 12. The answer is 18.", "18"),
+        ("1. Subtract\nReasoning: 30 - 12 = 18", "18"),
+        ("Let us see.\nExplanation: 30 - 12 = 18", "18"),
+        ("The answer is 18 feet.A train", "18 feet"),
+        ("The answer is 18.Question: Tom", "18"),
+        ("The answer is 18.5", "18.5"),
         ("I do not know.", None),
         ("", None),
     ],
@@ -411,6 +419,48 @@ def test_answer_that_counts(completion, answer):
 )
 def test_text_around_the_number(completion, correct):
     assert grade(completion, "18").correct is correct
+
+
+@pytest.mark.parametrize(
+    ("answer", "correct"),
+    [
+        ("18, which is the difference between 30 and 12", True),
+        ("18, as calculated above", True),
+        ("$18, not $20", True),
+        ("30 - 12 = 18, not 20", True),
+        ("18 because 30 - 12 = 18", True),
+        ("18 red and green peaches in the basket", True),
+        ("x = 18, where x is the number of peaches", True),
+        ("20, not 18", False),
+        ("18, which is incorrect", False),
+        ("18, as well as 20", False),
+        ("18 peaches and 2 pears", False),
+        ("20, because 38 - 18 = 20", False),
+    ],
+)
+def test_a_comment_behind_a_number_is_no_part_of_it(answer, correct):
+    assert grade(f"The answer is {answer}.", "18").correct is correct
+
+
+def test_a_comment_behind_a_ratio_is_no_part_of_it():
+    assert grade("The answer is 2:5, not 3:2.", "2:5").correct
+    assert not grade("The answer is 2:5, not 3:2.", "3:2").correct
+
+
+@pytest.mark.parametrize(
+    ("answer", "correct"),
+    [
+        (r"\text{Harry's wand is longer}", True),
+        ("Harry is taller than Sam", True),
+        ("Harry’s wand", True),
+        ("Sam is taller than Harry", False),
+        ("Harry or Sam", False),
+        ("Harry is not taller", False),
+        ("Harryson is taller", False),
+    ],
+)
+def test_what_is_said_of_a_name_names_it(answer, correct):
+    assert grade(rf"So \boxed{{{answer}}}.", "Harry").correct is correct
 
 
 def test_boxes_with_names_are_one_answer():
@@ -500,6 +550,12 @@ def test_letter_of_a_multiple_choice(completion, letter):
         ("I think\nHuman: foo", "I think"),
         ("I think\n**Problem 2:** foo", "I think"),
         ("The question: is it 5?", "The question: is it 5?"),
+        ("The answer is 18.Human: A man has 5. The answer is 5.", "The answer is 18."),
+        ("It is 18Human: A man has 5", "It is 18"),
+        ("She has 18 eggs.User: A man has 5", "She has 18 eggs."),
+        ("The answer is 18 eggs.A man has 5. The answer is 5.", "The answer is 18 eggs."),
+        ("The answer is 18.5 eggs. Next", "The answer is 18.5 eggs."),
+        ("The kind is Human: 18 of them", "The kind is Human: 18 of them"),
         (r"Cut off, \boxed{5", r"Cut off, \boxed{5"),
         ("Question: foo", ""),
     ],
@@ -693,7 +749,9 @@ def test_a_worker_that_dies_is_replaced(monkeypatch):
     assert len(started) == 2
 
 
-@pytest.mark.parametrize("text", [r"\boxed{5} ", "#### a\n", "answer: 1. a ", "answer is 5 ", r"\boxed{5}. Wait "])
+@pytest.mark.parametrize(
+    "text", [r"\boxed{5} ", "#### a\n", "answer: 1. a ", "answer is 5 ", r"\boxed{5}. Wait ", "5.Human"]
+)
 def test_a_text_is_read_in_time_that_grows_as_its_length(text):
     start = time.process_time()
     first_answer(text * (160_000 // len(text)))

@@ -4,7 +4,8 @@ A marked answer is, in this order,
 
 1. the last complete `\boxed{}` or line of `####`. Boxes of one line joined by a comma, "and" or "or" are one answer;
 2. what follows the last "answer is", "answer:" or a heading that says "final answer";
-3. bold type in the last line.
+3. bold type in the last line;
+4. a value in the first line, above "Explanation" or "Reasoning".
 
 The last one counts, so an answer that was withdrawn and boxed anew is the new one. A box that the length limit cut off
 is no answer: `\boxed{12` may have become 128. Without any mark the last formula or number is taken.
@@ -36,6 +37,8 @@ _RUN_ON = re.compile(
     r"<\|(?:im_end|im_start|endoftext|eot_id|end_of_text|end|user|assistant)\|>|</s>|<(?:eos|end_of_turn)>"
     r"|\n[ \t]*(?:\*\*|#{1,6} *)?(?:(?:New |Next )?(?:Question|Problem|Exercise|Example)(?: *\d+)?(?:\*\*)? *[:.]"
     r"|Q *\d*(?:\*\*)? *:|(?:Human|User|Instruction|Input)(?:\*\*)? *:)"
+    # Behind an answer without a space, "The answer is 5.Human: Tom has", as Qwen2.5 goes on
+    r"|(?<=[.!?)\]}$*\d])(?:Human|User) *:"
 )
 _WITHDRAWN = re.compile(
     r"[\s$*.)\]\\]*(?:wait|hold on|hmm|oops|actually|however|but\b|no,|sorry|correction|on second thought"
@@ -54,9 +57,16 @@ _PHRASE = re.compile(
 # "Answer:" above "1. First ..." announces reasoning, but "The answer is 1." does not
 _LIST = re.compile(r"[* ]*\n[*\s]*+1[.)][* ]+\S|(?<![a-z] )1[.)][* ]+\S[^\n]{0,1000}\n+[* ]*2[.)]\s")
 _NO_VALUE = re.compile(r"\W*(?:not|wrong|incorrect|correct|right|unclear|as follows|given|found|obtained)\b", re.I)
-_SENTENCE_END = re.compile(r"(?<![A-Z])(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)(?<!\b[ap]\.m)[.!?](?=\s+[A-Z\\$*(]|\s*$)")
+# Another sentence may follow without a space, "5 feet.A train"
+_SENTENCE = r"(?:[A-Z][a-z]+[ ,:]|[AI] [a-z])"
+_SENTENCE_END = re.compile(
+    r"(?<![A-Z])(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)(?<!\b[ap]\.m)[.!?](?=\s+[A-Z\\$*(]|\s*$|" + _SENTENCE + ")"
+)
 
 _VALUE = re.compile(r"\s*(?:\*\*|\$|\\[(\[])*\(?(?:[-+]?[$€£]?\.?\d|[A-J]\b|\\(?!boxed))")
+_EXPLAINED = re.compile(
+    r"\s*(?!\d+[.)]\s+\D)([^\n]{1,100})\n+[*_ ]*(?:Explanation|(?:The )?Reason(?:ing)?|Rationale)\b", re.I
+)
 _FORMULA = re.compile(
     r"\$\$([^$]+)\$\$|\\\[((?:[^\\]|\\(?!\])){1,500})\\\]|\\\(((?:[^\\]|\\(?!\))){1,500})\\\)|\$([^$\n]+)\$"
 )
@@ -100,6 +110,8 @@ def _marked_answers(completion: str) -> Iterator[str]:
     yield from (text for _, text in sorted(strong, reverse=True))
     yield from _after_phrases(completion)
     yield from reversed(_bold_in_last_line(completion))
+    if (explained := _EXPLAINED.match(completion)) and _VALUE.match(value := _value(explained[1])):
+        yield value
 
 
 def last_boxed(text: str) -> str | None:
@@ -348,12 +360,13 @@ def _last_line(text: str) -> str:
     return text.rstrip().rsplit("\n", 1)[-1]
 
 
+_END = re.compile(r"\n|[.!?](?=\s|\$|$|" + _SENTENCE + r")\$?")
 _CLOSING = re.compile(r"\s*(?:\\\]|\\\)|\$\$?|\*\*)+")
 
 
 def _sentence_ends(text: str) -> Callable[[int], int]:
     """Where the sentence ends that goes on at a place; the text is searched once for all of them."""
-    ends = [(match.start(), match.end()) for match in re.finditer(r"\n|[.!?](?=\s|\$|$)(?:\$)?", text)]
+    ends = [(match.start(), match.end()) for match in _END.finditer(text)]
 
     def sentence_end(start: int) -> int:
         closing = _CLOSING.match(text, start)

@@ -83,9 +83,12 @@ def _equal(gold: str, answer: str, terms: _Terms) -> bool:
     if squeeze(gold) == squeeze(answer):
         return True
     gold, answer = (_condition(_without_approximation(_DOMAIN.sub("", text))) for text in (gold, answer))
+    gold_parts = _parts(gold)
     if words_of(gold):
         answer = _without_explanation(answer)
-    gold_parts, answer_parts = _parts(gold), _parts(answer)
+    elif len(gold_parts.items) == 1 and (_RATIO.match(gold) or _quantity(gold).number):
+        answer = _without_comment(answer)
+    answer_parts = _parts(answer)
     if len(gold_parts.items) == 1 == len(answer_parts.items) and not gold_parts.brackets + answer_parts.brackets:
         return _equal_item(gold_parts.items[0], answer_parts.items[0], terms)
     if _INEQUALITY.search(gold + answer) and (len(gold_parts.items) == 1 or len(answer_parts.items) == 1):
@@ -137,6 +140,26 @@ def _without_explanation(text: str) -> str:
     plain = re.sub(WRAPPERS, r" \1 ", text)
     explanation = _EXPLANATION.search(plain)
     return plain[: explanation.start()].strip() if explanation else text
+
+
+# "which is the difference", but not "which is wrong"
+_COMMENT = re.compile(
+    r",?\s+(?:because|since)\b|,\s+(?:as(?! well)|where|which(?!(?: is| was)? (?:not|incorrect|wrong|impossible)))\b"
+    r"|,\s+not\s+(?=[-+]?¤?\d)"
+)
+_WORDS = re.compile(r"(?!.*\b(?:not|neither|nor|none|incorrect|wrong)\b)[a-z][A-Za-z'’-]+(?: [a-z][A-Za-z'’-]*)*")
+
+
+def _without_comment(text: str) -> str:
+    """Of "4, not 10", of "4, as calculated" and of "4 red and green pens" what is asked for where it is a number."""
+    plain = re.sub(WRAPPERS, r" \1 ", text)
+    comment = _COMMENT.search(plain)
+    if comment and re.search(r"\d", plain[: comment.start()]):
+        text = plain[: comment.start()].strip()
+    first, *others = _parts(text).items
+    if others and re.match(r"[-+]?¤?\d", first) and all(_WORDS.fullmatch(each) for each in others):
+        return first
+    return text
 
 
 def _parts(text: str) -> _Parts:
@@ -216,7 +239,8 @@ def _equal_item(gold: str, answer: str, terms: _Terms) -> bool:
     if squeeze(gold) == squeeze(answer):
         return True
     if words := words_of(gold):
-        return words == (words_of(answer) or words_of(rf"\text{{{answer}}}"))
+        said = words_of(answer) or words_of(rf"\text{{{answer}}}") or ""
+        return said == words or _is_said_of(re.sub(WRAPPERS, r"\1", gold), words, said)
 
     if (gold_base := _base(gold)) or _base(answer):
         # An answer without a base is taken to be in the one that was asked for
@@ -277,6 +301,13 @@ def words_of(text: str) -> str | None:
         return None
     kept = [word for word in re.findall(r"[\w'’]+", plain.lower()) if word not in {"the", "a", "an"}]
     return " ".join(kept) or " ".join(re.findall(r"\w+", plain.lower()))
+
+
+def _is_said_of(name: str, words: str, said: str) -> bool:
+    """Whether a text says something of who was asked for: "Tom's dog", "Tom is taller than Ann" for "Tom"."""
+    if not name[:1].isupper() or re.search(r"\b(?:or|not|neither|as well)\b", said):
+        return False
+    return re.match(rf"{re.escape(words)}(?:['’]s| is| are| was| were| has| have| had)\b", said) is not None
 
 
 def says(sentence: str, words: str) -> bool:
