@@ -50,7 +50,7 @@ _WITHDRAWN = re.compile(
 # "The answer is", "Answer:", "**Final Answer**" before a line break; "answer to the question is"
 _PHRASE = re.compile(
     r"\banswers?\b(?:[*_ ]{0,4}(?:to [^.\n:]{0,80}? )?"
-    r"(?:(?:is|are|(?:must|should|would) be)\b(?: thus| therefore)?|[:=])[*_: ]*"
+    r"(?:(?:is|are|(?:must|should|would) be)\b(?: thus| therefore| that)?|[:=])[*_: ]*"
     r"|[*_ ]*(?=\n))",
     re.I,
 )
@@ -58,12 +58,12 @@ _PHRASE = re.compile(
 _LIST = re.compile(r"[* ]*\n[*\s]*+1[.)][* ]+\S|(?<![a-z] )1[.)][* ]+\S[^\n]{0,1000}\n+[* ]*2[.)]\s")
 _NO_VALUE = re.compile(r"\W*(?:not|wrong|incorrect|correct|right|unclear|as follows|given|found|obtained)\b", re.I)
 # Another sentence may follow without a space, "5 feet.A train"
-_SENTENCE = r"(?:[A-Z][a-z]+[ ,:]|[AI] [a-z])"
+_SENTENCE = r"(?:[A-Z][a-z]+[ ,:]|[AI] [a-z]|\*\*[A-Z])"
 _SENTENCE_END = re.compile(
     r"(?<![A-Z])(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)(?<!\b[ap]\.m)[.!?](?=\s+[A-Z\\$*(]|\s*$|" + _SENTENCE + ")"
 )
 
-_VALUE = re.compile(r"\s*(?:\*\*|\$|\\[(\[])*\(?(?:[-+]?[$€£]?\.?\d|[A-J]\b|\\(?!boxed))")
+_VALUE = re.compile(r"\s*(?:(?:\*\*|\$|\\[(\[])\s*)*\(?(?:[-+]?[$€£]?\.?\d|[A-J]\b|\\(?!boxed|[(\[]))")
 _EXPLAINED = re.compile(
     r"\s*(?!\d+[.)]\s+\D)([^\n]{1,100})\n+[*_ ]*(?:Explanation|(?:The )?Reason(?:ing)?|Rationale)\b", re.I
 )
@@ -339,10 +339,10 @@ def _bold_in_last_line(text: str) -> list[str]:
 
 def _value(line: str) -> str:
     """The first sentence of a line, or what is bold in it."""
-    bold = re.match(r"[^*]{0,60}\*\*([^*\n]+)\*\*", line)
-    line = bold[1] if bold else line
     end = _SENTENCE_END.search(line)
-    line = (line[: end.start()] if end else line).strip(" \t\n*_`:")
+    line = line[: end.start()] if end else line
+    bold = re.match(r"[^*]{0,60}\*\*([^*\n]+)\*\*", line)
+    line = (bold[1] if bold else line).strip(" \t\n*_`:")
     return re.sub(r"^[-•] +", "", line)  # an item of a list, not a minus
 
 
