@@ -38,7 +38,7 @@ _RUN_ON = re.compile(
     r"|\n[ \t]*(?:\*\*|#{1,6} *)?(?:(?:New |Next )?(?:Question|Problem|Exercise|Example)(?: *\d+)?(?:\*\*)? *[:.]"
     r"|Q *\d*(?:\*\*)? *:|(?:Human|User|Instruction|Input)(?:\*\*)? *:)"
     # Behind an answer without a space, "The answer is 5.Human: Tom has", as Qwen2.5 goes on
-    r"|(?<=[.!?)\]}$*\d])(?:Human|User) *:"
+    r"|(?<=[.!?)\]}$*\d])(?:Human|User) *:|(?<=[.!?)\]}$*\d]) ?\[(?:Question|Problem|Instruction)\]"
 )
 _WITHDRAWN = re.compile(
     r"[\s$*.)\]\\]*(?:wait|hold on|hmm|oops|actually|however|but\b|no,|sorry|correction|on second thought"
