@@ -69,7 +69,10 @@ def _parse_metadata(text: str) -> dict[str, Any]:
 def read_samplings(datasets: Iterable[Dataset]) -> list[dict[str, Any]]:
     """Every distinct `sampling_metadata` of some Datasets. Columns of that name that are not ours are ignored."""
     datasets = [each for each in datasets if "sampling_metadata" in each.column_names]
-    texts = [text for each in datasets for text in each.unique("sampling_metadata")]
+    return _parse_samplings([text for each in datasets for text in each.unique("sampling_metadata")])
+
+
+def _parse_samplings(texts: list[Any]) -> list[dict[str, Any]]:
     samplings = []
     for text in dict.fromkeys(texts):
         try:
@@ -83,9 +86,12 @@ def read_samplings(datasets: Iterable[Dataset]) -> list[dict[str, Any]]:
 def printed_date(dataset: Dataset | IterableDataset) -> datetime | None:
     """
     The date that the prompts of a Dataset of steps show, if their chat template prints today's date. Of several dates
-    it is the last; streamed rows tell none.
+    it is the last. Of streamed rows only the first is read.
     """
-    samplings = read_samplings([dataset]) if isinstance(dataset, Dataset) else []
+    if isinstance(dataset, Dataset):
+        samplings = read_samplings([dataset])
+    else:
+        samplings = _parse_samplings([row.get("sampling_metadata") for row in dataset.take(1)])
     return max((datetime.fromisoformat(each["date"]) for each in samplings if each.get("date")), default=None)
 
 
