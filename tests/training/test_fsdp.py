@@ -24,7 +24,6 @@ FSDP2 = {
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen2DecoderLayer",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
@@ -45,8 +44,9 @@ def split_on_a_cpu() -> None:
     torch.distributed.barrier = lambda *args, **kwargs: barrier()  # gloo takes no devices
 
 
-def train(rank: int, model: str, rows: str, folder: str, lora: dict | None) -> None:
+def train(rank: int, model: str, rows: str, folder: str, lora: dict | None, state_dict: str) -> None:
     """Train and save; write the weights as this test gathers them, and what saving refused before and after damage."""
+    os.environ["FSDP_STATE_DICT_TYPE"] = state_dict
     split_on_a_cpu()
     made = LightReasonerTrainer(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
@@ -94,16 +94,18 @@ def refusal_of(work) -> str | None:
     return None
 
 
-def in_two(in_group, expert_path: str, steps: Dataset, folder: Path, lora: dict | None) -> list[str | None]:
-    rows = str(folder / "rows.parquet")
+@pytest.mark.parametrize(
+    ("lora", "state_dict"),
+    [(None, "SHARDED_STATE_DICT"), (DORA, "FULL_STATE_DICT")],
+    ids=["all weights, sharded checkpoints", "DoRA and a head"],
+)
+def test_the_files_hold_what_the_processes_trained_and_damage_is_refused(
+    lora, state_dict, in_group, expert_path, steps, tmp_path
+):
+    rows = str(tmp_path / "rows.parquet")
     steps.to_parquet(rows)
-    in_group(2, train, expert_path, rows, str(folder), lora)
-    return json.loads((folder / "refusals.json").read_text())
-
-
-@pytest.mark.parametrize("lora", [None, DORA], ids=["all weights", "DoRA and a head"])
-def test_the_files_hold_what_the_processes_trained_and_damage_is_refused(lora, in_group, expert_path, steps, tmp_path):
-    refusals = in_two(in_group, expert_path, steps, tmp_path, lora)
+    in_group(2, train, expert_path, rows, str(tmp_path), lora, state_dict)
+    refusals = json.loads((tmp_path / "refusals.json").read_text())
     assert refusals[0] is None and refusals[1].startswith("The files saved in ")
     gathered = load_file(tmp_path / "gathered")
     saved = load_file(next(tmp_path.glob("*model*.safetensors")))
