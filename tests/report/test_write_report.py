@@ -633,14 +633,14 @@ def test_the_report_of_the_train_command_finds_the_log(steps, expert_path, tmp_p
 
 def test_rows_of_two_amateurs_name_both_and_show_the_probabilities_of_neither(steps, tmp_path):
     metadata = sampling_metadata(steps)
-    metadata["amateur"]["model"] = "/home/me/models/another"
+    metadata["amateur"]["model"] = "private/models/another"
     others = steps.map(lambda row: {"sampling_metadata": json.dumps(metadata)})
     mixed = concatenate_datasets([steps.select(range(2)), others.select(range(2, 4))])
     page = unescape(write_report(mixed, str(tmp_path)).read_text())
     assert "pair/amateur and models/another" in re.sub("pair[0-9]+", "pair", page)
     assert "The rows come from 2 samplings" in page and "2 rows with amateur models/another" in page
     assert "without the probabilities of expert and amateur: the rows come from 2 samplings" in page
-    assert "/home/me" not in page
+    assert "private/models" not in page
 
 
 def test_a_report_that_is_broken_off_has_no_page_yet(steps, tmp_path, monkeypatch):

@@ -153,8 +153,8 @@ def test_rows_of_two_thresholds_are_judged_from_the_higher_one(order):
 
 
 def test_rows_of_several_samplings_are_said_to_be():
-    """What is told of each pair by itself, promising and too close, is not told of their mixture."""
-    parts = [pair(0.1, 0.3, amateur={"model": "/tmp/a/weak"}), pair(0.1, 0.3, amateur={"model": "strong"})]
+    """What is told of each pair by itself is not told of their mixture."""
+    parts = [pair(0.1, 0.3, amateur={"model": "private/a/weak"}), pair(0.1, 0.3, amateur={"model": "strong"})]
     check = check_steps(concatenate_datasets(parts))
     rows = len(parts[0])
     assert check.samplings == [f"{rows} rows with amateur a/weak", f"{rows} rows with amateur strong"]
