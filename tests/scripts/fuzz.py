@@ -26,15 +26,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, disable_progress_bars, load_dataset
 from datasets.exceptions import DatasetsError
 from safetensors.torch import load_file
 
-from trl_lightreasoner import RunConfig, run_pipeline
 from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR
 from trl_lightreasoner.demo.task import make_problems
-from trl_lightreasoner.pipeline import rounds
 from trl_lightreasoner.steps.messages import render_row
 from trl_lightreasoner.steps.prompt_format import PromptFormat, format_of_prompts, make_prompts, name_prompts
 from trl_lightreasoner.steps.prompts import check_prompts, encode_rows
@@ -329,6 +326,11 @@ SETTINGS = {
 
 def run_rounds(folder: Path, questions: Path) -> None:
     """The process of a run. It says on `stdout` which stage it is in."""
+    import torch
+
+    from trl_lightreasoner import RunConfig, run_pipeline
+    from trl_lightreasoner.pipeline import rounds  # slow to import, and only this part needs it
+
     torch.set_num_threads(1)
     sys.stdout, sys.stderr = open(folder / "stdout", "w"), open(folder / "stderr", "w")
     rounds.why_stop = lambda last: None
@@ -339,7 +341,7 @@ def run_rounds(folder: Path, questions: Path) -> None:
 
 def start_run(folder: Path, questions: Path) -> multiprocessing.process.BaseProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "trl_lightreasoner.pipeline.run"])
     (folder / "stdout").unlink(missing_ok=True)
     process = context.Process(target=run_rounds, args=(folder, questions))
     process.start()
