@@ -371,6 +371,12 @@ def test_an_adapter_that_cannot_be_merged_is_refused(config, kind, base_path, re
     assert refused(adapter=adapter).startswith(f"An adapter of this type ({kind}) cannot be merged into the weights")
 
 
+def test_a_bias_that_the_base_model_has_no_place_for_is_refused(base_path, refused, tmp_path):
+    config = LoraConfig(target_modules=["o_proj"], lora_bias=True)
+    message = refused(adapter=save_adapter(base_path, tmp_path / "other", config))
+    assert "`lora_bias=True` because the base layer has no bias" in message and "\n" not in message
+
+
 def test_an_adapter_of_virtual_tokens_is_refused(base_path, refused, no_weights, tmp_path):
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     message = refused(adapter=save_adapter(base_path, tmp_path / "prefix", config))

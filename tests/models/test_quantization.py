@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -21,6 +22,9 @@ from trl_lightreasoner import (
 from trl_lightreasoner.commands.cli import main
 from trl_lightreasoner.models.loading import load_model
 from trl_lightreasoner.models.weights import settle_4bit_layers
+from trl_lightreasoner.sampling import branches
+from trl_lightreasoner.sampling.branches import BranchedRows
+from trl_lightreasoner.sampling.scoring import Trajectory
 
 from ..conftest import QUESTIONS, make_model
 
@@ -106,6 +110,20 @@ def gradients_of(trainer) -> dict[str, torch.Tensor]:
 
 
 # Sampling
+
+
+@needs_bitsandbytes
+@torch.no_grad()
+def test_branches_of_a_model_in_4_bits_are_read_like_whole_contexts(paths):
+    kwargs = {**NF4, "bnb_4bit_compute_dtype": "float32"}
+    model = load_model(paths["amateur"], dtype="float32", quantization_config=BitsAndBytesConfig(**kwargs)).eval()
+    rows = BranchedRows(model, [Trajectory([5, 6, 7], [8, 9, 10, 11, 0]), Trajectory([5, 9], [8, 0])], nullcontext)
+    contexts = [(0, (8, 3)), (0, (8, 9, 10, 11, 12)), (1, (7, 7, 7)), (0, (1,)), (1, (8, 5))]
+    for place, logits in [*rows.after(contexts), *rows.after(contexts)]:
+        row, context = contexts[place]
+        alone = model(torch.tensor([[*rows.rows[row].prompt_ids, *context]])).logits[0, -1]
+        torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-4)
+    assert branches._READS_BRANCHES[model]
 
 
 @needs_bitsandbytes

@@ -31,7 +31,7 @@ def rows() -> list[dict]:
 def folder(rows, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     dataset = as_dataset(rows)
-    reported = ReportedDataset("=a", {}, StepStatistics(dataset), TokenTexts(None), [], [], index_rows(dataset))
+    reported = ReportedDataset("=a", [], StepStatistics(dataset), TokenTexts(None), [], [], index_rows(dataset))
     curves = {"loss": {"train": [(1, 0.5), (2, 0.25)], "eval": [(2, 0.3)]}}
     assert len(save_figure_data([reported], curves, folder)) == 8
     return folder

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2ForCausalLM
 
@@ -23,12 +23,12 @@ from trl_lightreasoner.models.adapter_loading import count_saved_embeddings
 from trl_lightreasoner.report.charts import Axis, Chart, write_number
 from trl_lightreasoner.report.figures import curve_title, order_curves, training_figures
 from trl_lightreasoner.report.model_reading import add_probabilities, add_trained
-from trl_lightreasoner.report.page import as_json, short_name
+from trl_lightreasoner.report.page import as_json
 from trl_lightreasoner.report.shown_steps import MAX_TOKENS, choose_rows, load_trajectories
 from trl_lightreasoner.report.statistics import StepStatistics
 from trl_lightreasoner.report.training_curves import load_curves
 from trl_lightreasoner.sampling.pair_check import CAVEAT, RESTS_ON
-from trl_lightreasoner.steps.dataset import sampling_metadata
+from trl_lightreasoner.steps.dataset import last_parts, sampling_metadata
 
 from ..conftest import QUESTIONS, make_model, make_tokenizer
 
@@ -160,7 +160,7 @@ def test_each_of_two_datasets_is_judged(steps, tmp_path):
 def test_paths_of_this_machine_are_not_told(report, expert_path):
     text, _, _ = report
     assert str(Path(expert_path).parent) not in text
-    assert short_name(expert_path) in text
+    assert last_parts(expert_path) in text
 
 
 @pytest.mark.parametrize(
@@ -629,3 +629,25 @@ def test_the_report_of_the_train_command_finds_the_log(steps, expert_path, tmp_p
     curves = load_curves(str(tmp_path / "adapter"))
     assert {"loss", "entropy", "mean_token_accuracy"} <= set(curves)
     assert [update for update, _ in curves["loss"]["train"]] == [1, 2]
+
+
+def test_rows_of_two_amateurs_name_both_and_show_the_probabilities_of_neither(steps, tmp_path):
+    metadata = sampling_metadata(steps)
+    metadata["amateur"]["model"] = "private/models/another"
+    others = steps.map(lambda row: {"sampling_metadata": json.dumps(metadata)})
+    mixed = concatenate_datasets([steps.select(range(2)), others.select(range(2, 4))])
+    page = unescape(write_report(mixed, str(tmp_path)).read_text())
+    assert "pair/amateur and models/another" in re.sub("pair[0-9]+", "pair", page)
+    assert "The rows come from 2 samplings" in page and "2 rows with amateur models/another" in page
+    assert "without the probabilities of expert and amateur: the rows come from 2 samplings" in page
+    assert "private/models" not in page
+
+
+def test_a_report_that_is_broken_off_has_no_page_yet(steps, tmp_path, monkeypatch):
+    def break_off(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl_lightreasoner.report.write_report.save_pictures", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(steps, str(tmp_path), load_models=False)
+    assert not (tmp_path / "report.html").exists()

@@ -152,6 +152,32 @@ def test_rows_of_two_thresholds_are_judged_from_the_higher_one(order):
     assert check.num_kept == sum(value >= 1.0 for value in divergences)
 
 
+def test_rows_of_several_samplings_are_said_to_be():
+    """What is told of each pair by itself is not told of their mixture."""
+    parts = [pair(0.1, 0.3, amateur={"model": "private/a/weak"}), pair(0.1, 0.3, amateur={"model": "strong"})]
+    check = check_steps(concatenate_datasets(parts))
+    rows = len(parts[0])
+    assert check.samplings == [f"{rows} rows with amateur a/weak", f"{rows} rows with amateur strong"]
+    assert check.verdict == "doubtful" and "2 samplings" in check.reasons[0] and "a/weak" in check.summary()
+    assert check_steps(parts[0]).samplings == [] and check_steps(parts[0]).promising
+
+
+def test_rows_that_one_pair_has_sampled_on_two_days_are_of_one_sampling():
+    parts = [pair(0.1, 0.3, amateur={"model": "a"}, date=day) for day in ("2026-11-27", "2026-11-28")]
+    assert check_steps(concatenate_datasets(parts)).samplings == []
+
+
+def test_each_row_is_read_by_the_settings_of_its_own_sampling():
+    rows = random_rows()
+    settings = [{"include_first_step": True}, {"include_first_step": False}]
+    kinds = [as_dataset(rows[i::2], 0.1, settings=each, eos_token_ids=[i]) for i, each in enumerate(settings)]
+    check = check_steps(concatenate_datasets(kinds))
+    nats = [row["kl_divergence"] for row in rows]
+    reached = [value >= JUDGED_AT for i, row in enumerate(nats) for value in row[i % 2 :]]
+    assert check.judged_kept_share == sum(reached) / sum(map(len, nats))
+    assert check.cut_off_share == sum(row["completion_ids"][-1] != i % 2 for i, row in enumerate(rows)) / len(rows)
+
+
 def test_first_steps_count_where_they_can_be_kept():
     rows = random_rows()
     check = check_steps(as_dataset(rows, 0.1, settings={"include_first_step": True}))

@@ -7,6 +7,8 @@ Each round has a generator of its own, made of the seed, the part and its number
     rows      JSON lines of odd types, from a file to token ids and through the folder of a run
     damage    bits flipped in shards, in finished files and in run.json; files cut, emptied, copied and removed
     kills     two processes that share a run, killed at any moment, by one or both, and started again
+    rounds    `lightreasoner run --num_rounds 2` on the bundled pair, killed in any stages and started again. It takes
+              half a minute a round, and is not among the parts unless it is named
 """
 
 import argparse
@@ -24,9 +26,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset, disable_progress_bars, load_dataset
 from datasets.exceptions import DatasetsError
+from safetensors.torch import load_file
 
+from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR
+from trl_lightreasoner.demo.task import make_problems
 from trl_lightreasoner.steps.messages import render_row
 from trl_lightreasoner.steps.prompt_format import PromptFormat, format_of_prompts, make_prompts, name_prompts
 from trl_lightreasoner.steps.prompts import check_prompts, encode_rows
@@ -310,7 +315,107 @@ def kills_round(rng: random.Random, folder: Path) -> str:
     return "made whole"
 
 
-PARTS = {"rows": rows_round, "damage": damage_round, "kills": kills_round}
+# Kills of a run of two rounds
+
+SETTINGS = {
+    **{"expert": str(PAIR / "expert"), "amateur": str(PAIR / "amateur"), "system_prompt": ""},
+    **{"num_prompts": 40, "prompts_per_round": 40, "num_held_out": 24, "num_rounds": 2},
+    **{"max_new_tokens": 48, "eval_max_new_tokens": 48, "max_steps": 8, "learning_rate": 5e-4},
+}
+
+
+def run_rounds(folder: Path, questions: Path) -> None:
+    """The process of a run. It says on `stdout` which stage it is in."""
+    import torch
+
+    from trl_lightreasoner import RunConfig, run_pipeline
+    from trl_lightreasoner.pipeline import rounds  # slow to import, and only this part needs it
+
+    torch.set_num_threads(1)
+    sys.stdout, sys.stderr = open(folder / "stdout", "w"), open(folder / "stderr", "w")
+    rounds.why_stop = lambda last: None
+    training_config = rounds.training_config
+    rounds.training_config = lambda *args: training_config(*args, save_strategy="steps", save_steps=3)
+    run_pipeline(RunConfig(output_dir=str(folder / "run"), dataset_name=str(questions), **SETTINGS))
+
+
+def start_run(folder: Path, questions: Path) -> multiprocessing.process.BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "trl_lightreasoner.pipeline.run"])
+    (folder / "stdout").unlink(missing_ok=True)
+    process = context.Process(target=run_rounds, args=(folder, questions))
+    process.start()
+    return process
+
+
+def stage_of(folder: Path) -> int:
+    """The number of stages that a run has begun."""
+    lines = (folder / "stdout").read_text().splitlines() if (folder / "stdout").exists() else []
+    return sum(line.partition(" ")[0].partition("/")[0].isdigit() for line in lines)
+
+
+def outcome_of(folder: Path) -> dict[str, Any]:
+    """All that a finished run must have in common with one that was left alone."""
+    run = folder / "run"
+
+    def content(path: Path) -> dict[str, Any]:
+        return json.loads(path.read_text().replace(str(folder), ""))
+
+    outcome: dict[str, Any] = {"verdict": {**content(run / "verdict.json"), "seconds": None}}
+    files = [str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()]
+    outcome |= {f"file {name}": True for name in files if not name.endswith(".lock")}
+    for path in run.rglob("adapter_model.safetensors"):
+        outcome[str(path.relative_to(run))] = {name: each.tolist() for name, each in load_file(path).items()}
+    for path in run.rglob("round.json"):
+        outcome[str(path.relative_to(run))] = content(path)
+    for number in ("1", "2"):
+        data = load_dataset("parquet", data_dir=str(run / "rounds" / number / "steps" / "data"), split="train")
+        outcome[f"steps {number}"] = data.remove_columns("sampling_metadata").to_list()
+    return outcome
+
+
+def left_alone(questions: Path) -> tuple[dict[str, Any], list[float]]:
+    """The outcome of a run that nobody kills, and the seconds that each of its stages took."""
+    if not hasattr(left_alone, "known"):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            process = start_run(folder, questions)
+            process.join()
+            assert process.exitcode == 0, (folder / "stderr").read_text()
+            seconds = json.loads((folder / "run" / "verdict.json").read_text())["seconds"]
+            left_alone.known = outcome_of(folder), [value for name, value in seconds.items() if name != "total"]
+    return left_alone.known
+
+
+def rounds_round(rng: random.Random, folder: Path) -> str:
+    questions = folder / "questions.jsonl"
+    problems = make_problems(150, seed=0, kind_shares=KIND_SHARES)
+    rows = [{"question": problem["question"], "answer": problem["answer"]} for problem in problems]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected, seconds = left_alone(questions)
+    killed = []
+    for _ in range(rng.randint(1, 4)):
+        stage = rng.randrange(len(seconds))
+        process = start_run(folder, questions)
+        while process.is_alive() and stage_of(folder) <= stage:
+            time.sleep(0.005)
+        process.join(rng.uniform(0, 1.2 * seconds[stage] + 0.1))
+        if process.is_alive():
+            killed.append(stage_of(folder))
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -9), (folder / "stderr").read_text()
+    process = start_run(folder, questions)
+    process.join()
+    assert process.exitcode == 0, (folder / "stderr").read_text()
+    found = outcome_of(folder)
+    different = [name for name in sorted(expected.keys() | found.keys()) if found.get(name) != expected.get(name)]
+    assert not different, f"killed in the stages {killed}, {different} differ"
+    print(f"killed in the stages {killed}", flush=True)
+    return f"killed {len(killed)} times, and ended as one left alone"
+
+
+PARTS = {"rows": rows_round, "damage": damage_round, "kills": kills_round, "rounds": rounds_round}
 
 
 def fuzz(part: str, seed: int, rounds: int, first: int = 0) -> Counter:
@@ -334,7 +439,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--part", choices=PARTS, nargs="*", default=list(PARTS))
+    parser.add_argument("--part", choices=PARTS, nargs="*", default=["rows", "damage", "kills"])
     args = parser.parse_args()
     disable_progress_bars()
     logging.disable(logging.WARNING)

@@ -23,6 +23,7 @@ from .test_trainer_batches import LEARNING_RATE, config, flat, naive_losses
 
 SFT_WEIGHT = 0.3
 ANSWERS = ["7", "4", "Ben has 21 coins now", "180 miles", "7 is one"]
+PROMPT = [{"role": "user", "content": "What is 2+2?"}]
 DEMONSTRATIONS = Dataset.from_dict({"prompt": QUESTIONS[:5], "completion": ANSWERS})
 
 
@@ -139,26 +140,47 @@ def test_tokens_beyond_max_length_are_left_out(rows, expert, tokenizer, tmp_path
     assert len(row["sft_prompt_ids"]) + row["sft_step_positions"][-1] == length
 
 
-def test_demonstrations_and_questions_show_the_date_of_the_steps(expert, amateur, tokenizer, tmp_path, today):
+@pytest.fixture
+def dated(tokenizer):
+    """A tokenizer whose chat template prints today's date."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
-    prompt = [{"role": "user", "content": "What is 2+2?"}]
+    return tokenizer
+
+
+@pytest.fixture
+def steps_of_yesterday(expert, amateur, dated, tmp_path, today) -> Dataset:
     today(27)
     args = ContrastiveSamplingConfig(str(tmp_path / "steps"), max_new_tokens=4, beta=0.0)
-    sampler = ContrastiveStepSampler(expert, amateur, args, tokenizer, tokenizer)
-    steps = sampler.sample(Dataset.from_dict({"prompt": [prompt]}))
+    steps = ContrastiveStepSampler(expert, amateur, args, dated, dated).sample(Dataset.from_dict({"prompt": [PROMPT]}))
+    assert "27 Nov 2026" in dated.decode(steps["prompt_ids"][0])
     today(28)
+    return steps
+
+
+def test_demonstrations_and_questions_show_the_date_of_the_steps(expert, dated, steps_of_yesterday, tmp_path):
+    steps = steps_of_yesterday
     trainer = LightReasonerTrainer(
         expert,
         config(tmp_path),
         train_dataset=steps,
-        processing_class=tokenizer,
-        sft_dataset=Dataset.from_dict({"prompt": [prompt], "completion": [[{"role": "assistant", "content": "4"}]]}),
-        eval_questions=Dataset.from_dict({"prompt": [prompt], "answer": ["4"]}),
+        processing_class=dated,
+        sft_dataset=Dataset.from_dict({"prompt": [PROMPT], "completion": [[{"role": "assistant", "content": "4"}]]}),
+        eval_questions=Dataset.from_dict({"prompt": [PROMPT], "answer": ["4"]}),
     )
-    assert "27 Nov 2026" in tokenizer.decode(steps["prompt_ids"][0])
     assert trainer.train_dataset["sft_prompt_ids"][0] == steps["prompt_ids"][0]
     assert trainer._questions.prompt_ids[0] == steps["prompt_ids"][0]
+
+
+def test_questions_beside_streamed_steps_show_their_date(expert, dated, steps_of_yesterday, tmp_path):
+    trainer = LightReasonerTrainer(
+        expert,
+        config(tmp_path, max_steps=1),
+        train_dataset=steps_of_yesterday.to_iterable_dataset(),
+        processing_class=dated,
+        eval_questions=Dataset.from_dict({"prompt": [PROMPT], "answer": ["4"]}),
+    )
+    assert trainer._questions.prompt_ids[0] == steps_of_yesterday["prompt_ids"][0]
 
 
 def test_demonstrations_beside_streamed_rows_are_refused(rows, expert, tmp_path):

@@ -386,6 +386,6 @@ def merge(adapted: "PeftModel") -> "PreTrainedModel":
     """Merge the adapter into the weights of its model."""
     try:
         return adapted.merge_and_unload(safe_merge=True)
-    except (NotImplementedError, ValueError) as error:
+    except (NotImplementedError, ValueError, RuntimeError) as error:  # RuntimeError: `lora_bias` without a bias
         reason = str(error).rstrip(".")
         raise ValueError(f"PEFT cannot merge the adapter: {reason}. Load it with PEFT instead.") from error

@@ -18,6 +18,7 @@ import numpy as np
 from .. import __version__
 from ..models.token_text import TokenTexts, label_of, spell_out
 from ..sampling.pair_check import CAVEAT, RESTS_ON, PairCheck
+from ..steps.dataset import last_parts
 from .charts import Axis, write_number, write_share
 from .figures import V_C, divergence_figures, label_figures, training_figures
 from .row_index import as_json
@@ -108,7 +109,7 @@ def _overview(datasets: list[ReportedDataset]) -> str:
 
 
 def _summary(dataset: ReportedDataset, style: str) -> str:
-    numbers, made = dataset.statistics, dataset.metadata
+    numbers = dataset.statistics
     share = numbers.num_kept / numbers.num_steps
     tiles = {
         "trajectories": f"{numbers.num_trajectories:,}",
@@ -122,9 +123,8 @@ def _summary(dataset: ReportedDataset, style: str) -> str:
         )
     settings = []
     for role, symbol in (("expert", PI_E), ("amateur", PI_A)):
-        if name := (made.get(role) or {}).get("adapter") or (made.get(role) or {}).get("model"):
-            name = name if isinstance(name, str) else ", ".join(map(str, name))
-            settings.append((f"{role.capitalize()} {symbol}", escape(spell_out(short_name(name)))))
+        if names := dict.fromkeys(filter(None, (_name_of(made.get(role) or {}) for made in dataset.samplings))):
+            settings.append((f"{role.capitalize()} {symbol}", escape(spell_out(" and ".join(names)))))
     settings += [(key, write_number(value)) for key, value in (("α", numbers.alpha), ("β", numbers.beta)) if value]
     if numbers.label_power not in ((1.0, 0.0), None):
         settings += list(zip(("γ", "λ"), map(write_number, numbers.label_power), strict=True))
@@ -150,6 +150,11 @@ def _summary(dataset: ReportedDataset, style: str) -> str:
     )
 
 
+def _name_of(model: dict[str, Any]) -> str | None:
+    name = model.get("adapter") or model.get("model")
+    return name and last_parts(name if isinstance(name, str) else ", ".join(map(str, name)))
+
+
 def _verdict(check: PairCheck | None) -> str:
     """The verdict on the pair, with its reasons."""
     if check is None:
@@ -158,11 +163,6 @@ def _verdict(check: PairCheck | None) -> str:
     return f'<p class="verdict"><b>{escape(check.headline)}</b> {escape(" ".join(check.reasons))}</p>' + "".join(
         f'<p class="note">{escape(note)}</p>' for note in notes
     )
-
-
-def short_name(name: str) -> str:
-    """An id unchanged, or the last two parts of a path. The rest of a path is private."""
-    return "/".join(name.replace("\\", "/").rstrip("/").split("/")[-2:])
 
 
 # Trajectories

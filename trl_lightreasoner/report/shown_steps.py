@@ -57,7 +57,7 @@ class ReportedDataset:
 
     Attributes:
         name (`str`): Its name in the report.
-        metadata (`dict`): Result of [`made_with`].
+        samplings (`list[dict]`): Every distinct metadata of its rows, as of [`made_with`].
         statistics ([`StepStatistics`]): Statistics of every row.
         texts ([`TokenTexts`]): Texts of its tokens.
         trajectories (`list[ShownTrajectory]`): The shown trajectories.
@@ -67,7 +67,7 @@ class ReportedDataset:
     """
 
     name: str
-    metadata: dict[str, Any]
+    samplings: list[dict[str, Any]]
     statistics: StepStatistics
     texts: TokenTexts
     trajectories: list[ShownTrajectory]

@@ -80,7 +80,7 @@ class StepStatistics:
 
     def __init__(self, dataset: Dataset, name: str = "dataset"):
         check_columns(dataset, name)
-        settings = [_parts_of(each)["settings"] for each in read_samplings([dataset])] or [{}]
+        settings = [each["settings"] for each in all_made_with(dataset)] or [{}]
         self.alpha, self.beta = (_if_one({each.get(key) for each in settings}) for key in ("alpha", "beta"))
         self.label_power = _if_one(
             {(each.get("contrast_strength", 1.0), each.get("expert_anchor", 0.0)) for each in settings}
@@ -227,6 +227,11 @@ def made_with(dataset: Dataset) -> dict[str, Any]:
     """What [`sampling_metadata`] says, or nothing where it is not of the sampler's making."""
     metadata = sampling_metadata(dataset)
     return _parts_of(metadata) if isinstance(metadata, dict) else {}
+
+
+def all_made_with(dataset: Dataset) -> list[dict[str, Any]]:
+    """[`made_with`] of every distinct metadata of its rows."""
+    return [_parts_of(each) for each in read_samplings([dataset])]
 
 
 def _if_one(values: set[Any]) -> Any:

@@ -9,17 +9,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, logging
 
 from ..models.token_text import TokenTexts, spell_out
 from ..sampling.pair_check import check_steps
+from ..sampling.pair_verdict import say_several
+from ..steps.dataset import last_parts, name_samplings
 from ..steps.whole_files import whole_file
 from ..steps.writer import check_folder
 from .figure_data import save_figure_data
 from .model_reading import add_probabilities, add_trained, find_tokenizer
-from .page import make_page, short_name
+from .page import make_page
 from .pictures import save_pictures
 from .row_answers import grade_rows
 from .row_index import index_rows, place_rows, rows_data
 from .search import page_index, save_index
 from .shown_steps import ReportedDataset, choose_rows, load_trajectories
-from .statistics import StepStatistics, made_with
+from .statistics import StepStatistics, all_made_with, made_with
 from .training_curves import load_curves
 from .trials import SearchResult
 
@@ -104,19 +106,30 @@ def write_report(
     rows, paired = choose_rows(statistics, num_trajectories, seed)
     reported = []
     for (name, each), numbers, chosen in zip(datasets.items(), statistics, rows, strict=True):
-        metadata = made_with(each)
-        tokenizer, notes = find_tokenizer(metadata, expert) if processing_class is None else processing_class, []
+        metadata, samplings, several = made_with(each), all_made_with(each), name_samplings(each)
+        notes: list[str] = []
+        tokenizer: PreTrainedTokenizerBase | str | None = processing_class
+        if (
+            tokenizer is None
+            and expert is None
+            and len({made.get("expert", {}).get("model") for made in samplings}) > 1
+        ):
+            tokenizer = "the rows come from several experts"
+        elif tokenizer is None:
+            tokenizer = find_tokenizer(metadata, expert)
         trajectories = load_trajectories(each, chosen)
         if isinstance(tokenizer, str):
             notes.append(f"Tokens are shown by number: {tokenizer}. Name the expert with --expert.")
             tokenizer = None
         reason: str | None = "loading the models is turned off"
-        if load_models:
+        remedy = "A dataset does not hold these. To compute them, name the two models with --expert and --amateur."
+        if several:
+            reason, remedy = f"the rows come from {len(several)} samplings", "Write a report of each."
+        elif load_models:
             reason = add_probabilities(trajectories, metadata, expert, amateur, tokenizer, amateur_processing_class)
         if reason is not None and any(trajectory.steps for trajectory in trajectories):
             notes.append(
-                f"Only the label is shown, without the probabilities of expert and amateur: {reason}. A dataset does "
-                "not hold these. To compute them, name the two models with --expert and --amateur."
+                f"Only the label is shown, without the probabilities of expert and amateur: {reason}. {remedy}"
             )
         trained = model or (_find_trained(training_dir) if load_models else None)
         if trained is not None:
@@ -135,12 +148,16 @@ def write_report(
             notes.append(f"The correctness of the rows' answers is not shown. {error}")
         notes = [_without_paths(note, metadata) for note in notes]
         # An amateur with another tokenizer leaves some steps unread
-        is_known = numbers.num_known == numbers.num_steps or "amateur_reading" in metadata
+        is_known = numbers.num_known == numbers.num_steps or (
+            bool(samplings) and all("amateur_reading" in made for made in samplings)
+        )
         # With answers of a trained model, labels of the expert say little about the pair
-        is_of_pair = (metadata.get("settings") or {}).get("label_expert") != "base"
+        is_of_pair = all(made["settings"].get("label_expert") != "base" for made in samplings)
         check = check_steps(each, tokenizer) if is_known and is_of_pair else None
         texts, index = TokenTexts(tokenizer), index_rows(each, answers)
-        reported.append(ReportedDataset(name, metadata, numbers, texts, trajectories, notes, index, check))
+        if several and check is None:
+            notes.append(say_several(several))
+        reported.append(ReportedDataset(name, samplings, numbers, texts, trajectories, notes, index, check))
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     index_of_page = page_index(reported)
@@ -148,14 +165,14 @@ def write_report(
     rows_inside = place_rows(chain.from_iterable(files), folder, index_of_page["key"])
     path = folder / "report.html"
     page = make_page(reported, curves, paired, search, index_of_page, rows_inside)
-    with whole_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
     save_figure_data(reported, curves, folder, search)
     save_index(reported, folder)
     try:
         save_pictures(reported, curves, folder, search)
     except ImportError as error:
         logger.warning(f"{error} The page shows the figures without it.")
+    with whole_file(path) as temporary:  # last, as the mark of a whole report
+        temporary.write_text(page, encoding="utf-8")
     return path
 
 
@@ -170,7 +187,7 @@ def _without_paths(note: str, metadata: dict[str, Any]) -> str:
     for role in ("expert", "amateur"):
         for name in (metadata.get(role) or {}).values():
             if isinstance(name, str) and "/" in name:
-                note = note.replace(name, short_name(name))
+                note = note.replace(name, last_parts(name))
     return spell_out(note)
 
 

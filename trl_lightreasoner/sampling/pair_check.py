@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.token_text import TokenTexts, label_of, spell_out
 from ..steps.columns import count_changes, longest_completion, read_columns
-from ..steps.dataset import STEP_COLUMNS, check_dataset, read_samplings, sampling_metadata
+from ..steps.dataset import STEP_COLUMNS, check_dataset, name_samplings, parse_metadata
 from ..steps.prompt_format import has_messages
 from .pair_verdict import (
     JUDGED_AT,
@@ -92,6 +92,9 @@ class PairCheck:
             Number of the amateur's parameters.
         is_of_expert (`bool`):
             Whether both are the same base model, with different adapters, layers or prompts.
+        samplings (`list[str]`):
+            What the rows were sampled with, if they come from several pairs or settings. There is no parameter count
+            then unless all have the same.
         verdict (`str`):
             `"promising"`, `"doubtful"`, `"too close"`, `"unskilled"`, `"incoherent"`, `"plain prompt"` or `"swapped"`.
         reasons (`list[str]`):
@@ -121,6 +124,7 @@ class PairCheck:
     expert_parameters: int | None = None
     amateur_parameters: int | None = None
     is_of_expert: bool = False
+    samplings: list[str] = field(default_factory=list)
     verdict: str = "doubtful"
     reasons: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -241,30 +245,35 @@ def check_steps(
 
     ```
     """
-    made = _made_with(dataset)
+    made_by = _made_with(dataset)
+    made = list(dict.fromkeys(made_by))
     longest_completion(dataset)  # refuses what has no step
-    sampled_with, include_first_step = made["beta"], made["include_first_step"]
+    # From the highest threshold of the rows on, every step has its label
+    sampled_with = max((each.beta for each in made if each.beta is not None), default=None)
     beta = sampled_with if beta is None else beta
     judged_at = max(JUDGED_AT, sampled_with or 0.0)
     counts: Counter[str] = Counter()
     changes: Counter[tuple[int, int]] = Counter()
     divergences: list[np.ndarray] = []
     seen: set[int] = set()
+    of_row = iter(made_by)
     for columns in read_columns(dataset):
         kl = columns.divergences
-        if np.isnan(kl).any() and not made["is_read_across"]:
-            raise ValueError(
-                "A pair cannot be judged without the divergence of every step, and this dataset lacks some, like "
-                "those of `lightreasoner import`. Sample its prompts with `lightreasoner sample`."
-            )
         for row, (_, key) in enumerate(columns.keys()):
+            made_with = next(of_row)
             if key not in seen:
                 seen.add(key)
                 start, end = columns.completions[row : row + 2]
+                is_known = ~np.isnan(kl[start:end])
+                if not is_known.all() and not made_with.is_read_across:
+                    raise ValueError(
+                        "A pair cannot be judged without the divergence of every step, and this dataset lacks some, "
+                        "like those of `lightreasoner import`. Sample its prompts with `lightreasoner sample`."
+                    )
                 reached = kl[start:end] >= JUDGED_AT
-                counts["reached"] += int(reached[0 if include_first_step else 1 :].sum())
-                counts["cut off"] += int(end > start and columns.completion_ids[end - 1] not in made["eos_ids"])
-                divergences.append(kl[start:end][~np.isnan(kl[start:end])].astype(np.float32))
+                counts["reached"] += int(reached[0 if made_with.include_first_step else 1 :].sum())
+                counts["cut off"] += int(end > start and columns.completion_ids[end - 1] not in made_with.eos_ids)
+                divergences.append(kl[start:end][is_known].astype(np.float32))
         if not len(columns.positions):
             continue
         nats, taken = kl[columns.places], columns.completion_ids[columns.places]
@@ -293,25 +302,39 @@ def check_steps(
         kept_share=counts["kept"] / len(every),
         changed_share=_share(counts["kept, changed"], counts["kept"]),
         first_step_share=_share(counts["kept, first"], counts["kept"]),
-        cut_off_share=_share(counts["cut off"], len(divergences)) if made["eos_ids"] else None,
+        cut_off_share=_share(counts["cut off"], len(divergences)) if all(each.eos_ids for each in made) else None,
         judged_kept_share=counts["reached"] / len(every),
         judged_changed_share=_share(counts["judged, changed"], counts["judged"]),
         corrections=[
             Correction(label_of(texts(taken)), label_of(texts(preferred)), count)
             for (taken, preferred), count in changes.most_common(_NUM_CORRECTIONS)
         ],
-        expert_parameters=made["expert_parameters"],
-        amateur_parameters=made["amateur_parameters"],
-        is_of_expert=made["is_of_expert"],
+        expert_parameters=_if_one({each.expert_parameters for each in made}),
+        amateur_parameters=_if_one({each.amateur_parameters for each in made}),
+        is_of_expert=any(each.is_of_expert for each in made),
+        samplings=name_samplings(dataset),
     )
-    plain = made["has_template"] and _is_plain(dataset, tokenizer)
+    plain = all(each.has_template for each in made) and _is_plain(dataset, tokenizer)
     check.verdict, check.reasons = judge(check, plain, labels_from=judged_at)
     check.warnings = warn(check, plain)
     return check
 
 
-def _made_with(dataset: Dataset) -> dict[str, Any]:
-    """The metadata of a Dataset of kept steps that the check needs."""
+class _MadeWith(NamedTuple):
+    """What the check needs of the metadata of a row."""
+
+    beta: float | None
+    include_first_step: bool
+    eos_ids: frozenset[int]
+    has_template: bool
+    is_read_across: bool
+    expert_parameters: int | None
+    amateur_parameters: int | None
+    is_of_expert: bool
+
+
+def _made_with(dataset: Dataset) -> list[_MadeWith]:
+    """For each row of a Dataset of kept steps, how it was made."""
     check_dataset(dataset)
     remedy = "Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
     for column in (*STEP_COLUMNS, "kl_divergence"):
@@ -319,7 +342,15 @@ def _made_with(dataset: Dataset) -> dict[str, Any]:
             raise ValueError(f"The dataset has no column {column!r}; it has {dataset.column_names}. {remedy}")
     if len(dataset) == 0:
         raise ValueError(f"The dataset has no row. {remedy}")
-    metadata = sampling_metadata(dataset)
+    if "sampling_metadata" not in dataset.column_names:
+        return [_parse({})] * len(dataset)
+    known = {text: _parse(parse_metadata(text)) for text in dataset.unique("sampling_metadata")}
+    if len(known) == 1:
+        return list(known.values()) * len(dataset)
+    return [known[text] for text in dataset["sampling_metadata"]]
+
+
+def _parse(metadata: Any) -> _MadeWith:
     metadata = metadata if isinstance(metadata, dict) else {}
 
     def get(part: str, name: str, kind: type | tuple[type, ...]) -> Any:
@@ -327,20 +358,21 @@ def _made_with(dataset: Dataset) -> dict[str, Any]:
         value = holder.get(name) if isinstance(holder, dict) else None
         return value if isinstance(value, kind) else None  # it can be somebody else's column
 
-    # From the highest threshold of the rows on, every step has its label
-    settings = [each.get("settings") for each in read_samplings([dataset])]
-    betas = [each.get("beta") for each in settings if isinstance(each, dict)]
-    return {
-        "beta": max((beta for beta in betas if isinstance(beta, int | float)), default=None),
-        "include_first_step": get("settings", "include_first_step", bool) is not False,
-        "eos_ids": set(get("", "eos_token_ids", list) or []),
-        "has_template": get("", "chat_template_sha256", str) not in (None, hashlib.sha256(b"").hexdigest()),
-        "is_read_across": get("", "amateur_reading", dict) is not None,
-        "expert_parameters": get("expert", "num_parameters", int),
-        "amateur_parameters": get("amateur", "num_parameters", int),
-        "is_of_expert": get("expert", "model", str) is not None
+    return _MadeWith(
+        beta=get("settings", "beta", (int, float)),
+        include_first_step=get("settings", "include_first_step", bool) is not False,
+        eos_ids=frozenset(get("", "eos_token_ids", list) or []),
+        has_template=get("", "chat_template_sha256", str) not in (None, hashlib.sha256(b"").hexdigest()),
+        is_read_across=get("", "amateur_reading", dict) is not None,
+        expert_parameters=get("expert", "num_parameters", int),
+        amateur_parameters=get("amateur", "num_parameters", int),
+        is_of_expert=get("expert", "model", str) is not None
         and all(get("expert", name, str) == get("amateur", name, str) for name in ("model", "revision")),
-    }
+    )
+
+
+def _if_one(values: set[Any]) -> Any:
+    return values.pop() if len(values) == 1 else None
 
 
 def _is_plain(dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None) -> bool:

@@ -42,6 +42,8 @@ _USE_TEMPLATE = "Make them conversations with `--conversational`, or give messag
 def judge(check: "PairCheck", plain: bool, labels_from: float) -> tuple[str, list[str]]:
     """Verdict and reasons. `labels_from` is the lowest divergence of a step whose label is judged."""
     verdict, reasons = _judge_numbers(check, plain, labels_from)
+    if check.samplings:
+        return "doubtful" if verdict == "promising" else verdict, [say_several(check.samplings), *reasons]
     expert, amateur = check.expert_parameters, check.amateur_parameters
     if not expert or not amateur:
         return verdict, reasons
@@ -154,6 +156,14 @@ def warn(check: "PairCheck", plain: bool) -> list[str]:
             f"({percent(check.changed_share)} another token). A lower beta keeps steps at which it does not."
         )
     return warnings
+
+
+def say_several(samplings: list[str]) -> str:
+    """A sentence about rows of several samplings, from the result of [`name_samplings`]."""
+    return (
+        f"The rows come from {len(samplings)} samplings, whose numbers are mixed here: {'; '.join(samplings)}. Judge "
+        "the rows of each by themselves."
+    )
 
 
 def percent(share: float | None) -> str:

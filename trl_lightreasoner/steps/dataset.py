@@ -13,6 +13,7 @@
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
@@ -54,10 +55,11 @@ def sampling_metadata(dataset: Dataset) -> dict[str, Any] | None:
     """
     if "sampling_metadata" not in dataset.column_names or len(dataset) == 0:
         return None
-    return _parse_metadata(dataset[0]["sampling_metadata"])
+    return parse_metadata(dataset[0]["sampling_metadata"])
 
 
-def _parse_metadata(text: str) -> dict[str, Any]:
+def parse_metadata(text: str) -> Any:
+    """The `sampling_metadata` of a row. Raises a `ValueError` if it is not JSON."""
     try:
         return json.loads(text)
     except (TypeError, json.JSONDecodeError) as error:
@@ -69,7 +71,10 @@ def _parse_metadata(text: str) -> dict[str, Any]:
 def read_samplings(datasets: Iterable[Dataset]) -> list[dict[str, Any]]:
     """Every distinct `sampling_metadata` of some Datasets. Columns of that name that are not ours are ignored."""
     datasets = [each for each in datasets if "sampling_metadata" in each.column_names]
-    texts = [text for each in datasets for text in each.unique("sampling_metadata")]
+    return _parse_samplings([text for each in datasets for text in each.unique("sampling_metadata")])
+
+
+def _parse_samplings(texts: list[Any]) -> list[dict[str, Any]]:
     samplings = []
     for text in dict.fromkeys(texts):
         try:
@@ -80,12 +85,72 @@ def read_samplings(datasets: Iterable[Dataset]) -> list[dict[str, Any]]:
     return samplings
 
 
+def name_samplings(dataset: Dataset) -> list[str]:
+    """
+    If the rows of a Dataset were sampled with several pairs or settings, a description of each: the number of rows,
+    the amateur, and whatever differs between them. Otherwise an empty list.
+
+    Example:
+
+    ```python
+    >>> two = concatenate_datasets([dataset, dataset_of_another_amateur])  # doctest: +SKIP
+    >>> name_samplings(two)  # doctest: +SKIP
+    ['60 rows with amateur Qwen/Qwen2.5-0.5B', '40 rows with amateur Qwen/Qwen2.5-Coder-0.5B']
+
+    ```
+    """
+    if "sampling_metadata" not in dataset.column_names or len(dataset.unique("sampling_metadata")) < 2:
+        return []
+    counts: Counter[str] = Counter()
+    facts: dict[str, dict[str, Any]] = {}
+    for text, count in Counter(dataset["sampling_metadata"][:]).items():
+        sampling = _parse_samplings([text])
+        found = _facts_of(sampling[0]) if sampling else {}
+        key = json.dumps(found, sort_keys=True)
+        counts[key] += count
+        facts[key] = found
+    if len(facts) < 2:
+        return []
+    names = dict.fromkeys(name for each in facts.values() for name in each)
+    shown = [name for name in names if name == "amateur" or len({json.dumps(f.get(name)) for f in facts.values()}) > 1]
+    described = []
+    for key, found in facts.items():
+        values = {"amateur": "not known", **{name: found[name] for name in shown if found.get(name) is not None}}
+        parts = (f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items())
+        described.append(f"{counts[key]:,} row{'s' if counts[key] > 1 else ''} with {', '.join(parts)}")
+    return described
+
+
+def _facts_of(sampling: dict[str, Any]) -> dict[str, Any]:
+    """The models and settings of a sampling, by the names that [`name_samplings`] uses."""
+    facts: dict[str, Any] = {}
+    for role in ("amateur", "expert"):
+        model = sampling.get(role)
+        if not isinstance(model, dict):
+            continue
+        for name in ("model", "adapter", "revision", "dtype", "quantization"):
+            value = model.get(name)
+            if name in ("model", "adapter") and isinstance(value, str):
+                value = last_parts(value)
+            facts[role if name == "model" else f"{role} {name}"] = value
+    settings = sampling.get("settings")
+    return facts | (settings if isinstance(settings, dict) else {})
+
+
+def last_parts(name: str) -> str:
+    """An id unchanged, or the last two parts of a path. The rest of a path is private."""
+    return "/".join(name.replace("\\", "/").rstrip("/").split("/")[-2:])
+
+
 def printed_date(dataset: Dataset | IterableDataset) -> datetime | None:
     """
     The date that the prompts of a Dataset of steps show, if their chat template prints today's date. Of several dates
-    it is the last; streamed rows tell none.
+    it is the last. Of streamed rows only the first is read.
     """
-    samplings = read_samplings([dataset]) if isinstance(dataset, Dataset) else []
+    if isinstance(dataset, Dataset):
+        samplings = read_samplings([dataset])
+    else:
+        samplings = _parse_samplings([row.get("sampling_metadata") for row in dataset.take(1)])
     return max((datetime.fromisoformat(each["date"]) for each in samplings if each.get("date")), default=None)
 
 
@@ -135,7 +200,7 @@ def raise_beta(dataset: Dataset, beta: float) -> Dataset:
     check_dataset(dataset)
     metadata = sampling_metadata(dataset)
     # A Dataset can hold rows of several samplings
-    made_with = [] if metadata is None else map(_parse_metadata, dataset.unique("sampling_metadata"))
+    made_with = [] if metadata is None else map(parse_metadata, dataset.unique("sampling_metadata"))
     betas = [each["settings"]["beta"] for each in made_with]
     sampled_with = max((each for each in betas if each is not None), default=beta)
     if beta < sampled_with:

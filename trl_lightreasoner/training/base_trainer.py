@@ -1,6 +1,8 @@
 """The output of a trainer: a card in every saved folder, and its pushes to the Hub."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +118,8 @@ class _BaseTrainer(ResumableTrainer):
             self.prompt_format.save(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
+        with self._saves_whole():
+            super().save_model(output_dir, _internal_call)
         gathered, self._gathered = self._gathered, None
         if self._saves_checkpoint or not self.is_world_process_zero():
             return
@@ -130,6 +133,21 @@ class _BaseTrainer(ResumableTrainer):
             row = self.train_dataset[0]
             ids = [*row["prompt_ids"], *row["completion_ids"]][:_FEW_TOKENS]
         check_saved(self._whole_model(), output_dir or self.args.output_dir, ids, **kwargs)
+
+    @contextmanager
+    def _saves_whole(self) -> Iterator[None]:
+        """Context in which `Trainer` saves a model that FSDP splits. With `SHARDED_STATE_DICT` it would save none."""
+        if not self.is_fsdp_enabled or self._saves_checkpoint:
+            yield
+            return
+        from torch.distributed.fsdp import StateDictType  # loaded by FSDP itself
+
+        plugin = self.accelerator.state.fsdp_plugin
+        chosen, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+        try:
+            yield
+        finally:
+            plugin.state_dict_type = chosen
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         # Uploads during training also have a card, which must not change during an upload

@@ -31,6 +31,7 @@ from ..models.provenance import warn_of_another_expert
 from ..models.weights import get_base_model, settle_4bit_layers
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS, printed_date
+from ..steps.messages import prints_date
 from ..steps.prompt_format import format_of_steps
 from ..steps.training_rows import choose_beta
 from ..vocabulary import model_vocabulary
@@ -246,7 +247,8 @@ class LightReasonerTrainer(EvaluatingTrainer):
         self.beta = choose_beta(train_dataset) if args.beta is None else args.beta
         prepare = partial(prepare_dataset, args=args, vocabulary=self.vocabulary, config=config, beta=self.beta)
         self._prepare_rows = prepare
-        date = printed_date(train_dataset)  # all that the model reads shows the same
+        # All that the model reads shows the same
+        date = printed_date(train_dataset) if prints_date(processing_class) else None
         with args.main_process_first():
             train_dataset = prepare(train_dataset, "train")
             if isinstance(eval_dataset, dict):

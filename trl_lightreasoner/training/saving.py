@@ -113,6 +113,7 @@ def check_gathered(model: PreTrainedModel | PeftModel, state_dict: dict[str, tor
     for name in sorted(trained):
         # PEFT saves tensors without the adapter's name
         place = name if adapter is None else re.sub(rf"\.(modules_to_save\.)?{adapter}(?=\.|$)", "", name)
+        place = place.removesuffix(".weight") if place.endswith(".lora_magnitude_vector.weight") else place  # DoRA
         if name not in state_dict or place not in saved:
             logger.warning(
                 f"The files in {folder!r} cannot be compared with the trained weights: the processes did not gather "
