@@ -161,3 +161,9 @@ def test_one_of_several_processes_prints(bundled, in_group, tmp_path):
     check = json.loads((tmp_path / "stdout-0").read_text())
     assert (check["num_steps"], check["num_kept"], check["verdict"]) == (955, 80, "promising")
     assert (tmp_path / "stdout-1").read_text() == ""
+
+
+def test_a_required_key_without_a_value_is_missing(bundled, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("dataset_name:\n")
+    assert main(["check", "--expert", bundled[2], "--config", str(tmp_path / "config.yaml")]) == 2
+    assert "arguments are required: --dataset_name." in capsys.readouterr().err

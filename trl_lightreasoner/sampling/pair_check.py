@@ -13,6 +13,7 @@ from ..models.token_text import TokenTexts, label_of, spell_out
 from ..steps.columns import count_changes, longest_completion, read_columns
 from ..steps.dataset import STEP_COLUMNS, check_dataset, read_samplings, sampling_metadata
 from ..steps.prompt_format import has_messages
+from ..text import name_columns
 from .pair_verdict import (
     JUDGED_AT,
     MAX_KEPT,
@@ -316,7 +317,9 @@ def _made_with(dataset: Dataset) -> dict[str, Any]:
     remedy = "Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
     for column in (*STEP_COLUMNS, "kl_divergence"):
         if column not in dataset.column_names:
-            raise ValueError(f"The dataset has no column {column!r}; it has {dataset.column_names}. {remedy}")
+            raise ValueError(
+                f"The dataset has no column {column!r}; it has {name_columns(dataset.column_names)}. {remedy}"
+            )
     if len(dataset) == 0:
         raise ValueError(f"The dataset has no row. {remedy}")
     metadata = sampling_metadata(dataset)
