@@ -119,6 +119,8 @@ class ArgumentParser(TrlParser):
             action.option_strings = [f"--{shown}"]
             if action.choices is None:
                 action.metavar = metavar(action)
+            # Help is written for Python, as the config's docstring is
+            action.help = self.with_flags((action.help or "").replace("f `None`,", "f not set,"))
 
     def explain(self, error: Exception) -> str:
         """The message of an error, in terms of this command's flags."""
