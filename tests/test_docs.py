@@ -152,6 +152,15 @@ def test_mathematics_in_a_line_becomes_mathml():
     assert html.endswith("</math> costs <code>5</code> $, not $6.</p>")
 
 
+def test_an_empty_header_of_a_table_is_a_plain_cell():
+    markdown = pytest.importorskip("markdown")
+    pytest.importorskip("latex2mathml")
+    pytest.importorskip("griffe")
+    extension = tool("site_extensions")["makeExtension"]()
+    html = markdown.markdown("| | a | $`b`$ |\n|---|---|---|\n| c | 1 | 2 |", extensions=["tables", extension])
+    assert html.count("<th>") == 2 and html.count("<td>") == 4
+
+
 def test_a_note_of_a_docstring_becomes_an_admonition():
     pytest.importorskip("griffe")
     pytest.importorskip("latex2mathml")

@@ -4,11 +4,13 @@ Used by `zensical.toml`; `make docs` builds the site.
 """
 
 import re
+from xml.etree.ElementTree import Element
 
 import griffe
 from latex2mathml.converter import convert
 from markdown import Extension, Markdown
 from markdown.inlinepatterns import InlineProcessor
+from markdown.treeprocessors import Treeprocessor
 
 
 def math_fence(source: str, language: str, css_class: str, options: dict, md, **kwargs) -> str:
@@ -23,13 +25,23 @@ class MathSpan(InlineProcessor):
         return self.md.htmlStash.store(_mathml(m[1], "inline")), m.start(0), m.end(0)
 
 
-class MathSpans(Extension):
+class EmptyHeaders(Treeprocessor):
+    """An empty header of a table, in its corner, is a plain cell: screen readers announce headers."""
+
+    def run(self, root: Element) -> None:
+        for header in root.iter("th"):
+            if not len(header) and not (header.text or "").strip():
+                header.tag = "td"
+
+
+class SiteExtension(Extension):
     def extendMarkdown(self, md: Markdown) -> None:
+        md.treeprocessors.register(EmptyHeaders(md), "empty_headers", 0)
         md.inlinePatterns.register(MathSpan(r"\$`([^`]+)`\$", md), "math_span", 195)  # before plain code, at 190
 
 
 def makeExtension(**kwargs) -> Extension:
-    return MathSpans(**kwargs)
+    return SiteExtension(**kwargs)
 
 
 class TransformersDocstrings(griffe.Extension):

@@ -1,7 +1,13 @@
 """Read text from files, and make text safe for a terminal or a card."""
 
+import json
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+
+_LONGEST = 200  # characters of a value in a message
 
 
 def read_text(path: str | Path, what: str) -> str:
@@ -29,6 +35,40 @@ def line_not_in_utf8(path: str | Path) -> int | None:
             except UnicodeDecodeError:
                 return number
     return None
+
+
+def shown_value(value: Any) -> str:
+    """
+    A value of a user's dataset or file, for an error message: lists and objects as JSON, and long ones shortened.
+
+    Example:
+
+    ```python
+    >>> shown_value(None), shown_value("12"), shown_value([{"role": "user"}])
+    ('nothing (null)', "'12'", '[{"role": "user"}]')
+
+    ```
+    """
+    if value is None:
+        return "nothing (null)"
+    is_nested = isinstance(value, dict | list)
+    text = json.dumps(value, ensure_ascii=False, default=str) if is_nested else repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def name_columns(columns: Iterable[str]) -> str:
+    """
+    The columns of a dataset, for an error message.
+
+    Example:
+
+    ```python
+    >>> name_columns(["question", "answer"])
+    "'question', 'answer'"
+
+    ```
+    """
+    return ", ".join(map(repr, columns)) or "none"
 
 
 def printable(text: str, keep: str = "") -> str:

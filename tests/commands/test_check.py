@@ -62,7 +62,8 @@ def test_the_command_that_comes_next_samples_what_was_checked(bundled, tmp_path,
     assert main([*bundled, "--conversational", "--max_new_tokens", "64", "--include_first_step", "true"]) == 0
     stdout, stderr = capsys.readouterr()
     batch = "as many prompts at a time as fit in memory" if torch.cuda.is_available() else "16 to 64 prompts at a time"
-    assert re.search(rf"^Running on: .*, expert in float16, {batch}, prompts in the expert's chat", stderr)
+    dtype = "float16" if torch.cuda.is_available() else r"float32 \(float16 is slow on a CPU\)"
+    assert re.search(rf"^Running on: .*, expert in {dtype}, {batch}, prompts in the expert's chat", stderr)
     program, command, *flags = shlex.split(stdout.partition("\nNext: ")[2])
     assert (program, command, flags[-2:]) == ("lightreasoner", "sample", ["--output_dir", "STEPS"])
     args, sampling_args = make_sample_parser().parse(flags)
@@ -160,3 +161,9 @@ def test_one_of_several_processes_prints(bundled, in_group, tmp_path):
     check = json.loads((tmp_path / "stdout-0").read_text())
     assert (check["num_steps"], check["num_kept"], check["verdict"]) == (955, 80, "promising")
     assert (tmp_path / "stdout-1").read_text() == ""
+
+
+def test_a_required_key_without_a_value_is_missing(bundled, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("dataset_name:\n")
+    assert main(["check", "--expert", bundled[2], "--config", str(tmp_path / "config.yaml")]) == 2
+    assert "arguments are required: --dataset_name." in capsys.readouterr().err

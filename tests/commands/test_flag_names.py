@@ -110,3 +110,11 @@ def test_logged_warnings_speak_of_flags(expert_path, amateur_path, tmp_path, cap
     flags = ["--expert", expert_path, "--amateur", amateur_path, "--dataset_name", str(tmp_path / "prompts.jsonl")]
     main(["sample", *flags, "--output_dir", str(tmp_path / "steps"), "--max_prompt_length=5", "--max_new_tokens=4"])
     assert "Skipped 1 of 2 prompts: 1 longer than `--max_prompt_length 5`" in caplog.text
+
+
+def test_help_speaks_of_flags_instead_of_python(capsys):
+    with pytest.raises(SystemExit):
+        main(["check", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "If not set, the amateur is the expert itself, with `--amateur_skipped_layers`" in shown
+    assert "(default: false)" in shown and "None" not in shown

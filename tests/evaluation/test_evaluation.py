@@ -305,8 +305,8 @@ def test_a_run_that_was_broken_off_goes_on(config, expert_path, amateur_path, mo
         with pytest.raises(RuntimeError, match="power cut"):
             evaluate(expert_path, args, baseline=amateur_path)
     made = evaluate(expert_path, args, baseline=amateur_path)
-    assert "10 of 10 problems of GSM8K are already answered by the model." in caplog.text
-    assert "4 of 10 problems of GSM8K are already answered by the baseline." in caplog.text
+    assert "Resuming: the model has already answered all 10 problems (GSM8K)." in caplog.text
+    assert "Resuming: the baseline has already answered 4 of 10 problems (GSM8K)." in caplog.text
     assert made.results == expected.results
     for role in ("model", "baseline"):
         assert answers_of(args.output_dir, role=role) == answers_of(left_alone.output_dir, role=role)

@@ -197,7 +197,7 @@ def test_the_first_problems_only(data_dir):
                     "olympiadbench",
                     "OlympiadBench",
                     {"question": "a", "final_answer": ["1", None], "unit": None, "error": None},
-                    "its answer must be a list of texts, got ['1', None]",
+                    'its answer must be a list of texts, got ["1", null]',
                 ),
                 (
                     "mmlu_stem",

@@ -133,7 +133,7 @@ def test_without_a_network_pushing_is_refused_in_a_sentence(expert_path, amateur
 
 
 def test_rows_that_are_no_steps_are_refused():
-    with pytest.raises(ValueError, match="The train split has no column 'prompt_ids'; it has \\['prompt'\\]"):
+    with pytest.raises(ValueError, match="The train split has no column 'prompt_ids'; it has 'prompt'"):
         push_dataset_to_hub(Dataset.from_dict({"prompt": ["a"]}), "me/steps")
 
 

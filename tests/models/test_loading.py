@@ -328,3 +328,18 @@ def test_the_fingerprint_sees_two_values_anywhere_that_are_exchanged(places, dty
 def test_the_fingerprint_sees_the_dtype(expert):
     before = weight_fingerprint(expert)
     assert weight_fingerprint(expert.to(torch.bfloat16)) != before
+
+
+@pytest.mark.parametrize(
+    ("stored", "kwargs", "expected"),
+    [
+        (torch.float16, {}, torch.float32),
+        (torch.float16, {"dtype": "float16"}, torch.float16),
+        (torch.float16, {"device_map": None}, torch.float16),  # the caller places the model
+        (torch.bfloat16, {}, torch.bfloat16),
+    ],
+)
+def test_a_float16_checkpoint_is_loaded_in_float32_on_a_cpu(expert, tmp_path, monkeypatch, stored, kwargs, expected):
+    monkeypatch.setattr("accelerate.PartialState.device", torch.device("cpu"), raising=False)
+    expert.to(stored).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), **kwargs).dtype == expected

@@ -188,7 +188,7 @@ def test_a_quantized_model_that_was_used_goes_on_in_the_same_folder(quantization
     made = sampler(quantization_config=BitsAndBytesConfig(**quantization))
     first = made.sample(prompts)
     assert made.sample(prompts)[:] == first[:]
-    assert "6 of 6 prompts are already sampled." in caplog.text
+    assert "Resuming: all 6 prompts are already sampled." in caplog.text
 
 
 @needs_bitsandbytes

@@ -324,7 +324,7 @@ def test_a_pair_that_does_not_look_promising_is_a_warning(args, capsys):
         ({"expert": "no-such/model"}, "The expert 'no-such/model' cannot be found"),
         ({"dataset_name": "nothing.jsonl"}, "There is no file or folder 'nothing.jsonl'"),
         ({"prompt_column": "problem"}, "The dataset has no column 'problem'"),
-        ({"answer_column": "gold"}, "it has ['question', 'answer']. Name the column of answers with"),
+        ({"answer_column": "gold"}, "it has 'question', 'answer'. Name the column of answers with"),
         ({"alpha": 2.0}, "`--alpha` must be in (0, 1]"),
         ({"beta": -1.0}, "`--beta` must be a finite number of nats"),
         ({"beta": 1e6}, "lower it"),
@@ -367,3 +367,13 @@ def test_each_model_is_loaded_once(args, monkeypatch):
     )
     run_pipeline(dataclasses.replace(args, num_held_out=4, max_steps=1))
     assert sorted(loaded) == [str(PAIR / "amateur"), str(PAIR / "expert")]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "verdict", "is_told"),
+    [(0.016, "not significant", True), (0.016, "better", False), (0.3, "worse", False), (None, "not answered", False)],
+)
+def test_an_expert_that_hardly_answers_may_need_another_prompt(accuracy, verdict, is_told):
+    values = {each.name: None for each in dataclasses.fields(RunResult)} | {"output_dir": "run", "expert": "e"}
+    result = RunResult(**values | {"sentence": "So.", "accuracy_before": accuracy, "verdict": verdict})
+    assert ("The expert answers only 1.6 % of the questions. If it can do better" in result.summary()) == is_told

@@ -590,7 +590,7 @@ def test_the_datasets_can_come_from_a_config_file(tmp_path):
         (["a", "--num_trajectories", "0"], "`--num_trajectories` must be a whole number, 1 or more, got 0."),
         (["a", "--outputdir", "x"], "There is no flag `--outputdir`. Did you mean `--output_dir`?"),
         (["./nowhere"], "There is no file or folder './nowhere'."),
-        (["{prompts}"], "The dataset has no column 'prompt_ids'; it has ['prompt']. Make it with"),
+        (["{prompts}"], "The dataset has no column 'prompt_ids'; it has 'prompt'. Make it with"),
         (["{steps}", "--training_dir", "nowhere"], "'nowhere' is not the output folder of a training"),
         (["{steps}", "--output_dir", "{prompts}"], "'{prompts}' is a file. Choose another `--output_dir`."),
         (["{steps}", "--expert", "nowhere"], "The expert 'nowhere' cannot be found. It must be a folder with"),

@@ -624,7 +624,7 @@ def test_a_folder_that_is_taken_is_found_first(sample, unloadable, prompts, tmp_
 
 
 def test_a_bad_row_is_found_first(sample, unloadable):
-    with pytest.raises(ValueError, match="Row 1: `prompt` must be text or a list of messages, got None"):
+    with pytest.raises(ValueError, match="Row 1: `prompt` must be text or a list of messages, got nothing"):
         sample(prompts_of("2+2=", None))
 
 

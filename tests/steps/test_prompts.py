@@ -116,7 +116,7 @@ def test_rows_are_encoded_each_for_itself(bos_tokenizer):
 
 
 def test_a_row_that_is_refused_is_named(tokenizer):
-    with pytest.raises(ValueError, match="^Row 8: `prompt` must be text or a list of messages, got None"):
+    with pytest.raises(ValueError, match="^Row 8: `prompt` must be text or a list of messages, got nothing"):
         encode_rows([{"prompt": "Name a prime."}, {"prompt": None}], tokenizer, set(), first_row=7)
 
 
@@ -217,9 +217,9 @@ def test_an_empty_completion_has_no_tokens(tokenizer):
 
 ANSWER = {"role": "assistant", "content": "4"}
 WRONG_ROWS = {
-    "no prompt": ({"prompt": None}, "`prompt` must be text or a list of messages, got None"),
+    "no prompt": ({"prompt": None}, "`prompt` must be text or a list of messages, got nothing"),
     "a number": ({"prompt": 7}, "`prompt` must be text or a list of messages, got 7"),
-    "no completion": ({"prompt": "2+2=", "completion": None}, "`completion` must be text .* got None"),
+    "no completion": ({"prompt": "2+2=", "completion": None}, "`completion` must be text .* got nothing"),
     "text and messages": ({"prompt": "2+2=", "completion": [ANSWER]}, "must both be text or both be lists"),
     "messages and text": ({"prompt": MESSAGES, "completion": "4"}, "must both be text or both be lists"),
     "a list of texts": ({"prompt": ["2+2="]}, "must both be text or both be lists"),
@@ -394,7 +394,7 @@ def test_text_needs_no_chat_template(tokenizer):
 
 
 def test_a_missing_prompt_column_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"no `prompt` column; it has \['question'\]"):
+    with pytest.raises(ValueError, match=r"no `prompt` column; it has 'question'\."):
         check_prompts(Dataset.from_dict({"question": ["What is 2+2?"]}), tokenizer)
 
 

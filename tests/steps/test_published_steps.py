@@ -168,10 +168,10 @@ def changed(**changes):
 BAD_LINES = {
     "half a line": (lambda line: json.dumps(line)[:40], "it is not JSON"),
     "no object": (lambda line: [1], "it is not a JSON object"),
-    "no prefix": (changed(prefix=...), "`prefix` must be text, got None"),
+    "no prefix": (changed(prefix=...), "it has no `prefix`, the text before the step. Name the output of the"),
     "no question": (changed(prompt_id=""), "`prompt_id` must be the text of the question, got ''"),
     "no weights": (changed(weights=[]), "`weights` must be a list of numbers, got []"),
-    "texts for weights": (changed(weights=["1"]), "`weights` must be a list of numbers, got ['1']"),
+    "texts for weights": (changed(weights=["1"]), '`weights` must be a list of numbers, got ["1"]'),
     "no tokens": (changed(tokens=..., token_ids=...), "it has neither `token_ids` nor `tokens`"),
     "too few": (changed(weights=[1.0]), "it has 2 `tokens` and 1 `weights`"),
     "sum": (changed(weights=[0.5, 0.4]), "the label at step 2 sums to 0.9, not to 1"),

@@ -287,7 +287,9 @@ def test_the_best_model_by_accuracy_is_loaded_at_the_end(says, demo_steps, quest
     trainer.train()
     assert evaluations(trainer) == {0: [0.9], 1: [0.1], 2: [0.5], 3: [0.3]}
     assert trainer.state.best_metric == 0.5 and trainer.state.best_model_checkpoint.endswith("checkpoint-2")
-    best = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(EXPERT), tmp_path / "checkpoint-2")
+    best = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(EXPERT, dtype="float32"), tmp_path / "checkpoint-2"
+    )
     for name, weight in best.state_dict().items():
         torch.testing.assert_close(trainer.model.state_dict()[name], weight)
 
@@ -386,7 +388,7 @@ def unloadable(monkeypatch):
         ),
         (
             {"prompt": ["2+2?"], "answer": [None]},
-            r"Row 0 of `eval_questions` has no answer to grade by: .* got None\.",
+            r"Row 0 of `eval_questions` has no answer to grade by: .* got nothing",
         ),
         (
             {"prompt": [None, "2+2?"], "answer": ["4", "4"]},

@@ -700,6 +700,15 @@ def test_with_a_peft_config_the_frozen_weights_keep_their_dtype(expert, tokenize
     assert changed(before, trainer.model) == {name for name in before if "lora_" in name}
 
 
+def test_an_adapter_of_a_float16_checkpoint_is_trained_in_float32_on_a_cpu(expert, tokenizer, steps, tmp_path):
+    expert.to(torch.float16).save_pretrained(tmp_path / "fp16")
+    tokenizer.save_pretrained(tmp_path / "fp16")
+    trainer = LightReasonerTrainer(
+        str(tmp_path / "fp16"), config(tmp_path), train_dataset=steps, peft_config=LoraConfig(**LORA)
+    )
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
 def test_an_adapter_folder_keeps_the_dtype_of_its_base(expert, tokenizer, steps, tmp_path):
     expert.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
     tokenizer.save_pretrained(tmp_path / "bf16")

@@ -119,6 +119,8 @@ class ArgumentParser(TrlParser):
             action.option_strings = [f"--{shown}"]
             if action.choices is None:
                 action.metavar = metavar(action)
+            # Help is written for Python, as the config's docstring is
+            action.help = self.with_flags((action.help or "").replace("f `None`,", "f not set,"))
 
     def explain(self, error: Exception) -> str:
         """The message of an error, in terms of this command's flags."""
@@ -218,10 +220,18 @@ class ArgumentParser(TrlParser):
                 kwargs[field] = kwargs.pop(name)
         for action in self._actions:
             value = kwargs.get(action.dest)
+            if value is None and action.required:
+                kwargs.pop(action.dest, None)  # is missing, as if it were not in the file
+            elif value is None and action.dest in kwargs and not self._may_be_none(action):
+                raise ConfigFileError(f"`{action.dest}` in the config file has no value. Give it one, or remove it.")
             if action.dest not in ("help", "config") and value is not None:
                 kwargs[action.dest] = self._as_flag_would(action, value)
         unknown = [key for key in ("help", "config") if key in kwargs]  # flags that are not settings
         return [f"--{key} {kwargs.pop(key)}" for key in unknown] + super().set_defaults_with_config(**kwargs)
+
+    def _may_be_none(self, action: argparse.Action) -> bool:
+        hint = self._hints.get(action.dest, "None")
+        return action.default is None or "None" in hint or "Optional" in hint
 
     def _as_flag_would(self, action: argparse.Action, value: Any) -> Any:
         takes_list, hint = action.nargs in ("+", "*"), self._hints[action.dest]

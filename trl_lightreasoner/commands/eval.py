@@ -117,7 +117,7 @@ def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
         **(args.model_init_kwargs or {}),  # type: ignore[dict-item]  # already parsed
     }
     own = kwargs.pop("dtype", args.dtype)
-    dtype = dtype_of(script_args.model, own, **kwargs)
+    dtype = dtype_of(script_args.model, own, is_quantized=quantization is not None, **kwargs)
     style = args.prompt_format(load_prompt_format(script_args.model, **hub_kwargs(kwargs))).prompt_style
     announce(
         f"model in {dtype}",

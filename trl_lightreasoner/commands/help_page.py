@@ -18,6 +18,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults if there are any, and keeps the line breaks of examples."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if isinstance(action.default, bool):  # in the words that the flag takes
+            return f"{action.help} (default: {str(action.default).lower()})"
         return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 

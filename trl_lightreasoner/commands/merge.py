@@ -144,7 +144,7 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
             f"Cannot write to {args.output_dir!r} ({error.strerror}). Choose another `output_dir`, or fix the "
             "permissions."
         ) from error
-    dtype = dtype_of(base, args.dtype, "base model", **base_kwargs)
+    dtype = dtype_of(base, args.dtype, "base model", device_map=None, **base_kwargs)
     announce(f"merged in {dtype}", cpu=True)
     try:
         tell("1/3 Loading the base model and the adapter")

@@ -179,8 +179,9 @@ def announce_pair(args: PairArguments, sampling_args: "ContrastiveSamplingConfig
         **(sampling_args.model_init_kwargs or {}),  # type: ignore[dict-item]  # already parsed
     }
     bits = next((f" in {bits} bits" for bits in (4, 8) if getattr(args, f"load_in_{bits}bit")), "")
+    own = kwargs.pop("dtype", sampling_args.dtype)
     announce(
-        f"expert in {dtype_of(args.expert, kwargs.pop('dtype', sampling_args.dtype), 'expert', **kwargs)}{bits}",
+        f"expert in {dtype_of(args.expert, own, 'expert', bool(bits), **kwargs)}{bits}",
         prompts_at_a_time(sampling_args.per_device_batch_size),
         "prompts in the expert's chat template" if has_messages(prompts) else "prompts as plain text",
     )

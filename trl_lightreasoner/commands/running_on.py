@@ -23,12 +23,19 @@ def device_names(cpu: bool = False) -> list[str]:
     return [torch.cuda.get_device_name(i) if kind == "cuda" else f"{kind}:{i}" for i in indices]
 
 
-def dtype_of(model: str, dtype: str | None, name: str = "model", **kwargs: Any) -> str:
-    """The data type in which a model's weights are loaded: the requested one, or the checkpoint's own."""
-    from ..models.loading import load_config
+def dtype_of(model: str, dtype: str | None, name: str = "model", is_quantized: bool = False, **kwargs: Any) -> str:
+    """The data type in which a model's weights are loaded, and why if it is not the checkpoint's own."""
+    import torch
+
+    from ..models.loading import load_config, resolve_dtype
 
     if dtype in (None, "auto"):
-        dtype = getattr(load_config(model, name, **kwargs), "dtype", None) or "float32"
+        config = load_config(model, name, **kwargs)
+        device = "cuda" if torch.accelerator.is_available() else "cpu"
+        is_resolved = "device_map" not in kwargs and not is_quantized  # as in `load_model`
+        if is_resolved and resolve_dtype("auto", config, device) == "float32":
+            return "float32 (float16 is slow on a CPU)"
+        dtype = config.dtype or "float32"
     return str(dtype).removeprefix("torch.")
 
 
@@ -63,9 +70,13 @@ def announce(*parts: str, cpu: bool = False) -> None:
 def announce_stages(args: "RunConfig") -> None:
     """Print what the stages of `run` and `tune` run on."""
     from ..pipeline.stages import choose_dtype
+    from ..steps.prompt_format import SYSTEM_PROMPT
 
-    styles = {"chat": "questions in the chat template", "raw": "questions as plain text"}
-    either = "questions in the expert's chat template, or as plain text if it has none"
+    system_prompt = SYSTEM_PROMPT if args.system_prompt is None else args.system_prompt
+    chat = "questions in the expert's chat template"
+    chat += f" (text after the system prompt '{' '.join(system_prompt.split())}')" if system_prompt else ""
+    styles = {"chat": chat, "raw": "questions as plain text"}
+    either = f"{chat}, or as plain text if it has none"
     dtype = dtype_of(args.expert, choose_dtype(args), "expert")
     announce(f"models in {dtype}", prompts_at_a_time(None), styles.get(args.prompt_style or "", either))
 

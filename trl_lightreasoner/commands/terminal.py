@@ -86,7 +86,7 @@ def _safe_output() -> Iterator[None]:
         text = record.getMessage()
         if os.environ.get("WORLD_SIZE", "1") == "1":
             text = text.removeprefix("[RANK 0] ")  # not useful with a single process
-        if record.levelno == logging.WARNING and not text.startswith("Warning:"):
+        if record.levelno == logging.WARNING and not text.startswith(("Warning:", "Resuming:")):
             text = f"Warning: {text}"
         parts = _COLOURS.split(text)
         record.msg = "".join(part if i % 2 else printable(part, _LINES) for i, part in enumerate(parts))

@@ -114,7 +114,7 @@ class LightReasonerModelConfig(ModelConfig):
         dtype (`str`, *optional*):
             Data type of the model's weights: `"auto"` (the checkpoint's own), `"bfloat16"`, `"float16"` or
             `"float32"`. If not set, it is the checkpoint's own for an adapter, as in sampling, and `"float32"` for
-            training all weights.
+            training all weights. The checkpoint's own is float32 if it is float16 and the device is a CPU.
         use_peft (`bool`, *optional*, defaults to `True`):
             Whether to train an adapter instead of all weights. An adapter given as the model is trained further.
         lora_r (`int`, *optional*, defaults to `8`):
@@ -139,7 +139,7 @@ class LightReasonerModelConfig(ModelConfig):
         metadata={
             "help": "Data type of the model's weights: 'auto' (the checkpoint's own), 'bfloat16', 'float16' or "
             "'float32'. If not set, it is the checkpoint's own for an adapter, as in sampling, and 'float32' for "
-            "training all weights.",
+            "training all weights. The checkpoint's own is float32 if it is float16 and the device is a CPU.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )

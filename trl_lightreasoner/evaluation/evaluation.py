@@ -352,9 +352,10 @@ class Candidate:
             # Answers are made in pieces, so those of a batch need not have the same room
             order = [(row, self.args.max_new_tokens) for row in rooms if row not in done]
             if len(order) < len(plan):
+                share = f"{len(plan) - len(order):,} of" if order else "all"
                 logger.warning(
-                    f"{len(plan) - len(order):,} of {len(plan):,} problems of {title_of(name)} are already answered "
-                    f"by the {self.role}."
+                    f"Resuming: the {self.role} has already answered {share} {len(plan):,} problems "
+                    f"({title_of(name)}). These answers are reused."
                 )
             batch_size = self.processes.on_main(lambda: self._find_batch_size(name, order))
             run_in_batches(

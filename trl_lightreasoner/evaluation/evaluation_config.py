@@ -64,8 +64,8 @@ class EvaluationConfig:
         > Parameters that control the models
 
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Data type of the weights of models given by id or path: `"auto"` (the checkpoint's own), `"bfloat16"`,
-            `"float16"` or `"float32"`.
+            Data type of the weights of models given by id or path: `"auto"` (the checkpoint's own, but float32 for
+            float16 on a CPU), `"bfloat16"`, `"float16"` or `"float32"`.
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used when the model is given
             by id or path. The `revision` value is also used when loading its tokenizer.
@@ -162,8 +162,8 @@ class EvaluationConfig:
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "Data type of the weights of models given by id or path: 'auto' (the checkpoint's own), "
-            "'bfloat16', 'float16' or 'float32'.",
+            "help": "Data type of the weights of models given by id or path: 'auto' (the checkpoint's own, but "
+            "float32 for float16 on a CPU), 'bfloat16', 'float16' or 'float32'.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )

@@ -22,6 +22,7 @@ from datasets import Dataset, Features, List, Value
 
 from ..grading.answers import last_boxed, read_reference, read_references
 from ..steps.splits import load_split
+from ..text import shown_value
 
 
 ROW_FEATURES = Features(
@@ -107,7 +108,7 @@ def _read_olympiadbench(row: dict[str, Any]) -> dict[str, Any]:
     context = f"{row['context'].strip()}\n" if row.get("context") else ""
     answers, error = row["final_answer"], row["error"]
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers) or not answers:
-        raise ValueError(f"its answer must be a list of texts, got {answers!r}")
+        raise ValueError(f"its answer must be a list of texts, got {shown_value(answers)}")
     tolerance = None
     if error:  # how far off the number may be, such as "1e-1"
         if not (number := float(answers[0].strip("$ "))):
@@ -188,10 +189,10 @@ def read_problems(dataset: Dataset, question_column: str, answer_column: str, fi
         references = read_references(answer)
         unmarked = isinstance(answer, str) and references == [answer.strip()]
         if references is None or unmarked and ("\n" in answer.strip() or len(answer) > _MAX_UNMARKED):
-            shown = repr(answer) if len(repr(answer)) <= _MAX_UNMARKED else f"{repr(answer)[:_MAX_UNMARKED]}..."
             raise ValueError(
                 f"Row {number} of the dataset has no answer to grade by in its column {answer_column!r}: it must be "
-                f"the answer alone, or a solution that has it after '####' or in \\boxed{{}}, got {shown}."
+                f"the answer alone, or a solution that has it after '####' or in \\boxed{{}}, got "
+                f"{shown_value(answer)}."
             )
         if not question:
             raise ValueError(f"Row {number} of the dataset is empty in its column {question_column!r}.")

@@ -15,6 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from ..models.provenance import public_name
 from ..steps.caches import map_rows
 from ..steps.dataset import STEP_COLUMNS
+from ..text import name_columns
 from .cards import add_evaluation, dataset_card
 
 
@@ -61,8 +62,8 @@ def push_dataset_to_hub(
     for name, split in splits.items():
         if missing := [column for column in STEP_COLUMNS if column not in split.column_names]:
             raise ValueError(
-                f"The {name} split has no column {missing[0]!r}; it has {split.column_names}. Make it with "
-                "`ContrastiveStepSampler` or `lightreasoner sample`."
+                f"The {name} split has no column {missing[0]!r}; it has {name_columns(split.column_names)}. Make it "
+                "with `ContrastiveStepSampler` or `lightreasoner sample`."
             )
     repo_id = open_repo(repo_id, "dataset", private, token)
     splits = {name.partition("[")[0]: _without_paths(split.with_format(None)) for name, split in splits.items()}

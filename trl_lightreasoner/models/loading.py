@@ -63,8 +63,9 @@ def load_model(
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): What the user passed.
         is_trainable (`bool`): Whether a loaded adapter will be trained further.
-        kwargs: For [`~transformers.AutoModelForCausalLM.from_pretrained`]. `dtype` defaults to `"auto"`, the
-            checkpoint's own, and the device to that of the process.
+        kwargs: For [`~transformers.AutoModelForCausalLM.from_pretrained`]. `dtype` defaults to `"auto"`, as in
+            [`resolve_dtype`], and the device to that of the process. With a `device_map`, `"auto"` is always the
+            checkpoint's own.
 
     Raises:
         `ValueError`: If the weights do not fit the config, or an argument is unknown.
@@ -88,14 +89,17 @@ def load_model(
 def _load_model(model: str, is_trainable: bool, **kwargs: Any) -> "PreTrainedModel | PeftModel":
     kwargs.setdefault("dtype", "auto")
     device = PartialState().device
-    if "device_map" not in kwargs and device.type != "cpu":
-        kwargs["device_map"] = {"": device}
     source, repository = _locate(model, "model", kwargs)
+    config = AutoConfig.from_pretrained(source, **repository)
+    if "device_map" not in kwargs:
+        kwargs["dtype"] = resolve_dtype(kwargs["dtype"], config, device.type, kwargs.get("quantization_config"))
+        if device.type != "cpu":
+            kwargs["device_map"] = {"": device}
     # Different shapes are reported with the other misfits
     kwargs |= {**repository, "output_loading_info": True, "ignore_mismatched_sizes": True}
     loaded, info = AutoModelForCausalLM.from_pretrained(source, **kwargs)
     unexpected = set(info["unexpected_keys"]) - {name for name, _ in loaded.named_buffers()}  # computed on loading
-    if is_text_part(loaded, AutoConfig.from_pretrained(source, **repository)):
+    if is_text_part(loaded, config):
         loaded._other_parts = sorted(unexpected)
         unexpected = set()  # those of its other parts
     misfits = {
@@ -112,6 +116,28 @@ def _load_model(model: str, is_trainable: bool, **kwargs: Any) -> "PreTrainedMod
     if source == model:
         return loaded
     return load_adapter(loaded, model, is_trainable, **hub_kwargs(kwargs))
+
+
+def resolve_dtype(
+    dtype: str | torch.dtype, config: PretrainedConfig, device_type: str, quantization_config: Any = None
+) -> str | torch.dtype:
+    """
+    The `dtype` to load a checkpoint in. It is what the user asked for, but `"auto"` becomes `"float32"` for a float16
+    checkpoint on a CPU. Most CPUs compute several times slower in float16, and float32 holds the same weights. A
+    quantized model keeps `"auto"`.
+
+    Example:
+
+    ```python
+    >>> config = PretrainedConfig(dtype="float16")
+    >>> resolve_dtype("auto", config, "cpu"), resolve_dtype("auto", config, "cuda")
+    ('float32', 'auto')
+
+    ```
+    """
+    is_quantized = (quantization_config or getattr(config, "quantization_config", None)) is not None
+    is_half = config.get_text_config().dtype == torch.float16
+    return "float32" if dtype == "auto" and device_type == "cpu" and is_half and not is_quantized else dtype
 
 
 def _other_shapes(model: PreTrainedModel) -> set[str]:

@@ -16,6 +16,7 @@ from ..steps.prompt_format import (
     name_prompts,
 )
 from ..steps.splits import load_split
+from ..text import name_columns
 from ..training.accuracy import as_questions
 from .run_config import RunConfig
 
@@ -57,8 +58,8 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_v
     dataset = load_split(args.dataset_name, args.dataset_config, args.dataset_split)
     if args.answer_column is not None and args.answer_column not in dataset.column_names:
         raise ValueError(
-            f"The dataset has no column {args.answer_column!r}; it has {dataset.column_names}. Name the column of "
-            "answers with `--answer_column`."
+            f"The dataset has no column {args.answer_column!r}; it has {name_columns(dataset.column_names)}. Name "
+            "the column of answers with `--answer_column`."
         )
     column = args.prompt_column or ("prompt" if "prompt" in dataset.column_names else "question")
     dataset = name_prompts(dataset, column)

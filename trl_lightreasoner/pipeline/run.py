@@ -17,6 +17,10 @@ from .stages import Stages, check_pair, open_pair, training_config
 from .verdict import deciding, judge
 
 
+# An expert that answers less may be asked with a prompt that it does not know
+_LOW_ACCURACY = 0.05
+
+
 @dataclass
 class RunResult:
     """
@@ -84,7 +88,13 @@ class RunResult:
         folder = Path(self.output_dir)
         adapter = str(folder / "adapter")
         lines = [] if self.results is None else [Evaluation(self.results).table(), ""]
-        lines += [self.sentence, "", f"adapter  {adapter}", f"report   {folder / 'report' / 'report.html'}"]
+        lines += [self.sentence]
+        if self.accuracy_before is not None and self.accuracy_before < _LOW_ACCURACY and self.verdict != "better":
+            lines += [
+                f"The expert answers only {100 * self.accuracy_before:.1f} % of the questions. If it can do better, "
+                "ask it with the prompt that it knows: `--system_prompt`, `--prompt_style`, `--prompt_template`."
+            ]
+        lines += ["", f"adapter  {adapter}", f"report   {folder / 'report' / 'report.html'}"]
         lines += [] if self.results is None else [f"answers  {folder / 'evaluation' / 'results.json'}"]
         lines += [f"numbers  {folder / 'verdict.json'}", "", "Next:"]
         compare = ["--model", adapter, "--baseline", self.expert, "--output_dir", "BENCHMARKS"]

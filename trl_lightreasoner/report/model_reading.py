@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -152,7 +153,7 @@ def add_trained(
     """
     if not any(trajectory.steps for trajectory in trajectories):
         return
-    kwargs: dict[str, Any] = {"dtype": (metadata.get("expert") or {}).get("dtype") or "auto"}
+    kwargs: dict[str, Any] = {"dtype": _dtype(metadata.get("expert") or {})}
     kwargs |= {"local_files_only": True} if local_files_only else {}
     if own_tokenizer is None:
         own_tokenizer = load_tokenizer(trained, "trained model", **kwargs)
@@ -190,12 +191,18 @@ def _read_with(
     return _read(model, "trained model", trajectories, model_vocabulary(tokenizer, width, "trained model"))
 
 
+def _dtype(made: dict[str, Any]) -> str:
+    """The data type in which a model was sampled, or float32 for float16 on a CPU, where float16 is slow."""
+    dtype = made.get("dtype") or "auto"
+    return "float32" if dtype == "float16" and PartialState().device.type == "cpu" else dtype
+
+
 def _source(
     metadata: dict[str, Any], role: str, name: "NamedModel | None"
 ) -> "tuple[NamedModel | None, dict[str, Any]]":
     """Id or path of a model, or the model, and the arguments to load it as it was loaded for sampling."""
     made = metadata.get(role) or {}
-    kwargs = {"dtype": made.get("dtype") or "auto"}
+    kwargs = {"dtype": _dtype(made)}
     if name is not None:
         return name, kwargs
     labels_are_of_base = (metadata.get("settings") or {}).get("label_expert") == "base"

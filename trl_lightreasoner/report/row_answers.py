@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from ..evaluation.answering import grade_answers
 from ..grading.answers import read_references
 from ..steps.prompt_format import has_messages
+from ..text import name_columns
 from .row_texts import completion_text
 
 
@@ -35,8 +36,8 @@ def grade_rows(
     """
     if answer_column is not None and answer_column not in dataset.column_names:
         raise ValueError(
-            f"The dataset has no column {answer_column!r}; it has {dataset.column_names}. Name the one that holds the "
-            "answers as `answer_column`."
+            f"The dataset has no column {answer_column!r}; it has {name_columns(dataset.column_names)}. Name the one "
+            "that holds the answers as `answer_column`."
         )
     column = answer_column or "answer"
     if column not in dataset.column_names:

@@ -15,6 +15,7 @@ from datasets import Dataset
 from ..sampling.model_pair import AMATEUR_SETTINGS
 from ..steps.columns import StepColumns, count_changes, longest_completion, read_columns
 from ..steps.dataset import STEP_COLUMNS, read_samplings, sampling_metadata
+from ..text import name_columns
 
 
 BINS_PER_DECADE = 1000
@@ -259,6 +260,8 @@ def check_columns(dataset: Dataset, name: str) -> None:
     remedy = "Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
     for column in (*STEP_COLUMNS, "kl_divergence"):
         if column not in dataset.column_names:
-            raise ValueError(f"The {name} has no column {column!r}; it has {dataset.column_names}. {remedy}")
+            raise ValueError(
+                f"The {name} has no column {column!r}; it has {name_columns(dataset.column_names)}. {remedy}"
+            )
     if len(dataset) == 0:
         raise ValueError(f"The {name} has no row. {remedy}")

@@ -309,7 +309,8 @@ class ContrastiveStepSampler:
                 writer.join()
             order = [item for item in plan if item[0] not in done]
             if len(order) < len(plan):
-                logger.warning(f"{len(plan) - len(order):,} of {len(plan):,} prompts are already sampled.")
+                share = f"{len(plan) - len(order):,} of" if order else "all"
+                logger.warning(f"Resuming: {share} {len(plan):,} prompts are already sampled. Their steps are reused.")
             self._sample(encoded, share_batches(order, self.batch_size, self.processes), writer, scoring_only)
             self.processes.on_main(lambda: writer.finish({index for index, _ in plan}))
             return writer.load(None if self._checks_in is None else str(self._checks_in / "cache"))

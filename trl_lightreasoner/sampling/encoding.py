@@ -7,6 +7,7 @@ from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from ..steps.prompts import encode_rows
+from ..text import name_columns
 from .amateur_prompts import AmateurPrompts
 
 
@@ -36,8 +37,8 @@ def encode_dataset(
     prompts = dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
     if set(columns) != {f"{name}_ids" for name in prompts[0] if name in ("prompt", "completion")}:
         raise ValueError(
-            f"The transform of the dataset turns the columns {dataset.column_names} into {list(prompts[0])}. Apply it "
-            "with `dataset.map` first."
+            f"The transform of the dataset turns the columns {name_columns(dataset.column_names)} into "
+            f"{name_columns(prompts[0])}. Apply it with `dataset.map` first."
         )
     columns += [] if amateur_prompts is None else ["amateur_prompt_ids"]
     # With a fingerprint of ours `map` need not hash what it is given, which for a tokenizer takes seconds

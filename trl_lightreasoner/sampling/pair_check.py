@@ -13,6 +13,7 @@ from ..models.token_text import TokenTexts, label_of, spell_out
 from ..steps.columns import count_changes, longest_completion, read_columns
 from ..steps.dataset import STEP_COLUMNS, check_dataset, name_samplings, parse_metadata
 from ..steps.prompt_format import has_messages
+from ..text import name_columns
 from .pair_verdict import (
     JUDGED_AT,
     MAX_KEPT,
@@ -339,7 +340,9 @@ def _made_with(dataset: Dataset) -> list[_MadeWith]:
     remedy = "Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
     for column in (*STEP_COLUMNS, "kl_divergence"):
         if column not in dataset.column_names:
-            raise ValueError(f"The dataset has no column {column!r}; it has {dataset.column_names}. {remedy}")
+            raise ValueError(
+                f"The dataset has no column {column!r}; it has {name_columns(dataset.column_names)}. {remedy}"
+            )
     if len(dataset) == 0:
         raise ValueError(f"The dataset has no row. {remedy}")
     if "sampling_metadata" not in dataset.column_names:

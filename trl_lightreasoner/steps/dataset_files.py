@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..text import line_not_in_utf8
+from ..text import line_not_in_utf8, shown_value
 
 
 _JSON = (".json", ".jsonl")
@@ -88,7 +88,7 @@ def _check_types(rows: Iterator[tuple[str, Any]], types: dict[type, str]) -> Non
     first: dict[str, tuple[str, str]] = {}  # by column, its type and the row in which it was found
     for place, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f'{place} must be an object, such as {{"prompt": "..."}}, got {row!r:.80}. Fix it')
+            raise ValueError(f'{place} must be an object, such as {{"prompt": "..."}}, got {shown_value(row)}. Fix it')
         for column, value in row.items():
             if value is None:
                 continue

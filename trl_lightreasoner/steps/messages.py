@@ -13,6 +13,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational
 
+from ..text import shown_value
+
 
 # How templates print today's date
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
@@ -39,12 +41,13 @@ def render_row(
     prompt, completion = row["prompt"], row.get("completion")
     if not isinstance(prompt, str | list):
         raise ValueError(
-            f"`prompt` must be text or a list of messages, got {prompt!r}. Filter such rows out, or convert them."
+            f"`prompt` must be text or a list of messages, got {shown_value(prompt)}. Filter such rows out, or "
+            "convert them."
         )
     if "completion" in row and not isinstance(completion, str | list):
         raise ValueError(
-            f"`completion` must be text or a list of one message, got {completion!r}. Filter such rows out, or remove "
-            "the column to let the expert answer."
+            f"`completion` must be text or a list of one message, got {shown_value(completion)}. Filter such rows "
+            "out, or remove the column to let the expert answer."
         )
     if len(prompt) == 0:
         return {"prompt": ""}
@@ -54,16 +57,20 @@ def render_row(
     if not conversational and not (isinstance(prompt, str) and isinstance(completion, str | None)):
         raise ValueError(
             "`prompt` and `completion` must both be text or both be lists of messages with `role` and `content`, got "
-            f"{prompt!r}" + (f" and {completion!r}." if "completion" in row else ".")
+            f"{shown_value(prompt)}" + (f" and {shown_value(completion)}." if "completion" in row else ".")
         )
     if not conversational:
         return text
     if completion is not None and len(completion) != 1:
         raise ValueError(f"`completion` must be one assistant message, got {len(completion)} of them.")
     if completion and isinstance(completion[0], dict) and completion[0].get("role") not in ("assistant", None):
-        raise ValueError(f"`completion` must be one assistant message, got {completion[0]!r}. Filter such rows out.")
+        raise ValueError(
+            f"`completion` must be one assistant message, got {shown_value(completion[0])}. Filter such rows out."
+        )
     if not isinstance(text.get("chat_template_kwargs", {}), dict):
-        raise ValueError(f"`chat_template_kwargs` must be a dict, got {text['chat_template_kwargs']!r}. Convert it.")
+        raise ValueError(
+            f"`chat_template_kwargs` must be a dict, got {shown_value(text['chat_template_kwargs'])}. Convert it."
+        )
     # Arrow fills in nulls if the rows of a dataset have different keys
     for key, value in text.items():
         plain = value if key == "chat_template_kwargs" else [_as_plain_message(message, key) for message in value]
@@ -75,7 +82,7 @@ def render_row(
         rendered = apply_chat_template(text, tokenizer, tools=tools, chat_template=template)
     except (TemplateError, TypeError, AttributeError, LookupError, ArithmeticError) as error:  # in the template's code
         reason = str(error).rstrip(".")
-        raise ValueError(f"The chat template refuses the messages {prompt!r}: {reason}.") from None
+        raise ValueError(f"The chat template refuses the messages {shown_value(prompt)}: {reason}.") from None
     for column, texts in {"prompt": _texts_of_prompt(text["prompt"], tools), **_texts_of_completion(text)}.items():
         for given in texts:
             if column == "completion" and rendered["prompt"].rstrip().endswith(_THINK):  # the prompt opens the answer
@@ -112,32 +119,34 @@ def _tools_of(row: dict[str, Any]) -> list[Any]:
         except ValueError as error:
             raise ValueError(f"`tools` is not JSON: {error}. Repair it.") from None
     if not isinstance(tools, list):
-        raise ValueError(f"`tools` must be a list, got {tools!r}. Convert it.")
+        raise ValueError(f"`tools` must be a list, got {shown_value(tools)}. Convert it.")
     return tools if isinstance(row["tools"], str) else _without_nulls(tools)
 
 
 def _as_plain_message(message: Any, column: str) -> dict[str, Any]:
     # A template prints any value, including numbers and lists
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ValueError(f"A message of `{column}` has no role: {message!r}. Filter such rows out.")
+        raise ValueError(f"A message of `{column}` has no role: {shown_value(message)}. Filter such rows out.")
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise ValueError(
-            f"`tool_calls` of a message of `{column}` must be a list of calls, got {calls!r}. Convert it."
+            f"`tool_calls` of a message of `{column}` must be a list of calls, got {shown_value(calls)}. Convert it."
         )
     content = message.get("content")
     if not content and content != "" and not calls:
-        raise ValueError(f"A message of `{column}` has no content: {message!r}. Filter such rows out.")
+        raise ValueError(f"A message of `{column}` has no content: {shown_value(message)}. Filter such rows out.")
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 raise ValueError(
-                    f"A message of `{column}` has a part that is not text: {part!r}. Filter such rows out: these "
-                    "models read only text."
+                    f"A message of `{column}` has a part that is not text: {shown_value(part)}. Filter such rows "
+                    "out: these models read only text."
                 )
         return {**message, "content": "".join(part["text"] for part in content)}
     if not isinstance(content, str | None):
-        raise ValueError(f"The content of a message of `{column}` must be text, got {content!r}. Convert it.")
+        raise ValueError(
+            f"The content of a message of `{column}` must be text, got {shown_value(content)}. Convert it."
+        )
     return message
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset, List, Value
 
 from ..models.hub_access import from_cache_if_unreachable
-from ..text import read_text
+from ..text import name_columns, read_text, shown_value
 from .caches import map_rows
 from .dataset import read_samplings
 from .prompt_sources import take_messages
@@ -168,8 +168,8 @@ def name_prompts(dataset: Dataset, column: str) -> Dataset:
         column = "messages"
     if column not in dataset.column_names:
         raise ValueError(
-            f"The dataset has no column {column!r}; it has {dataset.column_names}. Name the one that holds the "
-            "prompts with `--prompt_column`."
+            f"The dataset has no column {column!r}; it has {name_columns(dataset.column_names)}. Name the one that "
+            "holds the prompts with `--prompt_column`."
         )
     if column == "prompt":
         return dataset
@@ -202,7 +202,9 @@ def make_prompts(dataset: Dataset, prompt_format: PromptFormat) -> Dataset:
     def put(row: dict, index: int) -> dict:
         prompt = row["prompt"] or ""
         if not isinstance(prompt, str):
-            raise ValueError(f"Row {index}: The content of `prompt` must be text, got {prompt!r}. Convert it.")
+            raise ValueError(
+                f"Row {index}: The content of `prompt` must be text, got {shown_value(prompt)}. Convert it."
+            )
         return {"prompt": prompt_format.make_prompt(prompt) if prompt else empty}
 
     return map_rows(dataset, put, with_indices=True, desc="Making prompts")

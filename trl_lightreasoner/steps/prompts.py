@@ -12,6 +12,7 @@ from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from ..text import name_columns
 from .dataset import check_dataset
 from .messages import render_row
 from .prompt_format import has_messages
@@ -33,7 +34,7 @@ def check_prompts(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
     check_dataset(dataset)
     if "prompt" not in dataset.column_names:
         raise ValueError(
-            f"The dataset has no `prompt` column; it has {dataset.column_names}. Map your rows to "
+            f"The dataset has no `prompt` column; it has {name_columns(dataset.column_names)}. Map your rows to "
             '`{"prompt": text}` or `{"prompt": [{"role": "user", "content": text}]}`.'
         )
     if len(dataset) == 0:

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, logging
 
 from .. import __version__
 from ..models.loading import load_config, load_tokenizer
+from ..text import shown_value
 from ..vocabulary import Vocabulary, model_vocabulary
 from .messages import prints_date, render_row
 from .prompt_format import PromptFormat
@@ -259,7 +260,7 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise ValueError("it is not a JSON object")
     checks = {
         "prompt_id": (lambda value: isinstance(value, str) and value != "", "the text of the question"),
-        "prefix": (_is_text, "text"),
+        "prefix": (_is_text, "the text before the step"),
         "weights": (lambda value: _is_list(value, _is_number), "a list of numbers"),
         "tokens": (lambda value: value is None or _is_list(value, _is_text), "a list of texts"),
         "token_ids": (lambda value: value is None or _is_list(value, _is_id), "a list of token ids"),
@@ -268,8 +269,11 @@ def _parse(line: bytes) -> dict[str, Any]:
     }
     step = {name: step.get(name) for name in checks}
     for name, (is_right, what) in checks.items():
-        if not is_right(step[name]):
-            raise ValueError(f"`{name}` must be {what}, got {step[name]!r}")
+        if is_right(step[name]):
+            continue
+        if step[name] is None:
+            raise ValueError(f"it has no `{name}`, {what}. Name the output of the published sampling script")
+        raise ValueError(f"`{name}` must be {what}, got {shown_value(step[name])}")
     if step["tokens"] is None and step["token_ids"] is None:
         raise ValueError("it has neither `token_ids` nor `tokens`")
     for name in ("tokens", "token_ids"):

@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset, Features
 from transformers import PreTrainedTokenizerBase
 
+from ..text import shown_value
 from .caches import map_rows
 from .dataset import STEP_COLUMNS, STEP_FEATURES
 from .prompt_format import has_messages
@@ -96,7 +97,9 @@ def _demonstration(row: dict[str, Any], number: int, tokenizer: PreTrainedTokeni
         messages = row.pop("messages")
         last = messages[-1] if isinstance(messages, list) and messages else None
         if not isinstance(last, dict) or last.get("role") != "assistant":
-            raise ValueError(f"Row {number}: `messages` must end with a message of the assistant, got {messages!r}.")
+            raise ValueError(
+                f"Row {number}: `messages` must end with a message of the assistant, got {shown_value(messages)}."
+            )
         row = {**row, "prompt": messages[:-1], "completion": [last]}
     if row["prompt"] in ("", []):
         raise ValueError(f"Row {number}: the prompt is empty, so the completion has no context. Filter such rows out.")

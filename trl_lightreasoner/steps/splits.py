@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from ..models.hub_access import cache_if_unreachable
+from ..text import name_columns
 from .caches import name_the_cache
 from .dataset_files import check_encoding, find_fault
 from .run_file import finished_files
@@ -102,7 +103,7 @@ def _load_split(name: str, config: str | None, split: str) -> Dataset:
         dataset = load_from_disk(name)
         dataset = dataset if isinstance(dataset, DatasetDict) else DatasetDict({"train": dataset})
         if split not in dataset:
-            raise ValueError(f"There is no split {split!r} in {name!r}. It has {list(dataset)}.")
+            raise ValueError(f"There is no split {split!r} in {name!r}. It has {name_columns(dataset)}.")
         return dataset[split]
     # A bare name could match another folder in the cache of `datasets`, hence builders and absolute paths
     if config is None and (files := finished_files(path)):

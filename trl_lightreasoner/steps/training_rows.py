@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, LargeList, List, Value
 from transformers import logging
 
+from ..text import name_columns
 from ..vocabulary import Vocabulary
 from .caches import map_rows
 from .dataset import PER_STEP_COLUMNS, STEP_COLUMNS, count_steps
@@ -251,7 +252,7 @@ def prepare_rows(
     columns = dataset.column_names
     if columns is not None and (missing := [column for column in STEP_COLUMNS if column not in columns]):
         raise ValueError(
-            f"The {name} dataset has no column {missing[0]!r}; it has {columns}. Make it with "
+            f"The {name} dataset has no column {missing[0]!r}; it has {name_columns(columns)}. Make it with "
             "`ContrastiveStepSampler` or `lightreasoner sample`."
         )
     features = dataset.features

@@ -21,6 +21,7 @@ from ..generation.greedy import find_eos_ids
 from ..grading.answers import read_references
 from ..steps.prompt_format import has_messages
 from ..steps.prompts import encode_rows
+from ..text import name_columns, shown_value
 from ..vocabulary import Vocabulary, check_embedded
 
 
@@ -81,7 +82,7 @@ class EvalQuestions:
         if not {"prompt", "answer"} <= set(dataset.column_names):
             raise ValueError(
                 "`eval_questions` must have the columns `prompt` and `answer`, got "
-                f"{', '.join(map(repr, dataset.column_names)) or 'none'}."
+                f"{name_columns(dataset.column_names)}."
             )
         if len(dataset) == 0:
             raise ValueError("`eval_questions` holds no question.")
@@ -181,6 +182,6 @@ def _read_answer(row: int, answer: Any) -> list[str]:
     if (references := read_references(answer)) is None:
         raise ValueError(
             f"Row {row} of `eval_questions` has no answer to grade by: `answer` must be text, or a list of texts, got "
-            f"{answer!r}."
+            f"{shown_value(answer)}."
         )
     return references

@@ -26,7 +26,7 @@ from ..contrast import ContrastiveLoss, contrastive_loss
 from ..generation.completions import evaluating
 from ..models.adapter_loading import check_adapter, load_adapter_config
 from ..models.forward import accepts_logits_to_keep, attention_backends, check_causal, forward_at, rope_switch
-from ..models.loading import add_quantization, hub_kwargs, load_config, load_model, load_tokenizer
+from ..models.loading import add_quantization, hub_kwargs, load_config, load_model, load_tokenizer, resolve_dtype
 from ..models.provenance import warn_of_another_expert
 from ..models.weights import get_base_model, settle_4bit_layers
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
@@ -74,7 +74,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
 
             - A string, being the id of a model or an adapter on the Hub, or a path. It is loaded with
               `args.model_init_kwargs`. Its `dtype` is by default `"float32"` if all weights are trained, and the
-              checkpoint's own if only an adapter is.
+              checkpoint's own if only an adapter is (float32 for a float16 checkpoint on a CPU).
             - A [`~transformers.PreTrainedModel`].
             - A [`~peft.PeftModel`], which is trained as it is.
         args ([`LightReasonerConfig`] or [`~transformers.TrainingArguments`], *optional*):
@@ -222,7 +222,9 @@ class LightReasonerTrainer(EvaluatingTrainer):
         )
         if isinstance(model, str):
             # Full training uses fp32 weights. Frozen weights keep the dtype of the sampling
-            model_init_kwargs.setdefault("dtype", "auto" if trains_adapter else "float32")
+            dtype = model_init_kwargs.get("dtype", "auto" if trains_adapter else "float32")
+            bits = model_init_kwargs.get("quantization_config")
+            model_init_kwargs["dtype"] = resolve_dtype(dtype, config, args.device.type, bits)
         quantization = model_init_kwargs.get("quantization_config") if isinstance(model, str) else None
         quantization = quantization or getattr(config, "quantization_config", None)
         dtype = model_init_kwargs.get("dtype")
