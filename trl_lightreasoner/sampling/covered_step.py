@@ -66,6 +66,8 @@ class CoveredStep:
         self._asked_by_table = {token: 0.0 for token in asked if token is not None}
         self._near_by_table = {token: 0.0 for token in needed if token is not None}
         self._states = [_State(1.0, start.context, start.missing)]
+        # Contexts of the amateur's own tokens up to the step. Their probability says which others are likely
+        self._path = {(*start.context, *start.path[:count]) for count in range(len(start.path) + 1)}
         # States not yet known to be settled. None of them can become a token in `needed`
         self._untried: list[_State] = []
         self.num_opened = 0
@@ -75,6 +77,8 @@ class CoveredStep:
         Contexts at which the amateur must be read, as its tokens of the completion; none once the intervals cannot
         become narrower.
         """
+        if on_path := [state.context for state in self._states if state.context in self._path]:
+            return on_path
         everything = self._everything()
         self._try([state for state in self._untried if state.mass >= _OPEN_OF_ALL * everything])
         highest = [self._range(token, self._states)[1] for token in self.needed]

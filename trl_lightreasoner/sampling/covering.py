@@ -54,11 +54,13 @@ class Start(NamedTuple):
         tail (`tuple[int, ...]`): The last expert tokens before the step.
         context (`tuple[int, ...]`): u, the amateur's tokens of the completion.
         missing (`bytes`): The bytes of the completion between u and the step.
+        path (`tuple[int, ...]`): The amateur's own tokens of these bytes.
     """
 
     tail: tuple[int, ...]
     context: tuple[int, ...]
     missing: bytes
+    path: tuple[int, ...]
 
 
 class Covering:
@@ -142,7 +144,8 @@ class Covering:
                 continue
             context = self._context(recent, ends[max(0, t - _BACK)])  # type: ignore[arg-type]
             covered = len(self.amateur.join(context) or b"")
-            starts.append(Start(tail, context, whole[covered : ends[t]]))
+            path = tuple(recent[-1][len(context) :])  # type: ignore[index]
+            starts.append(Start(tail, context, whole[covered : ends[t]], path))
         return starts
 
     def _context(self, recent: list[list[int]], end: int) -> tuple[int, ...]:
