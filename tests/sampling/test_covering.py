@@ -13,6 +13,7 @@ from trl_lightreasoner.sampling import token_lookup
 from trl_lightreasoner.sampling.covered_step import CoveredStep, log_width, open_contexts
 from trl_lightreasoner.sampling.covering import Covering
 from trl_lightreasoner.sampling.cross_scoring import MAX_WIDTH
+from trl_lightreasoner.sampling.next_tokens import NextTokens
 
 from .other_tokens import TableModel, byte_level_tokenizer, make_texts, sentencepiece_tokenizer
 
@@ -208,13 +209,13 @@ def test_an_interval_that_is_narrow_enough_needs_no_further_trials(name, pairs, 
     pair = pairs(name)
     (completion,) = completions(pair, 1)
     tried = Counter()
-    finality = Covering.finality
+    finality = NextTokens.finality
 
-    def count(self, tail, beyond, tokens):
+    def count(self, edge, beyond):
         tried[exact] += len(beyond)
-        return finality(self, tail, beyond, tokens)
+        return finality(self, edge, beyond)
 
-    monkeypatch.setattr(Covering, "finality", count)
+    monkeypatch.setattr(NextTokens, "finality", count)
     for t, token in enumerate(completion[:-1][:11]):
         found = []
         for exact in (False, True):

@@ -12,7 +12,8 @@ from itertools import accumulate
 
 import torch
 
-from .covering import LOST, NO_TEXT, OPEN, Covering, Start
+from .covering import Covering, Start
+from .next_tokens import LOST, NO_TEXT, OPEN
 from .token_lookup import Reply, Request, Table, look_up
 
 
@@ -59,7 +60,8 @@ class CoveredStep:
     """
 
     def __init__(self, covering: Covering, start: Start, needed: list[int | None], asked: list[int | None]):
-        self.covering, self.tail, self.needed = covering, start.tail, needed
+        self.covering, self.needed = covering, needed
+        self._edge = covering.next_tokens.edge(start.tail)
         self._settled: defaultdict[int | None, float] = defaultdict(float)  # the end of the answer among them
         # Sums of the table: over everything, of tokens in `asked`, and over what can become a token in `needed`
         self._by_table = 0.0
@@ -139,7 +141,7 @@ class CoveredStep:
             self._look_at(state, reply.ids, reply.probs, len(state.missing))
             self._states.append(_State(mass * reply.rest, None))
             return
-        end = self.covering.ends_with(self.tail, state.beyond)
+        end = self.covering.next_tokens.ends_with(self._edge, state.beyond)
         if end != LOST:
             self._settled[None if end == OPEN else end] += mass * reply.at_end
         if request.table is None:
@@ -159,7 +161,7 @@ class CoveredStep:
         """Add the states to which amateur tokens lead, `skipped` bytes of them being part of q."""
         beyond = [state.beyond + (self.covering.amateur.bytes[i] or b"")[skipped:] for i in token_ids]
         context = state.context or ()
-        next_tokens = self.covering.next_tokens(self.tail, beyond)
+        next_tokens = self.covering.next_tokens.after(self._edge, beyond)
         to_try = []
         for token_id, prob, text, (token, whole) in zip(token_ids, probs, beyond, next_tokens, strict=True):
             if token == NO_TEXT:
@@ -179,9 +181,7 @@ class CoveredStep:
             return
         tried = set(map(id, states))
         self._untried = [state for state in self._untried if id(state) not in tried]
-        finality = self.covering.finality(
-            self.tail, [state.beyond for state in states], [state.token for state in states]
-        )
+        finality = self.covering.next_tokens.finality(self._edge, [state.beyond for state in states])
         for state, (open_, lost) in zip(states, finality, strict=True):
             state.lost = lost
             if open_:
