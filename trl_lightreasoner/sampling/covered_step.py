@@ -7,7 +7,7 @@ takes its distributions there, for many steps together.
 import math
 from bisect import bisect_right
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -23,10 +23,11 @@ _OPEN_OF_CANDIDATE, _OPEN_OF_ALL = 1e-3, 2e-2
 _MOST_CONTEXTS = 48
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class _State:
     mass: float
     context: tuple[int, ...] | None  # amateur tokens, or `None` if it cannot be opened
+    near: tuple[int | None, ...]  # the needed tokens that can still become the next token
     missing: bytes = b""  # the bytes of q that are still to come
     beyond: bytes = b""  # the bytes after q
     token: int = OPEN  # the expert's next token if the text ends here
@@ -67,51 +68,55 @@ class CoveredStep:
         self._by_table = 0.0
         self._asked_by_table = {token: 0.0 for token in asked if token is not None}
         self._near_by_table = {token: 0.0 for token in needed if token is not None}
-        self._states = [_State(1.0, start.context, start.missing)]
         # Contexts of the amateur's own tokens up to the step. Their probability says which others are likely
         self._path = {(*start.context, *start.path[:count]) for count in range(len(start.path) + 1)}
+        # Unsettled states: those that can be opened, by context, and the others
+        self._states = {start.context: _State(1.0, start.context, tuple(needed), start.missing)}
+        self._closed: list[_State] = []
         # States not yet known to be settled. None of them can become a token in `needed`
         self._untried: list[_State] = []
         self.num_opened = 0
+        self._is_done = False
 
     def wanted(self) -> list[tuple[int, ...]]:
         """
         Contexts at which the amateur must be read, as its tokens of the completion; none once the intervals cannot
         become narrower.
         """
-        if on_path := [state.context for state in self._states if state.context in self._path]:
+        if self._is_done:
+            return []
+        if on_path := [context for context in self._path if context in self._states]:
             return on_path
-        everything = self._everything()
-        self._try([state for state in self._untried if state.mass >= _OPEN_OF_ALL * everything])
-        highest = [self._range(token, self._states)[1] for token in self.needed]
-        wanted = []
-        for state in self._states:
-            if state.context is None:
-                continue
-            matters = any(
-                self._comparable(state, token) and state.mass >= _OPEN_OF_CANDIDATE * high
-                for token, high in zip(self.needed, highest, strict=True)
-            )
-            if matters or state.mass >= _OPEN_OF_ALL * everything:
-                wanted.append(state)
+        likely = _OPEN_OF_ALL * self._everything()
+        self._try([state for state in self._untried if state.mass >= likely])
+        highest = self._highest([*self._states.values(), *self._closed])
+        wanted = [
+            state
+            for state in self._states.values()
+            if any(state.mass >= _OPEN_OF_CANDIDATE * highest[token] for token in state.near)
+            or state.mass >= likely
+            and (state.lost or any(self._comparable(state.beyond, token) for token in self._asked_by_table))
+        ]
         wanted.sort(key=lambda state: -state.mass)
-        return [state.context for state in wanted[: _MOST_CONTEXTS - self.num_opened] if state.context is not None]
+        contexts = [state.context for state in wanted if state.context is not None]
+        contexts = contexts[: _MOST_CONTEXTS - self.num_opened]
+        self._is_done = not contexts
+        return contexts
 
-    def start_opening(self, context: tuple[int, ...], row: int) -> list[tuple[_State, Request]]:
+    def start_opening(self, context: tuple[int, ...], row: int) -> tuple[_State, Request]:
         """
-        Remove the states of a context, to be replaced by those that follow them.
+        Remove the state of a context, to be replaced by those that follow it.
 
         Args:
             context (`tuple[int, ...]`): One of [`~CoveredStep.wanted`].
             row (`int`): Its row among the distributions that are looked up together.
 
         Returns:
-            `list[tuple[_State, Request]]`: Each state, and what [`~CoveredStep.open`] needs to know.
+            `tuple[_State, Request]`: The state, and what [`~CoveredStep.open`] needs to know.
         """
-        opened = [state for state in self._states if state.context == context]
-        self._states = [state for state in self._states if state.context != context]
+        state = self._states.pop(context)
         self.num_opened += 1
-        return [(state, self._request(state, row)) for state in opened]
+        return state, self._request(state, row)
 
     def _request(self, state: _State, row: int) -> Request:
         covering, missing = self.covering, state.missing
@@ -120,12 +125,14 @@ class CoveredStep:
             longer = covering.amateur.starting_with(missing)
             same = len(covering.amateur.ids.get(missing, ()))
             return Request(row, slice(longer.start + same, longer.stop), shorter)
+        # A blank then settles the text before it, and the table is right about what begins with it
+        is_split = covering.next_tokens.is_split(self._edge, state.beyond)
         if state.beyond:
-            return Request(row, None, [])
+            return Request(row, None, [], math.inf if is_split else 0.0)
         similar = dict.fromkeys(i for token in self._near_by_table for i in covering.similar(token))
         asked = [covering.expert_places[token] for token in self._asked_by_table]
-        near = [covering.comparable(token) for token in self._near_by_table]
-        return Request(row, None, list(similar), Table(asked, near))
+        near = [covering.starting_with(token) for token in self._near_by_table]
+        return Request(row, None, list(similar), _OPEN_OF_ALL / 2 if is_split else 0.0, Table(asked, near))
 
     def _inside(self, missing: bytes) -> list[tuple[int, int]]:
         """Amateur tokens that are a prefix of the missing bytes, and their lengths."""
@@ -137,17 +144,18 @@ class CoveredStep:
         context, mass = state.context or (), state.mass
         if state.missing:
             for (token_id, end), prob in zip(self._inside(state.missing), reply.others, strict=True):
-                self._states.append(_State(mass * prob, (*context, token_id), state.missing[end:]))
+                self._add(_State(mass * prob, (*context, token_id), state.near, state.missing[end:]))
             self._look_at(state, reply.ids, reply.probs, len(state.missing))
-            self._states.append(_State(mass * reply.rest, None))
+            self._add(_State(mass * reply.rest, None, state.near))
             return
         end = self.covering.next_tokens.ends_with(self._edge, state.beyond)
         if end != LOST:
             self._settled[None if end == OPEN else end] += mass * reply.at_end
         if request.table is None:
+            if state.token >= 0:
+                self._settled[state.token] += mass * reply.blank
             self._look_at(state, reply.ids, reply.probs, 0)
-            rest = _State(mass * reply.rest, None, beyond=state.beyond, token=state.token, lost=state.lost)
-            self._states.append(rest)
+            self._add(replace(state, mass=mass * reply.rest, context=None))
             return
         likely = dict(zip(reply.ids, reply.probs, strict=True))
         likely |= zip(request.others, reply.others, strict=True)
@@ -159,55 +167,71 @@ class CoveredStep:
 
     def _look_at(self, state: _State, token_ids: list[int], probs: list[float], skipped: int) -> None:
         """Add the states to which amateur tokens lead, `skipped` bytes of them being part of q."""
-        beyond = [state.beyond + (self.covering.amateur.bytes[i] or b"")[skipped:] for i in token_ids]
+        contents = self.covering.amateur.bytes
+        beyond = [state.beyond + (contents[i] or b"")[skipped:] for i in token_ids]
         context = state.context or ()
         next_tokens = self.covering.next_tokens.after(self._edge, beyond)
         to_try = []
         for token_id, prob, text, (token, whole) in zip(token_ids, probs, beyond, next_tokens, strict=True):
             if token == NO_TEXT:
                 continue
-            found = _State(state.mass * prob, (*context, token_id), beyond=text, token=token)
+            # Nothing that follows brings a state nearer to a token
+            near = tuple([needed for needed in state.near if self._comparable(text, needed)])
+            found = _State(state.mass * prob, (*context, token_id), near, b"", text, token)
             if not whole:
-                self._states.append(found)
+                self._add(found)
+            elif near:
+                to_try.append(found)
             else:
                 self._untried.append(found)
-                if any(self._comparable(found, needed) for needed in self.needed):
-                    to_try.append(found)
-        self._try(to_try)
+        self._determine(to_try)
+
+    def _add(self, state: _State) -> None:
+        if state.context is None:
+            self._closed.append(state)
+        else:
+            self._states[state.context] = state
 
     def _try(self, states: list[_State]) -> None:
         """Determine which of some untried states are settled."""
-        if not states:
-            return
-        tried = set(map(id, states))
-        self._untried = [state for state in self._untried if id(state) not in tried]
+        if states:
+            tried = set(map(id, states))
+            self._untried = [state for state in self._untried if id(state) not in tried]
+            self._determine(states)
+
+    def _determine(self, states: list[_State]) -> None:
         finality = self.covering.next_tokens.finality(self._edge, [state.beyond for state in states])
         for state, (open_, lost) in zip(states, finality, strict=True):
             state.lost = lost
             if open_:
-                self._states.append(state)
+                self._add(state)
             elif state.token != LOST:
                 self._settled[state.token] += state.mass
 
-    def _comparable(self, state: _State, token: int | None) -> bool:
-        """Whether a state can become the expert's next token."""
-        if not state.beyond or state.missing:
+    def _comparable(self, beyond: bytes, token: int | None) -> bool:
+        """Whether a text after q can begin with an expert token, or become one that does."""
+        if not beyond:
             return True
         if token is None:
             return False
         content = self.covering.expert.bytes[token] or b""
-        return state.beyond.startswith(content) or content.startswith(state.beyond)
+        return beyond.startswith(content) or content.startswith(beyond)
+
+    def _unsettled(self) -> list[_State]:
+        return [*self._states.values(), *self._closed, *self._untried]
 
     def _everything(self) -> float:
         """The estimate of P[tau_E(b(Y)) begins with q]."""
-        unsettled = sum(state.mass for state in (*self._states, *self._untried) if state.token >= 0)
+        unsettled = sum([state.mass for state in self._unsettled() if state.token >= 0])
         return sum(self._settled.values()) + self._by_table + unsettled
 
-    def _range(self, token: int | None, states: list[_State]) -> tuple[float, float]:
-        """Settled probability of a next token, and its probability if every state that can become it does."""
-        settled = self._settled[token]
-        near = 0.0 if token is None else self._near_by_table[token]
-        return settled, settled + near + sum(state.mass for state in states if self._comparable(state, token))
+    def _highest(self, states: list[_State]) -> dict[int | None, float]:
+        """The probability of each needed token if every state that can become it does."""
+        highest = {token: self._settled[token] + self._near_by_table.get(token, 0.0) for token in self.needed}
+        for state in states:
+            for token in state.near:
+                highest[token] += state.mass
+        return highest
 
     @property
     def is_read(self) -> bool:
@@ -218,7 +242,7 @@ class CoveredStep:
         """pi_A^E of some tokens in `asked`, as if every open text ended where it is."""
         everything = self._everything()
         masses = self._settled.copy()
-        for state in (*self._states, *self._untried):
+        for state in self._unsettled():
             masses[state.token] += state.mass
         for token in tokens:
             masses[token] += 0.0 if token is None else self._asked_by_table[token]
@@ -239,17 +263,17 @@ class CoveredStep:
             self._try(states[: bisect_right(masses, masses[-1] / 2) + 1 if width else len(states)])
 
     def _bounds(self, tokens: list[int | None]) -> Bounds:
-        states = [*self._states, *self._untried]
+        states = self._unsettled()
         # The certain and the uncertain part of P[... begins with q]
         alive = sum(self._settled.values()) + self._by_table
-        alive += sum(state.mass for state in states if not state.lost)
-        at_risk = sum(state.mass for state in states if state.lost)
+        alive += sum([state.mass for state in states if not state.lost])
+        at_risk = sum([state.mass for state in states if state.lost])
+        highest = self._highest(states)
         bounds = Bounds(self.estimate(tokens))
         for token in tokens:
-            settled, highest = self._range(token, states)
-            of_risk = sum(state.mass for state in states if state.lost and self._comparable(state, token))
-            bounds.low.append(settled / (alive + at_risk) if alive + at_risk else 0.0)
-            bounds.high.append(min(1.0, highest / (alive + of_risk)) if alive + of_risk else 1.0)
+            of_risk = sum([state.mass for state in states if state.lost and token in state.near])
+            bounds.low.append(self._settled[token] / (alive + at_risk) if alive + at_risk else 0.0)
+            bounds.high.append(min(1.0, highest[token] / (alive + of_risk)) if alive + of_risk else 1.0)
         return bounds
 
 
@@ -265,7 +289,7 @@ def open_contexts(
             of the distribution there.
         probs (`torch.Tensor` of shape `(N, W)`, fp64): The amateur's next token. Modified in place.
     """
-    found = [(step, *each) for step, context, row in openings for each in step.start_opening(context, row)]
+    found = [(step, *step.start_opening(context, row)) for step, context, row in openings]
     replies = look_up(covering, probs, [request for _, _, request in found])
     for (step, state, request), reply in zip(found, replies, strict=True):
         step.open(state, request, reply)

@@ -76,6 +76,8 @@ class Covering:
         self.expert_places = {token_id: place for place, token_id in enumerate(expert.sorted_ids)}
         self._expert_lengths = [len(content or b"") for content in expert.bytes]
         self._first: torch.Tensor | None = None
+        self._similar: dict[int, list[int]] = {}
+        self._starting_with: dict[int, slice] = {}
         self.next_tokens = NextTokens(expert)
         blanks = amateur.sorted_ids[amateur.starting_with(b" ")]
         self._begins_with_blank = torch.zeros(len(amateur.bytes), dtype=torch.bool)
@@ -179,15 +181,16 @@ class Covering:
 
     def similar(self, token: int) -> list[int]:
         """Amateur tokens that are a prefix of an expert token, and some of which it is a prefix."""
-        content = self.expert.bytes[token] or b""
-        shorter = [i for end in range(1, len(content) + 1) for i in self.amateur.ids.get(content[:end], ())]
-        longer = self.amateur.sorted_ids[self.amateur.starting_with(content)] if content else []
-        return shorter + longer[:_LONGEST_LIST]
+        if token not in self._similar:
+            content = self.expert.bytes[token] or b""
+            shorter = [i for end in range(1, len(content) + 1) for i in self.amateur.ids.get(content[:end], ())]
+            longer = self.amateur.sorted_ids[self.starting_with(token)]
+            self._similar[token] = shorter + longer[:_LONGEST_LIST]
+        return self._similar[token]
 
-    def comparable(self, token: int) -> tuple[list[int], slice]:
-        """Places of expert tokens that are a prefix of an expert token, and of those of which it is a prefix."""
-        content = self.expert.bytes[token]
-        if not content:
-            return [], slice(0, 0)
-        shorter = [i for end in range(1, len(content)) for i in self.expert.ids.get(content[:end], ())]
-        return [self.expert_places[i] for i in shorter], self.expert.starting_with(content)
+    def starting_with(self, token: int) -> slice:
+        """Where in the amateur's `sorted_ids` the tokens are that begin with an expert token."""
+        if token not in self._starting_with:
+            content = self.expert.bytes[token]
+            self._starting_with[token] = self.amateur.starting_with(content) if content else slice(0, 0)
+        return self._starting_with[token]

@@ -200,18 +200,21 @@ class CrossScoring:
 
     def _open(self, contexts: list[tuple[str, tuple[int, ...], list[CoveredStep]]], logits: torch.Tensor) -> None:
         """Open contexts, each of a named trajectory and wanted by some steps, with the logits `(N, W)` there."""
+        probs = self._probabilities(logits, [(name, context) for name, context, _ in contexts])
+        openings = [(step, context, row) for row, (_, context, steps) in enumerate(contexts) for step in steps]
+        open_contexts(self.covering, openings, probs)
+
+    def _probabilities(self, logits: torch.Tensor, contexts: list[tuple[str, tuple[int, ...]]]) -> torch.Tensor:
         no_token = ~self.amateur_vocabulary.contains(torch.arange(logits.shape[1], device=logits.device))
         # In place, since memory of this size is slow to get
         probs = logits.double().masked_fill_(no_token, 0.0)
         finite = probs.sum(-1).isfinite().tolist()
         if not all(finite):
-            name, context, _ = contexts[finite.index(False)]
+            name, context = contexts[finite.index(False)]
             raise NonFiniteLogitsError("amateur", len(context), f"token {len(context)} of {name}")
         probs.masked_fill_(no_token, -math.inf)
         probs.sub_(probs.amax(-1, keepdim=True)).exp_()
-        probs.div_(probs.sum(-1, keepdim=True))
-        openings = [(step, context, row) for row, (_, context, steps) in enumerate(contexts) for step in steps]
-        open_contexts(self.covering, openings, probs)
+        return probs.div_(probs.sum(-1, keepdim=True))
 
     def _step(self, start: Start | None, top: _ExpertStep, taken: int) -> CoveredStep | None:
         if start is None or not self._is_readable(top, taken):
