@@ -73,7 +73,7 @@ class CoveredStep:
         # Unsettled states: those that can be opened, by context, and the others
         self._states = {start.context: _State(1.0, start.context, tuple(needed), start.missing)}
         self._closed: list[_State] = []
-        # States not yet known to be settled. None of them can become a token in `needed`
+        # States not yet known to be settled
         self._untried: list[_State] = []
         self.num_opened = 0
         self._is_done = False
@@ -88,20 +88,24 @@ class CoveredStep:
         if on_path := [context for context in self._path if context in self._states]:
             return on_path
         likely = _OPEN_OF_ALL * self._everything()
-        self._try([state for state in self._untried if state.mass >= likely])
-        highest = self._highest([*self._states.values(), *self._closed])
-        wanted = [
-            state
-            for state in self._states.values()
-            if any(state.mass >= _OPEN_OF_CANDIDATE * highest[token] for token in state.near)
-            or state.mass >= likely
-            and (state.lost or any(self._comparable(state.beyond, token) for token in self._asked_by_table))
-        ]
+        highest = self._highest()
+
+        def is_likely(state: _State) -> bool:
+            return state.mass >= likely or any(
+                state.mass >= _OPEN_OF_CANDIDATE * highest[token] for token in state.near
+            )
+
+        self._try([state for state in self._untried if is_likely(state)])
+        wanted = [state for state in self._states.values() if is_likely(state) and self._matters(state)]
         wanted.sort(key=lambda state: -state.mass)
         contexts = [state.context for state in wanted if state.context is not None]
         contexts = contexts[: _MOST_CONTEXTS - self.num_opened]
         self._is_done = not contexts
         return contexts
+
+    def _matters(self, state: _State) -> bool:
+        """Whether what follows a state can change an estimate or an interval."""
+        return state.lost or bool(state.near) or any(self._comparable(state.beyond, t) for t in self._asked_by_table)
 
     def start_opening(self, context: tuple[int, ...], row: int) -> tuple[_State, Request]:
         """
@@ -171,20 +175,16 @@ class CoveredStep:
         beyond = [state.beyond + (contents[i] or b"")[skipped:] for i in token_ids]
         context = state.context or ()
         next_tokens = self.covering.next_tokens.after(self._edge, beyond)
-        to_try = []
         for token_id, prob, text, (token, whole) in zip(token_ids, probs, beyond, next_tokens, strict=True):
             if token == NO_TEXT:
                 continue
             # Nothing that follows brings a state nearer to a token
             near = tuple([needed for needed in state.near if self._comparable(text, needed)])
             found = _State(state.mass * prob, (*context, token_id), near, b"", text, token)
-            if not whole:
-                self._add(found)
-            elif near:
-                to_try.append(found)
-            else:
+            if whole:
                 self._untried.append(found)
-        self._determine(to_try)
+            else:
+                self._add(found)
 
     def _add(self, state: _State) -> None:
         if state.context is None:
@@ -194,12 +194,10 @@ class CoveredStep:
 
     def _try(self, states: list[_State]) -> None:
         """Determine which of some untried states are settled."""
-        if states:
-            tried = set(map(id, states))
-            self._untried = [state for state in self._untried if id(state) not in tried]
-            self._determine(states)
-
-    def _determine(self, states: list[_State]) -> None:
+        if not states:
+            return
+        tried = set(map(id, states))
+        self._untried = [state for state in self._untried if id(state) not in tried]
         finality = self.covering.next_tokens.finality(self._edge, [state.beyond for state in states])
         for state, (open_, lost) in zip(states, finality, strict=True):
             state.lost = lost
@@ -225,10 +223,10 @@ class CoveredStep:
         unsettled = sum([state.mass for state in self._unsettled() if state.token >= 0])
         return sum(self._settled.values()) + self._by_table + unsettled
 
-    def _highest(self, states: list[_State]) -> dict[int | None, float]:
+    def _highest(self) -> dict[int | None, float]:
         """The probability of each needed token if every state that can become it does."""
         highest = {token: self._settled[token] + self._near_by_table.get(token, 0.0) for token in self.needed}
-        for state in states:
+        for state in self._unsettled():
             for token in state.near:
                 highest[token] += state.mass
         return highest
@@ -268,7 +266,7 @@ class CoveredStep:
         alive = sum(self._settled.values()) + self._by_table
         alive += sum([state.mass for state in states if not state.lost])
         at_risk = sum([state.mass for state in states if state.lost])
-        highest = self._highest(states)
+        highest = self._highest()
         bounds = Bounds(self.estimate(tokens))
         for token in tokens:
             of_risk = sum([state.mass for state in states if state.lost and token in state.near])
