@@ -25,9 +25,9 @@ def make_requests(covering, rows):
     tokens = [covering.expert.ids[content][0] for content in (b" ", b"1", b"a")]
     table = Table([covering.expert_places[token] for token in tokens], list(map(covering.starting_with, tokens)))
     of_row = [(slices[0], [3]), (slices[1], []), (slices[2], [70, 5]), (slices[3], []), (slices[4], []), (None, [])]
-    requests = [Request(row, *each) for row in range(rows) for each in of_row]
-    requests += [Request(row, None, [], blank) for row in range(rows) for blank in (0.01, math.inf)]
-    return requests + [Request(row, None, [40 + row, 90], blank, table) for row in range(rows) for blank in (0.0, 0.01)]
+    requests = [Request(row, each, rest, others) for row in range(rows) for each, others in of_row for rest in (1e-4, 0.1)]
+    requests += [Request(row, None, 1e-4, [], blank) for row in range(rows) for blank in (0.01, math.inf)]
+    return requests + [Request(row, None, 1e-3, [40 + row, 90], blank, table) for row in range(rows) for blank in (0.0, 0.01)]
 
 
 def naive(covering, probs, request):
@@ -38,7 +38,7 @@ def naive(covering, probs, request):
     hidden = [i for i in range(len(probs)) if (own.bytes[i] or b"")[:1] == b" " and probs[i] < request.blank]
     among = sorted((i for i in among if is_text[i] and i not in hidden), key=lambda i: -probs[i])
     count = 0
-    while sum(probs[i] for i in among[count:]) > token_lookup._REST and count < token_lookup._MOST_TOKENS:
+    while sum(probs[i] for i in among[count:]) > request.rest and count < token_lookup._MOST_TOKENS:
         count += 1
     found = {"likely": {i: probs[i] for i in among[:count]}, "rest": sum(probs[i] for i in among[count:])}
     found["blank"] = sum(probs[i] for i in hidden)

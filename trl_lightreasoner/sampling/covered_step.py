@@ -19,6 +19,8 @@ from .token_lookup import Reply, Request, Table, look_up
 
 # A state is opened if it has this share of the probability of a needed token, or of everything
 _OPEN_OF_CANDIDATE, _OPEN_OF_ALL = 1e-3, 2e-2
+# Tokens that are not followed can together have this share of the least probable needed token that they could become
+_REST = 1e-4
 # Contexts that a step can open
 _MOST_CONTEXTS = 48
 
@@ -77,6 +79,8 @@ class CoveredStep:
         self._untried: list[_State] = []
         self.num_opened = 0
         self._is_done = False
+        # What the states were last compared with
+        self._likely, self._highest_now = 0.0, dict.fromkeys(needed, 0.0)
 
     def wanted(self) -> list[tuple[int, ...]]:
         """
@@ -87,21 +91,20 @@ class CoveredStep:
             return []
         if on_path := [context for context in self._path if context in self._states]:
             return on_path
-        likely = _OPEN_OF_ALL * self._everything()
-        highest = self._highest()
-
-        def is_likely(state: _State) -> bool:
-            return state.mass >= likely or any(
-                state.mass >= _OPEN_OF_CANDIDATE * highest[token] for token in state.near
-            )
-
-        self._try([state for state in self._untried if is_likely(state)])
-        wanted = [state for state in self._states.values() if is_likely(state) and self._matters(state)]
+        self._likely, self._highest_now = _OPEN_OF_ALL * self._everything(), self._highest()
+        self._try([state for state in self._untried if self._is_likely(state)])
+        wanted = [state for state in self._states.values() if self._is_likely(state) and self._matters(state)]
         wanted.sort(key=lambda state: -state.mass)
         contexts = [state.context for state in wanted if state.context is not None]
         contexts = contexts[: _MOST_CONTEXTS - self.num_opened]
         self._is_done = not contexts
         return contexts
+
+    def _is_likely(self, state: _State) -> bool:
+        highest = self._highest_now
+        return state.mass >= self._likely or any(
+            [state.mass >= _OPEN_OF_CANDIDATE * highest[token] for token in state.near]
+        )
 
     def _matters(self, state: _State) -> bool:
         """Whether what follows a state can change an estimate or an interval."""
@@ -124,19 +127,22 @@ class CoveredStep:
 
     def _request(self, state: _State, row: int) -> Request:
         covering, missing = self.covering, state.missing
+        least = min([self._highest_now[token] for token in state.near], default=self._likely / _OPEN_OF_ALL)
+        rest = _REST * max(1.0, least / max(state.mass, 1e-300))
         if missing:
             shorter = [token_id for token_id, _ in self._inside(missing)]
             longer = covering.amateur.starting_with(missing)
             same = len(covering.amateur.ids.get(missing, ()))
-            return Request(row, slice(longer.start + same, longer.stop), shorter)
+            return Request(row, slice(longer.start + same, longer.stop), rest, shorter)
         # A blank then settles the text before it, and the table is right about what begins with it
         is_split = covering.next_tokens.is_split(self._edge, state.beyond)
         if state.beyond:
-            return Request(row, None, [], math.inf if is_split else 0.0)
+            return Request(row, None, rest, [], math.inf if is_split else 0.0)
         similar = dict.fromkeys(i for token in self._near_by_table for i in covering.similar(token))
         asked = [covering.expert_places[token] for token in self._asked_by_table]
         near = [covering.starting_with(token) for token in self._near_by_table]
-        return Request(row, None, list(similar), _OPEN_OF_ALL / 2 if is_split else 0.0, Table(asked, near))
+        blank = _OPEN_OF_ALL / 2 if is_split else 0.0
+        return Request(row, None, rest, list(similar), blank, Table(asked, near))
 
     def _inside(self, missing: bytes) -> list[tuple[int, int]]:
         """Amateur tokens that are a prefix of the missing bytes, and their lengths."""

@@ -15,8 +15,8 @@ from ..models.forward import to_device
 from .covering import Covering
 
 
-# Amateur tokens that are followed from one context, or fewer if all others together have less than this probability
-_MOST_TOKENS, _REST = 256, 1e-4
+# Amateur tokens that are followed from one context
+_MOST_TOKENS = 256
 # Probabilities in one tensor: few for a CPU's cache, and 0.5 GiB on a GPU, where each transfer is waited for
 _BLOCK, _BLOCK_ON_DEVICE = 2**22, 2**26
 
@@ -43,6 +43,7 @@ class Request(NamedTuple):
         row (`int`): Row of the distribution.
         among (`slice`, *optional*): Slice of the amateur's `sorted_ids`, whose most probable tokens are returned.
             `None` for all tokens that stand for text.
+        rest (`float`): Probability that all tokens that are not returned can have together.
         others (`list[int]`): Tokens that are returned in any case.
         blank (`float`): If `among` is `None`, the probability from which a token that begins with a blank can be one of
             the most probable ones. The others are summed.
@@ -51,6 +52,7 @@ class Request(NamedTuple):
 
     row: int
     among: slice | None
+    rest: float
     others: list[int]
     blank: float = 0.0
     table: Table | None = None
@@ -97,33 +99,38 @@ def look_up(covering: Covering, probs: torch.Tensor, requests: list[Request]) ->
     at_end = probs[:, covering.end_ids].sum(-1).tolist()
     probs.masked_fill_(covering.no_text(probs.device), 0.0)
     others = _gather(probs, [(each.row, each.others) for each in requests])
-    everything: dict[tuple[int, float], list[int]] = {}
-    slices: dict[tuple[int, int, int], list[int]] = {}
+    everything: dict[tuple[int, float, float], list[int]] = {}
+    slices: dict[tuple[int, int, int, float], list[int]] = {}
     for i, (request, reply) in enumerate(zip(requests, replies, strict=True)):
         if request.among is None:
-            everything.setdefault((request.row, request.blank), []).append(i)
+            everything.setdefault((request.row, request.blank, request.rest), []).append(i)
         else:
-            slices.setdefault((request.row, request.among.start, request.among.stop), []).append(i)
+            slices.setdefault((request.row, request.among.start, request.among.stop, request.rest), []).append(i)
         reply.at_end, reply.others = at_end[request.row], others[i]
     for part in _parts(list(everything), probs):
-        values = probs.index_select(0, to_device(torch.tensor([row for row, _ in part]), probs.device))
-        least = to_device(torch.tensor([[blank] for _, blank in part], dtype=probs.dtype), probs.device)
+        values = probs.index_select(0, to_device(torch.tensor([row for row, _, _ in part]), probs.device))
+        least, rest = to_device(torch.tensor([key[1:] for key in part], dtype=probs.dtype), probs.device).T[:, :, None]
         hidden = (values < least) & covering.begins_with_blank(probs.device)
-        _take_most_probable(values, None, hidden, [[replies[i] for i in everything[key]] for key in part])
+        _take_most_probable(values, None, hidden, rest, [[replies[i] for i in everything[key]] for key in part])
         of_table = [(place, i) for place, key in enumerate(part) for i in everything[key] if requests[i].table]
         for some in _parts(of_table, probs):
             left = values.index_select(0, to_device(torch.tensor([place for place, _ in some]), probs.device))
             _sum_by_table(covering, left, [(requests[i], replies[i]) for _, i in some])
     for keys, places in _slices(list(slices), probs.device):
         ids = covering.sorted_ids(probs.device)[places.clamp(0)]
-        rows_of = to_device(torch.tensor([[row] for row, _, _ in keys]), probs.device)
+        rows_of = to_device(torch.tensor([key[:1] for key in keys]), probs.device)
         values = probs[rows_of, ids].masked_fill_(places < 0, 0.0)
-        _take_most_probable(values, ids, None, [[replies[i] for i in slices[key]] for key in keys])
+        rest = to_device(torch.tensor([key[3:] for key in keys], dtype=probs.dtype), probs.device)
+        _take_most_probable(values, ids, None, rest, [[replies[i] for i in slices[key]] for key in keys])
     return replies
 
 
 def _take_most_probable(
-    values: torch.Tensor, ids: torch.Tensor | None, hidden: torch.Tensor | None, askers: list[list[Reply]]
+    values: torch.Tensor,
+    ids: torch.Tensor | None,
+    hidden: torch.Tensor | None,
+    most_left: torch.Tensor,
+    askers: list[list[Reply]],
 ) -> None:
     """
     Move the most probable tokens of each row from `values`, which are those of `ids`, to the replies, and sum those
@@ -132,7 +139,7 @@ def _take_most_probable(
     shown = values if hidden is None else values.masked_fill(hidden, 0.0)
     top = shown.topk(min(_MOST_TOKENS, values.shape[1]))
     # A token counts unless it and all that are less probable have very little together
-    kept = shown.sum(-1, keepdim=True) - (top.values.cumsum(-1) - top.values) > _REST
+    kept = shown.sum(-1, keepdim=True) - (top.values.cumsum(-1) - top.values) > most_left
     left = top.values.masked_fill(kept, 0.0)
     rest = shown.scatter_(1, top.indices, left).sum(-1)
     blank = torch.zeros_like(rest)
@@ -157,7 +164,7 @@ def _sum_by_table(covering: Covering, values: torch.Tensor, pairs: list[tuple[Re
     tokens = _gather(table, [(row, each.tokens) for row, each in enumerate(tables)])
     keys = {(row, near.start, near.stop): 0.0 for row, each in enumerate(tables) for near in each.near}
     for some, places in _slices(list(keys), values.device):
-        rows_of = to_device(torch.tensor([[row] for row, _, _ in some]), values.device)
+        rows_of = to_device(torch.tensor([key[:1] for key in some]), values.device)
         ids = covering.sorted_ids(values.device)[places.clamp(0)]
         found = values[rows_of, ids].masked_fill_(places < 0, 0.0)
         keys.update(zip(some, found.sum(-1).tolist(), strict=True))
@@ -166,16 +173,14 @@ def _sum_by_table(covering: Covering, values: torch.Tensor, pairs: list[tuple[Re
         reply.near = [keys[row, near.start, near.stop] for near in each.near]
 
 
-def _slices(
-    keys: list[tuple[int, int, int]], device: torch.device
-) -> Iterator[tuple[list[tuple[int, int, int]], torch.Tensor]]:
-    """Slices (row, first, end) of similar length together, and their places, padded with -1, `(S, L)`; none empty."""
+def _slices(keys: list[tuple], device: torch.device) -> Iterator[tuple[list[tuple], torch.Tensor]]:
+    """Slices (row, first, end, ...) of similar length together, and their places, padded with -1, `(S, L)`; none empty."""
     keys = sorted((key for key in keys if key[1] < key[2]), key=lambda key: key[1] - key[2])
     while keys:
         longest = keys[0][2] - keys[0][1]
         most = max(1, _block(device) // longest)
-        count = sum(4 * (end - first) >= longest for _, first, end in keys[:most])
-        firsts, ends = to_device(torch.tensor([key[1:] for key in keys[:count]]), device).T[:, :, None]
+        count = sum(4 * (end - first) >= longest for _, first, end, *_ in keys[:most])
+        firsts, ends = to_device(torch.tensor([key[1:3] for key in keys[:count]]), device).T[:, :, None]
         places = firsts + torch.arange(longest, device=device)
         yield keys[:count], places.masked_fill_(places >= ends, -1)
         keys = keys[count:]
