@@ -7,7 +7,7 @@ takes its distributions there, for many steps together.
 import math
 from bisect import bisect_right
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -28,7 +28,7 @@ _MOST_CONTEXTS = 48
 @dataclass(slots=True, eq=False)
 class _State:
     mass: float
-    context: tuple[int, ...] | None  # amateur tokens, or `None` if it cannot be opened
+    context: tuple[int, ...] | None  # the amateur's tokens after u, or `None` if it cannot be opened
     near: tuple[int | None, ...]  # the needed tokens that can still become the next token
     missing: bytes = b""  # the bytes of q that are still to come
     beyond: bytes = b""  # the bytes after q
@@ -46,9 +46,9 @@ class Bounds:
         low, high (`list[float]`): Where the true value lies.
     """
 
-    estimate: list[float] = field(default_factory=list)
-    low: list[float] = field(default_factory=list)
-    high: list[float] = field(default_factory=list)
+    estimate: list[float]
+    low: list[float]
+    high: list[float]
 
 
 class CoveredStep:
@@ -64,16 +64,16 @@ class CoveredStep:
 
     def __init__(self, covering: Covering, start: Start, needed: list[int | None], asked: list[int | None]):
         self.covering, self.needed = covering, needed
-        self._edge = covering.next_tokens.edge(start.tail)
+        self._edge, self._start = covering.next_tokens.edge(start.tail), start.context
         self._settled: defaultdict[int | None, float] = defaultdict(float)  # the end of the answer among them
         # Sums of the table: over everything, of tokens in `asked`, and over what can become a token in `needed`
         self._by_table = 0.0
         self._asked_by_table = {token: 0.0 for token in asked if token is not None}
         self._near_by_table = {token: 0.0 for token in needed if token is not None}
         # Contexts of the amateur's own tokens up to the step. Their probability says which others are likely
-        self._path = {(*start.context, *start.path[:count]) for count in range(len(start.path) + 1)}
+        self._path = [start.path[:count] for count in range(len(start.path) + 1)]
         # Unsettled states: those that can be opened, by context, and the others
-        self._states = {start.context: _State(1.0, start.context, tuple(needed), start.missing)}
+        self._states = {(): _State(1.0, (), tuple(needed), start.missing)}
         self._closed: list[_State] = []
         # States not yet known to be settled
         self._untried: list[_State] = []
@@ -90,15 +90,14 @@ class CoveredStep:
         if self._is_done:
             return []
         if on_path := [context for context in self._path if context in self._states]:
-            return on_path
+            return [(*self._start, *context) for context in on_path]
         self._likely, self._highest_now = _OPEN_OF_ALL * self._everything(), self._highest()
         self._try([state for state in self._untried if self._is_likely(state)])
         wanted = [state for state in self._states.values() if self._is_likely(state) and self._matters(state)]
         wanted.sort(key=lambda state: -state.mass)
-        contexts = [state.context for state in wanted if state.context is not None]
-        contexts = contexts[: _MOST_CONTEXTS - self.num_opened]
-        self._is_done = not contexts
-        return contexts
+        wanted = wanted[: _MOST_CONTEXTS - self.num_opened]
+        self._is_done = not wanted
+        return [(*self._start, *(state.context or ())) for state in wanted]
 
     def _is_likely(self, state: _State) -> bool:
         highest = self._highest_now
@@ -121,7 +120,7 @@ class CoveredStep:
         Returns:
             `tuple[_State, Request]`: The state, and what [`~CoveredStep.open`] needs to know.
         """
-        state = self._states.pop(context)
+        state = self._states.pop(context[len(self._start) :])
         self.num_opened += 1
         return state, self._request(state, row)
 
@@ -177,9 +176,8 @@ class CoveredStep:
 
     def _look_at(self, state: _State, token_ids: list[int], probs: list[float], skipped: int) -> None:
         """Add the states to which amateur tokens lead, `skipped` bytes of them being part of q."""
-        contents = self.covering.amateur.bytes
+        contents, context = self.covering.amateur.bytes, state.context or ()
         beyond = [state.beyond + (contents[i] or b"")[skipped:] for i in token_ids]
-        context = state.context or ()
         next_tokens = self.covering.next_tokens.after(self._edge, beyond)
         for token_id, prob, text, (token, whole) in zip(token_ids, probs, beyond, next_tokens, strict=True):
             if token == NO_TEXT:
@@ -258,27 +256,29 @@ class CoveredStep:
         possible if it is 0.
         """
         while True:
-            bounds = self._bounds(tokens)
-            if not self._untried or width and max(map(log_width, bounds.low, bounds.high)) <= width:
-                return bounds
+            low, high = self._intervals(tokens)
+            if not self._untried or width and max(map(log_width, low, high)) <= width:
+                return Bounds(self.estimate(tokens), low, high)
             # Those with half of the probability, or all
             states = sorted(self._untried, key=lambda state: -state.mass)
-            masses = list(accumulate(state.mass for state in states))
+            masses = list(accumulate([state.mass for state in states]))
             self._try(states[: bisect_right(masses, masses[-1] / 2) + 1 if width else len(states)])
 
-    def _bounds(self, tokens: list[int | None]) -> Bounds:
-        states = self._unsettled()
-        # The certain and the uncertain part of P[... begins with q]
-        alive = sum(self._settled.values()) + self._by_table
-        alive += sum([state.mass for state in states if not state.lost])
-        at_risk = sum([state.mass for state in states if state.lost])
-        highest = self._highest()
-        bounds = Bounds(self.estimate(tokens))
-        for token in tokens:
-            of_risk = sum([state.mass for state in states if state.lost and token in state.near])
-            bounds.low.append(self._settled[token] / (alive + at_risk) if alive + at_risk else 0.0)
-            bounds.high.append(min(1.0, highest[token] / (alive + of_risk)) if alive + of_risk else 1.0)
-        return bounds
+    def _intervals(self, tokens: list[int | None]) -> tuple[list[float], list[float]]:
+        # The certain and the uncertain part of P[... begins with q], and what of this can become a token
+        alive, at_risk = sum(self._settled.values()) + self._by_table, 0.0
+        of_risk = dict.fromkeys(self.needed, 0.0)
+        for state in self._unsettled():
+            if not state.lost:
+                alive += state.mass
+                continue
+            at_risk += state.mass
+            for token in state.near:
+                of_risk[token] += state.mass
+        highest, certain = self._highest(), [alive + of_risk[token] for token in tokens]
+        low = [self._settled[token] / (alive + at_risk) if alive + at_risk else 0.0 for token in tokens]
+        high = [min(1.0, highest[token] / most) if most else 1.0 for token, most in zip(tokens, certain, strict=True)]
+        return low, high
 
 
 def open_contexts(
