@@ -25,9 +25,13 @@ def make_requests(covering, rows):
     tokens = [covering.expert.ids[content][0] for content in (b" ", b"1", b"a")]
     table = Table([covering.expert_places[token] for token in tokens], list(map(covering.starting_with, tokens)))
     of_row = [(slices[0], [3]), (slices[1], []), (slices[2], [70, 5]), (slices[3], []), (slices[4], []), (None, [])]
-    requests = [Request(row, each, rest, others) for row in range(rows) for each, others in of_row for rest in (1e-4, 0.1)]
+    requests = [
+        Request(row, each, rest, others) for row in range(rows) for each, others in of_row for rest in (1e-4, 0.1)
+    ]
     requests += [Request(row, None, 1e-4, [], blank) for row in range(rows) for blank in (0.01, math.inf)]
-    return requests + [Request(row, None, 1e-3, [40 + row, 90], blank, table) for row in range(rows) for blank in (0.0, 0.01)]
+    return requests + [
+        Request(row, None, 1e-3, [40 + row, 90], blank, table) for row in range(rows) for blank in (0.0, 0.01)
+    ]
 
 
 def naive(covering, probs, request):

@@ -73,7 +73,7 @@ class CoveredStep:
         # Contexts of the amateur's own tokens up to the step. Their probability says which others are likely
         self._path = [start.path[:count] for count in range(len(start.path) + 1)]
         # Unsettled states: those that can be opened, by context, and the others
-        self._states = {(): _State(1.0, (), tuple(needed), start.missing)}
+        self._states: dict[tuple[int, ...], _State] = {(): _State(1.0, (), tuple(needed), start.missing)}
         self._closed: list[_State] = []
         # States not yet known to be settled
         self._untried: list[_State] = []
@@ -102,7 +102,7 @@ class CoveredStep:
     def _is_likely(self, state: _State) -> bool:
         highest = self._highest_now
         return state.mass >= self._likely or any(
-            [state.mass >= _OPEN_OF_CANDIDATE * highest[token] for token in state.near]
+            state.mass >= _OPEN_OF_CANDIDATE * highest[token] for token in state.near
         )
 
     def _matters(self, state: _State) -> bool:
@@ -229,7 +229,8 @@ class CoveredStep:
 
     def _highest(self) -> dict[int | None, float]:
         """The probability of each needed token if every state that can become it does."""
-        highest = {token: self._settled[token] + self._near_by_table.get(token, 0.0) for token in self.needed}
+        near = self._near_by_table
+        highest = {t: self._settled[t] + (0.0 if t is None else near[t]) for t in self.needed}
         for state in self._unsettled():
             for token in state.near:
                 highest[token] += state.mass

@@ -10,9 +10,11 @@ tokens w leads from one state (its tokens and the bytes that they add) to anothe
 text can change whether tau_E reproduces q, nor which token follows; its probability is then counted. Any other state
 is opened, or it is counted as if the text ended there and as unsettled. The interval holds in both cases.
 
+The amateur's own tokens of q are followed first. Their probability says which other states are likely.
+
 The expert's longer tokens, and a few texts that are tried, show whether further text can change something. Trying them
-is most of the work and does not change the estimate. So a state is tried only if it can become a needed token, if it
-has enough probability to be opened, or if an interval is too wide otherwise.
+does not change the estimate. So a state is tried only if it has enough probability to be opened, or if an interval is
+too wide otherwise.
 
 This module holds what depends on the two tokenizers.
 [`~trl_lightreasoner.sampling.covered_step.CoveredStep`] is the covering of one step.

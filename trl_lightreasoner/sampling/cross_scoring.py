@@ -25,8 +25,9 @@ TOP_TOKENS = 20
 MAX_WIDTH = 0.1
 # In place of a probability that is 0 as far as is known, so that no divergence is infinite
 _FLOOR = 1e-12
-# Probabilities of the amateur, in fp64, that exist together
-_PART_PROBS = 2**23
+# Probabilities of the amateur, in fp64, that exist together: few for a CPU's memory, and 1 GiB on a GPU, where each
+# transfer is waited for
+_PART_PROBS, _PART_PROBS_ON_DEVICE = 2**23, 2**27
 
 # A row, and the amateur's tokens of its completion
 _Context = tuple[int, tuple[int, ...]]
@@ -166,6 +167,7 @@ class CrossScoring:
         trunks = [trunk if most is None else trunk[: max(0, most)] for trunk, most in zip(trunks, room, strict=True)]
         own = [Trajectory(prompt, [*trunk, 0]) for prompt, trunk in zip(prompts, trunks, strict=True)]
         read = BranchedRows(amateur, own, self._as_amateur)
+        most_probs = _PART_PROBS if read.logits[0].device.type == "cpu" else _PART_PROBS_ON_DEVICE
         while True:
             asked: dict[_Context, list[CoveredStep]] = {}
             for row, steps in enumerate(covered):
@@ -181,7 +183,7 @@ class CrossScoring:
             if not asked:
                 return covered
             found = self._read(read, trunks, list(asked))
-            while part := list(islice(found, max(1, _PART_PROBS // len(self.covering.amateur.bytes)))):
+            while part := list(islice(found, max(1, most_probs // len(self.covering.amateur.bytes)))):
                 contexts = [(names[row], context, asked[row, context]) for (row, context), _ in part]
                 self._open(contexts, torch.stack([each for _, each in part]))
 

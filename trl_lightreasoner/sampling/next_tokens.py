@@ -1,13 +1,13 @@
 """The expert's next token after q, for the texts that an amateur can write there, and whether more text can change it.
 
-The expert's tokenizer is slow beside everything else, and the texts are many. But a tokenizer that merges bytes within
-words treats what stands before a blank, and what begins with it, independently of each other. Then little of a text
-matters, and most answers are known from other steps: of the tokens before the step only those of the last word, none of
-them if the text begins with a blank, and of the text only what ends with its first blank behind a word.
+The expert's tokenizer is slow beside everything else, and the texts are many. But most tokenizers treat what stands
+before a blank, and what begins with it, independently of each other. Then most answers are known from other steps. Of q
+only the last word matters, or nothing if the text begins with a blank. Of the text only what comes before its first
+blank behind a word matters, and that there is one.
 
-This needs two things. No token may contain a blank behind another character, so that merges on the two sides never meet.
-And the split into pieces, from left to right, must have an end at the blank. The first is looked up in the vocabulary,
-the second is tried. A tokenizer without them is asked for every text.
+This needs two things. No token contains a blank behind another character, so that no merge crosses it. And the split
+into pieces, from left to right, has an end there. The first is looked up in the vocabulary, and the second is tried. A
+tokenizer without them is asked about every text.
 """
 
 import random
@@ -100,7 +100,8 @@ class NextTokens:
         For texts that follow q: the expert's next token or what takes its place, and whether the text ends with a
         whole character.
         """
-        self._make_room()
+        if self._num_known > _MOST_KNOWN:
+            self.forget()
         keys = [self._key(edge, each) for each in beyond]
         new = dict.fromkeys(key for key in keys if key[1] not in self._known[key[0]])
         texts = [split_characters(before.content + each) for before, each in new]
@@ -163,11 +164,11 @@ class NextTokens:
         blank = _BLANK_BEHIND.search(beyond)
         return edge, beyond[: blank.end()] if blank else beyond
 
-    def _make_room(self) -> None:
-        if self._num_known > _MOST_KNOWN:
-            self._known.clear()
-            self._final.clear()
-            self._num_known = 0
+    def forget(self) -> None:
+        """Empty the cache."""
+        self._known.clear()
+        self._final.clear()
+        self._num_known = 0
 
     def _can_grow(self, edge: Edge, beyond: bytes, token: int) -> tuple[bool, bool]:
         """Whether a longer token could begin where the next token begins, or where one of q does."""
@@ -201,12 +202,11 @@ def _splits_at_blanks(expert: TokenBytes) -> bool:
     before = [content for content in expert.ids if b"!" <= content[-1:] <= b"~" and split_characters(content)]
     after = [content for content in expert.ids if content.startswith(b" ") and split_characters(content)]
     after += [b"  a", b" \n", b" \n\n ", b" 's", b" 12"]
+    if not before:
+        return False
     pairs = [(draw.choice(before), draw.choice(after)) for _ in range(_PAIRS)]
     # Whatever the characters beside the blank are
     pairs += [(last, b" " + first) for last in printable for first in printable]
     parts = [expert.encode_all(list(side)) for side in zip(*pairs, strict=True)]
     whole = expert.encode_all([one + other for one, other in pairs])
-    return all(
-        None in (one, other) or ids == one + other  # type: ignore[operator]
-        for one, other, ids in zip(*parts, whole, strict=True)
-    )
+    return all(None in (one, other) or ids == one + other for one, other, ids in zip(*parts, whole, strict=True))

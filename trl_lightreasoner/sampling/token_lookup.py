@@ -45,8 +45,8 @@ class Request(NamedTuple):
             `None` for all tokens that stand for text.
         rest (`float`): Probability that all tokens that are not returned can have together.
         others (`list[int]`): Tokens that are returned in any case.
-        blank (`float`): If `among` is `None`, the probability from which a token that begins with a blank can be one of
-            the most probable ones. The others are summed.
+        blank (`float`): If `among` is `None`, the probability from which a token that begins with a blank can be one
+            of the most probable ones. The others are summed.
         table ([`Table`], *optional*): Sums over all tokens that are not returned.
     """
 
@@ -174,7 +174,7 @@ def _sum_by_table(covering: Covering, values: torch.Tensor, pairs: list[tuple[Re
 
 
 def _slices(keys: list[tuple], device: torch.device) -> Iterator[tuple[list[tuple], torch.Tensor]]:
-    """Slices (row, first, end, ...) of similar length together, and their places, padded with -1, `(S, L)`; none empty."""
+    """Slices (row, first, end, ...) of similar length, and their places, padded with -1, `(S, L)`; none empty."""
     keys = sorted((key for key in keys if key[1] < key[2]), key=lambda key: key[1] - key[2])
     while keys:
         longest = keys[0][2] - keys[0][1]
