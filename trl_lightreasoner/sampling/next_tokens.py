@@ -1,6 +1,6 @@
 """The expert's next token after q, for the texts that an amateur can write there, and whether more text can change it.
 
-The expert's tokenizer is slow beside everything else, and the texts are many. But most tokenizers treat what stands
+The expert's tokenizer is slow beside everything else, and the texts are many. But most tokenizers treat what comes
 before a blank, and what begins with it, independently of each other. Then most answers are known from other steps. Of q
 only the last word matters, or nothing if the text begins with a blank. Of the text only what comes before its first
 blank behind a word matters, and that there is one.
