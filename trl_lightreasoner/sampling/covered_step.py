@@ -256,6 +256,8 @@ class CoveredStep:
         pi_A^E of some tokens in `needed` with intervals, at most `width` nats wide if possible, or as narrow as
         possible if it is 0.
         """
+        if width and self._least_width(tokens) > width:
+            return Bounds(self.estimate(tokens), *self._intervals(tokens))
         while True:
             low, high = self._intervals(tokens)
             if not self._untried or width and max(map(log_width, low, high)) <= width:
@@ -264,6 +266,15 @@ class CoveredStep:
             states = sorted(self._untried, key=lambda state: -state.mass)
             masses = list(accumulate([state.mass for state in states]))
             self._try(states[: bisect_right(masses, masses[-1] / 2) + 1 if width else len(states)])
+
+    def _least_width(self, tokens: list[int | None]) -> float:
+        """Nats below which no trial can bring every interval: as if each untried state turned out to be settled."""
+        most = {token: self._settled[token] for token in self.needed}
+        for state in self._untried:
+            for token in state.near:
+                most[token] += state.mass
+        highest = self._highest()
+        return max(log_width(most[token], highest[token]) for token in tokens)
 
     def _intervals(self, tokens: list[int | None]) -> tuple[list[float], list[float]]:
         # The certain and the uncertain part of P[... begins with q], and what of this can become a token
