@@ -245,12 +245,14 @@ def test_few_contexts_are_enough_to_reach_a_step(name, pairs, monkeypatch):
 def test_an_interval_that_cannot_be_narrow_enough_is_not_tried(pairs, monkeypatch):
     pair = pairs("1 digit, 3 digits")
     (completion,) = completions(pair, 1)
-    monkeypatch.setattr(covered_step, "_MOST_CONTEXTS", 1)
-    step = read(pair, make_step(pair, completion, 0, completion[:1]))
+    monkeypatch.setattr(covered_step, "_MOST_CONTEXTS", 4)
+    needed = [completion[7]]
+    step = read(pair, make_step(pair, completion, 7, needed))
+    assert step._untried
     tried = []
-    monkeypatch.setattr(CoveredStep, "_try", lambda self, states: tried.append(states))
-    bounds = step.bounds(completion[:1], 1e-9)
-    assert log_width(bounds.low[0], bounds.high[0]) > 1e-9
+    monkeypatch.setattr(CoveredStep, "_try", lambda self, states: tried.append(states) or self._untried.clear())
+    bounds = step.bounds(needed, MAX_WIDTH)
+    assert log_width(bounds.low[0], bounds.high[0]) > MAX_WIDTH
     assert not tried
 
 

@@ -1,9 +1,9 @@
 """The expert's next token after q, for the texts that an amateur can write there, and whether more text can change it.
 
 The expert's tokenizer is slow beside everything else, and the texts are many. But most tokenizers treat what comes
-before a blank, and what begins with it, independently of each other. Then most answers are known from other steps. Of q
-only the last word matters, or nothing if the text begins with a blank. Of the text only what comes before its first
-blank behind a word matters, and that there is one.
+before a blank, and what begins with it, independently of each other. Most answers are known from other steps then: of
+q only the last word matters, or nothing if the text begins with a blank, and of the text what comes before its first
+blank behind a word.
 
 This needs two things. No token contains a blank behind another character, so that no merge crosses it. And the split
 into pieces, from left to right, has an end there. The first is looked up in the vocabulary, and the second is tried. A
