@@ -243,17 +243,20 @@ def test_few_contexts_are_enough_to_reach_a_step(name, pairs, monkeypatch):
 
 
 def test_an_interval_that_cannot_be_narrow_enough_is_not_tried(pairs, monkeypatch):
-    pair = pairs("1 digit, 3 digits")
+    pair = pairs("3 digits, 1 digit")
     (completion,) = completions(pair, 1)
-    monkeypatch.setattr(covered_step, "_MOST_CONTEXTS", 4)
-    needed = [completion[7]]
-    step = read(pair, make_step(pair, completion, 7, needed))
-    assert step._untried
-    tried = []
-    monkeypatch.setattr(CoveredStep, "_try", lambda self, states: tried.append(states) or self._untried.clear())
-    bounds = step.bounds(needed, MAX_WIDTH)
-    assert log_width(bounds.low[0], bounds.high[0]) > MAX_WIDTH
-    assert not tried
+    steps = []
+    for t, token in enumerate(completion[:-1][:11]):
+        start = pair.covering.starts(completion, t + 1)[t]
+        monkeypatch.setattr(covered_step, "_MOST_CONTEXTS", len(start.path) + 1)
+        step = read(pair, make_step(pair, completion, t, [token]))
+        if step._untried and step._least_width([token]) > MAX_WIDTH:
+            steps.append((step, token))
+    assert steps
+    monkeypatch.setattr(CoveredStep, "_try", lambda self, states: pytest.fail("tried"))
+    for step, token in steps:
+        bounds = step.bounds([token], MAX_WIDTH)
+        assert log_width(bounds.low[0], bounds.high[0]) > MAX_WIDTH
 
 
 def test_without_a_text_that_begins_as_the_expert_s_nothing_is_said(pairs):
