@@ -17,6 +17,7 @@ import functools
 import math
 import random
 import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from trl_lightreasoner.models.token_bytes import TokenBytes
 from trl_lightreasoner.sampling import covered_step
 from trl_lightreasoner.sampling.covered_step import CoveredStep, log_width, open_contexts
 from trl_lightreasoner.sampling.covering import Covering
-from trl_lightreasoner.sampling.cross_scoring import MAX_WIDTH
+from trl_lightreasoner.sampling.cross_scoring import MAX_WIDTH, CrossScoring
 from trl_lightreasoner.sampling.other_amateur import OtherAmateur
 from trl_lightreasoner.sampling.scoring import Trajectory, score_trajectories
 from trl_lightreasoner.steps.prompts import encode_rows
@@ -209,19 +210,28 @@ def measure_speed(args: argparse.Namespace) -> None:
     )
     other.start(vocabulary, eos_ids)
     other.covering.first(device)  # made once a pair
-    spent = dict.fromkeys(("passes", "tokenizers"), 0.0)
+    spent, calls = Counter(), Counter()
 
-    def timed(name, call):
+    def timed(name, owner, method):
+        """Count and time what a method does, and what it copies from the device."""
+        call = getattr(owner, method)
+
         @functools.wraps(call)
         def run(*inputs, **kwargs):
             wait()
-            start = time.perf_counter()
+            start, calls["open"] = time.perf_counter(), calls["open"] + (name == "lookups")
             result = call(*inputs, **kwargs)
             wait()
             spent[name] += time.perf_counter() - start
+            calls[name] += 1
+            calls["open"] -= name == "lookups"
             return result
 
-        return run
+        setattr(owner, method, run)
+
+    def to_list(tensor, tolist=torch.Tensor.tolist):
+        calls["transfers"] += calls["open"]
+        return tolist(tensor)
 
     def wait():
         if device == "cuda":
@@ -235,23 +245,34 @@ def measure_speed(args: argparse.Namespace) -> None:
         return time.perf_counter() - start
 
     steps = sum(map(len, completions))
-    for name in ("first", "second"):
+    other.score(
+        expert, amateur, trajectories[:1], own_prompts[:1], ALPHA, BETA
+    )  # which compares how branches are read
+    for name in ("unknown", "known"):
+        if name == "unknown":
+            other.covering.next_tokens.forget()
         same = seconds(lambda: score_trajectories(expert, expert, trajectories, vocabulary, ALPHA, BETA))
         covered = seconds(lambda: other.score(expert, amateur, trajectories, own_prompts, ALPHA, BETA))
         print(
-            f"{name} time: {steps} steps, same tokenizer {steps / same:,.0f} a second, another {steps / covered:,.0f}",
+            f"texts {name} to the cache: {steps} steps, same tokenizer {steps / same:,.0f} a second, another "
+            f"{steps / covered:,.0f}",
             flush=True,
         )
-        other.covering._known.clear()
+    other.covering.next_tokens.forget()
     for model in (expert, amateur):
-        model.get_decoder().forward = timed("passes", model.get_decoder().forward)
-        model.get_output_embeddings().forward = timed("passes", model.get_output_embeddings().forward)
-    TokenBytes._encode = timed("tokenizers", TokenBytes._encode)
+        timed("heads", model.get_output_embeddings(), "forward")
+        timed("passes", model.get_decoder(), "forward")
+    timed("tokenizers", TokenBytes, "_encode")
+    timed("lookups", covered_step, "look_up")
+    timed("lookups", CrossScoring, "_probabilities")
+    torch.Tensor.tolist = to_list
     covered = seconds(lambda: other.score(expert, amateur, trajectories, own_prompts, ALPHA, BETA))
-    rest = covered - sum(spent.values())
+    parts = ("passes", "heads", "lookups", "tokenizers")
     print(
-        f"of {covered:.2f} s, each part waited for: passes {spent['passes']:.2f}, tokenizers "
-        f"{spent['tokenizers']:.2f}, arithmetic and everything else {rest:.2f}"
+        f"of {covered:.2f} s with texts unknown, each part waited for: "
+        + ", ".join(f"{name} {spent[name]:.2f}" for name in parts)
+        + f", everything else {covered - sum(spent.values()):.2f}; {calls['passes']} passes of both models, "
+        f"{calls['transfers']} transfers of lookups"
     )
 
 

@@ -9,10 +9,11 @@ import torch
 
 from trl_lightreasoner.demo.task import expert_solution, make_problems
 from trl_lightreasoner.models.token_bytes import TokenBytes
-from trl_lightreasoner.sampling import token_lookup
+from trl_lightreasoner.sampling import covered_step, token_lookup
 from trl_lightreasoner.sampling.covered_step import CoveredStep, log_width, open_contexts
 from trl_lightreasoner.sampling.covering import Covering
 from trl_lightreasoner.sampling.cross_scoring import MAX_WIDTH
+from trl_lightreasoner.sampling.next_tokens import NextTokens
 
 from .other_tokens import TableModel, byte_level_tokenizer, make_texts, sentencepiece_tokenizer
 
@@ -208,13 +209,13 @@ def test_an_interval_that_is_narrow_enough_needs_no_further_trials(name, pairs, 
     pair = pairs(name)
     (completion,) = completions(pair, 1)
     tried = Counter()
-    finality = Covering.finality
+    finality = NextTokens.finality
 
-    def count(self, tail, beyond, tokens):
+    def count(self, edge, beyond):
         tried[exact] += len(beyond)
-        return finality(self, tail, beyond, tokens)
+        return finality(self, edge, beyond)
 
-    monkeypatch.setattr(Covering, "finality", count)
+    monkeypatch.setattr(NextTokens, "finality", count)
     for t, token in enumerate(completion[:-1][:11]):
         found = []
         for exact in (False, True):
@@ -227,6 +228,35 @@ def test_an_interval_that_is_narrow_enough_needs_no_further_trials(name, pairs, 
         is_kept = log_width(wide.low[0], wide.high[0]) <= MAX_WIDTH
         assert is_kept == (log_width(narrow.low[0], narrow.high[0]) <= MAX_WIDTH)
     assert 0 < tried[False] < tried[True]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_few_contexts_are_enough_to_reach_a_step(name, pairs, monkeypatch):
+    pair = pairs(name)
+    (completion,) = completions(pair, 1)
+    for t, token in enumerate(completion[:-1][:11]):
+        start = pair.covering.starts(completion, t + 1)[t]
+        assert pair.amateur.join(start.path) == start.missing
+        monkeypatch.setattr(covered_step, "_MOST_CONTEXTS", len(start.path) + 1)
+        step = read(pair, make_step(pair, completion, t, [token]))
+        assert step.is_read and step.num_opened == len(start.path) + 1
+
+
+def test_an_interval_that_cannot_be_narrow_enough_is_not_tried(pairs, monkeypatch):
+    pair = pairs("3 digits, 1 digit")
+    (completion,) = completions(pair, 1)
+    steps = []
+    for t, token in enumerate(completion[:-1][:11]):
+        start = pair.covering.starts(completion, t + 1)[t]
+        monkeypatch.setattr(covered_step, "_MOST_CONTEXTS", len(start.path) + 1)
+        step = read(pair, make_step(pair, completion, t, [token]))
+        if step._untried and step._least_width([token]) > MAX_WIDTH:
+            steps.append((step, token))
+    assert steps
+    monkeypatch.setattr(CoveredStep, "_try", lambda self, states: pytest.fail("tried"))
+    for step, token in steps:
+        bounds = step.bounds([token], MAX_WIDTH)
+        assert log_width(bounds.low[0], bounds.high[0]) > MAX_WIDTH
 
 
 def test_without_a_text_that_begins_as_the_expert_s_nothing_is_said(pairs):

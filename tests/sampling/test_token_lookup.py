@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -21,10 +23,15 @@ def make_requests(covering, rows):
     beginnings = [b"a", b" ", b"1", b"xyz", b" a"]
     slices = [covering.amateur.starting_with(beginning) for beginning in beginnings]
     tokens = [covering.expert.ids[content][0] for content in (b" ", b"1", b"a")]
-    table = Table([covering.expert_places[token] for token in tokens], list(map(covering.comparable, tokens)))
+    table = Table([covering.expert_places[token] for token in tokens], list(map(covering.starting_with, tokens)))
     of_row = [(slices[0], [3]), (slices[1], []), (slices[2], [70, 5]), (slices[3], []), (slices[4], []), (None, [])]
-    requests = [Request(row, *each) for row in range(rows) for each in of_row]
-    return requests + [Request(row, None, [40 + row, 90], table) for row in range(rows)]
+    requests = [
+        Request(row, each, rest, others) for row in range(rows) for each, others in of_row for rest in (1e-4, 0.1)
+    ]
+    requests += [Request(row, None, 1e-4, [], blank) for row in range(rows) for blank in (0.01, math.inf)]
+    return requests + [
+        Request(row, None, 1e-3, [40 + row, 90], blank, table) for row in range(rows) for blank in (0.0, 0.01)
+    ]
 
 
 def naive(covering, probs, request):
@@ -32,28 +39,27 @@ def naive(covering, probs, request):
     probs, own = probs[request.row].tolist(), covering.amateur
     is_text = [bool(content) and i not in covering.end_ids for i, content in enumerate(own.bytes)]
     among = range(len(probs)) if request.among is None else own.sorted_ids[request.among]
-    among = sorted((i for i in among if is_text[i]), key=lambda i: -probs[i])
+    hidden = [i for i in range(len(probs)) if (own.bytes[i] or b"")[:1] == b" " and probs[i] < request.blank]
+    among = sorted((i for i in among if is_text[i] and i not in hidden), key=lambda i: -probs[i])
     count = 0
-    while sum(probs[i] for i in among[count:]) > token_lookup._REST and count < token_lookup._MOST_TOKENS:
+    while sum(probs[i] for i in among[count:]) > request.rest and count < token_lookup._MOST_TOKENS:
         count += 1
     found = {"likely": {i: probs[i] for i in among[:count]}, "rest": sum(probs[i] for i in among[count:])}
+    found["blank"] = sum(probs[i] for i in hidden)
     found["others"] = [probs[i] * is_text[i] for i in request.others]
     found["at_end"] = sum(probs[i] for i in covering.end_ids)
     if request.table is None:
         return found
     sums = dict.fromkeys(range(len(covering.expert.sorted_ids)), 0.0)
-    for i in among[count:]:
-        if i not in request.others:
-            ids = covering.expert.encode(own.bytes[i])
-            if ids is not None:  # else no text begins with it
-                sums[covering.expert_places[ids[0]]] += probs[i]
-    tokens = [covering.expert.bytes[covering.expert.sorted_ids[place]] for place in sums]
+    unlisted = [i for i in (*among[count:], *hidden) if i not in request.others]
+    for i in unlisted:
+        ids = covering.expert.encode(own.bytes[i])
+        if ids is not None:  # else no text begins with it
+            sums[covering.expert_places[ids[0]]] += probs[i]
     found["total"] = sum(sums.values())
     found["tokens"] = [sums[place] for place in request.table.tokens]
-    found["near"] = [
-        sum(sums[place] for place, other in enumerate(tokens) if other.startswith(token) or token.startswith(other))
-        for token in (tokens[place] for place in request.table.tokens)
-    ]
+    contents = [covering.expert.bytes[covering.expert.sorted_ids[place]] for place in request.table.tokens]
+    found["near"] = [sum(probs[i] for i in unlisted if own.bytes[i].startswith(content)) for content in contents]
     return found
 
 

@@ -25,8 +25,9 @@ TOP_TOKENS = 20
 MAX_WIDTH = 0.1
 # In place of a probability that is 0 as far as is known, so that no divergence is infinite
 _FLOOR = 1e-12
-# Probabilities of the amateur, in fp64, that exist together
-_PART_PROBS = 2**23
+# Probabilities of the amateur, in fp64, that exist together: few for a CPU's memory, and 1 GiB on a GPU, where each
+# transfer is waited for
+_PART_PROBS, _PART_PROBS_ON_DEVICE = 2**23, 2**27
 
 # A row, and the amateur's tokens of its completion
 _Context = tuple[int, tuple[int, ...]]
@@ -166,6 +167,7 @@ class CrossScoring:
         trunks = [trunk if most is None else trunk[: max(0, most)] for trunk, most in zip(trunks, room, strict=True)]
         own = [Trajectory(prompt, [*trunk, 0]) for prompt, trunk in zip(prompts, trunks, strict=True)]
         read = BranchedRows(amateur, own, self._as_amateur)
+        most_probs = _PART_PROBS if read.logits[0].device.type == "cpu" else _PART_PROBS_ON_DEVICE
         while True:
             asked: dict[_Context, list[CoveredStep]] = {}
             for row, steps in enumerate(covered):
@@ -181,7 +183,7 @@ class CrossScoring:
             if not asked:
                 return covered
             found = self._read(read, trunks, list(asked))
-            while part := list(islice(found, max(1, _PART_PROBS // len(self.covering.amateur.bytes)))):
+            while part := list(islice(found, max(1, most_probs // len(self.covering.amateur.bytes)))):
                 contexts = [(names[row], context, asked[row, context]) for (row, context), _ in part]
                 self._open(contexts, torch.stack([each for _, each in part]))
 
@@ -200,18 +202,21 @@ class CrossScoring:
 
     def _open(self, contexts: list[tuple[str, tuple[int, ...], list[CoveredStep]]], logits: torch.Tensor) -> None:
         """Open contexts, each of a named trajectory and wanted by some steps, with the logits `(N, W)` there."""
+        probs = self._probabilities(logits, [(name, context) for name, context, _ in contexts])
+        openings = [(step, context, row) for row, (_, context, steps) in enumerate(contexts) for step in steps]
+        open_contexts(self.covering, openings, probs)
+
+    def _probabilities(self, logits: torch.Tensor, contexts: list[tuple[str, tuple[int, ...]]]) -> torch.Tensor:
         no_token = ~self.amateur_vocabulary.contains(torch.arange(logits.shape[1], device=logits.device))
         # In place, since memory of this size is slow to get
         probs = logits.double().masked_fill_(no_token, 0.0)
         finite = probs.sum(-1).isfinite().tolist()
         if not all(finite):
-            name, context, _ = contexts[finite.index(False)]
+            name, context = contexts[finite.index(False)]
             raise NonFiniteLogitsError("amateur", len(context), f"token {len(context)} of {name}")
         probs.masked_fill_(no_token, -math.inf)
         probs.sub_(probs.amax(-1, keepdim=True)).exp_()
-        probs.div_(probs.sum(-1, keepdim=True))
-        openings = [(step, context, row) for row, (_, context, steps) in enumerate(contexts) for step in steps]
-        open_contexts(self.covering, openings, probs)
+        return probs.div_(probs.sum(-1, keepdim=True))
 
     def _step(self, start: Start | None, top: _ExpertStep, taken: int) -> CoveredStep | None:
         if start is None or not self._is_readable(top, taken):

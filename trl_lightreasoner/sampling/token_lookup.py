@@ -15,24 +15,24 @@ from ..models.forward import to_device
 from .covering import Covering
 
 
-# Amateur tokens that are followed from one context, or fewer if all others together have less than this probability
-_MOST_TOKENS, _REST = 256, 1e-4
-# Probabilities in one tensor
-_BLOCK = 2**22
+# Amateur tokens that are followed from one context
+_MOST_TOKENS = 256
+# Probabilities in one tensor: few for a CPU's cache, and 0.5 GiB on a GPU, where each transfer is waited for
+_BLOCK, _BLOCK_ON_DEVICE = 2**22, 2**26
 
 
 class Table(NamedTuple):
     """
-    Expert tokens, as places in `sorted_ids`, for which the probabilities of the amateur's tokens are summed: those of
-    which they are the first expert token (see [`Covering.first`]).
+    Sums of the probabilities of the amateur's tokens.
 
     Attributes:
-        tokens (`list[int]`): Tokens with a sum each.
-        near (`list[tuple[list[int], slice]]`): Sets of tokens with one sum, as some tokens and a slice.
+        tokens (`list[int]`): Expert tokens, as places in its `sorted_ids`. Each has the sum of the amateur's tokens of
+            which it is the first expert token (see [`Covering.first`]).
+        near (`list[slice]`): Slices of the amateur's `sorted_ids`, with the sum of each.
     """
 
     tokens: list[int]
-    near: list[tuple[list[int], slice]]
+    near: list[slice]
 
 
 class Request(NamedTuple):
@@ -43,13 +43,18 @@ class Request(NamedTuple):
         row (`int`): Row of the distribution.
         among (`slice`, *optional*): Slice of the amateur's `sorted_ids`, whose most probable tokens are returned.
             `None` for all tokens that stand for text.
+        rest (`float`): Probability that all tokens that are not returned can have together.
         others (`list[int]`): Tokens that are returned in any case.
+        blank (`float`): If `among` is `None`, the probability from which a token that begins with a blank can be one
+            of the most probable ones. The others are summed.
         table ([`Table`], *optional*): Sums over all tokens that are not returned.
     """
 
     row: int
     among: slice | None
+    rest: float
     others: list[int]
+    blank: float = 0.0
     table: Table | None = None
 
 
@@ -60,7 +65,8 @@ class Reply:
 
     Attributes:
         ids, probs (`list`): The most probable tokens.
-        rest (`float`): Probability of all other tokens of the slice.
+        rest (`float`): Probability of all other tokens of the slice, apart from those in `blank`.
+        blank (`float`): Probability of the tokens that begin with a blank and are less probable than the request says.
         others (`list[float]`): Probabilities of the request's `others`.
         at_end (`float`): Probability of the tokens that end an answer.
         total (`float`), tokens, near (`list[float]`): Sum over all tokens, and the sums of the table.
@@ -69,6 +75,7 @@ class Reply:
     ids: list[int] = field(default_factory=list)
     probs: list[float] = field(default_factory=list)
     rest: float = 0.0
+    blank: float = 0.0
     others: list[float] = field(default_factory=list)
     at_end: float = 0.0
     total: float = 0.0
@@ -92,41 +99,58 @@ def look_up(covering: Covering, probs: torch.Tensor, requests: list[Request]) ->
     at_end = probs[:, covering.end_ids].sum(-1).tolist()
     probs.masked_fill_(covering.no_text(probs.device), 0.0)
     others = _gather(probs, [(each.row, each.others) for each in requests])
-    everything: dict[int, list[int]] = {}
-    slices: dict[tuple[int, int, int], list[int]] = {}
+    everything: dict[tuple[int, float, float], list[int]] = {}
+    slices: dict[tuple[int, int, int, float], list[int]] = {}
     for i, (request, reply) in enumerate(zip(requests, replies, strict=True)):
         if request.among is None:
-            everything.setdefault(request.row, []).append(i)
+            everything.setdefault((request.row, request.blank, request.rest), []).append(i)
         else:
-            slices.setdefault((request.row, request.among.start, request.among.stop), []).append(i)
+            slices.setdefault((request.row, request.among.start, request.among.stop, request.rest), []).append(i)
         reply.at_end, reply.others = at_end[request.row], others[i]
-    rows = list(everything)
-    for part in _parts(rows, probs.shape[1]):
-        values = probs.index_select(0, to_device(torch.tensor(part), probs.device))
-        _take_most_probable(values, None, [[replies[i] for i in everything[row]] for row in part])
-        of_table = [(place, i) for place, row in enumerate(part) for i in everything[row] if requests[i].table]
-        for some in _parts(of_table, probs.shape[1]):
+    for part in _parts(list(everything), probs):
+        values = probs.index_select(0, to_device(torch.tensor([row for row, _, _ in part]), probs.device))
+        least, rest = to_device(torch.tensor([key[1:] for key in part], dtype=probs.dtype), probs.device).T[:, :, None]
+        hidden = (values < least) & covering.begins_with_blank(probs.device)
+        _take_most_probable(values, None, hidden, rest, [[replies[i] for i in everything[key]] for key in part])
+        of_table = [(place, i) for place, key in enumerate(part) for i in everything[key] if requests[i].table]
+        for some in _parts(of_table, probs):
             left = values.index_select(0, to_device(torch.tensor([place for place, _ in some]), probs.device))
             _sum_by_table(covering, left, [(requests[i], replies[i]) for _, i in some])
     for keys, places in _slices(list(slices), probs.device):
         ids = covering.sorted_ids(probs.device)[places.clamp(0)]
-        rows_of = to_device(torch.tensor([[row] for row, _, _ in keys]), probs.device)
+        rows_of = to_device(torch.tensor([key[:1] for key in keys]), probs.device)
         values = probs[rows_of, ids].masked_fill_(places < 0, 0.0)
-        _take_most_probable(values, ids, [[replies[i] for i in slices[key]] for key in keys])
+        rest = to_device(torch.tensor([key[3:] for key in keys], dtype=probs.dtype), probs.device)
+        _take_most_probable(values, ids, None, rest, [[replies[i] for i in slices[key]] for key in keys])
     return replies
 
 
-def _take_most_probable(values: torch.Tensor, ids: torch.Tensor | None, askers: list[list[Reply]]) -> None:
-    """Move the most probable tokens of each row from `values`, which are those of `ids`, to the replies."""
-    top = values.topk(min(_MOST_TOKENS, values.shape[1]))
+def _take_most_probable(
+    values: torch.Tensor,
+    ids: torch.Tensor | None,
+    hidden: torch.Tensor | None,
+    most_left: torch.Tensor,
+    askers: list[list[Reply]],
+) -> None:
+    """
+    Move the most probable tokens of each row from `values`, which are those of `ids`, to the replies, and sum those
+    that are `hidden`.
+    """
+    shown = values if hidden is None else values.masked_fill(hidden, 0.0)
+    top = shown.topk(min(_MOST_TOKENS, values.shape[1]))
     # A token counts unless it and all that are less probable have very little together
-    kept = values.sum(-1, keepdim=True) - (top.values.cumsum(-1) - top.values) > _REST
-    values.scatter_(1, top.indices, top.values.masked_fill(kept, 0.0))
+    kept = shown.sum(-1, keepdim=True) - (top.values.cumsum(-1) - top.values) > most_left
+    left = top.values.masked_fill(kept, 0.0)
+    rest = shown.scatter_(1, top.indices, left).sum(-1)
+    blank = torch.zeros_like(rest)
+    if hidden is not None:
+        blank = values.masked_fill(~hidden, 0.0).sum(-1)
+        values.scatter_(1, top.indices, values.gather(1, top.indices).masked_fill(kept, 0.0))
     top_ids = top.indices if ids is None else ids.gather(1, top.indices)
-    columns = (kept.sum(-1), top_ids, top.values, values.sum(-1))
-    for replies, count, found, probs, rest in zip(askers, *(each.tolist() for each in columns), strict=True):
+    columns = (kept.sum(-1), top_ids, top.values, rest, blank)
+    for replies, count, found, probs, rest_, blank_ in zip(askers, *(each.tolist() for each in columns), strict=True):
         for reply in replies:
-            reply.ids, reply.probs, reply.rest = found[:count], probs[:count], rest
+            reply.ids, reply.probs, reply.rest, reply.blank = found[:count], probs[:count], rest_, blank_
 
 
 def _sum_by_table(covering: Covering, values: torch.Tensor, pairs: list[tuple[Request, Reply]]) -> None:
@@ -138,35 +162,37 @@ def _sum_by_table(covering: Covering, values: torch.Tensor, pairs: list[tuple[Re
     tables = [request.table or Table([], []) for request, _ in pairs]
     totals = table.sum(-1).tolist()
     tokens = _gather(table, [(row, each.tokens) for row, each in enumerate(tables)])
-    single = _gather(table, [(row, some) for row, each in enumerate(tables) for some, _ in each.near])
-    keys = {(row, near.start, near.stop): 0.0 for row, each in enumerate(tables) for _, near in each.near}
-    for some, places in _slices(list(keys), table.device):
-        rows_of = to_device(torch.tensor([[row] for row, _, _ in some]), table.device)
-        found = table[rows_of, places.clamp(0)].masked_fill_(places < 0, 0.0)
+    keys = {(row, near.start, near.stop): 0.0 for row, each in enumerate(tables) for near in each.near}
+    for some, places in _slices(list(keys), values.device):
+        rows_of = to_device(torch.tensor([key[:1] for key in some]), values.device)
+        ids = covering.sorted_ids(values.device)[places.clamp(0)]
+        found = values[rows_of, ids].masked_fill_(places < 0, 0.0)
         keys.update(zip(some, found.sum(-1).tolist(), strict=True))
-    shorter = iter(single)
     for row, ((_, reply), each) in enumerate(zip(pairs, tables, strict=True)):
         reply.total, reply.tokens = totals[row], tokens[row]
-        reply.near = [sum(next(shorter)) + keys[row, near.start, near.stop] for _, near in each.near]
+        reply.near = [keys[row, near.start, near.stop] for near in each.near]
 
 
-def _slices(
-    keys: list[tuple[int, int, int]], device: torch.device
-) -> Iterator[tuple[list[tuple[int, int, int]], torch.Tensor]]:
-    """Slices (row, first, end) of similar length together, and their places, padded with -1, `(S, L)`; none empty."""
+def _slices(keys: list[tuple], device: torch.device) -> Iterator[tuple[list[tuple], torch.Tensor]]:
+    """Slices (row, first, end, ...) of similar length, and their places, padded with -1, `(S, L)`; none empty."""
     keys = sorted((key for key in keys if key[1] < key[2]), key=lambda key: key[1] - key[2])
     while keys:
         longest = keys[0][2] - keys[0][1]
-        count = sum(4 * (end - first) >= longest for _, first, end in keys[: max(1, _BLOCK // longest)])
-        firsts, ends = to_device(torch.tensor([key[1:] for key in keys[:count]]), device).T[:, :, None]
+        most = max(1, _block(device) // longest)
+        count = sum(4 * (end - first) >= longest for _, first, end, *_ in keys[:most])
+        firsts, ends = to_device(torch.tensor([key[1:3] for key in keys[:count]]), device).T[:, :, None]
         places = firsts + torch.arange(longest, device=device)
         yield keys[:count], places.masked_fill_(places >= ends, -1)
         keys = keys[count:]
 
 
-def _parts(items: list, width: int) -> Iterator[list]:
-    size = max(1, _BLOCK // width)
+def _parts(items: list, probs: torch.Tensor) -> Iterator[list]:
+    size = max(1, _block(probs.device) // probs.shape[1])
     return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _block(device: torch.device) -> int:
+    return _BLOCK if device.type == "cpu" else _BLOCK_ON_DEVICE
 
 
 def _gather(values: torch.Tensor, wanted: list[tuple[int, list[int]]]) -> list[list[float]]:

@@ -1,0 +1,212 @@
+"""The expert's next token after q, for the texts that an amateur can write there, and whether more text can change it.
+
+The expert's tokenizer is slow beside everything else, and the texts are many. But most tokenizers treat what comes
+before a blank, and what begins with it, independently of each other. Most answers are known from other steps then: of
+q only the last word matters, or nothing if the text begins with a blank, and of the text what comes before its first
+blank behind a word.
+
+This needs two things. No token contains a blank behind another character, so that no merge crosses it. And the split
+into pieces, from left to right, has an end there. The first is looked up in the vocabulary, and the second is tried. A
+tokenizer without them is asked about every text.
+"""
+
+import random
+import re
+from collections import defaultdict
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+from ..models.token_bytes import TokenBytes, split_characters
+
+
+# Texts that show whether a tokenization is final, and the number of longer tokens tried with them
+_PROBES = [text.encode() for text in (" ", "a", " a", "0", "\n", "\n\na", ".", "'s")]
+_LONGER_TOKENS = 4
+# Texts in the cache: about half a GiB
+_MOST_KNOWN = 2**20
+# A blank behind a character that is none; other characters than ASCII can be blanks, too
+_BLANK_BEHIND = re.compile(rb"[!-~] ")
+# Pairs of tokens with which it is tried whether a blank separates them
+_PAIRS = 4096
+
+# What can take the place of an expert token after q
+LOST = -1  # the text is not tokenized as q
+OPEN = -2  # nothing yet, or part of a character
+NO_TEXT = -3  # bytes that are not UTF-8, whatever follows
+
+
+class Edge(NamedTuple):
+    """
+    The end of q: all that its continuation can depend on.
+
+    Attributes:
+        tail (`tuple[int, ...]`): Its last expert tokens.
+        content (`bytes`): Their bytes.
+    """
+
+    tail: tuple[int, ...]
+    content: bytes
+
+
+_NOTHING = Edge((), b"")
+
+
+class NextTokens:
+    """
+    What an expert's tokenizer makes of texts.
+
+    Args:
+        expert ([`~trl_lightreasoner.models.token_bytes.TokenBytes`]): tau_E.
+
+    Attributes:
+        splits_at_blanks (`bool`): Whether texts before a blank, and from it on, are independent of each other.
+
+    Example:
+
+    ```python
+    >>> next_tokens = NextTokens(TokenBytes(tokenizer, len(tokenizer)))
+    >>> edge = next_tokens.edge(())
+    >>> [(token, is_whole)] = next_tokens.after(edge, [b"2+2"])
+    >>> next_tokens.expert.bytes[token], is_whole
+    (b'2', True)
+
+    ```
+    """
+
+    def __init__(self, expert: TokenBytes):
+        self.expert = expert
+        self.splits_at_blanks = _splits_at_blanks(expert)
+        self._lengths = [len(content or b"") for content in expert.bytes]
+        # By the end of q and the text after it
+        self._known: defaultdict[Edge, dict[bytes, tuple[int, bool]]] = defaultdict(dict)
+        self._final: defaultdict[Edge, dict[bytes, tuple[bool, bool]]] = defaultdict(dict)
+        self._num_known = 0
+
+    def edge(self, tail: tuple[int, ...]) -> Edge:
+        """The end of q, given so many of its tokens that the tokenizer reproduces them."""
+        content = self.expert.join(tail) or b""
+        if self.splits_at_blanks and (cuts := [found.start() + 1 for found in _BLANK_BEHIND.finditer(content)]):
+            ends = list(accumulate(self._lengths[token_id] for token_id in tail))
+            if cuts[-1] in ends:
+                return Edge(tail[ends.index(cuts[-1]) + 1 :], content[cuts[-1] :])
+        return Edge(tail, content)
+
+    def is_split(self, edge: Edge, beyond: bytes = b"") -> bool:
+        """Whether a blank after q and some text would be independent of both."""
+        return self.splits_at_blanks and b"!" <= (edge.content + beyond)[-1:] <= b"~"
+
+    def after(self, edge: Edge, beyond: list[bytes]) -> list[tuple[int, bool]]:
+        """
+        For texts that follow q: the expert's next token or what takes its place, and whether the text ends with a
+        whole character.
+        """
+        if self._num_known > _MOST_KNOWN:
+            self.forget()
+        keys = [self._key(edge, each) for each in beyond]
+        new = dict.fromkeys(key for key in keys if key[1] not in self._known[key[0]])
+        texts = [split_characters(before.content + each) for before, each in new]
+        encoded = self.expert.encode_all([text[0].encode() if text else b"" for text in texts]) if texts else []
+        for (before, each), text, ids in zip(new, texts, encoded, strict=True):
+            token = _next_token(before.tail, ids)
+            if text is None:
+                found = NO_TEXT, True
+            elif text[1]:
+                found = token if token >= 0 else OPEN, False
+            else:
+                found = token, True
+            self._known[before][each] = found
+        self._num_known += len(new)
+        return [self._known[before][each] for before, each in keys]
+
+    def finality(self, edge: Edge, beyond: list[bytes]) -> list[tuple[bool, bool]]:
+        """
+        For texts that follow q and end with a character: whether further text can change the next token, and whether
+        it can change the tokens of q.
+        """
+        tokens = [token for token, _ in self.after(edge, beyond)]
+        keys = [self._key(edge, each) for each in beyond]
+        pairs = zip(keys, tokens, strict=True)
+        new = {key: token for key, token in pairs if key[1] not in self._final[key[0]]}
+        grown = [self._can_grow(key[0], key[1], token) for key, token in new.items()]
+        probes: list[bytes] = []
+        ends = [0]
+        for ((before, each), token), (moves, lost) in zip(new.items(), grown, strict=True):
+            if token == LOST or not lost and (before.tail or not moves):
+                content = before.content + each
+                further = dict.fromkeys((*_PROBES, *self._longer_tokens(before, each)))
+                probes += [content + probe for probe in further]
+            ends.append(len(probes))
+        encoded = self.expert.encode_all(probes) if probes else []
+        for (first, end), ((before, each), token), (moves, lost) in zip(
+            pairwise(ends), new.items(), grown, strict=True
+        ):
+            others = [_next_token(before.tail, ids) for ids in encoded[first:end]]
+            if token == LOST:
+                found = any(other != LOST for other in others), True
+            else:
+                lost = lost or LOST in others
+                found = lost or moves or any(other != token for other in others), lost
+            self._final[before][each] = found
+        self._num_known += len(new)
+        return [self._final[before][each] for before, each in keys]
+
+    def ends_with(self, edge: Edge, beyond: bytes) -> int:
+        """The next token if the text ends there: `OPEN` for none, `LOST` if q is not reproduced."""
+        ((token, whole),) = self.after(edge, [beyond])
+        return token if whole else _next_token(edge.tail, self.expert.encode(edge.content + beyond))
+
+    def _key(self, edge: Edge, beyond: bytes) -> tuple[Edge, bytes]:
+        """What matters of q and the text after it."""
+        if not self.splits_at_blanks or not beyond:
+            return edge, beyond
+        if beyond[0] == 32 and b"!" <= edge.content[-1:] <= b"~":
+            edge = _NOTHING
+        blank = _BLANK_BEHIND.search(beyond)
+        return edge, beyond[: blank.end()] if blank else beyond
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        self._known.clear()
+        self._final.clear()
+        self._num_known = 0
+
+    def _can_grow(self, edge: Edge, beyond: bytes, token: int) -> tuple[bool, bool]:
+        """Whether a longer token could begin where the next token begins, or where one of q does."""
+        text = edge.content + beyond
+        at, lost = len(edge.content), False
+        for token_id in reversed(edge.tail[-3:]):
+            at -= self._lengths[token_id]
+            lost = lost or bool(self.expert.going_on(text[at:], 1))
+        return token == OPEN or bool(self.expert.going_on(beyond, 1)), lost
+
+    def _longer_tokens(self, edge: Edge, beyond: bytes) -> list[bytes]:
+        """Bytes that would complete longer tokens that begin within the last tokens of a text."""
+        text = edge.content + beyond
+        start = len(edge.content) - (self._lengths[edge.tail[-1]] if edge.tail else 0)
+        places = range(max(start, len(text) - 8) + 1, len(text))
+        return [more for at in places for more in self.expert.going_on(text[at:], _LONGER_TOKENS)]
+
+
+def _next_token(tail: tuple[int, ...], ids: list[int] | None) -> int:
+    if ids is None or tuple(ids[: len(tail)]) != tail:
+        return LOST
+    return ids[len(tail)] if len(ids) > len(tail) else OPEN
+
+
+def _splits_at_blanks(expert: TokenBytes) -> bool:
+    """Whether a blank behind a character begins a token, and whether the texts on its two sides are independent."""
+    if any(_BLANK_BEHIND.search(content) for content in expert.ids):
+        return False
+    draw = random.Random(0)
+    printable = [bytes([byte]) for byte in range(33, 127)]
+    before = [content for content in expert.ids if b"!" <= content[-1:] <= b"~" and split_characters(content)]
+    after = [content for content in expert.ids if content.startswith(b" ") and split_characters(content)]
+    after += [b"  a", b" \n", b" \n\n ", b" 's", b" 12"]
+    if not before:
+        return False
+    pairs = [(draw.choice(before), draw.choice(after)) for _ in range(_PAIRS)]
+    # Whatever the characters beside the blank are
+    pairs += [(last, b" " + first) for last in printable for first in printable]
+    parts = [expert.encode_all(list(side)) for side in zip(*pairs, strict=True)]
+    whole = expert.encode_all([one + other for one, other in pairs])
+    return all(None in (one, other) or ids == one + other for one, other, ids in zip(*parts, whole, strict=True))
