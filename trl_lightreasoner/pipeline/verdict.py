@@ -35,7 +35,7 @@ def judge(difference: dict[str, float] | None, asked: str = "") -> Verdict:
 
     ```python
     >>> judge({"difference": 0.051, "low": 0.026, "high": 0.076, "p_value": 1e-4}, "500 held-out questions").sentence
-    '+5.1 points (2.6 to 7.6) on 500 held-out questions: keep it.'
+    '+5.1 points (2.6 to 7.6) on 500 held-out questions: keep it for questions like these.'
 
     ```
     """
@@ -48,7 +48,7 @@ def judge(difference: dict[str, float] | None, asked: str = "") -> Verdict:
     numbers = f"{write_difference(difference)} on {asked}"
     is_sure = difference.get("p_value", 0.0) <= _MAX_P
     if is_sure and difference["low"] > 0:
-        return Verdict("better", f"{numbers}: keep it.")
+        return Verdict("better", f"{numbers}: keep it for questions like these.")
     if is_sure and difference["high"] < 0:
         return Verdict("worse", f"{numbers}: worse. Do not use this adapter.")
     return Verdict(

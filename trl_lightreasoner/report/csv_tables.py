@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..models.token_text import TokenTexts
+from ..steps.whole_files import whole_file
 
 
 class Table(NamedTuple):
@@ -24,7 +25,7 @@ class Table(NamedTuple):
 def save_table(table: Table, folder: Path) -> Path:
     """Write one table."""
     path = folder / f"{table.name}.csv"
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(table.head)
         writer.writerows(table.rows)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..models.token_text import label_of
+from ..steps.whole_files import whole_file
 from .charts import write_number
 from .figures import curve_title, errors_of, order_curves
 from .shown_steps import ReportedDataset
@@ -53,7 +54,8 @@ def save_pictures(
         axes.spines[["top", "right"]].set_visible(False)
         draw(axes)
         path = folder / f"{name}.png"
-        FigureCanvasAgg(figure).print_png(path)  # `savefig` would draw everything twice
+        with whole_file(path) as temporary:
+            FigureCanvasAgg(figure).print_png(temporary)  # `savefig` would draw everything twice
         paths.append(path)
     return paths
 

@@ -20,6 +20,7 @@ from datasets import Dataset
 
 from ..models.token_text import TokenTexts, label_of
 from ..steps.columns import StepColumns, flatten, read_columns
+from ..steps.whole_files import whole_file
 from .csv_tables import Table, token_cells
 from .row_answers import RIGHT, WRONG
 from .row_texts import completion_text, prompt_text, spell_lines
@@ -272,7 +273,8 @@ def place_rows(files: Iterable[dict[str, Any]], folder: Path, key: str) -> list[
 
 def _write(folder: Path, number: int, key: str, text: str) -> None:
     script = f'receiveRows("{key}",{number},{text});\n'
-    (folder / _FILE.format(number)).write_text(script, encoding="utf-8")
+    with whole_file(folder / _FILE.format(number)) as temporary:
+        temporary.write_text(script, encoding="utf-8")
 
 
 def as_json(value: object) -> str:
