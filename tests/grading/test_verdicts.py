@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from trl_lightreasoner.grading import answers, equal_answers, exact_numbers, graders, units, verdicts
+from trl_lightreasoner.grading import answer_parts, answers, equal_answers, exact_numbers, graders, units, verdicts
 from trl_lightreasoner.grading.answers import find_answer, find_letter, first_answer, last_boxed, read_reference
 from trl_lightreasoner.grading.verdicts import Verdict, grade, grade_all
 
@@ -811,7 +811,7 @@ def test_bad_arguments():
 
 
 def test_examples_in_the_docstrings():
-    for module in (answers, equal_answers, exact_numbers, units, verdicts):
+    for module in (answer_parts, answers, equal_answers, exact_numbers, units, verdicts):
         assert doctest.testmod(module).failed == 0
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
+from .answer_parts import INEQUALITY, parts_of, split
 from .answer_writing import WRAPPERS, clean, squeeze
 from .exact_numbers import Number, TooLarge, is_huge, read_number, same_number
 from .formulas import equal_by_math_verify
@@ -67,31 +68,20 @@ def equal_answers(
 
 # ---- Structure: lists, sets, pairs, intervals, unions ----
 
-_OPENING, _CLOSING = {"(", "[", "{", r"\{"}, {")", "]", "}", r"\}"}
-_TOKEN = re.compile(r"\\(?:[a-zA-Z]+|.)|.", re.S)
-_THOUSANDS = re.compile(r"(?<![\d,.])[-+]?¤?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])")
-
-
-class _Parts(NamedTuple):
-    """`brackets` is "" for a bare list, "{}" for a set, "∪" for a union, else the two brackets that were written."""
-
-    brackets: str
-    items: list[str]
-
 
 def _equal(gold: str, answer: str, terms: _Terms) -> bool:
     if squeeze(gold) == squeeze(answer):
         return True
     gold, answer = (_condition(_without_approximation(_DOMAIN.sub("", text))) for text in (gold, answer))
-    gold_parts = _parts(gold)
+    gold_parts = parts_of(gold)
     if words_of(gold):
         answer = _without_explanation(answer)
     elif len(gold_parts.items) == 1 and (_RATIO.match(gold) or _quantity(gold).number):
         answer = _without_comment(answer)
-    answer_parts = _parts(answer)
+    answer_parts = parts_of(answer)
     if len(gold_parts.items) == 1 == len(answer_parts.items) and not gold_parts.brackets + answer_parts.brackets:
         return _equal_item(gold_parts.items[0], answer_parts.items[0], terms)
-    if _INEQUALITY.search(gold + answer) and (len(gold_parts.items) == 1 or len(answer_parts.items) == 1):
+    if INEQUALITY.search(gold + answer) and (len(gold_parts.items) == 1 or len(answer_parts.items) == 1):
         return terms.symbolic(gold, answer, terms.tolerance)  # 2 < x < 5 for the interval
     kinds = {gold_parts.brackets, answer_parts.brackets}
     if kinds <= {"", "{}"} or kinds == {"∪"}:
@@ -156,70 +146,10 @@ def _without_comment(text: str) -> str:
     comment = _COMMENT.search(plain)
     if comment and re.search(r"\d", plain[: comment.start()]):
         text = plain[: comment.start()].strip()
-    first, *others = _parts(text).items
+    first, *others = parts_of(text).items
     if others and re.match(r"[-+]?¤?\d", first) and all(_WORDS.fullmatch(each) for each in others):
         return first
     return text
-
-
-def _parts(text: str) -> _Parts:
-    text = re.sub(r"^\s*[a-zA-Z]\w*\s*\\in\b(?!fty)", "", text).strip()
-    # "(x, y) = (3, 4)", "S = \{1, 2\}"
-    named = re.match(r"(?:\(\s*[A-Za-z\\][\w\\{}, ]*\)|[A-Za-z]\w*)\s*=\s*(?=\(|\[|\\\{)", text)
-    if named and _is_enclosed(text[named.end() :].strip()):
-        text = text[named.end() :].strip()
-    union = _split(text, {r"\cup"})
-    if len(union) == 1 and _INEQUALITY.search(text) and not _is_enclosed(text):  # x < -1 or x > 3
-        conditions = re.split(r"[,;]|\bor\b|\\lor\b|\\vee\b", text)
-        union = conditions if all(re.search(r"[<>=]|\\[gl]e\b", condition) for condition in conditions) else union
-    if len(union) > 1:
-        return _Parts("∪", union)
-    if _is_enclosed(text):
-        tokens = _TOKEN.findall(text)
-        inner = "".join(tokens[1:-1])
-        items = _with_both_signs(_split(inner, {",", ";"}))
-        if tokens[0] == r"\{":
-            return _Parts("{}", items)
-        if len(items) > 1:
-            return _Parts(tokens[0] + tokens[-1], items)
-    # Out of brackets "1,450,000" is one number
-    bare = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text) if not re.match(r"[(\[]", text) else text
-    items = _split(re.sub(r",?\s+(?:and|or)\s+(?=[-+\\(\d¤a-z]\W?)", ",", bare), {",", ";"})
-    return _Parts("", _with_both_signs(items))
-
-
-def _split(text: str, separators: set[str]) -> list[str]:
-    items, depth = [""], 0
-    for token in _TOKEN.findall(text):
-        depth += (token in _OPENING) - (token in _CLOSING)
-        if token in separators and depth <= 0:
-            items.append("")
-        else:
-            items[-1] += token
-    return [item.strip() for item in items if item.strip()] or [""]
-
-
-def _is_enclosed(text: str) -> bool:
-    """Whether the bracket that the text starts with closes at its end; "(2, 5]" is, "(a+5)(b+2)" is not."""
-    tokens, depth = _TOKEN.findall(text), 0
-    if len(tokens) < 2 or tokens[0] not in {"(", "[", r"\{"} or tokens[-1] not in {")", "]", r"\}"}:
-        return False
-    for index, token in enumerate(tokens):
-        depth += (token in _OPENING) - (token in _CLOSING)
-        if depth == 0:
-            return index == len(tokens) - 1
-    return False
-
-
-def _with_both_signs(items: list[str]) -> list[str]:
-    signed = []
-    for item in items:
-        if r"\pm" in item:
-            signed.append(item.replace(r"\pm", "+").replace(r"\mp", "-").lstrip("+ "))
-            signed.append(item.replace(r"\pm", "-").replace(r"\mp", "+"))
-        else:
-            signed.append(item)
-    return signed
 
 
 # ---- One item ----
@@ -229,7 +159,6 @@ _RATIO = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(?::|\bto\b)\s*(\d+(?:\.\d+)?)\s*)(?:
 _BASE = re.compile(r"(\d[\dA-F]*)\s*(?:_\{?\s*(\d+|[a-z]+)\s*\}?|\(?\s*(?:in )?base[ -](\d+|[a-z]+)\s*\)?)$")
 _BASE_NAMES = "zero one two three four five six seven eight nine ten eleven twelve".split() + ["sixteen"]
 _LABEL = re.compile(r"(?:[A-Za-z][A-Za-z' ]*+:\s*)+(?=\S)")  # "Total cost: 18"
-_INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|lt|gt|ne|neq)\b")
 _NAME = re.compile(
     r"(?:\\(?:angle|triangle|text|mathrm|operatorname)\b)?[\sA-Za-z\\]*(?:_\{?[\w\s\\]*\}?)?'*(?:\([\w\s,]*\))?$"
 )
@@ -251,8 +180,8 @@ def _equal_item(gold: str, answer: str, terms: _Terms) -> bool:
         answer = plain[label.end() :]
     if ":" in gold + answer or _RATIO.match(gold) or _RATIO.match(answer):
         return _equal_time_or_ratio(gold, answer, terms)
-    gold_sides, answer_sides = (_split(text.replace("==", "="), {"="}) for text in (gold, answer))
-    if max(len(gold_sides), len(answer_sides)) > 1 and not _INEQUALITY.search(gold + answer):
+    gold_sides, answer_sides = (split(text.replace("==", "="), {"="}) for text in (gold, answer))
+    if max(len(gold_sides), len(answer_sides)) > 1 and not INEQUALITY.search(gold + answer):
         return _equal_equation(gold, gold_sides, answer_sides, terms)
 
     gold_quantity = _quantity(gold)
