@@ -55,7 +55,7 @@ SUBSTITUTIONS = {
     "$seed": "1",
     "$rate": "5e-4",
     "CONDITION": "base",
-    "packing=True\n": "packing=True, use_cpu=True\n",
+    "packing=True": "packing=True, use_cpu=True",
     'output_dir="run-python",': 'output_dir="run-python", max_steps=2, eval_max_new_tokens=4, system_prompt="",',
     'output_dir="tuned-python",': 'output_dir="tuned-python", num_trials=1, num_prompts=2, max_steps=1, '
     'eval_max_new_tokens=4, system_prompt="",',
