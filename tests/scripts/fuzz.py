@@ -266,11 +266,11 @@ def work(folder: Path, number: int, seed: str, is_main: bool, pause: float) -> N
     writer = StepWriter(str(folder / "steps"), INPUT)
     if is_main:
         there = writer.open(IDENTITY, METADATA)
-        (folder / f"there-{number}").write_text(json.dumps(sorted(there)))
+        (folder / f"there-{number}").write_text(json.dumps([sorted(there), writer.opening]))
         (folder / f"there-{number}").rename(opened)
     elif wait_for(opened):
-        there = set(json.loads(opened.read_text()))
-        writer.join()
+        there, opening = json.loads(opened.read_text())
+        writer.join(opening)
     for batch in cut(rng, [row for row in range(is_main, NUM_ROWS, 2) if row not in there]):
         time.sleep(pause)
         writer.write(batch, made_up(batch))

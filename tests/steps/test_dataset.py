@@ -348,7 +348,7 @@ def test_rows_that_are_missing_at_the_end_are_refused(tmp_path):
 
 def test_a_folder_that_the_main_process_did_not_open_cannot_be_joined(tmp_path):
     with pytest.raises(ValueError, match="The file .*run.json' of the main process is not visible"):
-        StepWriter(str(tmp_path / "steps"), make_input()).join()
+        StepWriter(str(tmp_path / "steps"), make_input()).join("opening")
 
 
 def test_every_batch_is_on_disk_when_it_is_written(tmp_path):

@@ -51,10 +51,10 @@ def open_run(folder, beta=0.4, done=(), **kwargs) -> StepWriter:
     return writer
 
 
-def joined(folder) -> StepWriter:
-    """Another process of the run."""
-    writer = StepWriter(str(folder), INPUT)
-    writer.join()
+def joined(main: StepWriter) -> StepWriter:
+    """Another process of the run of `main`."""
+    writer = StepWriter(str(main.folder), INPUT)
+    writer.join(main.opening)
     return writer
 
 
@@ -83,7 +83,7 @@ def finished(folder) -> list[list[int]]:
 
 def test_a_process_that_is_left_over_is_refused_when_it_writes(folder):
     main = open_run(folder)
-    left_over = joined(folder)
+    left_over = joined(main)
     write(left_over, [2, 3])
     main.close()  # killed
     again = open_run(folder, done=[2, 3])
@@ -93,9 +93,19 @@ def test_a_process_that_is_left_over_is_refused_when_it_writes(folder):
     assert finish(again) == EXPECTED
 
 
+def test_a_process_that_is_left_over_cannot_join_a_later_run(folder):
+    main = open_run(folder)
+    main.close()  # killed before the other process has joined
+    again = open_run(folder)
+    with pytest.raises(ValueError, match="steps' was begun again while this run was writing into it"):
+        joined(main)
+    write(again, range(8))
+    assert finish(again) == EXPECTED
+
+
 def test_what_a_left_over_process_wrote_all_the_same_is_not_taken(folder, monkeypatch, caplog):
     main = open_run(folder)
-    left_over = joined(folder)
+    left_over = joined(main)
     main.close()
     again = open_run(folder)
     monkeypatch.setattr(left_over, "_check_opening", lambda: None)  # it came between the check and the rename
@@ -107,7 +117,7 @@ def test_what_a_left_over_process_wrote_all_the_same_is_not_taken(folder, monkey
 
 def test_rows_that_two_shards_hold_at_the_start_count_once(folder, monkeypatch, caplog):
     main = open_run(folder)
-    left_over = joined(folder)
+    left_over = joined(main)
     main.close()
     killed = open_run(folder)
     monkeypatch.setattr(left_over, "_check_opening", lambda: None)

@@ -342,9 +342,11 @@ class Candidate:
 
         num_tokens: list[int] = []
         try:
-            done = self.processes.on_main(lambda: writer.open(self._identity(name), {"model": self.description}))
+            done, opening = self.processes.on_main(
+                lambda: (writer.open(self._identity(name), {"model": self.description}), writer.opening)
+            )
             if not self.processes.is_main:
-                writer.join()
+                writer.join(opening)
             without_room = sorted(set(range(len(all_prompt_ids))) - {row for row, _ in plan} - done)
             if without_room and self.processes.is_main:
                 write(without_room, ([[] for _ in without_room], [False] * len(without_room)))

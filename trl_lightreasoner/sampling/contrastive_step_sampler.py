@@ -300,13 +300,14 @@ class ContrastiveStepSampler:
             self._decode = GreedyDecoder(self.expert, self.expert_vocabulary, end_ids, self._vllm)
         self.batch_size = self.processes.on_main(lambda: self._find_batch_size(encoded, plan, scoring_only))
         try:
-            done = self.processes.on_main(
-                lambda: writer.open(
-                    {**self._identity(encoded), **describe_rows(dataset)}, self._metadata(dataset, writer)
-                )
-            )
+
+            def open_folder() -> tuple[set[int], str]:
+                identity = {**self._identity(encoded), **describe_rows(dataset)}
+                return writer.open(identity, self._metadata(dataset, writer)), writer.opening
+
+            done, opening = self.processes.on_main(open_folder)
             if not self.processes.is_main:
-                writer.join()
+                writer.join(opening)
             order = [item for item in plan if item[0] not in done]
             if len(order) < len(plan):
                 share = f"{len(plan) - len(order):,} of" if order else "all"

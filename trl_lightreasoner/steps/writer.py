@@ -160,20 +160,26 @@ class StepWriter:
         except ValueError:
             return False
 
-    def join(self) -> None:
+    def join(self, opening: str) -> None:
         """
         Write to the folder that another process of the same run has opened.
 
+        Args:
+            opening (`str`): The `opening` of that process's writer. A process left over from an earlier run has
+                another one, and is refused.
+
         Raises:
-            `ValueError`: If the folder does not exist.
+            `ValueError`: If the folder does not exist, or a later run has opened it.
         """
         if not self.run.exists():
             raise ValueError(
                 f"The file {str(self.run)!r} of the main process is not visible. Choose an `output_dir` that all "
                 "processes share."
             )
+        self.opening = opening
+        if opening:  # empty if everything was finished when the folder was opened
+            self._check_opening()
         self.begun = read_run(self.folder)
-        self.opening = "" if self.data.exists() else self.begun["openings"][-1]
         self._set_metadata()
 
     def _check_opening(self) -> None:
