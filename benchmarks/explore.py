@@ -194,14 +194,13 @@ class Exploration:
             prompt_format = self.prompt_format(setting.prompt_style)
             questions = self.questions[first : first + setting.num_prompts]
             expert = self.expert if adapter is None else load_adapter(self.expert, str(adapter))
-            amateur = self.amateur(setting.amateur)
-            own = self.amateur_tokenizer if setting.amateur == "given" else self.tokenizer
+            amateur, own = self.amateur(setting.amateur)
             sampler = ContrastiveStepSampler(
                 expert,
                 amateur,
                 ContrastiveSamplingConfig(str(path / "sampled"), overwrite_output_dir=True, **settings),
                 processing_class=self.tokenizer,
-                amateur_processing_class=None if amateur is None else own,
+                amateur_processing_class=own,
             )
             prompts = Dataset.from_dict({"prompt": [prompt_format.make_prompt(text) for text in questions]})
             steps = sampler.sample(prompts, prompt_format)
@@ -220,14 +219,15 @@ class Exploration:
         self.work.result(f"steps_{key}", make)
         return load_from_disk(path / "saved")
 
-    def amateur(self, name: str | None) -> torch.nn.Module | None:
+    def amateur(self, name: str | None) -> tuple[torch.nn.Module | None, Any]:
+        """The amateur and its tokenizer."""
         if name is None:
-            return None
+            return None, None
         if name == "given":
-            return self.given
+            return self.given, self.amateur_tokenizer
         if name.startswith("rounded to "):
-            return rounded(self.expert, int(name.split()[2]))
-        return load_model(name, dtype=self.args.dtype).eval()
+            return rounded(self.expert, int(name.split()[2])), self.tokenizer
+        return load_model(name, dtype=self.args.dtype).eval(), load_tokenizer(name)
 
     def labelled(self, setting: Setting, steps: Dataset, number: int, adapter: Path | None) -> Dataset:
         if setting.label == "one-hot":
