@@ -17,8 +17,9 @@ from trl_lightreasoner import (
 )
 from trl_lightreasoner.contrast import NonFiniteLogitsError, contrast_steps, step_divergence
 from trl_lightreasoner.fused_divergence import can_fuse, compile_ahead, fused_divergence
-from trl_lightreasoner.generation.cuda_graphs import generate_greedy_by_graph, rows_that_fit, why_no_graph
+from trl_lightreasoner.generation.cuda_graphs import generate_greedy_by_graph, why_no_graph
 from trl_lightreasoner.generation.greedy import generate_greedy
+from trl_lightreasoner.generation.row_cache import rows_that_fit
 from trl_lightreasoner.models.loading import load_model
 from trl_lightreasoner.vocabulary import model_vocabulary
 

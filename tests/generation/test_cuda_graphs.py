@@ -23,7 +23,8 @@ from transformers import (
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
 from trl_lightreasoner.generation import cuda_graphs
 from trl_lightreasoner.generation.completions import even_batch_size, find_batch_size
-from trl_lightreasoner.generation.cuda_graphs import bytes_of_row, generate_greedy_by_graph, why_no_graph
+from trl_lightreasoner.generation.cuda_graphs import generate_greedy_by_graph, why_no_graph
+from trl_lightreasoner.generation.row_cache import bytes_of_row
 from trl_lightreasoner.models.forward import has_full_attention, hidden_states_at
 from trl_lightreasoner.vocabulary import Vocabulary, model_vocabulary
 

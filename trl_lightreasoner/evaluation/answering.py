@@ -1,6 +1,7 @@
 """From questions to graded answers, for the evaluation on benchmarks and the accuracy during training.
 
-Answers are generated in pieces, and finished rows leave the batch. An answer to a plain text prompt, as for base
+A model that decodes by CUDA graphs answers in slots: the next prompt takes the place of a finished answer. Any other
+answers in pieces, between which finished rows leave the batch. An answer to a plain text prompt, as for base
 models, is graded up to its first finished answer, because a base model would continue with its own questions. An
 answer to messages ends with an EOS token and is graded as a whole.
 """
@@ -8,13 +9,14 @@ answer to messages ends with an EOS token and is graded as a whole.
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, logging
 
-from ..generation.completions import find_batch_size
+from ..generation.completions import GreedyDecoder, find_batch_size
 from ..generation.cuda_graphs import Generated
 from ..grading.answers import first_answer
 from ..grading.verdicts import Verdict, grade_all
@@ -24,6 +26,8 @@ logger = logging.get_logger(__name__)
 
 # After this number of tokens, ended rows leave the batch, and plain text is checked for a finished answer
 TOKENS_A_PIECE = 256
+# Slots have room for the longest answer. Where the memory holds fewer, more rows together in pieces take less time
+_FEWEST_SLOTS = 256
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -62,7 +66,7 @@ class Answering:
         is_raw (`bool`): Whether prompts are plain text.
         batch_size (`int`, *optional*): Rows together. If `None`, as many as the memory holds.
         in_pieces (`bool`, *optional*, defaults to `True`): Whether to remove finished rows from the batch, which vLLM
-            does by itself.
+            does by itself. Not with slots.
     """
 
     def __init__(
@@ -89,6 +93,10 @@ class Answering:
         The completion of each prompt, of at most as many tokens as its room, and whether it is finished. When the
         memory does not hold the rows together, half as many are from there on.
         """
+        if isinstance(self.decode, GreedyDecoder) and self.decode.by_graph:
+            answers = self._complete_in_slots(self.decode, prompt_ids, rooms)
+            if answers is not None:
+                return answers
         completions: list[list[int]] = [[] for _ in prompt_ids]
         ended = [False] * len(prompt_ids)
         start = 0
@@ -105,18 +113,62 @@ class Answering:
                 try:
                     made = self.decode([contexts[i] for i in rows], length).completions
                 except RuntimeError as error:
-                    if len(rows) == 1 or not should_reduce_batch_size(error):
-                        raise
                     # What is written so far is kept: only these rows and those that follow are fewer together
-                    self._most = (len(rows) + 1) // 2
-                    clear_device_cache(garbage_collection=True)
-                    logger.warning(f"Memory ran out with {len(rows)} answers together; going on with {self._most}.")
+                    self._reduce(len(rows), error)
                     continue
                 going = going[size:]
                 for i, ids in zip(rows, made, strict=True):
                     completions[i] += ids
-                    ended[i] = completions[i][-1] in self.eos_ids or self._is_answered(completions[i])
+                    ended[i] = self._has_ended(completions[i])
         return completions, ended
+
+    def _num_slots(self, prompt_ids: list[list[int]], rooms: list[int]) -> int:
+        """Number of slots to answer in, or 0 if the memory holds too few."""
+        if self.batch_size is not None:
+            return self.batch_size
+        longest = max(len(ids) + room for ids, room in zip(prompt_ids, rooms, strict=True))
+        size = find_batch_size(self.model, longest, len(prompt_ids), 1)
+        return size if size >= min(_FEWEST_SLOTS, len(prompt_ids)) else 0
+
+    def _complete_in_slots(
+        self, decode: GreedyDecoder, prompt_ids: list[list[int]], rooms: list[int]
+    ) -> tuple[list[list[int]], list[bool]] | None:
+        """The result of [`complete`], or `None` if the memory or the model does not allow slots."""
+        num_slots = self._num_slots(prompt_ids, rooms)
+        if num_slots == 0:
+            return None
+        completions: list[list[int]] = [[] for _ in prompt_ids]
+        ended = [False] * len(prompt_ids)
+        while going := [i for i, room in enumerate(rooms) if not ended[i] and len(completions[i]) < room]:
+            before = [completions[i] for i in going]
+            contexts = [prompt_ids[i] + completions[i] for i in going]
+            left = [rooms[i] - len(completions[i]) for i in going]
+            made: list[list[int]] = [[] for _ in going]
+            ask = partial(self._is_answered_with, before) if self.is_raw else None
+            size = min(num_slots, self._most, len(going))
+            try:
+                if not decode.in_slots(contexts, left, size, made, ask):
+                    return None
+            except RuntimeError as error:
+                self._reduce(size, error)
+            for i, ids in zip(going, made, strict=True):
+                completions[i] = completions[i] + ids
+                ended[i] = bool(completions[i]) and self._has_ended(completions[i])
+        return completions, ended
+
+    def _reduce(self, size: int, error: RuntimeError) -> None:
+        """Put fewer rows together after `error`, if they ran out of memory and are not a single one."""
+        if size == 1 or not should_reduce_batch_size(error):
+            raise error
+        self._most = (size + 1) // 2
+        clear_device_cache(garbage_collection=True)
+        logger.warning(f"Memory ran out with {size} answers together; going on with {self._most}.")
+
+    def _has_ended(self, completion_ids: list[int]) -> bool:
+        return completion_ids[-1] in self.eos_ids or self._is_answered(completion_ids)
+
+    def _is_answered_with(self, before: list[list[int]], row: int, completion_ids: list[int]) -> bool:
+        return self._is_answered(before[row] + completion_ids)
 
     def texts(self, completion_ids: list[list[int]]) -> list[str]:
         """The generated texts."""

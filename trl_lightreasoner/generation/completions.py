@@ -23,8 +23,9 @@ from ..models.forward import rope_switch
 from ..models.weights import get_base_model
 from ..processes import Processes
 from ..vocabulary import Vocabulary
-from .cuda_graphs import MAX_ROWS, Generated, bytes_of_row, generate_greedy_by_graph, rows_that_fit, why_no_graph
+from .cuda_graphs import Generated, complete_in_slots, generate_greedy_by_graph, why_no_graph
 from .greedy import Alike, generate_by_passes, generate_greedy, length_that_shows, rows_alike
+from .row_cache import MAX_ROWS, bytes_of_row, rows_that_fit
 from .vllm import VLLMGeneration
 
 
@@ -64,11 +65,7 @@ class GreedyDecoder:
     def __call__(self, prompt_ids: list[list[int]], max_new_tokens: int) -> Generated:
         if self.vllm is not None:
             return Generated(self.vllm(self.model, prompt_ids, self.vocabulary, self.eos_ids, max_new_tokens), None)
-        longest = max(prompt_ids, key=len)
-        length = length_that_shows(self.model, len(longest) + max_new_tokens)
-        if length > self._looked_at:
-            self._looked_at = length
-            self._look_at_rows((longest * length)[:length])
+        self._look_at_rows(max(prompt_ids, key=len), max_new_tokens)
         completions: list[list[int]] = [[] for _ in prompt_ids]
         going = set(range(len(prompt_ids)))
         while going:
@@ -86,9 +83,40 @@ class GreedyDecoder:
                     going.remove(row)
         return Generated(completions, None)
 
-    def _look_at_rows(self, ids: list[int]) -> None:
+    def in_slots(
+        self,
+        prompt_ids: list[list[int]],
+        rooms: list[int],
+        num_slots: int,
+        completions: list[list[int]],
+        is_answered: Callable[[int, list[int]], bool] | None = None,
+    ) -> bool:
+        """
+        Whether the model allows [`~trl_lightreasoner.generation.cuda_graphs.complete_in_slots`], which has then been
+        called with these arguments.
+        """
+        if self.vllm is not None or not self.by_graph or self.rope_switch is not None:
+            return False
+        self._look_at_rows(max(prompt_ids, key=len), max(rooms))
+        if not self.by_graph:
+            return False
+        arguments = (self.model, prompt_ids, rooms, self.vocabulary, self.eos_ids, num_slots, completions, is_answered)
+        try:
+            complete_in_slots(*arguments)
+        except RuntimeError as error:
+            if should_reduce_batch_size(error):
+                raise
+            self._go_on_plainly(str(error).splitlines()[0])
+            return False
+        return True
+
+    def _look_at_rows(self, longest: list[int], max_new_tokens: int) -> None:
         """Test which rows can be batched, on some tokens, and again when contexts exceed a window of attention."""
-        self.alike = rows_alike(self.model, ids, self.vocabulary)
+        length = length_that_shows(self.model, len(longest) + max_new_tokens)
+        if length <= self._looked_at:
+            return
+        self._looked_at = length
+        self.alike = rows_alike(self.model, (longest * length)[:length], self.vocabulary)
         if self.alike == "any":
             return
         self.by_graph = False

@@ -2,31 +2,52 @@
 
 A step of `generate` spends as much time in Python and in launching kernels as a large batch needs to compute. A graph
 is captured in a fraction of a second and launches the whole step at once. A graph needs tensors at fixed addresses:
-keys and values are stored in buffers of full length, prompts first, and each row writes after its own last token.
+keys and values are stored in buffers of full length, prompts first, and each row writes after its own last token. The
+place of a row in the buffers is a slot. When the row has ended, the next prompt is read into its slot, and the same
+graph goes on.
 """
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, StaticLayer
+from accelerate.utils.memory import should_reduce_batch_size
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
 
-from ..models.forward import attention_backends, has_full_attention, head_makes_logits, to_device, without_routers
+from ..models.forward import (
+    attention_backends,
+    has_full_attention,
+    head_makes_logits,
+    same_logits,
+    to_device,
+    without_routers,
+)
 from ..models.weights import get_base_model
 from ..vocabulary import Vocabulary
-from .greedy import cut_after_eos
+from .row_attention import row_attention, row_bounds, why_no_row_attention
+from .row_cache import RowLayer
 
 
 # Prompt tokens in one forward pass: enough to fill a GPU, few enough for its memory
 PREFILL_TOKENS = 2**14
 # Steps between two checks of which rows have ended. Each check waits for the GPU
 STEPS_BETWEEN_CHECKS = 32
-# Beyond this number of rows, the time of a step grows in proportion to them
-MAX_ROWS = 1024
+# After this number of new tokens, the text of a row is checked for a finished answer
+TOKENS_A_LOOK = 64
+# Prompts are read when they can take this part of the slots: one pass over many takes less time
+_PARTS = 16
 # The kernels read columns in groups of this size
 _COLUMNS = 16
+_NO_TOKEN = -1
+# For the test of attention by length: a value that shows in the logits, also in fp16, and rows to compare
+_ABSURD = 1e4
+_ROWS_COMPARED = 32
+# Results of the test
+_WHY_BY_MASK: WeakKeyDictionary[torch.nn.Module, str | None] = WeakKeyDictionary()
 
 
 class Generated(NamedTuple):
@@ -43,30 +64,6 @@ class Generated(NamedTuple):
     hidden_states: list[torch.Tensor] | None
 
 
-class RowLayer(StaticLayer):
-    """
-    Keys and values of one layer, `(B, H, L, D)`, for rows at different positions.
-
-    Args:
-        keys (`torch.Tensor` of shape `(B, H, L, D)`): Buffer.
-        values (`torch.Tensor` of shape `(B, H, L, D)`): Buffer.
-        positions (`torch.Tensor` of shape `(B,)`, int64): Index of each row's next token. Read at every update.
-    """
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor):
-        super().__init__(max_cache_len=keys.shape[2])
-        self.keys, self.values, self.positions = keys, values, positions
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        index = self.positions[:, None, None, None]
-        self.keys.scatter_(2, index.expand_as(key_states), key_states)
-        self.values.scatter_(2, index.expand_as(value_states), value_states)
-        return self.keys, self.values
-
-
 def why_no_graph(model: torch.nn.Module) -> str | None:
     """The reason why a model cannot decode with CUDA graphs, or `None` if it can."""
     base = get_base_model(model)
@@ -78,34 +75,6 @@ def why_no_graph(model: torch.nn.Module) -> str | None:
     if not has_full_attention(base):
         return "they need full attention under attn_implementation='sdpa'"
     return None
-
-
-def rows_that_fit(model: torch.nn.Module, num_tokens: int) -> int:
-    """Estimated number of rows of `num_tokens` tokens that fit in the free memory of the model's GPU."""
-    device = get_base_model(model).get_input_embeddings().weight.device
-    free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    # Half is left for passes over prompts or trajectories, and for copies when ended rows are removed
-    return max(1, min(MAX_ROWS, int(free / 2) // bytes_of_row(model, num_tokens)))
-
-
-def bytes_of_row(model: torch.nn.Module, num_tokens: int) -> int:
-    """Estimated memory of a row of `num_tokens` tokens in decoding: its keys and values, hidden states and logits."""
-    base = get_base_model(model)
-    config = base.config.get_text_config()
-    # In some families, such as Gemma 4, the heads differ from layer to layer
-    differ = getattr(config, "is_heterogeneous", False)
-    layers = config.per_layer_config if differ else [config] * config.num_hidden_layers
-    hidden_size = getattr(config, "hidden_size", 0)
-    keys_and_values = 2 * num_tokens * sum(_width_of_heads(layer, hidden_size) for layer in layers)
-    return (keys_and_values + hidden_size * num_tokens + 2 * config.vocab_size) * base.dtype.itemsize
-
-
-def _width_of_heads(config: PretrainedConfig, hidden_size: int) -> int:
-    """Numbers that a layer keeps of a token as its keys, and as many as its values: 0 without attention."""
-    num_heads = getattr(config, "num_attention_heads", None) or 0
-    head_dim = getattr(config, "head_dim", None) or hidden_size // max(1, num_heads)
-    return (getattr(config, "num_key_value_heads", None) or num_heads) * head_dim
 
 
 @torch.no_grad()
@@ -122,152 +91,274 @@ def generate_greedy_by_graph(
     probability may differ.
     """
     base = get_base_model(model)
-    longest_first = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
-    decoder = _Decoder(base, [prompt_ids[i] for i in longest_first], vocabulary, eos_ids, max_new_tokens)
+    order = _longest_first(prompt_ids)
+    count = len(order)
+    decoder = _Decoder(base, [prompt_ids[i] for i in order], [max_new_tokens] * count, vocabulary, eos_ids, count)
     hook = base.get_output_embeddings().register_forward_pre_hook(decoder.note_head)
     try:
         with attention_backends(decoder.device):
-            decoder.prefill()
+            longest = torch.tensor([prompt_ids[order[0]]], device=decoder.device)
+            decoder.keeps_hidden_states = head_makes_logits(base, longest)
             decoder.decode()
     finally:
         hook.remove()
-    completions = [cut_after_eos(ids, set(eos_ids)) for ids in decoder.tokens[:, : decoder.num_taken].tolist()]
-    order = sorted(range(len(prompt_ids)), key=lambda row: longest_first[row])
+    completions = decoder.completions()
+    places = sorted(range(count), key=lambda row: order[row])
     hidden_states = decoder.hidden_states
     if hidden_states is not None:
-        hidden_states = [hidden_states[row, : len(completions[row])] for row in order]
-    return Generated([completions[row] for row in order], hidden_states)
+        hidden_states = [hidden_states[row, : len(completions[row])] for row in places]
+    return Generated([completions[row] for row in places], hidden_states)
+
+
+@torch.no_grad()
+def complete_in_slots(
+    model: torch.nn.Module,
+    prompt_ids: list[list[int]],
+    rooms: list[int],
+    vocabulary: Vocabulary,
+    eos_ids: list[int],
+    num_slots: int,
+    completions: list[list[int]],
+    is_answered: Callable[[int, list[int]], bool] | None = None,
+) -> None:
+    """
+    The completions of [`generate_greedy_by_graph`] for any number of prompts, `num_slots` at a time: when a completion
+    ends, the next prompt takes its place.
+
+    Args:
+        model, prompt_ids, vocabulary, eos_ids: As for [`generate_greedy_by_graph`].
+        rooms (`list[int]`): Maximum number of tokens of each completion.
+        num_slots (`int`): Rows together.
+        completions (`list[list[int]]`): One list per prompt, to which its tokens are appended. If an error is raised,
+            they hold the tokens generated before.
+        is_answered (`Callable`, *optional*): Whether the completion of a prompt, given by its index, may end with some
+            tokens. It is asked at every multiple of [`TOKENS_A_LOOK`], wherever the prompt's slot is.
+    """
+    order = _longest_first(prompt_ids)
+    rows = ([prompt_ids[i] for i in order], [rooms[i] for i in order])
+    decoder = _Decoder(get_base_model(model), *rows, vocabulary, eos_ids, num_slots)
+    ask = None if is_answered is None else lambda row, ids: is_answered(order[row], ids)
+    try:
+        with attention_backends(decoder.device):
+            decoder.decode(ask)
+    finally:
+        for i, ids in zip(order, decoder.completions(), strict=True):
+            completions[i] += ids
+
+
+def why_by_mask(model: torch.nn.Module) -> str | None:
+    """The reason why a model that has decoded does not attend by length, or `None` if it does."""
+    return _WHY_BY_MASK.get(get_base_model(model), "its keys and values cannot be read by length")
+
+
+def _longest_first(prompt_ids: list[list[int]]) -> list[int]:
+    return sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
 
 
 class _Decoder:
-    """Buffers for decoding a batch of prompts, longest first, and the step that extends all rows by one token."""
+    """
+    Slots for the rows that are decoded together, and the step that extends all of them by one token.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model.
+        prompt_ids (`list[list[int]]`): Prompts, longest first. A row is the index of a prompt.
+        rooms (`list[int]`): Maximum number of tokens for each row.
+        vocabulary ([`Vocabulary`]): The model's real tokens.
+        eos_ids (`list[int]`): Tokens that end a completion.
+        num_slots (`int`): Rows together.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
         prompt_ids: list[list[int]],
+        rooms: list[int],
         vocabulary: Vocabulary,
         eos_ids: list[int],
-        max_new_tokens: int,
+        num_slots: int,
     ):
-        self.model = model
-        self.prompt_ids = prompt_ids
+        self.model, self.prompt_ids = model, prompt_ids
         self.device = model.get_input_embeddings().weight.device
         self.vocabulary = vocabulary.to(self.device)
         self.eos_ids = torch.tensor(eos_ids, dtype=torch.long, device=self.device)
-        self.max_new_tokens = max_new_tokens
         self.cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         self.without_routers = without_routers(model)
-        count = len(prompt_ids)
-        self.num_columns = -(-(len(prompt_ids[0]) + max_new_tokens) // _COLUMNS) * _COLUMNS
-        # For all rows: keys and values of each layer, chosen tokens, and the hidden states that they were chosen from
-        self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.tokens = torch.zeros(count, max_new_tokens, dtype=torch.long, device=self.device)
+        longest = max(len(ids) + room for ids, room in zip(prompt_ids, rooms, strict=True))
+        self.num_columns = -(-longest // _COLUMNS) * _COLUMNS
+        self.by_length = False
+        # For all rows: chosen tokens, and the hidden states that they were chosen from. The last column stays free
+        shape = (len(prompt_ids), max(rooms) + 1)
+        self.tokens = torch.full(shape, _NO_TOKEN, dtype=torch.long, device=self.device)
         self.hidden_states: torch.Tensor | None = None
-        self.num_taken = 0
-        # For the rows still being decoded, whose indices are `rows`. A step reads and writes these in place
-        self.rows = torch.arange(count, device=self.device)
-        self.positions = torch.tensor([len(ids) for ids in prompt_ids], device=self.device)
-        self.last = torch.empty(count, dtype=torch.long, device=self.device)
-        self.ended = torch.zeros(count, dtype=torch.bool, device=self.device)
-        self.step_index = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.keeps_hidden_states = False
+        self.rooms = torch.tensor(rooms, device=self.device)
+        self.looked_at = [0] * len(prompt_ids)  # tokens
+        self.answered: dict[int, int] = {}  # rows, and how many of their tokens count
+        # For the slots: keys and values of each layer, rows, and a row's state. A step reads and writes these in place
+        self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        num_slots = min(num_slots, len(prompt_ids))
+        self.rows = torch.arange(num_slots, device=self.device)
+        self.positions, self.last, self.taken = torch.zeros(3, num_slots, dtype=torch.long, device=self.device)
+        self.ended = torch.zeros(num_slots, dtype=torch.bool, device=self.device)
 
     def note_head(self, head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         self.head_input = args[0]
 
-    def prefill(self) -> None:
-        """Read the prompts, and choose the first token of every row."""
-        start, count = 0, len(self.prompt_ids)
-        longest = torch.tensor([self.prompt_ids[0]], device=self.device)
-        self.keeps_hidden_states = head_makes_logits(self.model, longest)
-        while start < count:
-            # Padding on the right needs no mask, since no token attends to later ones
-            length = len(self.prompt_ids[start])
-            prompts = self.prompt_ids[start : start + max(1, PREFILL_TOKENS // length)]
-            rows = slice(start, start + len(prompts))
-            input_ids = torch.tensor([ids + [0] * (length - len(ids)) for ids in prompts])
-            at_last = torch.tensor([[len(ids) - 1] for ids in prompts])
-            cache = DynamicCache(config=self.model.config)
-            logits = self.model(
-                input_ids=to_device(input_ids, self.device),
-                use_cache=True,
-                logits_to_keep=to_device(at_last, self.device),
-                **{self.cache_name: cache, **self.without_routers},
-            ).logits
-            if start == 0:
-                for layer in cache.layers:
-                    shape = (count, layer.keys.shape[1], self.num_columns)
-                    keys, values = (
-                        states.new_zeros(*shape, states.shape[-1]) for states in (layer.keys, layer.values)
-                    )
-                    self.buffers.append((keys, values))
-                if self.keeps_hidden_states:
-                    self.hidden_states = self.head_input.new_zeros(*self.tokens.shape, self.head_input.shape[-1])
-            for layer, (keys, values) in zip(cache.layers, self.buffers, strict=True):
-                keys[rows, :, :length] = layer.keys
-                values[rows, :, :length] = layer.values
-            self.last[rows] = self._most_probable(logits[:, 0])
-            if self.hidden_states is not None:
-                self.hidden_states[rows, 0] = self.head_input[:, 0]
-            start = rows.stop
-        self._take()
-        self.num_taken = 1
+    def completions(self) -> list[list[int]]:
+        """The tokens of every row so far."""
+        return [ids[: self.answered.get(row, ids.index(_NO_TOKEN))] for row, ids in enumerate(self.tokens.tolist())]
+
+    def fill(self, slots: list[int], rows: list[int]) -> None:
+        """Read the prompts of `rows` into `slots`, longest first, and choose their first tokens."""
+        while rows:
+            count = max(1, PREFILL_TOKENS // len(self.prompt_ids[rows[0]]))
+            self._read(slots[:count], rows[:count])
+            slots, rows = slots[count:], rows[count:]
+
+    def _read(self, some_slots: list[int], some_rows: list[int]) -> None:
+        # Padding on the right needs no mask, since no token attends to later ones
+        prompts = [self.prompt_ids[row] for row in some_rows]
+        length = len(prompts[0])
+        padded = [ids + [0] * (length - len(ids)) for ids in prompts]
+        input_ids, slots, rows, lengths = (
+            to_device(torch.tensor(each), self.device)
+            for each in (padded, some_slots, some_rows, [len(ids) for ids in prompts])
+        )
+        cache = DynamicCache(config=self.model.config)
+        logits = self.model(
+            input_ids=input_ids,
+            use_cache=True,
+            logits_to_keep=lengths[:, None] - 1,
+            **{self.cache_name: cache, **self.without_routers},
+        ).logits
+        if not self.buffers:
+            for layer in cache.layers:
+                shape = (len(self.rows), self.num_columns, layer.keys.shape[1])
+                keys, values = (states.new_zeros(*shape, states.shape[-1]) for states in (layer.keys, layer.values))
+                self.buffers.append((keys, values))
+            if self.keeps_hidden_states:
+                self.hidden_states = self.head_input.new_zeros(*self.tokens.shape, self.head_input.shape[-1])
+        for layer, (keys, values) in zip(cache.layers, self.buffers, strict=True):
+            keys[slots, :length] = layer.keys.transpose(1, 2)
+            values[slots, :length] = layer.values.transpose(1, 2)
+        first = self._most_probable(logits[:, 0])
+        if self.hidden_states is not None:
+            self.hidden_states[rows, 0] = self.head_input[:, 0]
+        self.tokens[rows, 0] = first
+        self.rows[slots], self.positions[slots], self.last[slots], self.taken[slots] = rows, lengths, first, 1
+        self.ended[slots] = torch.isin(first, self.eos_ids) | (self.rooms[rows] == 1)
 
     def _most_probable(self, logits: torch.Tensor) -> torch.Tensor:
         return self.vocabulary.ids_of(self.vocabulary.select(logits).argmax(-1))
 
-    def _take(self) -> None:
-        """Store the last token of every row."""
-        self.tokens[self.rows, self.step_index] = self.last
-        self.ended |= torch.isin(self.last, self.eos_ids)
-        self.step_index += 1
+    def _logits(self) -> torch.Tensor:
+        """Logits after the last token of every slot. Its keys and values are stored."""
+        if self.by_length:
+            # What has ended is read no more
+            self.bounds[0, 0, 0, :-1] = (self.positions + 1).masked_fill_(self.ended, 1)
+            mask = self.bounds
+        else:
+            # Additive, as the kernels need it. Each row sees its own tokens, up to the current input
+            ahead, dtype = self._ahead(), self.buffers[0][0].dtype
+            mask = torch.zeros(ahead.shape, dtype=dtype, device=self.device)
+            mask = mask.masked_fill_(ahead, torch.finfo(dtype).min)[:, None, None]
+        with row_attention(self.model.config) if self.by_length else nullcontext():
+            outputs = self.model(
+                input_ids=self.last[:, None],
+                position_ids=self.positions[:, None],
+                attention_mask=mask,
+                use_cache=True,
+                **{self.cache_name: self.cache, **self.without_routers},
+            )
+        return outputs.logits[:, -1]
+
+    def _ahead(self) -> torch.Tensor:
+        return torch.arange(self.num_columns, device=self.device) > self.positions[:, None]
 
     def _step(self) -> None:
-        # Additive, as the kernels need it. Each row sees its own tokens, up to the current input
-        ahead = torch.arange(self.num_columns, device=self.device) > self.positions[:, None]
-        dtype = self.buffers[0][0].dtype
-        mask = torch.zeros(ahead.shape, dtype=dtype, device=self.device).masked_fill_(ahead, torch.finfo(dtype).min)
-        logits = self.model(
-            input_ids=self.last[:, None],
-            position_ids=self.positions[:, None],
-            attention_mask=mask[:, None, None],
-            use_cache=True,
-            **{self.cache_name: self.cache, **self.without_routers},
-        ).logits
-        self.last.copy_(self._most_probable(logits[:, -1]))
+        self.last.copy_(self._most_probable(self._logits()))
         if self.hidden_states is not None:
-            self.hidden_states[self.rows, self.step_index] = self.head_input[:, -1]
-        self.positions += 1
-        self._take()
+            self.hidden_states[self.rows, self.taken] = self.head_input[:, -1]
+        self.tokens[self.rows, self.taken] = self.last.masked_fill(self.ended, _NO_TOKEN)
+        going = self.ended.logical_not()
+        self.positions += going
+        self.taken += going
+        self.ended |= torch.isin(self.last, self.eos_ids) | (self.taken == self.rooms[self.rows])
 
-    def decode(self) -> None:
-        """Decode until every row has ended. Some rows may get a few more tokens."""
+    def decode(self, is_answered: Callable[[int, list[int]], bool] | None = None) -> None:
+        """Decode all rows, see [`complete_in_slots`]."""
+        held = list(range(len(self.rows)))  # the row in each slot
+        waiting = list(range(len(held), len(self.prompt_ids)))
+        rooms = self.rooms.tolist()
+        self.fill(held, held)
         step: Callable[[], None] | None = None
-        while self.num_taken < self.max_new_tokens:
-            alive = self.ended.logical_not().nonzero()[:, 0]  # waits for the GPU
-            if len(alive) == 0:
-                break
-            if len(alive) <= len(self.rows) // 2:
-                step = None  # its graph keeps the old buffers alive
-                self._keep(alive)
-            if step is None:
-                step = self._capture()
-                self.num_taken += 1
-            replays = min(STEPS_BETWEEN_CHECKS, self.max_new_tokens - self.num_taken)
-            for _ in range(replays):
-                step()
-            self.num_taken += replays
+        while True:
+            taken, ended = torch.stack([self.taken, self.ended]).tolist()  # waits for the GPU
+            unread = self._unread(held, taken) if is_answered is not None else []
+            free = [slot for slot, has_ended in enumerate(ended) if has_ended]
+            if waiting and len(free) >= min(len(waiting), max(1, len(held) // _PARTS)):
+                rows, waiting = waiting[: len(free)], waiting[len(free) :]
+                self.fill(free[: len(rows)], rows)
+                for slot, row in zip(free, rows, strict=False):
+                    held[slot] = row
+            elif len(free) < len(held):
+                alive = [slot for slot, has_ended in enumerate(ended) if not has_ended]
+                left = max(rooms[held[slot]] - taken[slot] for slot in alive)
+                if not waiting and len(alive) <= len(held) // 2:
+                    step = None  # its graph keeps the old buffers alive
+                    self._keep(alive)
+                    held = [held[slot] for slot in alive]
+                if step is None:
+                    step = self._capture()
+                    left -= 1
+                for _ in range(min(STEPS_BETWEEN_CHECKS, left)):
+                    step()
+            else:
+                held = []
+            if is_answered is not None:
+                self._look(unread, held, is_answered)  # while the GPU works
+            if not held:
+                return
 
-    def _keep(self, alive: torch.Tensor) -> None:
-        """Remove the rows that have ended."""
-        self.rows, self.positions = self.rows[alive], self.positions[alive]
-        self.last, self.ended = self.last[alive], self.ended[alive]
+    def _unread(self, held: list[int], taken: list[int]) -> list[tuple[int, torch.Tensor]]:
+        """Rows with enough new tokens for another look, and all of their tokens."""
+        due = {
+            row: count
+            for row, count in zip(held, taken, strict=True)
+            if count >= self.looked_at[row] + TOKENS_A_LOOK and row not in self.answered
+        }
+        if not due:
+            return []
+        tokens = self.tokens[to_device(torch.tensor(list(due)), self.device)].cpu()
+        return [(row, ids[: due[row]]) for row, ids in zip(due, tokens, strict=True)]
+
+    def _look(
+        self, unread: list[tuple[int, torch.Tensor]], held: list[int], is_answered: Callable[[int, list[int]], bool]
+    ) -> None:
+        """End the rows that are answered."""
+        for row, ids in unread:
+            for count in range(self.looked_at[row] + TOKENS_A_LOOK, len(ids) + 1, TOKENS_A_LOOK):
+                self.looked_at[row] = count
+                if is_answered(row, ids[:count].tolist()):
+                    self.answered[row] = count
+                    if row in held:
+                        self.ended[held.index(row)] = True
+                    break
+
+    def _keep(self, slots: list[int]) -> None:
+        """Remove all slots but these."""
+        index = to_device(torch.tensor(slots), self.device)
+        self.rows, self.positions, self.last = self.rows[index], self.positions[index], self.last[index]
+        self.taken, self.ended = self.taken[index], self.ended[index]
+        self.cache = None  # it keeps the old buffers alive
         for i, (keys, values) in enumerate(self.buffers):
-            self.buffers[i] = (keys[alive], values[alive])
+            self.buffers[i] = (keys[index], values[index])
 
     def _capture(self) -> Callable[[], None]:
         """Run one step, and return a function that runs the next ones."""
         self.cache = Cache(layers=[RowLayer(*buffers, self.positions) for buffers in self.buffers])
+        self.bounds = row_bounds(len(self.rows), self.num_columns, self.device)
+        self.by_length = self._attends_by_length()
         if self.device.type != "cuda":
             self._step()
             return self._step
@@ -284,3 +375,30 @@ class _Decoder:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         return graph.replay
+
+    def _attends_by_length(self) -> bool:
+        """Whether the layers can attend by length. It is tested once per model that the logits stay the same."""
+        if any(why_no_row_attention(*buffers) is not None for buffers in self.buffers):
+            return False
+        if self.model not in _WHY_BY_MASK:
+            _WHY_BY_MASK[self.model] = self._difference_by_length()
+        return _WHY_BY_MASK[self.model] is None
+
+    def _difference_by_length(self) -> str | None:
+        """What is wrong with the logits by length, or `None`. Both ways store the same keys and values."""
+        # Whatever reads further than a row's tokens comes upon this
+        ahead = self._ahead()[:, :, None, None]
+        for _, values in self.buffers:
+            values.masked_fill_(ahead, _ABSURD)
+        alive = self.ended.logical_not().nonzero()[:, 0]
+        some = alive[:: max(1, len(alive) // _ROWS_COMPARED)]
+        self.by_length = False
+        expected = self._logits()[some]
+        self.by_length = True
+        try:
+            logits = self._logits()[some]
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, KeyError) as error:
+            if should_reduce_batch_size(error):
+                raise
+            return str(error).splitlines()[0]
+        return None if same_logits(self.model, logits, expected) else "the logits differ from those under a mask"

@@ -169,12 +169,10 @@ class EvalQuestions:
 
         if not order:
             return iter(())
-        row, room = order[0]  # the longest
-        batch_size = answering.rows_together(len(self.prompt_ids[row]), room, len(order))
         remedy = "Lower `eval_max_new_tokens`, or remove long questions."
-        # Answers are made in pieces, so those of a batch need not have the same room
+        # Each answer is followed by the next one, or made in pieces, so all are asked for at once
         together = [(row, max(rooms.values())) for row in rooms]
-        return batches_that_fit(together, batch_size, run, lambda row: len(self.prompt_ids[row]), remedy)
+        return batches_that_fit(together, len(together), run, lambda row: len(self.prompt_ids[row]), remedy)
 
 
 def _read_answer(row: int, answer: Any) -> list[str]:
