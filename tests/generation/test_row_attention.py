@@ -96,6 +96,13 @@ def test_a_kernel_that_reads_further_is_not_used(room, kernel):
     assert len(calls) == model.config.num_hidden_layers  # it is tested once
 
 
+def test_what_lies_beyond_a_row_would_show_in_the_test(kernel):
+    model, calls = make_family("llama"), kernel(naive_kernel)
+    generate_greedy_by_graph(model, make_prompts([30, 9]), VOCABULARY, [], 2)
+    values, lengths = calls[0][2].unflatten(0, (2, 32)), calls[0][-2]
+    assert all((rows[length:] == 1e4).all() for rows, length in zip(values, lengths.tolist(), strict=True))
+
+
 def test_a_kernel_that_fails_is_not_used(kernel):
     def fail(*args):
         raise RuntimeError("USE_FLASH_ATTENTION was not enabled for build.\nand so on")

@@ -112,6 +112,16 @@ def test_an_answer_ends_at_the_look_that_found_it(in_slots, naive, num_slots, st
     assert len(set(asked)) == len(asked) and all(count % 4 == 0 for _, count in asked)
 
 
+def test_an_answered_row_leaves_its_slot(in_slots, expert, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "STEPS_BETWEEN_CHECKS", 1)
+    monkeypatch.setattr(cuda_graphs, "TOKENS_A_LOOK", 4)
+    passes = []
+    expert.register_forward_pre_hook(lambda *args: passes.append(1))
+    completions = in_slots(1, rooms=[20] * len(LENGTHS), is_answered=lambda row, ids: True)
+    assert {len(ids) for ids in completions} == {4}
+    assert len(passes) <= (4 + 2) * len(LENGTHS)
+
+
 def test_an_eos_ends_a_row_before_the_look_behind_it(in_slots, naive, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "TOKENS_A_LOOK", 4)
     eos_ids = [naive[1][5]]
@@ -197,6 +207,8 @@ def test_answers_go_on_with_fewer_slots_when_memory_runs_out(answering, naive, i
             ids == full[: len(ids)] and (has_ended or len(ids) == room)
             for ids, full, room, has_ended in zip(completions, naive, ROOMS, ended, strict=True)
         )
+        # Tokens from before count for the first look after
+        assert max(map(len, completions)) == 8
     else:
         assert completions == [ids[:room] for ids, room in zip(naive, ROOMS, strict=True)]
     assert "Memory ran out with 4 answers together; going on with 2." in caplog.text

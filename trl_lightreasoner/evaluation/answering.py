@@ -66,7 +66,7 @@ class Answering:
         is_raw (`bool`): Whether prompts are plain text.
         batch_size (`int`, *optional*): Rows together. If `None`, as many as the memory holds.
         in_pieces (`bool`, *optional*, defaults to `True`): Whether to remove finished rows from the batch, which vLLM
-            does by itself. Not with slots.
+            and slots do by themselves.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Answering:
         The completion of each prompt, of at most as many tokens as its room, and whether it is finished. When the
         memory does not hold the rows together, half as many are from there on.
         """
-        if isinstance(self.decode, GreedyDecoder) and self.decode.by_graph:
+        if isinstance(self.decode, GreedyDecoder) and self.decode.has_slots:
             answers = self._complete_in_slots(self.decode, prompt_ids, rooms)
             if answers is not None:
                 return answers

@@ -95,10 +95,8 @@ class GreedyDecoder:
         Whether the model allows [`~trl_lightreasoner.generation.cuda_graphs.complete_in_slots`], which has then been
         called with these arguments.
         """
-        if self.vllm is not None or not self.by_graph or self.rope_switch is not None:
-            return False
         self._look_at_rows(max(prompt_ids, key=len), max(rooms))
-        if not self.by_graph:
+        if not self.has_slots:
             return False
         arguments = (self.model, prompt_ids, rooms, self.vocabulary, self.eos_ids, num_slots, completions, is_answered)
         try:
@@ -156,6 +154,11 @@ class GreedyDecoder:
                     raise
                 self._go_on_plainly(str(error).splitlines()[0])
         return Generated(generate_greedy(*arguments), None)
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether [`in_slots`] can be tried. With a rope that changes with the length, rows must not mix."""
+        return self.vllm is None and self.by_graph and self.rope_switch is None
 
     @property
     def way(self) -> str:

@@ -304,7 +304,7 @@ class _Decoder:
             elif len(free) < len(held):
                 alive = [slot for slot, has_ended in enumerate(ended) if not has_ended]
                 left = max(rooms[held[slot]] - taken[slot] for slot in alive)
-                if not waiting and len(alive) <= len(held) // 2:
+                if len(alive) <= len(held) // 2:  # and so no prompt waits
                     step = None  # its graph keeps the old buffers alive
                     self._keep(alive)
                     held = [held[slot] for slot in alive]
