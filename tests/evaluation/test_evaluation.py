@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from trl_lightreasoner import EvaluationConfig, evaluate
 from trl_lightreasoner.commands.cli import main
 from trl_lightreasoner.evaluation import answering, evaluation
+from trl_lightreasoner.generation import cuda_graphs
 from trl_lightreasoner.generation.cuda_graphs import Generated
 from trl_lightreasoner.generation.greedy import find_eos_ids, generate_greedy
 from trl_lightreasoner.grading.verdicts import Verdict
@@ -161,6 +162,17 @@ def test_pieces_are_one_completion(config, expert_path, monkeypatch, tmp_path, s
     evaluate(expert_path, config(prompt_style=style, max_new_tokens=20))
     assert answers_of(tmp_path / "out") == answers_of(tmp_path / "whole")
     assert max(row["num_tokens"] for row in answers_of(tmp_path / "out")) > 6
+
+
+@pytest.mark.parametrize("style", ["chat", "raw"])
+def test_answers_in_slots_are_those_in_pieces(config, expert_path, monkeypatch, tmp_path, style):
+    evaluate(expert_path, config(prompt_style=style, max_new_tokens=20, output_dir=str(tmp_path / "pieces")))
+    monkeypatch.setattr("trl_lightreasoner.generation.completions.why_no_graph", lambda model: None)
+    fills, fill = [], cuda_graphs._Decoder.fill
+    monkeypatch.setattr(cuda_graphs._Decoder, "fill", lambda self, *args: fills.append(args) or fill(self, *args))
+    evaluate(expert_path, config(prompt_style=style, max_new_tokens=20, per_device_batch_size=3))
+    assert answers_of(tmp_path / "out") == answers_of(tmp_path / "pieces")
+    assert len(fills) > 1
 
 
 def test_a_piece_has_as_many_rows_as_the_memory_holds(config, says, expert, monkeypatch):

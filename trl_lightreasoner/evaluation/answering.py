@@ -146,14 +146,19 @@ class Answering:
             made: list[list[int]] = [[] for _ in going]
             ask = partial(self._is_answered_with, before) if self.is_raw else None
             size = min(num_slots, self._most, len(going))
+            is_all = True
             try:
                 if not decode.in_slots(contexts, left, size, made, ask):
                     return None
             except RuntimeError as error:
                 self._reduce(size, error)
+                is_all = False
             for i, ids in zip(going, made, strict=True):
                 completions[i] = completions[i] + ids
-                ended[i] = bool(completions[i]) and self._has_ended(completions[i])
+                if is_all and len(completions[i]) < rooms[i]:
+                    ended[i] = True  # so its text need not be read again
+                elif ids:
+                    ended[i] = self._has_ended(completions[i])
         return completions, ended
 
     def _reduce(self, size: int, error: RuntimeError) -> None:
