@@ -20,13 +20,16 @@ This module holds what depends on the two tokenizers.
 [`~trl_lightreasoner.sampling.covered_step.CoveredStep`] is the covering of one step.
 """
 
-from bisect import bisect_right
-from itertools import accumulate
+from bisect import bisect_left, bisect_right
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ..models.token_bytes import TokenBytes, split_characters
+from .following import Following
+from .independent_texts import independent_places
 from .next_tokens import NextTokens
 
 
@@ -55,6 +58,20 @@ class Start(NamedTuple):
     path: tuple[int, ...]
 
 
+class Reach(NamedTuple):
+    """
+    The amateur's tokens that begin with some bytes, or that begin them, as places in its `sorted_ids`.
+
+    Attributes:
+        first, end (`int`): The tokens that begin with the bytes.
+        shorter (`list[int]`): The tokens that are a proper beginning of them.
+    """
+
+    first: int
+    end: int
+    shorter: list[int]
+
+
 class Covering:
     """
     What depends on the two tokenizers alone.
@@ -66,6 +83,8 @@ class Covering:
 
     Attributes:
         next_tokens ([`NextTokens`]): What tau_E makes of texts after q.
+        following ([`Following`]): The same, by the amateur's tokens.
+        places (`np.ndarray` of shape `(W,)`): Of each amateur token its place in `sorted_ids`, or -1.
     """
 
     def __init__(self, expert: TokenBytes, amateur: TokenBytes, amateur_end_ids: list[int]):
@@ -80,7 +99,12 @@ class Covering:
         self._first: torch.Tensor | None = None
         self._similar: dict[int, list[int]] = {}
         self._starting_with: dict[int, slice] = {}
+        self._reach: dict[bytes, Reach] = {}
+        self._words = independent_places(amateur)
         self.next_tokens = NextTokens(expert)
+        self.following = Following(self.next_tokens, amateur)
+        self.places = np.full(len(amateur.bytes), -1)
+        self.places[amateur.sorted_ids] = np.arange(len(amateur.sorted_ids))
         blanks = amateur.sorted_ids[amateur.starting_with(b" ")]
         self._begins_with_blank = torch.zeros(len(amateur.bytes), dtype=torch.bool)
         self._begins_with_blank[blanks] = True
@@ -137,7 +161,7 @@ class Covering:
             parts.append(content)
         ends = [0, *accumulate(map(len, parts))]
         whole = b"".join(parts)
-        tokens = self.amateur.encode_all([whole[:end] for end in ends])
+        tokens = self._own_tokens_up_to(whole, ends)
         starts: list[Start | None] = []
         for t in range(num_steps):
             tail = self._tail(completion_ids[:t]) if t < len(ends) else None
@@ -150,6 +174,17 @@ class Covering:
             path = tuple(recent[-1][len(context) :])  # type: ignore[index]
             starts.append(Start(tail, context, whole[covered : ends[t]], path))
         return starts
+
+    def _own_tokens_up_to(self, content: bytes, ends: list[int]) -> list[list[int] | None]:
+        """The amateur's own tokens of some beginnings of a text, tokenized word by word."""
+        cuts = [0, *(found.start() for found in self._words.finditer(content))] if self._words else [0]
+        last_cuts = [cuts[max(0, bisect_left(cuts, end) - 1)] for end in ends]
+        wanted = dict.fromkeys([*pairwise(cuts), *zip(last_cuts, ends, strict=True)])
+        words = dict(zip(wanted, self.amateur.encode_all([content[a:b] for a, b in wanted]), strict=True))
+        before: dict[int, list[int] | None] = {0: []}
+        for cut, end in pairwise(cuts):
+            before[end] = _joined(before[cut], words[cut, end])
+        return [_joined(before[cut], words[cut, end]) for cut, end in zip(last_cuts, ends, strict=True)]
 
     def _context(self, recent: list[list[int]], end: int) -> tuple[int, ...]:
         """The amateur's tokens within the first `end` bytes that are the same in all `recent` tokenizations."""
@@ -196,3 +231,26 @@ class Covering:
             content = self.expert.bytes[token]
             self._starting_with[token] = self.amateur.starting_with(content) if content else slice(0, 0)
         return self._starting_with[token]
+
+    def inside(self, missing: bytes) -> list[int]:
+        """The amateur's tokens that are a beginning of the missing bytes, or all of them."""
+        ids = self.amateur.ids
+        return [token_id for end in range(1, len(missing) + 1) for token_id in ids.get(missing[:end], ())]
+
+    def reach(self, content: bytes) -> Reach:
+        """Which of the amateur's tokens begin with some bytes, or begin them."""
+        if content not in self._reach:
+            ids, longer = self.amateur.ids, self.amateur.starting_with(content)
+            shorter = [self.places[i].item() for end in range(1, len(content)) for i in ids.get(content[:end], ())]
+            self._reach[content] = Reach(longer.start, longer.stop, shorter)
+        return self._reach[content]
+
+    def forget(self) -> None:
+        """Empty the caches, which grow with the texts."""
+        self._reach.clear()
+        self.next_tokens.forget()
+        self.following.forget()
+
+
+def _joined(first: list[int] | None, second: list[int] | None) -> list[int] | None:
+    return None if first is None or second is None else first + second

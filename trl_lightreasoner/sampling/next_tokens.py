@@ -1,22 +1,18 @@
 """The expert's next token after q, for the texts that an amateur can write there, and whether more text can change it.
 
-The expert's tokenizer is slow beside everything else, and the texts are many. But most tokenizers treat what comes
-before a blank, and what begins with it, independently of each other. Most answers are known from other steps then: of
-q only the last word matters, or nothing if the text begins with a blank, and of the text what comes before its first
-blank behind a word.
-
-This needs two things. No token contains a blank behind another character, so that no merge crosses it. And the split
-into pieces, from left to right, has an end there. The first is looked up in the vocabulary, and the second is tried. A
-tokenizer without them is asked about every text.
+The expert's tokenizer is slow beside everything else, and the texts are many. But there are places in a text at which
+it treats what is before and what is behind independently of each other (`independent_texts`), such as before a blank.
+Most answers are known from other steps then: of q only what is behind its last such place matters, or nothing if the
+text after q begins at one, and of this text what comes before its first one. A tokenizer without such places is asked
+about every text.
 """
 
-import random
-import re
 from collections import defaultdict
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from ..models.token_bytes import TokenBytes, split_characters
+from .independent_texts import independent_places
 
 
 # Texts that show whether a tokenization is final, and the number of longer tokens tried with them
@@ -24,10 +20,6 @@ _PROBES = [text.encode() for text in (" ", "a", " a", "0", "\n", "\n\na", ".", "
 _LONGER_TOKENS = 4
 # Texts in the cache: about half a GiB
 _MOST_KNOWN = 2**20
-# A blank behind a character that is none; other characters than ASCII can be blanks, too
-_BLANK_BEHIND = re.compile(rb"[!-~] ")
-# Pairs of tokens with which it is tried whether a blank separates them
-_PAIRS = 4096
 
 # What can take the place of an expert token after q
 LOST = -1  # the text is not tokenized as q
@@ -59,7 +51,8 @@ class NextTokens:
         expert ([`~trl_lightreasoner.models.token_bytes.TokenBytes`]): tau_E.
 
     Attributes:
-        splits_at_blanks (`bool`): Whether texts before a blank, and from it on, are independent of each other.
+        places (`re.Pattern[bytes]`, *optional*): Where texts are independent of each other, see
+            [`independent_places`].
 
     Example:
 
@@ -75,7 +68,7 @@ class NextTokens:
 
     def __init__(self, expert: TokenBytes):
         self.expert = expert
-        self.splits_at_blanks = _splits_at_blanks(expert)
+        self.places = independent_places(expert)
         self._lengths = [len(content or b"") for content in expert.bytes]
         # By the end of q and the text after it
         self._known: defaultdict[Edge, dict[bytes, tuple[int, bool]]] = defaultdict(dict)
@@ -85,24 +78,28 @@ class NextTokens:
     def edge(self, tail: tuple[int, ...]) -> Edge:
         """The end of q, given so many of its tokens that the tokenizer reproduces them."""
         content = self.expert.join(tail) or b""
-        if self.splits_at_blanks and (cuts := [found.start() + 1 for found in _BLANK_BEHIND.finditer(content)]):
+        if self.places and (cuts := [found.start() for found in self.places.finditer(content)]):
             ends = list(accumulate(self._lengths[token_id] for token_id in tail))
             if cuts[-1] in ends:
                 return Edge(tail[ends.index(cuts[-1]) + 1 :], content[cuts[-1] :])
         return Edge(tail, content)
 
-    def is_split(self, edge: Edge, beyond: bytes = b"") -> bool:
-        """Whether a blank after q and some text would be independent of both."""
-        return self.splits_at_blanks and b"!" <= (edge.content + beyond)[-1:] <= b"~"
+    def is_independent(self, before: bytes, text: bytes) -> bool:
+        """Whether a text is independent of the one before, by the two bytes between which it begins."""
+        return bool(self.places and before and self.places.match(before[-1:] + text[:1], 1))
 
     def after(self, edge: Edge, beyond: list[bytes]) -> list[tuple[int, bool]]:
         """
         For texts that follow q: the expert's next token or what takes its place, and whether the text ends with a
         whole character.
         """
+        return self.after_each([(edge, each) for each in beyond])
+
+    def after_each(self, pairs: list[tuple[Edge, bytes]]) -> list[tuple[int, bool]]:
+        """The same for texts that each follow a q of their own."""
         if self._num_known > _MOST_KNOWN:
             self.forget()
-        keys = [self._key(edge, each) for each in beyond]
+        keys = [self._key(*pair) for pair in pairs]
         new = dict.fromkeys(key for key in keys if key[1] not in self._known[key[0]])
         texts = [split_characters(before.content + each) for before, each in new]
         encoded = self.expert.encode_all([text[0].encode() if text else b"" for text in texts]) if texts else []
@@ -157,12 +154,12 @@ class NextTokens:
 
     def _key(self, edge: Edge, beyond: bytes) -> tuple[Edge, bytes]:
         """What matters of q and the text after it."""
-        if not self.splits_at_blanks or not beyond:
+        if not self.places or not beyond:
             return edge, beyond
-        if beyond[0] == 32 and b"!" <= edge.content[-1:] <= b"~":
+        if self.is_independent(edge.content, beyond):
             edge = _NOTHING
-        blank = _BLANK_BEHIND.search(beyond)
-        return edge, beyond[: blank.end()] if blank else beyond
+        found = self.places.search(beyond)
+        return edge, beyond[: found.end()] if found else beyond
 
     def forget(self) -> None:
         """Empty the cache."""
@@ -191,22 +188,3 @@ def _next_token(tail: tuple[int, ...], ids: list[int] | None) -> int:
     if ids is None or tuple(ids[: len(tail)]) != tail:
         return LOST
     return ids[len(tail)] if len(ids) > len(tail) else OPEN
-
-
-def _splits_at_blanks(expert: TokenBytes) -> bool:
-    """Whether a blank behind a character begins a token, and whether the texts on its two sides are independent."""
-    if any(_BLANK_BEHIND.search(content) for content in expert.ids):
-        return False
-    draw = random.Random(0)
-    printable = [bytes([byte]) for byte in range(33, 127)]
-    before = [content for content in expert.ids if b"!" <= content[-1:] <= b"~" and split_characters(content)]
-    after = [content for content in expert.ids if content.startswith(b" ") and split_characters(content)]
-    after += [b"  a", b" \n", b" \n\n ", b" 's", b" 12"]
-    if not before:
-        return False
-    pairs = [(draw.choice(before), draw.choice(after)) for _ in range(_PAIRS)]
-    # Whatever the characters beside the blank are
-    pairs += [(last, b" " + first) for last in printable for first in printable]
-    parts = [expert.encode_all(list(side)) for side in zip(*pairs, strict=True)]
-    whole = expert.encode_all([one + other for one, other in pairs])
-    return all(None in (one, other) or ids == one + other for one, other, ids in zip(*parts, whole, strict=True))

@@ -7,8 +7,11 @@ of openings.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ..models.forward import to_device
@@ -64,23 +67,23 @@ class Reply:
     The result for one request.
 
     Attributes:
-        ids, probs (`list`): The most probable tokens.
+        ids, probs (`np.ndarray`): The most probable tokens.
         rest (`float`): Probability of all other tokens of the slice, apart from those in `blank`.
         blank (`float`): Probability of the tokens that begin with a blank and are less probable than the request says.
-        others (`list[float]`): Probabilities of the request's `others`.
+        others (`np.ndarray`): Probabilities of the request's `others`.
         at_end (`float`): Probability of the tokens that end an answer.
-        total (`float`), tokens, near (`list[float]`): Sum over all tokens, and the sums of the table.
+        total (`float`), tokens, near (`np.ndarray`): Sum over all tokens, and the sums of the table.
     """
 
-    ids: list[int] = field(default_factory=list)
-    probs: list[float] = field(default_factory=list)
+    ids: np.ndarray = field(default_factory=partial(np.empty, 0, np.int64))
+    probs: np.ndarray = field(default_factory=partial(np.empty, 0))
     rest: float = 0.0
     blank: float = 0.0
-    others: list[float] = field(default_factory=list)
+    others: np.ndarray = field(default_factory=partial(np.empty, 0))
     at_end: float = 0.0
     total: float = 0.0
-    tokens: list[float] = field(default_factory=list)
-    near: list[float] = field(default_factory=list)
+    tokens: np.ndarray = field(default_factory=partial(np.empty, 0))
+    near: np.ndarray = field(default_factory=partial(np.empty, 0))
 
 
 def look_up(covering: Covering, probs: torch.Tensor, requests: list[Request]) -> list[Reply]:
@@ -147,8 +150,8 @@ def _take_most_probable(
         blank = values.masked_fill(~hidden, 0.0).sum(-1)
         values.scatter_(1, top.indices, values.gather(1, top.indices).masked_fill(kept, 0.0))
     top_ids = top.indices if ids is None else ids.gather(1, top.indices)
-    columns = (kept.sum(-1), top_ids, top.values, rest, blank)
-    for replies, count, found, probs, rest_, blank_ in zip(askers, *(each.tolist() for each in columns), strict=True):
+    columns = [each.cpu().numpy() for each in (kept.sum(-1), top_ids, top.values, rest, blank)]
+    for replies, count, found, probs, rest_, blank_ in zip(askers, *columns, strict=True):
         for reply in replies:
             reply.ids, reply.probs, reply.rest, reply.blank = found[:count], probs[:count], rest_, blank_
 
@@ -170,7 +173,7 @@ def _sum_by_table(covering: Covering, values: torch.Tensor, pairs: list[tuple[Re
         keys.update(zip(some, found.sum(-1).tolist(), strict=True))
     for row, ((_, reply), each) in enumerate(zip(pairs, tables, strict=True)):
         reply.total, reply.tokens = totals[row], tokens[row]
-        reply.near = [keys[row, near.start, near.stop] for near in each.near]
+        reply.near = np.array([keys[row, near.start, near.stop] for near in each.near])
 
 
 def _slices(keys: list[tuple], device: torch.device) -> Iterator[tuple[list[tuple], torch.Tensor]]:
@@ -195,11 +198,12 @@ def _block(device: torch.device) -> int:
     return _BLOCK if device.type == "cpu" else _BLOCK_ON_DEVICE
 
 
-def _gather(values: torch.Tensor, wanted: list[tuple[int, list[int]]]) -> list[list[float]]:
+def _gather(values: torch.Tensor, wanted: list[tuple[int, list[int]]]) -> list[np.ndarray]:
     """Some columns of rows of `values`."""
     rows, places = _flat(wanted, values.device)
-    found = iter(values[rows, places].tolist())
-    return [[next(found) for _ in columns] for _, columns in wanted]
+    found = values[rows, places].cpu().numpy()
+    ends = accumulate([len(columns) for _, columns in wanted], initial=0)
+    return [found[first:end] for first, end in pairwise(ends)]
 
 
 def _flat(wanted: list[tuple[int, list[int]]], device: torch.device) -> torch.Tensor:
