@@ -10,10 +10,16 @@ With --expert and --amateur: how fast is it, on a GPU if there is one, beside th
 expert's tokenizer, for which the expert itself stands in?
 
     python benchmarks/covering.py --expert EXPERT --amateur AMATEUR --num_prompts 64
+
+With --agreement, and an amateur that has the expert's tokenizer: does it keep the same steps as the plain computation,
+with the same labels? --questions is a file of JSON lines with a "question" each.
+
+    python benchmarks/covering.py --expert EXPERT --amateur AMATEUR --agreement --questions train.jsonl
 """
 
 import argparse
 import functools
+import json
 import math
 import random
 import time
@@ -105,7 +111,11 @@ def main() -> None:
     parser.add_argument("--expert", help="measure the speed of a pair with different tokenizers")
     parser.add_argument("--amateur")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="of that pair's expert")
+    parser.add_argument("--questions", help="JSON lines, for that pair")
+    parser.add_argument("--agreement", action="store_true", help="compare that pair with the plain computation")
     args = parser.parse_args()
+    if args.agreement:
+        return measure_agreement(args)
     if args.expert:
         return measure_speed(args)
     torch.set_num_threads(1)
@@ -194,21 +204,64 @@ def measure(name, amateur, own, expert, tokenizer, rows, completions, masks, eos
     )
 
 
-def measure_speed(args: argparse.Namespace) -> None:
+def load_pair(args: argparse.Namespace):
+    """The models of a pair, its trajectories, the amateur's prompts, and the covering."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     paths = (args.expert, args.amateur)
     expert, amateur = (AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval().to(device) for path in paths)
     tokenizer, own = map(AutoTokenizer.from_pretrained, paths)
     vocabulary, eos_ids = model_vocabulary(tokenizer, expert.config.vocab_size), find_eos_ids(expert, tokenizer)
-    problems = make_problems(args.num_prompts, seed=9, split="train", kind_shares=KIND_SHARES)
-    texts = [f"{problem['question']}\n" for problem in problems]
-    prompts, own_prompts = (each(texts).input_ids for each in (tokenizer, own))
+    if args.questions:
+        with open(args.questions, encoding="utf-8") as file:
+            questions = [json.loads(line)["question"] for _, line in zip(range(args.num_prompts), file, strict=False)]
+    else:
+        problems = make_problems(args.num_prompts, seed=9, split="train", kind_shares=KIND_SHARES)
+        questions = [problem["question"] for problem in problems]
+    prompts, own_prompts = (each([f"{question}\n" for question in questions]).input_ids for each in (tokenizer, own))
     completions = generate_greedy(expert, prompts, vocabulary, eos_ids, max_new_tokens=args.max_new_tokens)
     trajectories = [Trajectory(*pair) for pair in zip(prompts, completions, strict=True)]
     other = OtherAmateur(
         tokenizer, own, (expert.config.vocab_size, amateur.config.vocab_size), find_eos_ids(amateur, own), None, None
     )
     other.start(vocabulary, eos_ids)
+    return expert, amateur, trajectories, own_prompts, vocabulary, other
+
+
+def measure_agreement(args: argparse.Namespace) -> None:
+    expert, amateur, trajectories, own_prompts, vocabulary, other = load_pair(args)
+    exact = score_trajectories(expert, amateur, trajectories, vocabulary, ALPHA, BETA)
+    covered = other.score(expert, amateur, trajectories, own_prompts, ALPHA, BETA)
+    kept, found = (
+        {
+            (i, t): dict(zip(ids, probs, strict=True))
+            for i, row in enumerate(rows)
+            for t, ids, probs in zip(row.step_positions, row.label_ids, row.label_probs, strict=True)
+        }
+        for rows in (exact, covered)
+    )
+    both = kept.keys() & found.keys()
+    errors = [
+        abs(math.log(prob / found[step][token]))
+        for step in both
+        if kept[step].keys() == found[step].keys()
+        for token, prob in kept[step].items()
+    ]
+    supports = sum(kept[step].keys() == found[step].keys() for step in both)
+    # Where the divergence over the 20 most probable tokens is below beta, though the full one is not
+    coarse = sum((covered[i].kl_divergence[t] or math.inf) < BETA for i, t in kept.keys() - found.keys())
+    print(
+        f"{sum(len(each.completion_ids) for each in trajectories)} steps, {len(kept)} kept by the plain computation, "
+        f"{len(found)} by the covering, {len(both)} by both: recall {len(both) / len(kept):.3f}, precision "
+        f"{len(both) / len(found):.3f}; of the others {coarse} are below beta by the coarser divergence; "
+        f"{dict(other._scoring.dropped)}; labels of {supports} steps have the same tokens, whose log-probabilities "
+        f"differ by {np.median(errors):.2g} nats, median, 90 % {np.quantile(errors, 0.9):.2g}, largest "
+        f"{max(errors):.2g}"
+    )
+
+
+def measure_speed(args: argparse.Namespace) -> None:
+    expert, amateur, trajectories, own_prompts, vocabulary, other = load_pair(args)
+    device = next(amateur.parameters()).device.type
     other.covering.first(device)  # made once a pair
     spent, calls = Counter(), Counter()
 
@@ -229,9 +282,12 @@ def measure_speed(args: argparse.Namespace) -> None:
 
         setattr(owner, method, run)
 
-    def to_list(tensor, tolist=torch.Tensor.tolist):
-        calls["transfers"] += calls["open"]
-        return tolist(tensor)
+    def counted(copy):
+        def run(tensor):
+            calls["transfers"] += calls["open"]
+            return copy(tensor)
+
+        return run
 
     def wait():
         if device == "cuda":
@@ -244,13 +300,13 @@ def measure_speed(args: argparse.Namespace) -> None:
         wait()
         return time.perf_counter() - start
 
-    steps = sum(map(len, completions))
+    steps = sum(len(each.completion_ids) for each in trajectories)
     other.score(
         expert, amateur, trajectories[:1], own_prompts[:1], ALPHA, BETA
     )  # which compares how branches are read
     for name in ("unknown", "known"):
         if name == "unknown":
-            other.covering.next_tokens.forget()
+            other.covering.forget()
         same = seconds(lambda: score_trajectories(expert, expert, trajectories, vocabulary, ALPHA, BETA))
         covered = seconds(lambda: other.score(expert, amateur, trajectories, own_prompts, ALPHA, BETA))
         print(
@@ -258,14 +314,14 @@ def measure_speed(args: argparse.Namespace) -> None:
             f"{steps / covered:,.0f}",
             flush=True,
         )
-    other.covering.next_tokens.forget()
+    other.covering.forget()
     for model in (expert, amateur):
         timed("heads", model.get_output_embeddings(), "forward")
         timed("passes", model.get_decoder(), "forward")
     timed("tokenizers", TokenBytes, "_encode")
     timed("lookups", covered_step, "look_up")
     timed("lookups", CrossScoring, "_probabilities")
-    torch.Tensor.tolist = to_list
+    torch.Tensor.tolist, torch.Tensor.numpy = counted(torch.Tensor.tolist), counted(torch.Tensor.numpy)
     covered = seconds(lambda: other.score(expert, amateur, trajectories, own_prompts, ALPHA, BETA))
     parts = ("passes", "heads", "lookups", "tokenizers")
     print(

@@ -250,7 +250,7 @@ def test_an_interval_that_cannot_be_narrow_enough_is_not_tried(pairs, monkeypatc
         start = pair.covering.starts(completion, t + 1)[t]
         monkeypatch.setattr(covered_step, "_MOST_CONTEXTS", len(start.path) + 1)
         step = read(pair, make_step(pair, completion, t, [token]))
-        if step._untried and step._least_width([token]) > MAX_WIDTH:
+        if not step._states.tried.all() and step._least_width([token]) > MAX_WIDTH:
             steps.append((step, token))
     assert steps
     monkeypatch.setattr(CoveredStep, "_try", lambda self, states: pytest.fail("tried"))
@@ -265,3 +265,13 @@ def test_without_a_text_that_begins_as_the_expert_s_nothing_is_said(pairs):
     assert not step.is_read and step.bounds([5]).high == [1.0]
     read(pair, step)
     assert step.is_read
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_amateur_s_own_tokens_are_those_of_the_whole_text(name, pairs):
+    pair = pairs(name)
+    for completion in completions(pair, 5):
+        content = pair.tokens.join(completion[:-1])
+        ends = list(range(len(content) + 1))
+        expected = pair.amateur.encode_all([content[:end] for end in ends])
+        assert pair.covering._own_tokens_up_to(content, ends) == expected

@@ -42,7 +42,7 @@ def asked_afresh(next_tokens, tail, beyond):
 
 
 def test_what_is_known_is_what_the_tokenizer_says_of_the_whole_text(next_tokens, questions):
-    assert next_tokens.splits_at_blanks
+    assert next_tokens.is_independent(b"a", b" ") and next_tokens.is_independent(b"a", b".")
     for tail, beyond in questions:
         ((token, whole),) = next_tokens.after(next_tokens.edge(tail), [beyond])
         assert whole and token == asked_afresh(next_tokens, tail, beyond)
@@ -79,6 +79,6 @@ def test_texts_with_the_same_words_around_a_step_are_asked_once(next_tokens, mon
 def test_a_tokenizer_whose_tokens_go_on_behind_a_blank_is_asked_for_every_text():
     tokenizer = make(sentencepiece_tokenizer(["a b c d " * 20], 20))
     assert any(b"a b" in content for content in tokenizer.expert.ids)
-    assert not tokenizer.splits_at_blanks
+    assert not tokenizer.is_independent(b"a", b" b")
     tail = tuple(tokenizer.expert.encode(b"a b c d"))
     assert tokenizer.edge(tail).tail == tail

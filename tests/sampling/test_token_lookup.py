@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,14 +24,22 @@ def make_requests(covering, rows):
     beginnings = [b"a", b" ", b"1", b"xyz", b" a"]
     slices = [covering.amateur.starting_with(beginning) for beginning in beginnings]
     tokens = [covering.expert.ids[content][0] for content in (b" ", b"1", b"a")]
-    table = Table([covering.expert_places[token] for token in tokens], list(map(covering.starting_with, tokens)))
+    table = Table(
+        np.array([covering.expert_places[token] for token in tokens]), list(map(covering.starting_with, tokens))
+    )
     of_row = [(slices[0], [3]), (slices[1], []), (slices[2], [70, 5]), (slices[3], []), (slices[4], []), (None, [])]
     requests = [
-        Request(row, each, rest, others) for row in range(rows) for each, others in of_row for rest in (1e-4, 0.1)
+        Request(row, each, rest, np.array(others, np.int64))
+        for row in range(rows)
+        for each, others in of_row
+        for rest in (1e-4, 0.1)
     ]
-    requests += [Request(row, None, 1e-4, [], blank) for row in range(rows) for blank in (0.01, math.inf)]
+    nothing = np.empty(0, np.int64)
+    requests += [Request(row, None, 1e-4, nothing, blank) for row in range(rows) for blank in (0.01, math.inf)]
     return requests + [
-        Request(row, None, 1e-3, [40 + row, 90], blank, table) for row in range(rows) for blank in (0.0, 0.01)
+        Request(row, None, 1e-3, np.array([40 + row, 90]), blank, table)
+        for row in range(rows)
+        for blank in (0.0, 0.01)
     ]
 
 
@@ -79,8 +88,9 @@ def test_a_lookup_says_what_a_loop_over_the_tokens_says(most_tokens, block, cove
 
 def test_more_contexts_need_no_more_transfers(covering, monkeypatch):
     transfers = []
-    tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: transfers.append(0) or tolist(self))
+    for name in ("tolist", "numpy"):
+        copy = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, copy=copy: transfers.append(0) or copy(self))
     counts = []
     for rows in (2, 40):
         transfers.clear()

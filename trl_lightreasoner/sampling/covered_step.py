@@ -5,7 +5,6 @@ takes its distributions there, for many steps together.
 """
 
 import math
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ _OPEN_OF_CANDIDATE, _OPEN_OF_ALL = 1e-3, 2e-2
 _REST = 1e-4
 # Contexts that a step can open
 _MOST_CONTEXTS = 48
+
+_NONE = np.empty(0, np.int64)
 
 
 @dataclass(slots=True, eq=False)
@@ -198,13 +199,14 @@ class CoveredStep:
         # A blank then settles the text before it, and the table is right about what begins with it
         is_split = covering.next_tokens.is_independent(self._edge.content + source.beyond, b" ")
         if source.beyond:
-            return Request(row, None, rest, [], math.inf if is_split else 0.0)
+            return Request(row, None, rest, _NONE, math.inf if is_split else 0.0)
         needed = [token for token in self.needed if token is not None]
-        similar = dict.fromkeys(i for token in needed for i in covering.similar(token))
-        asked = [covering.expert_places[token] for token in self._asked_by_table]
+        similar = [covering.similar(token) for token in needed]
+        others = np.unique(np.concatenate(similar)) if similar else _NONE
+        asked = np.array([covering.expert_places[token] for token in self._asked_by_table], np.int64)
         near = [covering.starting_with(token) for token in needed]
         blank = _OPEN_OF_ALL / 2 if is_split else 0.0
-        return Request(row, None, rest, list(similar), blank, Table(asked, near))
+        return Request(row, None, rest, others, blank, Table(asked, near))
 
     def open(self, opened: list[tuple[_Source, Request, Reply]], found: _States) -> None:
         """Take the results of [`look_up`] for some contexts, and the states to which these lead."""
@@ -243,7 +245,7 @@ class CoveredStep:
         opened = {source.context: (request, reply) for source, request, reply in self._opened}
         for source, following in zip(self._path, self._path[1:], strict=False):
             request, reply = opened[source.context]
-            following.mass = source.mass * reply.others[request.others.index(following.context[-1])].item()
+            following.mass = source.mass * reply.others[request.others == following.context[-1]].item()
         self._states = _States(*(column[:0] for column in self._states))
 
     def _try(self, rows: Iterable[int]) -> None:
@@ -350,9 +352,8 @@ def open_contexts(
     for step, pairs in of_step.items():
         last = first + len(pairs)
         rows = slice(ends[first], ends[last])
-        near = states.near[rows, : len(step.needed)]
-        own = _States(*(column[rows] for column in states[:-1]), near)
-        step.open([each[1:] for each in opened[first:last]], own)
+        own = _States(*(column[rows] for column in states))
+        step.open([each[1:] for each in opened[first:last]], own._replace(near=own.near[:, : len(step.needed)]))
         first = last
 
 
@@ -367,16 +368,14 @@ def _states_after(
     if following.is_full:
         following.forget()
     ids, masses, counts, places = [], [], [], []
-    nothing = np.empty(0, np.int64)
     for step, source, request, reply in opened:
-        within, beyond, probs, rest = nothing, reply.ids, reply.probs, [reply.rest]
+        within, beyond, probs, rest = _NONE, reply.ids, reply.probs, [reply.rest]
         if source.missing:
-            within = np.array(request.others, np.int64)
+            within = request.others
             masses.append(reply.others)
         elif request.table is not None:
-            others = np.array(request.others, np.int64)
-            new = ~np.isin(others, beyond)
-            beyond = np.concatenate([beyond, others[new]])
+            new = ~np.isin(request.others, beyond)
+            beyond = np.concatenate([beyond, request.others[new]])
             probs, rest = np.concatenate([probs, reply.others[new]]), []
         ids += [within, beyond, np.full(len(rest), -1)]
         masses += [probs, np.array(rest)]
@@ -410,7 +409,7 @@ def _near(
     """Which needed tokens can become the next token in each state, `(S, most needed)`."""
     most = max(len(step.needed) for step, *_ in opened)
     of_source = np.zeros((len(opened), most), dtype=bool)
-    pairs = []
+    pairs: list[tuple[int, int, int, int, list[int]]] = []
     for i, (step, source, *_) in enumerate(opened):
         of_source[i, : len(source.near)] = source.near
         for k in np.flatnonzero(source.near).tolist():

@@ -97,7 +97,7 @@ class Covering:
         self.expert_places = {token_id: place for place, token_id in enumerate(expert.sorted_ids)}
         self._expert_lengths = [len(content or b"") for content in expert.bytes]
         self._first: torch.Tensor | None = None
-        self._similar: dict[int, list[int]] = {}
+        self._similar: dict[int, np.ndarray] = {}
         self._starting_with: dict[int, slice] = {}
         self._reach: dict[bytes, Reach] = {}
         self._words = independent_places(amateur)
@@ -216,13 +216,13 @@ class Covering:
                 return tail
         return None
 
-    def similar(self, token: int) -> list[int]:
+    def similar(self, token: int) -> np.ndarray:
         """Amateur tokens that are a prefix of an expert token, and some of which it is a prefix."""
         if token not in self._similar:
             content = self.expert.bytes[token] or b""
-            shorter = [i for end in range(1, len(content) + 1) for i in self.amateur.ids.get(content[:end], ())]
+            shorter = self.inside(content).tolist()
             longer = self.amateur.sorted_ids[self.starting_with(token)]
-            self._similar[token] = shorter + longer[:_LONGEST_LIST]
+            self._similar[token] = np.array(shorter + longer[:_LONGEST_LIST], np.int64)
         return self._similar[token]
 
     def starting_with(self, token: int) -> slice:
@@ -232,10 +232,11 @@ class Covering:
             self._starting_with[token] = self.amateur.starting_with(content) if content else slice(0, 0)
         return self._starting_with[token]
 
-    def inside(self, missing: bytes) -> list[int]:
+    def inside(self, missing: bytes) -> np.ndarray:
         """The amateur's tokens that are a beginning of the missing bytes, or all of them."""
         ids = self.amateur.ids
-        return [token_id for end in range(1, len(missing) + 1) for token_id in ids.get(missing[:end], ())]
+        found = [token_id for end in range(1, len(missing) + 1) for token_id in ids.get(missing[:end], ())]
+        return np.array(found, np.int64)
 
     def reach(self, content: bytes) -> Reach:
         """Which of the amateur's tokens begin with some bytes, or begin them."""

@@ -29,12 +29,12 @@ class Table(NamedTuple):
     Sums of the probabilities of the amateur's tokens.
 
     Attributes:
-        tokens (`list[int]`): Expert tokens, as places in its `sorted_ids`. Each has the sum of the amateur's tokens of
-            which it is the first expert token (see [`Covering.first`]).
+        tokens (`np.ndarray`): Expert tokens, as places in its `sorted_ids`. Each has the sum of the amateur's tokens
+            of which it is the first expert token (see [`Covering.first`]).
         near (`list[slice]`): Slices of the amateur's `sorted_ids`, with the sum of each.
     """
 
-    tokens: list[int]
+    tokens: np.ndarray
     near: list[slice]
 
 
@@ -47,7 +47,7 @@ class Request(NamedTuple):
         among (`slice`, *optional*): Slice of the amateur's `sorted_ids`, whose most probable tokens are returned.
             `None` for all tokens that stand for text.
         rest (`float`): Probability that all tokens that are not returned can have together.
-        others (`list[int]`): Tokens that are returned in any case.
+        others (`np.ndarray`): Tokens that are returned in any case.
         blank (`float`): If `among` is `None`, the probability from which a token that begins with a blank can be one
             of the most probable ones. The others are summed.
         table ([`Table`], *optional*): Sums over all tokens that are not returned.
@@ -56,7 +56,7 @@ class Request(NamedTuple):
     row: int
     among: slice | None
     rest: float
-    others: list[int]
+    others: np.ndarray
     blank: float = 0.0
     table: Table | None = None
 
@@ -162,7 +162,7 @@ def _sum_by_table(covering: Covering, values: torch.Tensor, pairs: list[tuple[Re
     values[rows, ids] = 0.0
     first = covering.first(values.device)
     table = values.new_zeros(len(pairs), len(covering.expert.sorted_ids) + 1).index_add_(1, first, values)[:, :-1]
-    tables = [request.table or Table([], []) for request, _ in pairs]
+    tables = [request.table or Table(np.empty(0, np.int64), []) for request, _ in pairs]
     totals = table.sum(-1).tolist()
     tokens = _gather(table, [(row, each.tokens) for row, each in enumerate(tables)])
     keys = {(row, near.start, near.stop): 0.0 for row, each in enumerate(tables) for near in each.near}
@@ -198,14 +198,15 @@ def _block(device: torch.device) -> int:
     return _BLOCK if device.type == "cpu" else _BLOCK_ON_DEVICE
 
 
-def _gather(values: torch.Tensor, wanted: list[tuple[int, list[int]]]) -> list[np.ndarray]:
+def _gather(values: torch.Tensor, wanted: list[tuple[int, np.ndarray]]) -> list[np.ndarray]:
     """Some columns of rows of `values`."""
-    rows, places = _flat(wanted, values.device)
-    found = values[rows, places].cpu().numpy()
+    rows, columns = _flat(wanted, values.device)
+    found = values[rows, columns].cpu().numpy()
     ends = accumulate([len(columns) for _, columns in wanted], initial=0)
     return [found[first:end] for first, end in pairwise(ends)]
 
 
-def _flat(wanted: list[tuple[int, list[int]]], device: torch.device) -> torch.Tensor:
-    pairs = [(row, column) for row, columns in wanted for column in columns]
-    return to_device(torch.tensor(pairs, dtype=torch.long).reshape(-1, 2), device).T
+def _flat(wanted: list[tuple[int, np.ndarray]], device: torch.device) -> torch.Tensor:
+    rows = np.repeat([row for row, _ in wanted], [len(columns) for _, columns in wanted])
+    columns = np.concatenate([np.empty(0, np.int64), *(columns for _, columns in wanted)])
+    return to_device(torch.from_numpy(np.stack([rows, columns]).astype(np.int64)), device)
