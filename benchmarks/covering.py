@@ -217,7 +217,15 @@ def load_pair(args: argparse.Namespace):
     else:
         problems = make_problems(args.num_prompts, seed=9, split="train", kind_shares=KIND_SHARES)
         questions = [problem["question"] for problem in problems]
-    prompts, own_prompts = (each([f"{question}\n" for question in questions]).input_ids for each in (tokenizer, own))
+    if tokenizer.chat_template and own.chat_template:
+        rows = [{"prompt": [{"role": "user", "content": question}]} for question in questions]
+        prompts, own_prompts = (
+            encode_rows(rows, each, set(find_eos_ids(model, each)))["prompt_ids"]
+            for model, each in ((expert, tokenizer), (amateur, own))
+        )
+    else:
+        texts = [f"{question}\n" for question in questions]
+        prompts, own_prompts = (each(texts).input_ids for each in (tokenizer, own))
     completions = generate_greedy(expert, prompts, vocabulary, eos_ids, max_new_tokens=args.max_new_tokens)
     trajectories = [Trajectory(*pair) for pair in zip(prompts, completions, strict=True)]
     other = OtherAmateur(
@@ -314,7 +322,6 @@ def measure_speed(args: argparse.Namespace) -> None:
             f"{steps / covered:,.0f}",
             flush=True,
         )
-    other.covering.forget()
     for model in (expert, amateur):
         timed("heads", model.get_output_embeddings(), "forward")
         timed("passes", model.get_decoder(), "forward")
@@ -322,14 +329,20 @@ def measure_speed(args: argparse.Namespace) -> None:
     timed("lookups", covered_step, "look_up")
     timed("lookups", CrossScoring, "_probabilities")
     torch.Tensor.tolist, torch.Tensor.numpy = counted(torch.Tensor.tolist), counted(torch.Tensor.numpy)
-    covered = seconds(lambda: other.score(expert, amateur, trajectories, own_prompts, ALPHA, BETA))
     parts = ("passes", "heads", "lookups", "tokenizers")
-    print(
-        f"of {covered:.2f} s with texts unknown, each part waited for: "
-        + ", ".join(f"{name} {spent[name]:.2f}" for name in parts)
-        + f", everything else {covered - sum(spent.values()):.2f}; {calls['passes']} passes of both models, "
-        f"{calls['transfers']} transfers of lookups"
-    )
+    for name in ("unknown", "known"):
+        if name == "unknown":
+            other.covering.forget()
+        spent.clear()
+        calls.clear()
+        start = time.process_time()
+        covered = seconds(lambda: other.score(expert, amateur, trajectories, own_prompts, ALPHA, BETA))
+        print(
+            f"of {covered:.2f} s ({time.process_time() - start:.2f} s of processor time) with texts {name}, each part "
+            "waited for: " + ", ".join(f"{name} {spent[name]:.2f}" for name in parts) + ", everything else "
+            f"{1e3 * (covered - sum(spent.values())) / steps:.2f} ms a step; {calls['passes']} passes of both models, "
+            f"{calls['transfers']} transfers of lookups"
+        )
 
 
 if __name__ == "__main__":
