@@ -17,6 +17,7 @@ ROOT = {"completion": r"\boxed{\sqrt{20}}", "gold": r"2\sqrt{5}"}
 
 
 def test_a_grader_imports_nothing_from_where_it_is_started(tmp_path, monkeypatch):
+    verdicts._graders.close()
     for name in ("sympy", "math_verify", "queue", "json", "trl_lightreasoner", "sitecustomize", "antlr4"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'a').write({name!r})")
     monkeypatch.chdir(tmp_path)
@@ -86,6 +87,13 @@ def test_an_error_of_computer_algebra_is_no_verdict(monkeypatch):
     monkeypatch.setattr(verdicts, "equal_by_math_verify", fail)
     assert verdicts._reply(ROOT) == verdicts.Verdict(r"\sqrt{20}", False, "RecursionError")
     assert verdicts._reply({"completion": "#### 18", "gold": "18"}).correct  # needs none
+
+
+def test_a_grader_that_works_grades_what_comes_next(monkeypatch):
+    check_math_verify()  # starts it
+    monkeypatch.setattr(verdicts.Graders, "_start", lambda self: pytest.fail("another one was started"))
+    for _ in range(2):
+        assert grade_all([ROOT])[0].correct and grade(**ROOT).correct
 
 
 @pytest.mark.parametrize("call", [check_math_verify, lambda: grade(**ROOT), lambda: grade_all([ROOT])])

@@ -86,6 +86,15 @@ class Graders:
         with self._lock:
             self._idle.append(grader)
 
+    def hand_to(self, other: "Graders", count: int) -> None:
+        """Move up to `count` idle graders to another pool, which need not start them."""
+        with self._lock:
+            moved, self._idle = self._idle[:count], self._idle[count:]
+            self._all = [grader for grader in self._all if grader not in moved]
+        with other._lock:
+            other._idle += moved
+            other._all += moved
+
     def close(self) -> None:
         """End all graders, even at work."""
         with self._lock:

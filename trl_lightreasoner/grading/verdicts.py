@@ -32,7 +32,7 @@ MAX_ANSWER_LENGTH = 1000
 _MAX_LENGTH_HERE = 50_000
 _MAX_PRODUCT_HERE = 10_000
 
-# For `grade`: its processes stay for the next call
+# For `grade`: its processes stay for the next call, and so does one of `grade_all`'s
 _graders = Graders()
 atexit.register(_graders.close)
 if hasattr(os, "register_at_fork"):
@@ -137,11 +137,13 @@ def grade_all(items: Iterable[dict], num_workers: int | None = None, timeout: fl
     if undecided:
         count = min(num_workers or min(os.cpu_count() or 1, 8), len(undecided))
         graders = Graders()
+        _graders.hand_to(graders, count)
         with ThreadPoolExecutor(count) as threads:
             try:
                 graded = threads.map(lambda index: _grade_there(items[index], graders, timeout), undecided)
                 for index, verdict in zip(undecided, graded, strict=True):
                     verdicts[index] = verdict
+                graders.hand_to(_graders, 1)
             finally:  # also after an interruption
                 threads.shutdown(wait=False, cancel_futures=True)
                 graders.close()
