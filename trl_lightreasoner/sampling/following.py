@@ -29,9 +29,9 @@ class Following:
     Example:
 
     ```python
-    >>> following = Following(next_tokens, amateur)
-    >>> place = following.place(next_tokens.edge(()))
-    >>> tokens, is_whole = following(np.array([place, place]), np.array([5, 6]))
+    >>> following = Following(next_tokens, amateur)  # doctest: +SKIP
+    >>> place = following.place(next_tokens.edge(()))  # doctest: +SKIP
+    >>> tokens, is_whole = following(np.array([place, place]), np.array([5, 6]))  # doctest: +SKIP
 
     ```
     """
