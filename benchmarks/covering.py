@@ -35,7 +35,7 @@ from trl_lightreasoner.demo.task import amateur_solution, make_problems
 from trl_lightreasoner.generation.greedy import find_eos_ids, generate_greedy
 from trl_lightreasoner.models.token_bytes import TokenBytes
 from trl_lightreasoner.sampling import covered_step
-from trl_lightreasoner.sampling.covered_step import CoveredStep, log_width, open_contexts
+from trl_lightreasoner.sampling.covered_step import USUAL, CoveredStep, log_width, open_contexts
 from trl_lightreasoner.sampling.covering import Covering
 from trl_lightreasoner.sampling.cross_scoring import MAX_WIDTH, CrossScoring
 from trl_lightreasoner.sampling.other_amateur import OtherAmateur
@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--amateur")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="of that pair's expert")
     parser.add_argument("--questions", help="JSON lines, for that pair")
+    parser.add_argument("--bare_text", action="store_true", help="no chat templates")
     parser.add_argument("--agreement", action="store_true", help="compare that pair with the plain computation")
     args = parser.parse_args()
     if args.agreement:
@@ -165,15 +166,14 @@ def measure(name, amateur, own, expert, tokenizer, rows, completions, masks, eos
             answers = [None if token in eos_ids else token for token in needed]
             steps += 1
             values = []
-            for finer in (False, True):
+            for pruning in (USUAL, USUAL._replace(of_candidate=1e-5, most_contexts=400)):
+                finer = pruning != USUAL
                 if finer and exact:
                     break
-                covered_step._OPEN_OF_CANDIDATE = 1e-5 if finer else 1e-3
-                covered_step._MOST_CONTEXTS = 400 if finer else 48
                 place = read.starts(completion[: t + 1], t + 1)[t]
                 if place is None:
                     break
-                step = CoveredStep(read, place, answers, answers)
+                step = CoveredStep(read, place, answers, answers, pruning)
                 while contexts := step.wanted():
                     extra += sum(not finer and list(context) != trunk[: len(context)] for context in contexts)
                     openings = [(step, context, row) for row, context in enumerate(contexts)]
@@ -217,7 +217,7 @@ def load_pair(args: argparse.Namespace):
     else:
         problems = make_problems(args.num_prompts, seed=9, split="train", kind_shares=KIND_SHARES)
         questions = [problem["question"] for problem in problems]
-    if tokenizer.chat_template and own.chat_template:
+    if tokenizer.chat_template and own.chat_template and not args.bare_text:
         rows = [{"prompt": [{"role": "user", "content": question}]} for question in questions]
         prompts, own_prompts = (
             encode_rows(rows, each, set(find_eos_ids(model, each)))["prompt_ids"]
@@ -255,7 +255,7 @@ def measure_agreement(args: argparse.Namespace) -> None:
         for token, prob in kept[step].items()
     ]
     supports = sum(kept[step].keys() == found[step].keys() for step in both)
-    # Where the divergence over the 20 most probable tokens is below beta, though the full one is not
+    # Where the divergence over the most probable tokens is below beta, though the full one is not
     coarse = sum((covered[i].kl_divergence[t] or math.inf) < BETA for i, t in kept.keys() - found.keys())
     print(
         f"{sum(len(each.completion_ids) for each in trajectories)} steps, {len(kept)} kept by the plain computation, "

@@ -9,8 +9,8 @@ import torch
 
 from trl_lightreasoner.demo.task import expert_solution, make_problems
 from trl_lightreasoner.models.token_bytes import TokenBytes
-from trl_lightreasoner.sampling import covered_step, token_lookup
-from trl_lightreasoner.sampling.covered_step import CoveredStep, log_width, open_contexts
+from trl_lightreasoner.sampling import token_lookup
+from trl_lightreasoner.sampling.covered_step import FINE, USUAL, CoveredStep, log_width, open_contexts
 from trl_lightreasoner.sampling.covering import Covering
 from trl_lightreasoner.sampling.cross_scoring import MAX_WIDTH
 from trl_lightreasoner.sampling.next_tokens import NextTokens
@@ -61,9 +61,9 @@ def completions(pair, count):
         yield [*pair.expert(text, add_special_tokens=False).input_ids, pair.expert.eos_token_id]
 
 
-def make_step(pair, completion, t, needed, asked=None):
+def make_step(pair, completion, t, needed, asked=None, pruning=USUAL):
     start = pair.covering.starts(completion, t + 1)[t]
-    return CoveredStep(pair.covering, start, needed, needed if asked is None else asked)
+    return CoveredStep(pair.covering, start, needed, needed if asked is None else asked, pruning)
 
 
 def all_tokens(pair):
@@ -142,8 +142,9 @@ def naive(pair, completion, t, floor=1e-5):
     return {token: mass / total for token, mass in found.items()}, left / total
 
 
+@pytest.mark.parametrize("pruning", [USUAL, FINE], ids=["usual", "fine"])
 @pytest.mark.parametrize("name", PAIRS)
-def test_the_covering_is_what_every_text_of_the_amateur_says(name, pairs):
+def test_the_covering_is_what_every_text_of_the_amateur_says(name, pruning, pairs):
     pair = pairs(name)
     errors, favourites, nested = [], [], 0
     (completion,) = completions(pair, 1)
@@ -152,7 +153,7 @@ def test_the_covering_is_what_every_text_of_the_amateur_says(name, pairs):
         true, left = naive(pair, completion, t)
         tokens = [token for token in sorted(true, key=true.get, reverse=True) if true[token] >= 5e-3][:6]
         needed = [None if token == "end" else token for token in tokens]
-        step = read(pair, make_step(pair, completion, t, needed, all_tokens(pair)))
+        step = read(pair, make_step(pair, completion, t, needed, all_tokens(pair), pruning))
         bounds = step.bounds(needed)
         for token, low, high in zip(tokens, bounds.low, bounds.high, strict=True):
             # The naive value has an interval too, of what it did not follow
@@ -231,14 +232,14 @@ def test_an_interval_that_is_narrow_enough_needs_no_further_trials(name, pairs, 
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_few_contexts_are_enough_to_reach_a_step(name, pairs, monkeypatch):
+def test_few_contexts_are_enough_to_reach_a_step(name, pairs):
     pair = pairs(name)
     (completion,) = completions(pair, 1)
     for t, token in enumerate(completion[:-1][:11]):
         start = pair.covering.starts(completion, t + 1)[t]
         assert pair.amateur.join(start.path) == start.missing
-        monkeypatch.setattr(covered_step, "_MOST_CONTEXTS", len(start.path) + 1)
-        step = read(pair, make_step(pair, completion, t, [token]))
+        pruning = USUAL._replace(most_contexts=len(start.path) + 1)
+        step = read(pair, make_step(pair, completion, t, [token], pruning=pruning))
         assert step.is_read and step.num_opened == len(start.path) + 1
 
 
@@ -248,8 +249,8 @@ def test_an_interval_that_cannot_be_narrow_enough_is_not_tried(pairs, monkeypatc
     steps = []
     for t, token in enumerate(completion[:-1][:11]):
         start = pair.covering.starts(completion, t + 1)[t]
-        monkeypatch.setattr(covered_step, "_MOST_CONTEXTS", len(start.path) + 1)
-        step = read(pair, make_step(pair, completion, t, [token]))
+        pruning = USUAL._replace(most_contexts=len(start.path) + 1)
+        step = read(pair, make_step(pair, completion, t, [token], pruning=pruning))
         if not step._states.tried.all() and step._least_width([token]) > MAX_WIDTH:
             steps.append((step, token))
     assert steps

@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler,
 from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR, as_prompt
 from trl_lightreasoner.demo.task import make_problems
 from trl_lightreasoner.hub.cards import dataset_card
+from trl_lightreasoner.sampling import cross_scoring
+from trl_lightreasoner.sampling.covered_step import FINE, USUAL, CoveredStep
 from trl_lightreasoner.sampling.other_amateur import PLAIN_TEMPLATE
 
 from ..conftest import QUESTIONS, make_model
@@ -62,19 +65,49 @@ def sampled(tmp_path_factory, renumbered):
     return made
 
 
+def labels_of(rows):
+    return {
+        (i, t): dict(zip(ids, probs, strict=True))
+        for i, row in enumerate(rows)
+        for t, ids, probs in zip(row["step_positions"], row["label_ids"], row["label_probs"], strict=True)
+    }
+
+
+def assert_same_labels(plain, covered):
+    for step, label in covered.items():
+        assert label == pytest.approx(plain[step], abs=1e-3)
+
+
 def test_the_same_tokens_under_other_ids_give_the_same_labels(sampled):
-    kept = []
-    for plain, covered in zip(*sampled, strict=True):
-        assert plain["completion_ids"] == covered["completion_ids"]
-        labels = list(zip(plain["label_ids"], plain["label_probs"], strict=True))
-        labels = dict(zip(plain["step_positions"], labels, strict=True))
-        for t, ids, probs in zip(covered["step_positions"], covered["label_ids"], covered["label_probs"], strict=True):
-            label = dict(zip(*labels[t], strict=True))
-            assert dict(zip(ids, probs, strict=True)) == pytest.approx(label, abs=1e-3)
-        kept.append((len(covered["step_positions"]), len(labels)))
-    few, many = np.sum(kept, 0)
-    assert many > 10
-    assert few >= 0.9 * many
+    assert sampled[0]["completion_ids"] == sampled[1]["completion_ids"]
+    plain, covered = map(labels_of, sampled)
+    assert_same_labels(plain, covered)
+    assert len(plain) > 10
+    assert len(covered) >= 0.9 * len(plain)
+
+
+def test_a_step_that_would_be_kept_but_is_too_uncertain_is_read_again(tmp_path, sampled, renumbered, monkeypatch):
+    few = USUAL._replace(most_contexts=0)  # only the amateur's own tokens before the step
+    made = Counter()
+    make = CoveredStep.__init__
+
+    def count(self, covering, start, needed, asked, pruning):
+        made[pruning] += 1
+        make(self, covering, start, needed, asked, pruning)
+
+    monkeypatch.setattr(CoveredStep, "__init__", count)
+    monkeypatch.setattr(cross_scoring, "USUAL", few)
+    kept, dropped = [], []
+    for fine in (few._replace(rest=0.0), FINE):
+        monkeypatch.setattr(cross_scoring, "FINE", fine)
+        sampler = ContrastiveStepSampler(
+            str(PAIR / "expert"), renumbered, args(tmp_path / str(len(kept)), dtype="float32")
+        )
+        kept.append(labels_of(sampler.sample(PROMPTS)))
+        dropped.append(sampler.other_amateur._scoring.dropped["not exact enough"])
+    assert kept[0].keys() < kept[1].keys()
+    assert made[FINE] == dropped[0] > dropped[1]  # no other step was read again
+    assert_same_labels(labels_of(sampled[0]), kept[1])
 
 
 @pytest.mark.parametrize(
@@ -96,10 +129,7 @@ def test_settings_of_the_label_and_of_the_amateur_count_alike(settings, tmp_path
         for name, amateur in (("plain", str(PAIR / "amateur")), ("covered", renumbered))
     )
     assert covered["label_probs"][0] != sampled[1]["label_probs"][0][: len(covered["label_probs"][0])]
-    for row, other in zip(plain, covered, strict=True):
-        labels = dict(zip(row["step_positions"], zip(row["label_ids"], row["label_probs"], strict=True), strict=True))
-        for t, ids, probs in zip(other["step_positions"], other["label_ids"], other["label_probs"], strict=True):
-            assert dict(zip(ids, probs, strict=True)) == pytest.approx(dict(zip(*labels[t], strict=True)), abs=1e-3)
+    assert_same_labels(labels_of(plain), labels_of(covered))
 
 
 def test_the_divergence_is_a_lower_bound(sampled):

@@ -19,14 +19,34 @@ from .next_tokens import LOST, NO_TEXT, OPEN
 from .token_lookup import Reply, Request, Table, look_up
 
 
-# A state is opened if it has this share of the probability of a needed token, or of everything
-_OPEN_OF_CANDIDATE, _OPEN_OF_ALL = 1e-3, 2e-2
-# Tokens that are not followed can together have this share of the least probable needed token that they could become
-_REST = 1e-4
-# Contexts that a step can open
-_MOST_CONTEXTS = 48
-
 _NONE = np.empty(0, np.int64)
+
+
+class Pruning(NamedTuple):
+    """
+    What a step leaves out.
+
+    Attributes:
+        of_candidate, of_all (`float`): A state is opened if it has this share of the probability of a needed token, or
+            of everything.
+        rest (`float`): Tokens that are not followed can together have this share of the least probable needed token
+            that they could become.
+        blank (`float`): Where a blank splits the text, a token that begins with one is followed if it has this
+            probability. The others are summed.
+        most_contexts (`int`): Contexts that a step can open.
+    """
+
+    of_candidate: float
+    of_all: float
+    rest: float
+    blank: float
+    most_contexts: int
+
+
+USUAL = Pruning(1e-3, 2e-2, 1e-4, 1e-2, 48)
+# For the few steps that would be kept if their intervals were narrower. When the amateur's own tokens of q are opened,
+# it is not yet known how probable q is, so `rest` is a share of 1; q can have less than 1e-5
+FINE = Pruning(1e-4, 2e-2, 1e-12, 0.0, 96)
 
 
 @dataclass(slots=True, eq=False)
@@ -89,10 +109,18 @@ class CoveredStep:
         start ([`Start`]): Where the step starts.
         needed (`list[int | None]`): Expert tokens that need a narrow interval. `None` is the end of the answer.
         asked (`list[int | None]`): Expert tokens that need an estimate, including those in `needed`.
+        pruning ([`Pruning`]): What is left out.
     """
 
-    def __init__(self, covering: Covering, start: Start, needed: list[int | None], asked: list[int | None]):
-        self.covering, self.needed = covering, needed
+    def __init__(
+        self,
+        covering: Covering,
+        start: Start,
+        needed: list[int | None],
+        asked: list[int | None],
+        pruning: Pruning = USUAL,
+    ):
+        self.covering, self.needed, self.pruning = covering, needed, pruning
         self._edge, self._start = covering.next_tokens.edge(start.tail), start.context
         self._settled: defaultdict[int | None, float] = defaultdict(float)  # the end of the answer among them
         # Sums of the table: over everything, of tokens in `asked`, and over what can become a token in `needed`
@@ -126,14 +154,14 @@ class CoveredStep:
             return [(*self._start, *context) for context in self._opening]
         self._absorb()
         states = self._states
-        self._likely, self._highest_now = _OPEN_OF_ALL * self._everything(), self._highest()
+        self._likely, self._highest_now = self.pruning.of_all * self._everything(), self._highest()
         likely = states.mass >= self._likely
-        likely |= (states.near & (states.mass[:, None] >= _OPEN_OF_CANDIDATE * self._highest_now)).any(1)
+        likely |= (states.near & (states.mass[:, None] >= self.pruning.of_candidate * self._highest_now)).any(1)
         likely &= states.ids >= 0
         self._try(np.flatnonzero(likely & ~states.tried))
         rows = [row for row in np.flatnonzero(likely & (states.ids >= 0)).tolist() if self._matters(row)]
         rows.sort(key=lambda row: -states.mass[row])
-        rows = rows[: max(0, _MOST_CONTEXTS - self.num_opened)]
+        rows = rows[: max(0, self.pruning.most_contexts - self.num_opened)]
         self._is_done = not rows
         for row in rows:
             source = self._as_source(row)
@@ -190,8 +218,8 @@ class CoveredStep:
 
     def _request(self, source: _Source, row: int) -> Request:
         covering, missing = self.covering, source.missing
-        least = self._highest_now[source.near].min() if source.near.any() else self._likely / _OPEN_OF_ALL
-        rest = _REST * max(1.0, least / max(source.mass, 1e-300))
+        least = self._highest_now[source.near].min() if source.near.any() else self._likely / self.pruning.of_all
+        rest = self.pruning.rest * max(1.0, least / max(source.mass, 1e-300))
         if missing:
             longer = covering.amateur.starting_with(missing)
             same = len(covering.amateur.ids.get(missing, ()))
@@ -205,7 +233,7 @@ class CoveredStep:
         others = np.unique(np.concatenate(similar)) if similar else _NONE
         asked = np.array([covering.expert_places[token] for token in self._asked_by_table], np.int64)
         near = [covering.starting_with(token) for token in needed]
-        blank = _OPEN_OF_ALL / 2 if is_split else 0.0
+        blank = self.pruning.blank if is_split else 0.0
         return Request(row, None, rest, others, blank, Table(asked, near))
 
     def open(self, opened: list[tuple[_Source, Request, Reply]], found: _States) -> None:

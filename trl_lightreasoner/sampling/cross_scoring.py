@@ -14,13 +14,13 @@ from ..contrast import NonFiniteLogitsError, contrastive_label, step_divergence
 from ..models.weights import get_base_model
 from ..vocabulary import Vocabulary
 from .branches import BranchedRows
-from .covered_step import CoveredStep, log_width, open_contexts
+from .covered_step import FINE, USUAL, CoveredStep, Pruning, log_width, open_contexts
 from .covering import Covering, Start
 from .scoring import PART_LOGITS, LogitsAtSteps, Trajectory, TrajectoryScores, as_batch, group_by_length
 
 
 # The expert's most probable tokens that the divergence tells apart; the rest is one event
-TOP_TOKENS = 20
+TOP_TOKENS = 40
 # Nats that log pi_A of a token in the mask can be uncertain by, gamma times, as it counts in the label
 MAX_WIDTH = 0.1
 # In place of a probability that is 0 as far as is known, so that no divergence is infinite
@@ -40,6 +40,17 @@ class _ExpertStep(NamedTuple):
     tokens: list[int | None]
     log_probs: list[float]
     plausible: list[bool]
+
+
+class _Compared(NamedTuple):
+    """
+    What the amateur says of an `_ExpertStep`: its log-probabilities, the divergence, and how uncertain it is of the
+    plausible tokens, which is 0 if the step cannot be kept.
+    """
+
+    log_probs: torch.Tensor
+    divergence: float
+    width: float
 
 
 class CrossScoring:
@@ -97,14 +108,25 @@ class CrossScoring:
         names = names or [f"trajectory {i}" for i in range(len(trajectories))]
         width = get_base_model(amateur).config.get_text_config().vocab_size
         experts = self._read_expert(expert, trajectories, alpha, names, expert_hidden_states)
+        # log pi_A counts gamma times in the label
+        most_width = MAX_WIDTH / contrast_strength if contrast_strength else math.inf
         scores: dict[int, TrajectoryScores] = {}
         for group in _groups([len(each.completion_ids) for each in trajectories], width):
-            completions = [trajectories[i].completion_ids for i in group]
-            prompts = [amateur_prompts[i] for i in group]
-            steps = self._cover(amateur, completions, prompts, [experts[i] for i in group], [names[i] for i in group])
-            for i, covered in zip(group, steps, strict=True):
+            least = [[beta] * len(experts[i]) for i in group]
+            if not include_first_step:
+                least = [[math.inf, *each[1:]] for each in least]
+            compared = self._compare(
+                amateur,
+                [trajectories[i].completion_ids for i in group],
+                [amateur_prompts[i] for i in group],
+                [experts[i] for i in group],
+                [names[i] for i in group],
+                least,
+                most_width,
+            )
+            for place, i in enumerate(group):
                 scores[i] = self._score(
-                    covered, experts[i], beta, include_first_step, contrast_strength, expert_anchor
+                    compared[place], experts[i], least[place], most_width, contrast_strength, expert_anchor
                 )
         return [scores[i] for i in range(len(trajectories))]
 
@@ -147,41 +169,66 @@ class CrossScoring:
             )
         return steps
 
-    def _cover(
+    def _compare(
         self,
         amateur: torch.nn.Module,
         completions: list[list[int]],
         prompts: list[list[int]],
         experts: list[list[_ExpertStep]],
         names: list[str],
-    ) -> list[list[CoveredStep | None]]:
-        """The steps of some completions, with the amateur read wherever needed."""
-        covered: list[list[CoveredStep | None]] = []
+        least: list[list[float]],
+        most_width: float,
+    ) -> list[list[_Compared | None]]:
+        """
+        Read the steps of some completions with the amateur. Those of at least a divergence that are more uncertain
+        than `most_width` are read again, with less left out.
+        """
         # The amateur's own tokens of each completion; row k of its logits is after the first k of them
-        trunks: list[list[int]] = []
-        for completion, tops in zip(completions, experts, strict=True):
-            starts = self.covering.starts(completion, len(completion))
-            covered.append(list(map(self._step, starts, tops, completion)))
-            trunks.append(self.covering.own_tokens(completion[:-1]))
+        trunks = [self.covering.own_tokens(completion[:-1]) for completion in completions]
         room = [None if self.max_length is None else self.max_length - len(prompt) for prompt in prompts]
         trunks = [trunk if most is None else trunk[: max(0, most)] for trunk, most in zip(trunks, room, strict=True)]
         own = [Trajectory(prompt, [*trunk, 0]) for prompt, trunk in zip(prompts, trunks, strict=True)]
         read = BranchedRows(amateur, own, self._as_amateur)
+        starts = [self.covering.starts(completion, len(completion)) for completion in completions]
+        compared: list[list[_Compared | None]] = [[None] * len(completion) for completion in completions]
+        places = [(row, t) for row, completion in enumerate(completions) for t in range(len(completion))]
+        for pruning in (USUAL, FINE):
+            steps = {
+                (row, t): self._step(starts[row][t], experts[row][t], completions[row][t], pruning)
+                for row, t in places
+            }
+            self._cover(read, trunks, room, names, steps)
+            for (row, t), step in steps.items():
+                if step is not None and step.is_read:
+                    compared[row][t] = _compare_step(step, experts[row][t], least[row][t], most_width)
+            places = [
+                (row, t) for row, t in places if (each := compared[row][t]) is not None and each.width > most_width
+            ]
+        return compared
+
+    def _cover(
+        self,
+        read: BranchedRows,
+        trunks: list[list[int]],
+        room: list[int | None],
+        names: list[str],
+        steps: dict[tuple[int, int], CoveredStep | None],
+    ) -> None:
+        """Open contexts of steps, by row and number, as long as they want any. Those that cannot become `None`."""
         most_probs = _PART_PROBS if read.logits[0].device.type == "cpu" else _PART_PROBS_ON_DEVICE
         while True:
             asked: dict[_Context, list[CoveredStep]] = {}
-            for row, steps in enumerate(covered):
-                for t, step in enumerate(steps):
-                    if step is None:
-                        continue
-                    for context in step.wanted():
-                        most = room[row]
-                        if most is not None and len(context) > most:  # beyond what the amateur reads
-                            steps[t] = None
-                            break
-                        asked.setdefault((row, context), []).append(step)
+            for (row, t), step in steps.items():
+                if step is None:
+                    continue
+                for context in step.wanted():
+                    most = room[row]
+                    if most is not None and len(context) > most:  # beyond what the amateur reads
+                        steps[row, t] = None
+                        break
+                    asked.setdefault((row, context), []).append(step)
             if not asked:
-                return covered
+                return
             found = self._read(read, trunks, list(asked))
             while part := list(islice(found, max(1, most_probs // len(self.covering.amateur.bytes)))):
                 contexts = [(names[row], context, asked[row, context]) for (row, context), _ in part]
@@ -218,11 +265,11 @@ class CrossScoring:
         probs.sub_(probs.amax(-1, keepdim=True)).exp_()
         return probs.div_(probs.sum(-1, keepdim=True))
 
-    def _step(self, start: Start | None, top: _ExpertStep, taken: int) -> CoveredStep | None:
+    def _step(self, start: Start | None, top: _ExpertStep, taken: int, pruning: Pruning) -> CoveredStep | None:
         if start is None or not self._is_readable(top, taken):
             return None
         needed = [token for token, mask in zip(top.tokens, top.plausible, strict=True) if mask]
-        return CoveredStep(self.covering, start, needed, top.tokens)
+        return CoveredStep(self.covering, start, needed, top.tokens, pruning)
 
     def _is_readable(self, top: _ExpertStep, taken: int) -> bool:
         """Whether every plausible token, and the one that was taken, stands for text or for the end of the answer."""
@@ -232,43 +279,48 @@ class CrossScoring:
 
     def _score(
         self,
-        covered: list[CoveredStep | None],
+        compared: list[_Compared | None],
         experts: list[_ExpertStep],
-        beta: float,
-        include_first_step: bool,
+        least: list[float],
+        most_width: float,
         contrast_strength: float,
         expert_anchor: float,
     ) -> TrajectoryScores:
         scores = TrajectoryScores([], [], [], [])
-        for t, (step, top) in enumerate(zip(covered, experts, strict=True)):
-            if step is None or not step.is_read:
+        for t, (amateur, top) in enumerate(zip(compared, experts, strict=True)):
+            if amateur is None:
                 self.dropped["not readable"] += 1
                 scores.kl_divergence.append(None)
                 continue
-            of_expert = torch.tensor(top.log_probs, dtype=torch.float64)
-            of_amateur = torch.tensor(step.estimate(top.tokens), dtype=torch.float64).clamp_min(_FLOOR)
-            # {the most probable tokens, the rest}
-            rests = [(1 - probs.sum()).clamp_min(_FLOOR).log()[None] for probs in (of_expert.exp(), of_amateur)]
-            of_amateur = of_amateur.log()
-            parts = [torch.cat(each) for each in zip((of_expert, of_amateur), rests, strict=True)]
-            divergence = step_divergence(*parts).item()
-            scores.kl_divergence.append(divergence)
-            if divergence < beta or (t == 0 and not include_first_step):
+            scores.kl_divergence.append(amateur.divergence)
+            if amateur.divergence < least[t]:
                 continue
-            mask = torch.tensor(top.plausible)
-            # log pi_A counts gamma times in the label
-            most = MAX_WIDTH / contrast_strength if contrast_strength else math.inf
-            bounds = step.bounds(step.needed, most)
-            if max(map(log_width, bounds.low, bounds.high)) > most:
+            if amateur.width > most_width:
                 self.dropped["not exact enough"] += 1
                 continue
-            label = contrastive_label(of_expert, of_amateur, mask, contrast_strength, expert_anchor).float()
+            mask, of_expert = torch.tensor(top.plausible), torch.tensor(top.log_probs, dtype=torch.float64)
+            label = contrastive_label(of_expert, amateur.log_probs, mask, contrast_strength, expert_anchor).float()
             label, order = label.sort(descending=True, stable=True)
             support = int((label > 0).sum().item())
             scores.step_positions.append(t)
             scores.label_ids.append([top.ids[place] for place in order[:support].tolist()])
             scores.label_probs.append(label[:support].tolist())
         return scores
+
+
+def _compare_step(step: CoveredStep, top: _ExpertStep, least: float, most_width: float) -> _Compared:
+    """The intervals of a step of at least a divergence are made at most `most_width` nats wide, if possible."""
+    of_expert = torch.tensor(top.log_probs, dtype=torch.float64)
+    of_amateur = torch.tensor(step.estimate(top.tokens), dtype=torch.float64).clamp_min(_FLOOR)
+    # {the most probable tokens, the rest}
+    rests = [(1 - probs.sum()).clamp_min(_FLOOR).log()[None] for probs in (of_expert.exp(), of_amateur)]
+    of_amateur = of_amateur.log()
+    parts = [torch.cat(each) for each in zip((of_expert, of_amateur), rests, strict=True)]
+    divergence = step_divergence(*parts).item()
+    if divergence < least:
+        return _Compared(of_amateur, divergence, 0.0)
+    bounds = step.bounds(step.needed, most_width)
+    return _Compared(of_amateur, divergence, max(map(log_width, bounds.low, bounds.high)))
 
 
 def _check_finite(logits: torch.Tensor, name: str) -> None:

@@ -13,7 +13,7 @@ from ..steps.prompt_format import has_messages
 from ..text import read_text
 from ..vocabulary import Vocabulary, check_embedded, model_vocabulary
 from .covering import Covering
-from .cross_scoring import MAX_WIDTH, CrossScoring
+from .cross_scoring import MAX_WIDTH, TOP_TOKENS, CrossScoring
 from .scoring import TrajectoryScores
 
 
@@ -65,8 +65,8 @@ class OtherAmateur:
         return (
             "The amateur has a different tokenizer. Its probabilities are converted to the expert's tokens by a "
             f"covering over bytes: {self.num_shared:,} of the expert's {len(self.covering.expert.ids):,} tokens are "
-            "also the amateur's. kl_divergence covers the expert's 20 most probable tokens and all others as one, "
-            "which is a lower bound."
+            f"also the amateur's. kl_divergence covers the expert's {TOP_TOKENS} most probable tokens and all others "
+            "as one, which is a lower bound."
         )
 
     def identity(self) -> dict[str, Any]:
