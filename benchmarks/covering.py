@@ -12,7 +12,8 @@ expert's tokenizer, for which the expert itself stands in?
     python benchmarks/covering.py --expert EXPERT --amateur AMATEUR --num_prompts 64
 
 With --agreement, and an amateur that has the expert's tokenizer: does it keep the same steps as the plain computation,
-with the same labels? --questions is a file of JSON lines with a "question" each.
+with the same labels? --questions is a file of JSON lines with a "question" each, and --bare_text leaves chat templates
+out.
 
     python benchmarks/covering.py --expert EXPERT --amateur AMATEUR --agreement --questions train.jsonl
 """
