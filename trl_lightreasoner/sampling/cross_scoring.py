@@ -1,5 +1,6 @@
 """[`~trl_lightreasoner.sampling.scoring.score_trajectories`] for an amateur with other tokens: one pass over its own
-tokens of a completion, and batches of the further contexts that the covering asks for."""
+tokens of a completion, and batches of the further contexts that the covering asks for. Steps that would be kept but
+are too uncertain are read twice."""
 
 import math
 from collections import Counter
