@@ -13,7 +13,7 @@ from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler,
 from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR, as_prompt
 from trl_lightreasoner.demo.task import make_problems
 from trl_lightreasoner.hub.cards import dataset_card
-from trl_lightreasoner.sampling import cross_scoring
+from trl_lightreasoner.sampling import cross_scoring, other_amateur
 from trl_lightreasoner.sampling.covered_step import FINE, USUAL, CoveredStep
 from trl_lightreasoner.sampling.other_amateur import PLAIN_TEMPLATE
 
@@ -183,6 +183,17 @@ def test_completions_that_are_given_are_read_alike(tmp_path, sampled, renumbered
         length = min(len(one["completion_ids"]), len(other["completion_ids"]))
         assert one["completion_ids"][:length] == other["completion_ids"][:length]
         assert one["kl_divergence"][:length] == pytest.approx(other["kl_divergence"][:length], abs=1e-4)
+
+
+def test_rows_of_a_reading_that_tells_other_tokens_apart_are_not_mixed_in(tmp_path, renumbered, monkeypatch):
+    def sample(number):
+        monkeypatch.setattr(other_amateur, "TOP_TOKENS", number)
+        settings = {"dtype": "float32", "max_new_tokens": 2}
+        return ContrastiveStepSampler(str(PAIR / "expert"), renumbered, args(tmp_path, **settings)).sample(PROMPTS)
+
+    assert len(sample(20)) == len(sample(20)) == len(PROMPTS)
+    with pytest.raises(ValueError, match="was started with amateur reading = .* the expert's 20 most probable"):
+        sample(40)
 
 
 def other_pair(tokenizer, chat_template=None):

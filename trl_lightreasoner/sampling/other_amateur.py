@@ -72,7 +72,7 @@ class OtherAmateur:
     def identity(self) -> dict[str, Any]:
         """Everything but the prompts that the rows depend on."""
         content = repr((self.covering.amateur.bytes, self.end_ids))
-        return {"amateur tokens": hashlib.sha256(content.encode()).hexdigest()}
+        return {"amateur tokens": hashlib.sha256(content.encode()).hexdigest(), "amateur reading": self.reading}
 
     def check_prompts(self, dataset: Dataset) -> None:
         """
