@@ -738,6 +738,7 @@ def test_grade_all_in_a_script_without_a_guard_and_in_a_thread(tmp_path):
 
 
 def test_a_worker_that_dies_is_replaced(monkeypatch):
+    verdicts._graders.close()
     start = graders.Graders._start
     started = []
 

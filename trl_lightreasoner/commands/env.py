@@ -4,6 +4,8 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+import torch
+
 from .arguments import ArgumentParser
 from .running_on import device_names
 
@@ -30,6 +32,7 @@ def main() -> None:
             lines[package] = version(package)
         except PackageNotFoundError:
             lines[package] = "not installed"
+    lines["torch"] = torch.__version__  # names its build, which a wheel's own version may not
     lines["device"] = ", ".join(device_names())
     lines |= {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     print("\n".join(f"- {name}: {value}" for name, value in lines.items()))
