@@ -5,11 +5,12 @@ the length of each row from the GPU's memory and reads no more than that, so one
 layer gets its rows' bounds, see [`row_bounds`], in the place of the attention mask.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from transformers import AttentionInterface, PretrainedConfig
+
+from ..models.forward import attention_named
 
 
 _NAME = "rows"
@@ -28,15 +29,9 @@ def why_no_row_attention(keys: torch.Tensor, values: torch.Tensor) -> str | None
     return None
 
 
-@contextmanager
-def row_attention(config: PretrainedConfig) -> Iterator[None]:
+def row_attention(config: PretrainedConfig) -> AbstractContextManager:
     """Context in which the layers of the model with this `config` read the bounds of rows instead of a mask."""
-    before = config._attn_implementation
-    config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    return attention_named(config, _NAME)
 
 
 def row_bounds(num_rows: int, num_columns: int, device: torch.device) -> torch.Tensor:

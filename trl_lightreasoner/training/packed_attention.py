@@ -5,14 +5,13 @@ reads the same arguments. In any other case a batch stays padded.
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PretrainedConfig
 
-from ..models.forward import has_full_attention, rope_switch
+from ..models.forward import attention_named, has_full_attention, rope_switch
 from ..models.weights import get_base_model
 
 
@@ -38,15 +37,9 @@ def can_pack(model: torch.nn.Module) -> bool:
     )
 
 
-@contextmanager
-def packed_attention(config: PretrainedConfig) -> Iterator[None]:
+def packed_attention(config: PretrainedConfig) -> AbstractContextManager:
     """Context in which the layers of the model with this `config` accept only packed batches from [`pack`]."""
-    before = config._attn_implementation
-    config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    return attention_named(config, _NAME)
 
 
 def is_packed(config: PretrainedConfig) -> bool:
