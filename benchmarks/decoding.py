@@ -1,10 +1,12 @@
 """
 Time of greedy decoding on a CUDA GPU: attention under a mask or by each row's length, in pieces or in slots that the
 next prompts fill. Weights are random, in the shape of Qwen2.5-1.5B, and prompts and lengths are drawn from a seed. No
-EOS is expected, so each row ends when it has its number of tokens, in a piece as by an EOS.
+EOS is expected, so each row ends when it has its number of tokens, in a piece as by an EOS. With `--lengths` a
+Markdown table of the tokens a second of batches whose answers all have one length, beside `generate`.
 
 ```bash
 python benchmarks/decoding.py
+python benchmarks/decoding.py --lengths 512 1024 4096 --batch_sizes 64 256 1024
 python benchmarks/decoding.py --small  # two layers and few prompts, also on a CPU, to try this script
 ```
 """
@@ -17,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import cached_property, partial
 
 import torch
 from accelerate import PartialState
@@ -28,7 +31,7 @@ from trl_lightreasoner.generation import cuda_graphs
 from trl_lightreasoner.generation.completions import find_batch_size
 from trl_lightreasoner.generation.cuda_graphs import complete_in_slots, why_by_mask
 from trl_lightreasoner.generation.row_attention import row_bounds, why_no_row_attention
-from trl_lightreasoner.generation.row_cache import MAX_ROWS, RowLayer
+from trl_lightreasoner.generation.row_cache import MAX_ROWS, RowLayer, rows_that_fit
 from trl_lightreasoner.models.forward import attention_backends
 from trl_lightreasoner.vocabulary import Vocabulary
 
@@ -131,11 +134,8 @@ class Bench:
 
     def measure(self, name: str, run: Callable[[], list[list[int]]]) -> None:
         self.clear()
-        self.wait()
-        start = time.perf_counter()
-        completions = run()
-        self.wait()
-        seconds = time.perf_counter() - start
+        completions: list[list[int]] = []
+        seconds = self.time(lambda: completions.extend(run()))
         count = sum(map(len, completions))
         assert [len(ids) for ids in completions] == self.rooms
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.is_cuda else 0
@@ -144,28 +144,90 @@ class Bench:
 
     def floor(self) -> None:
         """Least time by the memory's bandwidth and by the products of matrices, both as measured here."""
+        num_slots = min(MAX_ROWS, len(self.prompts))
+        moving, multiplying, read, moved = self.least_seconds(self.prompts, self.rooms, num_slots)
+        prompt_tokens = sum(map(len, self.prompts))
+        print(
+            f"floor: {moving:.2f} s to move {moved / 1e12:.2f} TB at {self.bandwidth / 1e12:.2f} TB/s (keys and "
+            f"values {read / 1e12:.2f} TB), {multiplying:.2f} s for products at {self.rate / 1e12:.0f} "
+            f"TFLOP/s; {len(self.prompts):,} prompts of {prompt_tokens:,} tokens, {sum(self.rooms):,} new tokens"
+        )
+
+    def least_seconds(
+        self, prompts: list[list[int]], rooms: list[int], num_slots: int
+    ) -> tuple[float, float, float, float]:
+        """Seconds to move weights, keys and values, and for the products; bytes of keys and values, and of all."""
         config = self.model.config
         head_dim = config.hidden_size // config.num_attention_heads
         size = self.model.dtype.itemsize
         of_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * size
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        num_tokens = sum(self.rooms)
-        read = sum((len(ids) + (room + 1) / 2) * room for ids, room in zip(self.prompts, self.rooms, strict=True))
-        num_slots = min(MAX_ROWS, len(self.prompts))
-        moved = read * of_token + num_parameters * size * num_tokens / num_slots
+        tokens_read = sum((len(ids) + (room + 1) / 2) * room for ids, room in zip(prompts, rooms, strict=True))
+        read = tokens_read * of_token
+        moved = read + num_parameters * size * sum(rooms) / num_slots
+        products = 2 * num_parameters * (sum(rooms) + sum(map(len, prompts)))
+        return moved / self.bandwidth, products / self.rate, read, moved
+
+    @cached_property
+    def bandwidth(self) -> float:
+        """Bytes a second, of a copy."""
         source = torch.empty(2**28 if self.is_cuda else 2**22, device=self.model.device)
         target = torch.empty_like(source)
-        bandwidth = 2 * source.numel() * 4 / self.seconds_of(lambda: target.copy_(source))
+        return 2 * source.numel() * 4 / self.seconds_of(lambda: target.copy_(source))
+
+    @cached_property
+    def rate(self) -> float:
+        """Operations a second, of a product of matrices."""
         width = 8192 if self.is_cuda else 512
         matrix = torch.randn(width, width, device=self.model.device, dtype=self.model.dtype)
-        rate = 2 * width**3 / self.seconds_of(lambda: matrix @ matrix)
-        prompt_tokens = sum(map(len, self.prompts))
-        products = 2 * num_parameters * (num_tokens + prompt_tokens)
-        print(
-            f"floor: {moved / bandwidth:.2f} s to move {moved / 1e12:.2f} TB at {bandwidth / 1e12:.2f} TB/s (keys and "
-            f"values {read * of_token / 1e12:.2f} TB), {products / rate:.2f} s for products at {rate / 1e12:.0f} "
-            f"TFLOP/s; {len(self.prompts):,} prompts of {prompt_tokens:,} tokens, {num_tokens:,} new tokens"
+        return 2 * width**3 / self.seconds_of(lambda: matrix @ matrix)
+
+    @torch.no_grad()
+    def rates(self, lengths: list[int], batch_sizes: list[int], most_generated: int) -> None:
+        """Tokens a second of batches that decode as many tokens a row, `generate` up to `most_generated` tokens."""
+        print("| rows | new tokens | tokens a second | `generate` | by bandwidth and products | peak GiB |")
+        print("|---" * 6 + "|")
+        for length in lengths:
+            for num_rows in batch_sizes:
+                self.clear()
+                prompts = (self.prompts * (num_rows // len(self.prompts) + 1))[:num_rows]
+                prompts = sorted(prompts, key=len, reverse=True)
+                if self.is_cuda and rows_that_fit(self.model, len(prompts[0]) + length) < num_rows:
+                    print(f"| {num_rows:,} | {length:,} | does not fit | | | |", flush=True)
+                    continue
+                count, rooms = num_rows * length, [length] * num_rows
+                self.complete(prompts, [2] * num_rows, num_rows)
+                seconds = self.time(partial(self.complete, prompts, rooms, num_rows))
+                peak = torch.cuda.max_memory_allocated() / 2**30 if self.is_cuda else 0
+                least = max(self.least_seconds(prompts, rooms, num_rows)[:2])
+                generated = ""
+                if length <= most_generated:
+                    self.clear()
+                    generated = f"{count / self.time(partial(self.generate, prompts, length)):,.0f}"
+                rates = f"{count / seconds:,.0f} | {generated} | {count / least:,.0f}"
+                print(f"| {num_rows:,} | {length:,} | {rates} | {peak:.1f} |", flush=True)
+
+    def generate(self, prompts: list[list[int]], length: int) -> None:
+        """Left-padded rows by transformers."""
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts], device=self.model.device)
+        is_token = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
+        made = self.model.generate(
+            ids,
+            attention_mask=is_token.to(self.model.device),
+            do_sample=False,
+            max_new_tokens=length,
+            min_new_tokens=length,
+            pad_token_id=0,
         )
+        assert made.shape[1] == longest + length
+
+    def time(self, run: Callable[[], object]) -> float:
+        self.wait()
+        start = time.perf_counter()
+        run()
+        self.wait()
+        return time.perf_counter() - start
 
     def seconds_of(self, run: Callable[[], object], count: int = 10) -> float:
         for _ in range(3):
@@ -262,11 +324,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="two layers, and few and short prompts")
     parser.add_argument("--num_prompts", type=int, default=None, help="2,400 by default, or 40")
+    parser.add_argument("--lengths", type=int, nargs="+", help="new tokens of each row; prints a table of rates")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[64, 256, 1024], help="rows of that table")
+    parser.add_argument("--most_generated", type=int, default=512, help="longest length at which `generate` is timed")
     args = parser.parse_args()
     PartialState()
     began = time.perf_counter()
     bench = Bench(args.small, args.num_prompts or (40 if args.small else 2400))
     print(f"model in {time.perf_counter() - began:.1f} s", flush=True)
+    if args.lengths:
+        bench.rates(args.lengths, args.batch_sizes, args.most_generated)
+        return
 
     def by_mask_in_pieces() -> list[list[int]]:
         with attention_under_a_mask():
@@ -280,7 +348,7 @@ def main() -> None:
         ("warm-up", lambda: bench.complete(bench.prompts[:64], [8] * len(bench.prompts[:64]), 32)),
         ("attends", bench.attends),
         ("floor", bench.floor),
-        ("difference", bench.difference),
+        *([("difference", bench.difference)] if bench.is_cuda else []),
         ("by length in slots", lambda: bench.measure("by length in slots", bench.in_slots)),
         ("by length in pieces", lambda: bench.measure("by length in pieces", bench.in_pieces)),
         ("by mask in pieces", lambda: bench.measure("by mask in pieces", by_mask_in_pieces)),
