@@ -11,8 +11,8 @@ from trl_lightreasoner.demo.bundled_pair import PAIR
 
 COMPILER = "torch._inductor.compile_fx"
 MODELS = {"datasets", "torch", "transformers", "transformers.modeling_utils"}
-# PEFT imports bitsandbytes, and that the compiler of PyTorch
-ADAPTERS = MODELS | {"peft", "transformers.trainer_utils", "bitsandbytes.nn", COMPILER}
+# PEFT imports bitsandbytes, and that would import the compiler of PyTorch
+ADAPTERS = MODELS | {"peft", "transformers.trainer_utils", "bitsandbytes.nn"}
 # What each may import of the modules below. They run one after the other in one process, whose modules add up
 ALLOWED = {
     "merge --help": set(),
@@ -25,7 +25,14 @@ ALLOWED = {
     "train --help": ADAPTERS,
     "train": ADAPTERS | {"transformers.trainer", "trl.trainer.utils"},
 }
-SLOW = [*ADAPTERS, "transformers.trainer", "trl.trainer.utils", "trl.trainer.sft_trainer", "trl.trainer.base_trainer"]
+SLOW = [
+    *ADAPTERS,
+    COMPILER,
+    "transformers.trainer",
+    "trl.trainer.utils",
+    "trl.trainer.sft_trainer",
+    "trl.trainer.base_trainer",
+]
 SLOW += ["liger_kernel", "math_verify", "matplotlib", "optuna", "vllm"]
 
 RUN = """

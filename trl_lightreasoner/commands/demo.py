@@ -10,6 +10,7 @@ from typing import Any
 
 from ..text import printable
 from .arguments import ArgumentParser
+from .late_compiling import compiling_late
 from .next_command import next_command
 from .running_on import announce
 
@@ -57,7 +58,9 @@ def main(args: DemoArguments) -> dict[str, float]:
     import datasets
     import torch
     import transformers
-    from peft import LoraConfig
+
+    with compiling_late():
+        from peft import LoraConfig
 
     from ..demo.bundled_pair import KIND_SHARES, PAIR, as_prompt
     from ..demo.task import make_problems

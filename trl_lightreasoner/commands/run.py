@@ -4,6 +4,7 @@ import gc
 
 from ..pipeline.run_config import RunConfig
 from .arguments import ArgumentParser
+from .late_compiling import compiling_late
 from .running_on import announce_stages
 
 
@@ -19,7 +20,8 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 def main(args: RunConfig) -> None:
     import datasets
 
-    from ..pipeline.run import run_pipeline
+    with compiling_late():
+        from ..pipeline.run import run_pipeline
 
     gc.freeze()  # the libraries' objects stay, and each stage would look for garbage among them
     announce_stages(args)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from trl import ModelConfig, ScriptArguments
 
 from .arguments import ArgumentParser, quantization_of
+from .late_compiling import compiling_late
 from .next_command import next_command
 from .running_on import announce
 from .terminal import hide_file_bars
@@ -186,7 +187,8 @@ class LightReasonerModelConfig(ModelConfig):
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:
-    from ..training.lightreasoner_config import LightReasonerConfig
+    with compiling_late():
+        from ..training.lightreasoner_config import LightReasonerConfig
 
     types: list[type] = [TrainArguments, LightReasonerConfig, LightReasonerModelConfig]
     refused = ("dataset_streaming", "ignore_bias_buffers", "label_smoothing_factor")

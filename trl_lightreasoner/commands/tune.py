@@ -2,6 +2,7 @@
 
 from ..pipeline.tune_config import TuneConfig
 from .arguments import ArgumentParser
+from .late_compiling import compiling_late
 from .running_on import announce_stages
 
 
@@ -17,7 +18,8 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 def main(args: TuneConfig) -> None:
     import datasets
 
-    from ..pipeline.tune import tune
+    with compiling_late():
+        from ..pipeline.tune import tune
 
     announce_stages(args)
     datasets.disable_progress_bars()  # those of files. The bars of the stages remain
