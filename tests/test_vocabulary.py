@@ -73,6 +73,21 @@ def test_padded_columns_are_not_in_a_models_vocabulary(tokenizer):
     assert vocabulary.ids.tolist() == list(range(len(tokenizer)))
 
 
+def test_a_token_that_is_added_later_is_in_the_vocabulary():
+    tokenizer = word_tokenizer()
+    before = len(model_vocabulary(tokenizer, width=99))
+    tokenizer.add_tokens(["later"])
+    assert len(model_vocabulary(tokenizer, width=99)) == before + 1
+
+
+def test_the_tokens_are_listed_once(monkeypatch):
+    tokenizer = word_tokenizer()
+    tokens, listed = tokenizer.get_vocab(), []
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: listed.append(1) or tokens)
+    assert [len(model_vocabulary(tokenizer, width)) for width in (99, 1)] == [len(tokens), 1]
+    assert listed == [1]
+
+
 def test_gaps_between_ids_are_not_in_a_models_vocabulary():
     assert model_vocabulary(word_tokenizer({"one": 0, "two": 3, "three": 5}), width=9).ids.tolist() == [0, 3, 5]
 

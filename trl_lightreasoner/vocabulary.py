@@ -6,12 +6,16 @@ column that belongs to no token is excluded from every probability, whatever its
 """
 
 import copy
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedTokenizerBase, logging
 
 
 logger = logging.get_logger(__name__)
+
+# Of each tokenizer the number of its tokens and these with their ids, which take a tenth of a second to list
+_listed: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, dict[str, int]]] = WeakKeyDictionary()
 
 
 class Vocabulary:
@@ -95,8 +99,12 @@ def model_vocabulary(tokenizer: PreTrainedTokenizerBase, width: int, name: str =
 
 
 def _tokens_with_logits(tokenizer: PreTrainedTokenizerBase, width: int, name: str) -> dict[str, int]:
+    count, tokens = _listed.get(tokenizer, (None, {}))
+    if count != len(tokenizer):  # not listed yet, or a token was added
+        tokens = tokenizer.get_vocab()
+        _listed[tokenizer] = (len(tokenizer), tokens)
     # A tokenizer can have more tokens: Gemma 3 1B has no embedding for the image token
-    vocabulary = {token: token_id for token, token_id in tokenizer.get_vocab().items() if token_id < width}
+    vocabulary = {token: token_id for token, token_id in tokens.items() if token_id < width}
     if not vocabulary:
         raise ValueError(
             f"No token of the {name}'s tokenizer has a logit. Pass the tokenizer that belongs to the {name}."
