@@ -10,7 +10,7 @@ import time
 import pytest
 
 from trl_lightreasoner.grading import verdicts
-from trl_lightreasoner.grading.verdicts import check_math_verify, grade, grade_all
+from trl_lightreasoner.grading.verdicts import check_math_verify, grade, grade_all, start_grader
 
 
 ROOT = {"completion": r"\boxed{\sqrt{20}}", "gold": r"2\sqrt{5}"}
@@ -94,6 +94,38 @@ def test_a_grader_that_works_grades_what_comes_next(monkeypatch):
     monkeypatch.setattr(verdicts.Graders, "_start", lambda self: pytest.fail("another one was started"))
     for _ in range(2):
         assert grade_all([ROOT])[0].correct and grade(**ROOT).correct
+
+
+def test_graders_that_graded_many_grade_what_comes_next(monkeypatch):
+    grade_all([ROOT] * 8, num_workers=2)
+    monkeypatch.setattr(verdicts.Graders, "_start", lambda self: pytest.fail("another one was started"))
+    assert len(verdicts._graders._idle) >= 2
+    assert all(verdict.correct for verdict in grade_all([ROOT] * 8, num_workers=2))
+
+
+def test_a_grader_started_ahead_is_the_one_that_is_checked(monkeypatch):
+    verdicts._graders.close()
+    start_grader()
+    start_grader()
+    assert len(verdicts._graders._all) == 1
+    monkeypatch.setattr(verdicts.Graders, "_open", lambda self: pytest.fail("another one was started"))
+    check_math_verify()
+    assert grade(**ROOT).correct
+
+
+def test_a_grader_started_ahead_that_cannot_work_is_an_error(monkeypatch):
+    verdicts._graders.close()
+    start_grader()
+    verdicts._graders._launched[0].kill()
+    with pytest.raises(ImportError, match="the grading process ended at its start. Reinstall it"):
+        check_math_verify()
+
+
+def test_no_grader_is_started_ahead_without_math_verify(monkeypatch):
+    verdicts._graders.close()
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    start_grader()
+    assert not verdicts._graders._all
 
 
 @pytest.mark.parametrize("call", [check_math_verify, lambda: grade(**ROOT), lambda: grade_all([ROOT])])

@@ -31,7 +31,7 @@ from .. import __version__
 from ..generation.completions import GreedyDecoder, evaluating, run_in_batches, share_batches
 from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
-from ..grading.verdicts import check_math_verify
+from ..grading.verdicts import check_math_verify, start_grader
 from ..models.loading import add_quantization, hub_kwargs, load_config, load_model, load_tokenizer
 from ..models.weights import describe_loading, describe_model, weight_fingerprint
 from ..processes import Processes
@@ -190,7 +190,7 @@ def evaluate(
     print(evaluation.table())
     ```
     """
-    check_math_verify()
+    start_grader()  # ready when the tokenizers are
     args = _in_the_form_of_training(args, model)
     processes = Processes()
     problems = {name: load_benchmark(name, args.data_dir, args.max_samples) for name in args.benchmarks or []}
@@ -198,6 +198,7 @@ def evaluate(
     if baseline is not None:
         of_baseline = (baseline, baseline_processing_class, quantization_config)
         candidates.append(Candidate("baseline", *of_baseline, args, problems, processes, other=candidates[0]))
+    check_math_verify()
     for candidate in candidates:
         candidate.answer()
     return Evaluation(processes.on_main(lambda: grade_candidates(candidates, args)))

@@ -37,6 +37,7 @@ class Graders:
 
     def __init__(self):
         self._lock = threading.Lock()
+        self._launched: list[subprocess.Popen] = []  # not known to work yet
         self._idle: list[subprocess.Popen] = []
         self._all: list[subprocess.Popen] = []
 
@@ -80,6 +81,13 @@ class Graders:
             return json.loads(line), None
         return None, f"over {timeout:g} seconds" if expired.is_set() else "the grading process died"
 
+    def launch(self) -> None:
+        """Start a grader ahead of its first use, without waiting until it is ready."""
+        if not self._all:
+            grader = self._open()
+            with self._lock:
+                self._launched.append(grader)
+
     def start(self) -> None:
         """Start a grader if there is none, with the same errors as [`~Graders.ask`]."""
         grader = self._take()
@@ -98,7 +106,7 @@ class Graders:
     def close(self) -> None:
         """End all graders, even at work."""
         with self._lock:
-            graders, self._all, self._idle = self._all, [], []
+            graders, self._all, self._idle, self._launched = self._all, [], [], []
         for grader in graders:
             _end(grader)
 
@@ -120,7 +128,7 @@ class Graders:
                 self._all.remove(grader)
         _end(grader)
 
-    def _start(self) -> subprocess.Popen:
+    def _open(self) -> subprocess.Popen:
         # The path is passed as arguments: PYTHONPATH would also apply to Python's own start
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         grader = subprocess.Popen(
@@ -134,6 +142,12 @@ class Graders:
         )
         with self._lock:
             self._all.append(grader)
+        return grader
+
+    def _start(self) -> subprocess.Popen:
+        with self._lock:
+            launched = self._launched.pop() if self._launched else None
+        grader = launched or self._open()
         line = _pipes(grader)[1].readline()
         if line != json.dumps(_READY) + "\n":
             self._end(grader)

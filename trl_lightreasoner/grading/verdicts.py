@@ -32,7 +32,7 @@ MAX_ANSWER_LENGTH = 1000
 _MAX_LENGTH_HERE = 50_000
 _MAX_PRODUCT_HERE = 10_000
 
-# For `grade`: its processes stay for the next call, and so does one of `grade_all`'s
+# They stay for the next call, because each takes a second or two to start
 _graders = Graders()
 atexit.register(_graders.close)
 if hasattr(os, "register_at_fork"):
@@ -143,11 +143,17 @@ def grade_all(items: Iterable[dict], num_workers: int | None = None, timeout: fl
                 graded = threads.map(lambda index: _grade_there(items[index], graders, timeout), undecided)
                 for index, verdict in zip(undecided, graded, strict=True):
                     verdicts[index] = verdict
-                graders.hand_to(_graders, 1)
+                graders.hand_to(_graders, count)
             finally:  # also after an interruption
                 threads.shutdown(wait=False, cancel_futures=True)
                 graders.close()
     return [verdict for verdict in verdicts if verdict is not None]  # all are there by now
+
+
+def start_grader() -> None:
+    """Start what [`check_math_verify`] waits for, if math-verify is installed, so that it gets ready meanwhile."""
+    if importlib.util.find_spec("math_verify") is not None:
+        _graders.launch()
 
 
 def check_math_verify() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.evaluation import Evaluation
-from ..grading.verdicts import check_math_verify
+from ..grading.verdicts import check_math_verify, start_grader
 from ..report.write_report import write_report
 from .folder import RunFolder, write_json
 from .questions import prepare_questions
@@ -141,6 +141,8 @@ def run_pipeline(args: RunConfig) -> RunResult:
     ```
     """
     stages, folder = Stages(), RunFolder(args)
+    if args.num_held_out or args.benchmarks:
+        start_grader()  # ready when the tokenizers are
     # Everything that can be refused before weights are loaded
     sampler = open_pair(args, folder.round(1).steps, "run")
     training_config(args, folder.adapter)
