@@ -96,7 +96,15 @@ def test_a_grader_that_works_grades_what_comes_next(monkeypatch):
         assert grade_all([ROOT])[0].correct and grade(**ROOT).correct
 
 
+def test_a_grader_that_is_ready_decides_a_few_alone(monkeypatch):
+    check_math_verify()
+    monkeypatch.setattr(verdicts.Graders, "_start", lambda self: pytest.fail("another one was started"))
+    items = [{**ROOT, "gold": gold} for gold in (r"\sqrt{20}", r"\sqrt{21}", r"2\sqrt{5}")]
+    assert [verdict.correct for verdict in grade_all(items, num_workers=3)] == [True, False, True]
+
+
 def test_graders_that_graded_many_grade_what_comes_next(monkeypatch):
+    monkeypatch.setattr(verdicts, "_SECONDS_TO_START", 0)
     grade_all([ROOT] * 8, num_workers=2)
     monkeypatch.setattr(verdicts.Graders, "_start", lambda self: pytest.fail("another one was started"))
     assert len(verdicts._graders._idle) >= 2

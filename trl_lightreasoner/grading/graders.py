@@ -94,6 +94,11 @@ class Graders:
         with self._lock:
             self._idle.append(grader)
 
+    def has_idle(self) -> bool:
+        """Whether a grader is ready."""
+        with self._lock:
+            return bool(self._idle)
+
     def hand_to(self, other: "Graders", count: int) -> None:
         """Move up to `count` idle graders to another pool, which need not start them."""
         with self._lock:

@@ -12,6 +12,7 @@ in separate processes (`graders`), which are ended at the limit. Long answers an
 import atexit
 import importlib.util
 import os
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from .graders import Graders, serve
 
 # Seconds that one completion may take
 TIMEOUT = 5.0
+# About what a grading process takes to start
+_SECONDS_TO_START = 1.0
 # Longer texts are not answers but runaway output
 MAX_ANSWER_LENGTH = 1000
 # What is longer is graded where it can be stopped: a completion, and an answer times its reference, each part of which
@@ -32,7 +35,7 @@ MAX_ANSWER_LENGTH = 1000
 _MAX_LENGTH_HERE = 50_000
 _MAX_PRODUCT_HERE = 10_000
 
-# They stay for the next call, because each takes a second or two to start
+# They stay for the next call
 _graders = Graders()
 atexit.register(_graders.close)
 if hasattr(os, "register_at_fork"):
@@ -134,6 +137,11 @@ def grade_all(items: Iterable[dict], num_workers: int | None = None, timeout: fl
     items = list(items)
     verdicts = [_grade_here(item) for item in items]
     undecided = [index for index, verdict in enumerate(verdicts) if verdict is None]
+    # A process that is ready decides a few before others have started
+    soon = time.monotonic() + _SECONDS_TO_START
+    while undecided and _graders.has_idle() and time.monotonic() < soon:
+        index = undecided.pop()
+        verdicts[index] = _grade_there(items[index], _graders, timeout)
     if undecided:
         count = min(num_workers or min(os.cpu_count() or 1, 8), len(undecided))
         graders = Graders()
