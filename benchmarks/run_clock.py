@@ -46,11 +46,10 @@ def main(flags: list[str]) -> None:
         subprocess.run([*command, "--output_dir", str(folder / "run")], check=True)
         seconds = time.perf_counter() - start
         verdict = json.loads((folder / "run" / "verdict.json").read_text())
-    stages = verdict["seconds"]
+    stages = {stage: value for stage, value in verdict["seconds"].items() if stage != "total"}
     print(f"\n{verdict['sentence']}\n\n| stage | seconds |\n|---|---|")
-    for stage, value in {**stages, "start and end": seconds - stages["total"]}.items():
-        if stage != "total":
-            print(f"| {stage} | {value:.1f} |")
+    for stage, value in {**stages, "start, tokenizers and end": seconds - sum(stages.values())}.items():
+        print(f"| {stage} | {value:.1f} |")
     print(f"| **in all** | **{seconds:.1f}** |")
     times = os.times()
     print(f"| processor time | {times.children_user + times.children_system:.1f} |")
