@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ..models.token_bytes import TokenBytes, split_characters
 from .independent_texts import independent_places
+from .joined_texts import JoinedTexts
 
 
 # Texts that show whether a tokenization is final, and the number of longer tokens tried with them
@@ -69,6 +70,7 @@ class NextTokens:
     def __init__(self, expert: TokenBytes):
         self.expert = expert
         self.places = independent_places(expert)
+        self._joined = JoinedTexts(expert, self.places)
         self._lengths = [len(content or b"") for content in expert.bytes]
         # By the end of q and the text after it
         self._known: defaultdict[Edge, dict[bytes, tuple[int, bool]]] = defaultdict(dict)
@@ -102,7 +104,7 @@ class NextTokens:
         keys = [self._key(*pair) for pair in pairs]
         new = dict.fromkeys(key for key in keys if key[1] not in self._known[key[0]])
         texts = [split_characters(before.content + each) for before, each in new]
-        encoded = self.expert.encode_all([text[0].encode() if text else b"" for text in texts]) if texts else []
+        encoded = self._joined.encode_all([text[0].encode() if text else b"" for text in texts]) if texts else []
         for (before, each), text, ids in zip(new, texts, encoded, strict=True):
             token = _next_token(before.tail, ids)
             if text is None:
@@ -133,7 +135,7 @@ class NextTokens:
                 further = dict.fromkeys((*_PROBES, *self._longer_tokens(before, each)))
                 probes += [content + probe for probe in further]
             ends.append(len(probes))
-        encoded = self.expert.encode_all(probes) if probes else []
+        encoded = self._joined.encode_all(probes) if probes else []
         for (first, end), ((before, each), token), (moves, lost) in zip(
             pairwise(ends), new.items(), grown, strict=True
         ):
