@@ -48,20 +48,31 @@ class JoinedTexts:
 
     def encode_all(self, contents: list[bytes]) -> list[list[int] | None]:
         """The tokens of many byte strings, `None` for those that the tokens do not restore."""
-        found: list[list[int] | None] = [None] * len(contents)
         groups = self._groups(contents)
-        wholes, starts = zip(*(_join([contents[row] for row in rows]) for rows in groups), strict=True)
-        alone: list[int] = []
-        for rows, begins, ids in zip(groups, starts, self.tokens.encode_all(list(wholes)), strict=True):
-            if len(rows) == 1:
-                found[rows[0]] = ids
+        joined = [_join([contents[row] for row in rows]) for rows in groups]
+        flat: list[int] = []
+        rows, starts, alone = [], [], []
+        num_bytes = 0
+        encoded = self.tokens.encode_all([whole for whole, _ in joined])
+        for group, (whole, begins), ids in zip(groups, joined, encoded, strict=True):
+            if ids is None:
+                alone += group
                 continue
-            parts = None if ids is None else self._split(ids, begins, [len(contents[row]) for row in rows])
-            if parts is None:
-                alone += rows
-                continue
-            for row, part in zip(rows, parts, strict=True):
-                found[row] = part
+            flat += ids
+            rows += group
+            starts += [num_bytes + begin for begin in begins]
+            num_bytes += len(whole)
+        found: list[list[int] | None] = [None] * len(contents)
+        places = np.concatenate([[0], self._lengths[np.array(flat, np.int64)].cumsum()])
+        ends = np.array(starts, np.int64) + [len(contents[row]) for row in rows]
+        first, last = places.searchsorted(starts), places.searchsorted(ends)
+        # Else a token reaches across the end of a text
+        is_split = (places[first] == starts) & (places[last] == ends)
+        for row, ok, start, end in zip(rows, is_split.tolist(), first.tolist(), last.tolist(), strict=True):
+            if ok:
+                found[row] = flat[start:end]
+            else:
+                alone.append(row)
         for row, ids in zip(alone, self.tokens.encode_all([contents[row] for row in alone]), strict=True):
             found[row] = ids
         return found
@@ -83,16 +94,6 @@ class JoinedTexts:
         return alone + [
             first[i : i + 1] + between[ends[i] : ends[i + 1]] + last[i : i + 1] for i in range(count)
         ]
-
-    def _split(self, ids: list[int], starts: list[int], lengths: list[int]) -> list[list[int]] | None:
-        """The tokens of each text, or `None` if a token reaches across the end of one."""
-        places = np.concatenate([[0], self._lengths[ids].cumsum()])
-        bytes_at = np.array(starts)
-        bytes_at = np.stack([bytes_at, bytes_at + lengths])
-        found = places.searchsorted(bytes_at)
-        if (places[found] != bytes_at).any():
-            return None
-        return [ids[start:end] for start, end in found.T.tolist()]
 
 
 def _join(parts: list[bytes]) -> tuple[bytes, list[int]]:

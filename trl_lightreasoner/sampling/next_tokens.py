@@ -76,6 +76,8 @@ class NextTokens:
         self._known: defaultdict[Edge, dict[bytes, tuple[int, bool]]] = defaultdict(dict)
         self._final: defaultdict[Edge, dict[bytes, tuple[bool, bool]]] = defaultdict(dict)
         self._num_known = 0
+        # By the last byte of a text
+        self._probes_after: dict[bytes, list[bytes]] = {}
 
     def edge(self, tail: tuple[int, ...]) -> Edge:
         """The end of q, given so many of its tokens that the tokenizer reproduces them."""
@@ -132,7 +134,7 @@ class NextTokens:
         for ((before, each), token), (moves, lost) in zip(new.items(), grown, strict=True):
             if token == LOST or not lost and (before.tail or not moves):
                 content = before.content + each
-                further = dict.fromkeys((*_PROBES, *self._longer_tokens(before, each)))
+                further = dict.fromkeys((*self._probes(content), *self._longer_tokens(before, each)))
                 probes += [content + probe for probe in further]
             ends.append(len(probes))
         encoded = self._joined.encode_all(probes) if probes else []
@@ -177,6 +179,13 @@ class NextTokens:
             at -= self._lengths[token_id]
             lost = lost or bool(self.expert.going_on(text[at:], 1))
         return token == OPEN or bool(self.expert.going_on(beyond, 1)), lost
+
+    def _probes(self, content: bytes) -> list[bytes]:
+        """Those of the probes that can change the tokens of a text."""
+        last = content[-1:]
+        if last not in self._probes_after:
+            self._probes_after[last] = [probe for probe in _PROBES if not self.is_independent(last, probe)]
+        return self._probes_after[last]
 
     def _longer_tokens(self, edge: Edge, beyond: bytes) -> list[bytes]:
         """Bytes that would complete longer tokens that begin within the last tokens of a text."""
