@@ -1,6 +1,6 @@
 """Places in a text at which a tokenizer treats what is before and what is behind independently of each other.
 
-Most tokenizers do so before a blank, and many do so behind a word. This needs two things. No token reaches across the
+Most tokenizers do so before a blank, and many do so behind a word or at the start of a line. This needs two things. No token reaches across the
 place, so that no merge does. And the split into pieces, from left to right, has an end there. The first is looked up
 in the vocabulary, and the second is tried.
 """
@@ -20,6 +20,8 @@ _BLANKS = {(last, 32) for last in _PRINTABLE}
 _WORD_ENDS = {(last, first) for last in _LETTERS for first in (10, *_PRINTABLE) if first != 39} - {
     (last, first) for last in _LETTERS for first in _LETTERS
 }
+# Anything but a blank or an apostrophe behind the end of a line
+_LINE_STARTS = {(10, first) for first in _PRINTABLE if first != 39}
 # Pairs of texts with which it is tried, and texts among them that are no tokens
 _PAIRS = 4096
 _MORE = (b"  a", b" \n", b" \n\n ", b" 's", b" 12", b"12", b".a", b"\n\n a", b"()\n")
@@ -39,7 +41,8 @@ def independent_places(tokens: TokenBytes) -> re.Pattern[bytes] | None:
     ```
     """
     crossed = {pair for content in tokens.ids for pair in pairwise(content)}
-    for sides in ((_BLANKS | _WORD_ENDS) - crossed, _BLANKS - crossed):
+    for sides in (_BLANKS | _WORD_ENDS | _LINE_STARTS, _BLANKS | _WORD_ENDS, _BLANKS):
+        sides = sides - crossed
         if sides and _are_independent(tokens, sides):
             return _pattern(sides)
     return None
@@ -73,6 +76,9 @@ def _are_independent(tokens: TokenBytes, sides: set[tuple[int, int]]) -> bool:
         return False
     for last, first in draw.choices(possible, k=_PAIRS):
         pairs.append((draw.choice(before[last]), draw.choice(behind[first])))
+    # All ends of lines: some tokenizers split the last line break off if a line follows
+    firsts = [first for last, first in possible if last == 10]
+    pairs += [(one, draw.choice(behind[draw.choice(firsts)])) for one in before.get(10, ()) if firsts]
     parts = [tokens.encode_all(list(side)) for side in zip(*pairs, strict=True)]
     whole = tokens.encode_all([one + other for one, other in pairs])
     return all(None in (one, other) or ids == one + other for one, other, ids in zip(*parts, whole, strict=True))

@@ -13,8 +13,8 @@ import numpy as np
 from ..models.token_bytes import TokenBytes
 
 
-# Stands before a text that does not begin with a blank
-_WORD = b" a"
+# Stands between two texts, after a letter or sign and after the end of a line
+_WORDS = b" a", b"a"
 # Texts in one
 _MOST = 64
 
@@ -41,15 +41,19 @@ class JoinedTexts:
     def __init__(self, tokens: TokenBytes, places: re.Pattern[bytes] | None):
         self.tokens = tokens
         self._lengths = np.array([len(content or b"") for content in tokens.bytes])
-        # By a text's first and last byte
+
+        def is_independent(before: bytes, behind: bytes) -> bool:
+            return bool(places and places.match(before[-1:] + behind[:1], 1))
+
         each = [bytes([byte]) for byte in range(256)]
-        self._can_follow = [bool(places and places.match(_WORD[-1:] + first, 1)) for first in each]
-        self._can_precede = [bool(places and places.match(last + _WORD[:1], 1)) for last in each]
+        # By the first byte of a text, whether one of the words can stand before it, and by the last, which one behind
+        self._can_follow = [all(is_independent(word, first) for word in _WORDS) for first in each]
+        self._word_behind = [next((word for word in _WORDS if is_independent(last, word)), None) for last in each]
 
     def encode_all(self, contents: list[bytes]) -> list[list[int] | None]:
         """The tokens of many byte strings, `None` for those that the tokens do not restore."""
         groups = self._groups(contents)
-        joined = [_join([contents[row] for row in rows]) for rows in groups]
+        joined = [self._join([contents[row] for row in rows]) for rows in groups]
         flat: list[int] = []
         rows, starts, alone = [], [], []
         num_bytes = 0
@@ -84,8 +88,8 @@ class JoinedTexts:
             if not content:
                 alone.append([row])
             elif self._can_follow[content[0]]:
-                (between if self._can_precede[content[-1]] else last).append(row)
-            elif self._can_precede[content[-1]]:
+                (between if self._word_behind[content[-1]] else last).append(row)
+            elif self._word_behind[content[-1]]:
                 first.append(row)
             else:
                 alone.append([row])
@@ -95,13 +99,14 @@ class JoinedTexts:
             first[i : i + 1] + between[ends[i] : ends[i + 1]] + last[i : i + 1] for i in range(count)
         ]
 
-
-def _join(parts: list[bytes]) -> tuple[bytes, list[int]]:
-    """One text, and where each begins in it."""
-    whole, starts = bytearray(), []
-    for part in parts:
-        if whole and part[0] != 32:
-            whole += _WORD
-        starts.append(len(whole))
-        whole += part
-    return bytes(whole), starts
+    def _join(self, parts: list[bytes]) -> tuple[bytes, list[int]]:
+        """One text, and where each part begins in it."""
+        whole, starts = bytearray(), []
+        for part in parts:
+            if whole:
+                word = self._word_behind[whole[-1]]
+                # Before a blank, only behind the end of a line
+                whole += word if part[:1] != word[:1] else b""  # type: ignore[index, operator]
+            starts.append(len(whole))
+            whole += part
+        return bytes(whole), starts
