@@ -2,10 +2,11 @@
 tokens of a completion, and batches of the further contexts that the covering asks for. Steps that would be kept but
 are too uncertain are read twice."""
 
+import gc
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import NamedTuple
 
@@ -218,7 +219,20 @@ class CrossScoring:
         """Open contexts of steps, by row and number, as long as they want any. Those that cannot become `None`."""
         most_probs = _PART_PROBS if read.logits[0].device.type == "cpu" else _PART_PROBS_ON_DEVICE
         while True:
-            asked: dict[_Context, list[CoveredStep]] = {}
+            asked = self._wanted(room, steps)
+            if not asked:
+                return
+            found = self._read(read, trunks, list(asked))
+            while part := list(islice(found, max(1, most_probs // len(self.covering.amateur.bytes)))):
+                contexts = [(names[row], context, asked[row, context]) for (row, context), _ in part]
+                self._open(contexts, torch.stack([each for _, each in part]))
+
+    def _wanted(
+        self, room: list[int | None], steps: dict[tuple[int, int], CoveredStep | None]
+    ) -> dict[_Context, list[CoveredStep]]:
+        """The contexts that some steps want, and by which. Steps that the amateur cannot read become `None`."""
+        asked: dict[_Context, list[CoveredStep]] = {}
+        with _uncollected():
             for (row, t), step in steps.items():
                 if step is None:
                     continue
@@ -228,12 +242,7 @@ class CrossScoring:
                         steps[row, t] = None
                         break
                     asked.setdefault((row, context), []).append(step)
-            if not asked:
-                return
-            found = self._read(read, trunks, list(asked))
-            while part := list(islice(found, max(1, most_probs // len(self.covering.amateur.bytes)))):
-                contexts = [(names[row], context, asked[row, context]) for (row, context), _ in part]
-                self._open(contexts, torch.stack([each for _, each in part]))
+        return asked
 
     def _read(
         self, read: BranchedRows, trunks: list[list[int]], contexts: list[_Context]
@@ -252,7 +261,8 @@ class CrossScoring:
         """Open contexts, each of a named trajectory and wanted by some steps, with the logits `(N, W)` there."""
         probs = self._probabilities(logits, [(name, context) for name, context, _ in contexts])
         openings = [(step, context, row) for row, (_, context, steps) in enumerate(contexts) for step in steps]
-        open_contexts(self.covering, openings, probs)
+        with _uncollected():
+            open_contexts(self.covering, openings, probs)
 
     def _probabilities(self, logits: torch.Tensor, contexts: list[tuple[str, tuple[int, ...]]]) -> torch.Tensor:
         no_token = ~self.amateur_vocabulary.contains(torch.arange(logits.shape[1], device=logits.device))
@@ -307,6 +317,18 @@ class CrossScoring:
             scores.label_ids.append([top.ids[place] for place in order[:support].tolist()])
             scores.label_probs.append(label[:support].tolist())
         return scores
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without searches for garbage in cycles, of which there is none. Each looks at all texts in the caches."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _compare_step(step: CoveredStep, top: _ExpertStep, least: float, most_width: float) -> _Compared:
