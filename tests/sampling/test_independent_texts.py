@@ -1,6 +1,8 @@
 import random
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from trl_lightreasoner.models.token_bytes import TokenBytes
 from trl_lightreasoner.sampling.independent_texts import independent_places
@@ -47,3 +49,17 @@ def test_no_place_is_inside_a_token():
 def test_digits_that_are_counted_from_the_left_are_not_parted():
     places = independent_places(make("3 digits"))
     assert [found.start() for found in places.finditer(b"is 1234, and a12.")] == [2, 8, 12, 14]
+
+
+def test_the_start_of_a_line_is_independent_unless_it_parts_the_line_breaks_before_it():
+    assert independent_places(make("1 digit")).match(b"\na", 1)
+    # As GPT-2's, which leaves the last of some line breaks to what follows
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([text + "\n\n" for text in TEXTS], trainer)
+    tokens = TokenBytes(PreTrainedTokenizerFast(tokenizer_object=tokenizer), tokenizer.get_vocab_size())
+    assert b"\n\n" in tokens.ids and len(tokens.encode(b"\n\na")) == 3
+    places = independent_places(tokens)
+    assert places.match(b"a b", 1) and not places.match(b"\na", 1)

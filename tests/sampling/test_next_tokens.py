@@ -3,7 +3,7 @@ import random
 import pytest
 
 from trl_lightreasoner.models.token_bytes import TokenBytes
-from trl_lightreasoner.sampling.next_tokens import LOST, OPEN, NextTokens
+from trl_lightreasoner.sampling.next_tokens import _PROBES, LOST, OPEN, NextTokens
 
 from .other_tokens import byte_level_tokenizer, make_texts, sentencepiece_tokenizer
 
@@ -60,6 +60,17 @@ def test_no_further_text_changes_what_is_final(next_tokens, questions):
             assert lost or longer != LOST
         final += not is_open
     assert final > len(questions) / 2
+
+
+@pytest.mark.parametrize("kind", ["byte level", "pieces"])
+def test_texts_that_cannot_change_an_answer_are_not_tried(kind, questions, monkeypatch):
+    tokenizer = byte_level_tokenizer(TEXTS, 3, 400) if kind == "byte level" else sentencepiece_tokenizer(TEXTS, 200)
+    some, every = make(tokenizer), make(tokenizer)
+    monkeypatch.setattr(every, "_probes", lambda content: list(_PROBES))
+    texts = [beyond for _, beyond in questions]
+    for edge in (some.edge(()), some.edge(tuple(some.expert.encode(b"OK, 12 apples")))):
+        assert some.finality(edge, texts) == every.finality(edge, texts)
+    assert some._probes(b"apples") == [b"a", b"'s"]
 
 
 def test_texts_with_the_same_words_around_a_step_are_asked_once(next_tokens, monkeypatch):

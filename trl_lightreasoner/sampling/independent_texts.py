@@ -1,8 +1,8 @@
 """Places in a text at which a tokenizer treats what is before and what is behind independently of each other.
 
-Most tokenizers do so before a blank, and many do so behind a word or at the start of a line. This needs two things. No token reaches across the
-place, so that no merge does. And the split into pieces, from left to right, has an end there. The first is looked up
-in the vocabulary, and the second is tried.
+Most tokenizers do so before a blank, and many do so behind a word or at the start of a line. This needs two things. No
+token reaches across the place, so that no merge does. And the split into pieces, from left to right, has an end there.
+The first is looked up in the vocabulary, and the second is tried.
 """
 
 import random

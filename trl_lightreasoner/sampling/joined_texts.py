@@ -70,20 +70,20 @@ class JoinedTexts:
         places = np.concatenate([[0], self._lengths[np.array(flat, np.int64)].cumsum()])
         ends = np.array(starts, np.int64) + [len(contents[row]) for row in rows]
         first, last = places.searchsorted(starts), places.searchsorted(ends)
-        # Else a token reaches across the end of a text
-        is_split = (places[first] == starts) & (places[last] == ends)
-        for row, ok, start, end in zip(rows, is_split.tolist(), first.tolist(), last.tolist(), strict=True):
-            if ok:
-                found[row] = flat[start:end]
-            else:
-                alone.append(row)
+        if (places[first] != starts).any() or (places[last] != ends).any():  # they are not independent after all
+            return self.tokens.encode_all(contents)
+        for row, start, end in zip(rows, first.tolist(), last.tolist(), strict=True):
+            found[row] = flat[start:end]
         for row, ids in zip(alone, self.tokens.encode_all([contents[row] for row in alone]), strict=True):
             found[row] = ids
         return found
 
     def _groups(self, contents: list[bytes]) -> list[list[int]]:
         """Which texts become one. The first can begin with anything, and the last can end with anything."""
-        alone, first, last, between = [], [], [], []
+        alone: list[list[int]] = []
+        first: list[int] = []
+        between: list[int] = []
+        last: list[int] = []
         for row, content in enumerate(contents):
             if not content:
                 alone.append([row])
@@ -95,18 +95,16 @@ class JoinedTexts:
                 alone.append([row])
         count = max(len(first), len(last), math.ceil(len(between) / _MOST))
         ends = [len(between) * i // count for i in range(count + 1)] if count else [0]
-        return alone + [
-            first[i : i + 1] + between[ends[i] : ends[i + 1]] + last[i : i + 1] for i in range(count)
-        ]
+        return alone + [first[i : i + 1] + between[ends[i] : ends[i + 1]] + last[i : i + 1] for i in range(count)]
 
     def _join(self, parts: list[bytes]) -> tuple[bytes, list[int]]:
         """One text, and where each part begins in it."""
         whole, starts = bytearray(), []
         for part in parts:
             if whole:
-                word = self._word_behind[whole[-1]]
+                word = self._word_behind[whole[-1]] or b""
                 # Before a blank, only behind the end of a line
-                whole += word if part[:1] != word[:1] else b""  # type: ignore[index, operator]
+                whole += word if part[:1] != word[:1] else b""
             starts.append(len(whole))
             whole += part
         return bytes(whole), starts
