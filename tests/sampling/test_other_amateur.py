@@ -1,3 +1,4 @@
+import gc
 import json
 import shutil
 from collections import Counter
@@ -281,3 +282,16 @@ def test_the_check_asks_an_amateur_in_its_own_tokens(tmp_path, renumbered):
     checks = [each.check(PROMPTS, 2) for each in (sampler, plain)]
     assert checks[0].amateur_answers == checks[1].amateur_answers
     assert checks[0].num_steps == checks[1].num_steps
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_garbage_is_searched_for_after_a_round_as_before_it(was_enabled):
+    try:
+        if not was_enabled:
+            gc.disable()
+        with pytest.raises(KeyError), cross_scoring._uncollected():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == was_enabled
+    finally:
+        gc.enable()
