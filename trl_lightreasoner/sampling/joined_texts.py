@@ -31,6 +31,8 @@ class JoinedTexts:
     Example:
 
     ```python
+    >>> from trl_lightreasoner.sampling.independent_texts import independent_places
+    >>> tokens = TokenBytes(tokenizer, len(tokenizer))
     >>> joined = JoinedTexts(tokens, independent_places(tokens))
     >>> joined.encode_all([b" has 12", b"Ann"]) == tokens.encode_all([b" has 12", b"Ann"])
     True
