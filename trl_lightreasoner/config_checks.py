@@ -69,6 +69,7 @@ def check_amateur_settings(config: Any) -> None:
     for name in ("amateur_chat_template", "amateur_system_prompt", "amateur_prompt_template"):
         if not isinstance(getattr(config, name), str | None):
             raise ValueError(f"`{name}` must be text, got {getattr(config, name)!r}.")
+    check_whole_numbers(config, (), optional=("amateur_num_skipped_layers",))
     layers = config.amateur_skipped_layers
     if layers is None:
         return
@@ -76,6 +77,11 @@ def check_amateur_settings(config: Any) -> None:
     if not is_list or any(isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in layers):
         raise ValueError(
             f"`amateur_skipped_layers` must be a list of numbers of layers, from 0, such as [8, 9], got {layers!r}."
+        )
+    if config.amateur_num_skipped_layers is not None:
+        raise ValueError(
+            "`amateur_skipped_layers` and `amateur_num_skipped_layers` cannot be combined. Name the layers, or say "
+            "how many."
         )
     config.amateur_skipped_layers = sorted(set(layers))
 

@@ -71,6 +71,12 @@ def test_the_command_that_comes_next_samples_what_was_checked(bundled, tmp_path,
     assert (args.prompt_style, sampling_args.max_new_tokens, sampling_args.include_first_step) == ("chat", 64, True)
 
 
+def test_the_command_that_comes_next_names_the_layers(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(PairCheck, "promising", True)
+    assert main([*tiny, "--amateur_num_skipped_layers", "1"]) == 0
+    assert " --amateur_skipped_layers 0 " in capsys.readouterr().out.partition("\nNext: ")[2]
+
+
 def test_a_pair_that_is_not_is_status_1(bundled, capsys):
     assert main([*bundled, "--num_prompts", "20"]) == 1
     stdout = capsys.readouterr().out

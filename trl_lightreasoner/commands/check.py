@@ -78,6 +78,6 @@ def main(args: CheckArguments, sampling_args: CheckSamplingConfig) -> int:
     else:
         print(check.report())
         if check.promising:
-            flags = flags_of(args, ("json",)) + flags_of(sampling_args, ("output_dir", "num_prompts"))
+            flags = flags_of(args, ("json",)) + flags_of(sampler.args, ("output_dir", "num_prompts"))
             print(next_command("sample", *flags, "--output_dir", "STEPS"))
     return 0 if check.promising else 1

@@ -13,7 +13,7 @@ from .folder import RunFolder, write_json
 from .questions import prepare_questions
 from .rounds import Rounds, choose_round, split_prompts, why_stop
 from .run_config import RunConfig
-from .stages import Stages, check_pair, open_pair, training_config
+from .stages import Stages, check_pair, open_pair, training_config, with_layers
 from .verdict import deciding, judge
 
 
@@ -140,6 +140,7 @@ def run_pipeline(args: RunConfig) -> RunResult:
     print(run_pipeline(args).sentence)
     ```
     """
+    args = with_layers(args)
     stages, folder = Stages(), RunFolder(args)
     if args.num_held_out or args.benchmarks:
         start_grader()  # ready when the tokenizers are

@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from ..config_checks import check_choices, check_flags, check_numbers, check_output_dir, check_whole_numbers
+from ..config_checks import (
+    check_amateur_settings,
+    check_choices,
+    check_flags,
+    check_numbers,
+    check_output_dir,
+    check_whole_numbers,
+)
 from ..evaluation.sets import BENCHMARKS
 from ..steps.prompt_format import STYLES, read_template
 
@@ -35,6 +42,9 @@ class RunConfig:
             template is used.
         amateur_skipped_layers (`list[int]`, *optional*):
             Indices, from 0, of the decoder layers that the amateur skips.
+        amateur_num_skipped_layers (`int`, *optional*):
+            Number of decoder layers in the middle of the model that the amateur skips, instead of
+            `amateur_skipped_layers`. Of L layers, n are skipped from index (L - n) // 2 on: 3 of 28 are 12, 13 and 14.
         amateur_system_prompt (`str`, *optional*):
             System message of the amateur's prompt, empty for none. If `None`, it is the expert's.
         amateur_prompt_template (`str`, *optional*):
@@ -176,6 +186,14 @@ class RunConfig:
     amateur_skipped_layers: list[int] | None = field(
         default=None,
         metadata={"help": "Indices, from 0, of the decoder layers that the amateur skips."},
+    )
+    amateur_num_skipped_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of decoder layers in the middle of the model that the amateur skips, instead of "
+            "`amateur_skipped_layers`. Of L layers, n are skipped from index (L - n) // 2 on: 3 of 28 are 12, 13 and "
+            "14."
+        },
     )
     amateur_system_prompt: str | None = field(
         default=None,
@@ -369,6 +387,7 @@ class RunConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"`{name}` must be a whole number, 0 or more, got {value!r}.")
+        check_amateur_settings(self)
         if self.amateur_prompt_template is not None:
             self.amateur_prompt_template = read_template(self.amateur_prompt_template, "amateur_prompt_template")
         if self.prompt_style is not None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -15,9 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 from ..evaluation.evaluation_config import EvaluationConfig
 from ..models.adapter_loading import load_adapter_config
+from ..models.loading import load_config
 from ..processes import Processes
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
+from ..sampling.model_pair import name_skipped_layers
 from ..steps.dataset import count_steps
 from ..steps.prompt_format import PromptFormat
 from ..training.adapters import choose_target_modules, target_modules
@@ -26,6 +28,9 @@ from ..training.lightreasoner_trainer import LightReasonerTrainer
 from ..training.log_lines import log_in_lines
 from .folder import write_json
 from .run_config import RunConfig
+
+
+AnyRunConfig = TypeVar("AnyRunConfig", bound=RunConfig)
 
 
 class Stages:
@@ -46,6 +51,14 @@ class Stages:
     def seconds(self) -> dict[str, float]:
         seconds = {**self._seconds, "total": time.perf_counter() - self._start}
         return {name: round(value, 1) for name, value in seconds.items()}
+
+
+def with_layers(args: AnyRunConfig) -> AnyRunConfig:
+    """The settings with the layers that the amateur skips, if they say only how many. A folder compares them."""
+    if args.amateur_num_skipped_layers is None:
+        return args
+    model, role = (args.expert, "expert") if args.amateur is None else (args.amateur, "amateur")
+    return name_skipped_layers(args, load_config(model, role))
 
 
 def open_pair(args: RunConfig, path: Path, command: str) -> ContrastiveStepSampler:

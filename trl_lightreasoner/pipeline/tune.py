@@ -35,6 +35,7 @@ from .stages import (
     sample_steps,
     train_adapter,
     training_config,
+    with_layers,
 )
 from .tune_config import TuneConfig
 from .verdict import judge_search
@@ -155,6 +156,7 @@ def tune(args: TuneConfig) -> TuneResult:
     print(tune(args).setting)
     ```
     """
+    args = with_layers(args)
     stages = Stages()
     folder = TuneFolder(args)
     # Everything that can be refused before weights are loaded

@@ -59,6 +59,9 @@ class ContrastiveSamplingConfig:
             template is used.
         amateur_skipped_layers (`list[int]`, *optional*):
             Indices, from 0, of the decoder layers that the amateur skips.
+        amateur_num_skipped_layers (`int`, *optional*):
+            Number of decoder layers in the middle of the model that the amateur skips, instead of
+            `amateur_skipped_layers`. Of L layers, n are skipped from index (L - n) // 2 on: 3 of 28 are 12, 13 and 14.
         amateur_system_prompt (`str`, *optional*):
             System message of the amateur's prompt, empty for none. If `None`, it is the expert's.
         amateur_prompt_template (`str`, *optional*):
@@ -166,6 +169,14 @@ class ContrastiveSamplingConfig:
     amateur_skipped_layers: list[int] | None = field(
         default=None,
         metadata={"help": "Indices, from 0, of the decoder layers that the amateur skips."},
+    )
+    amateur_num_skipped_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of decoder layers in the middle of the model that the amateur skips, instead of "
+            "`amateur_skipped_layers`. Of L layers, n are skipped from index (L - n) // 2 on: 3 of 28 are 12, 13 and "
+            "14."
+        },
     )
     amateur_system_prompt: str | None = field(
         default=None,

@@ -29,7 +29,7 @@ from .amateur_prompts import AmateurPrompts
 from .contrastive_sampling_config import ContrastiveSamplingConfig
 from .encoding import encode_dataset
 from .metadata import identify_model, identify_tokens, make_metadata
-from .model_pair import AMATEUR_SETTINGS, SAME_READING, ModelPair, check_own_amateur
+from .model_pair import AMATEUR_SETTINGS, SAME_READING, ModelPair, check_own_amateur, name_skipped_layers
 from .other_amateur import OtherAmateur
 from .pair_check import PairCheck, check_steps
 from .pair_verdict import JUDGED_AT
@@ -115,13 +115,11 @@ class ContrastiveStepSampler:
     ):
         if args is None:
             args = ContrastiveSamplingConfig(f"{short_name(expert)}-LightReasoner-steps")
-        self.args = args
         self.processes = Processes()
         common = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
         expert_kwargs = {**common, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]  # no text by now
         expert_kwargs = add_quantization(expert_kwargs, expert, quantization_config, "sampler")
         if amateur is None:
-            check_own_amateur(args, amateur_processing_class, amateur_quantization_config)
             named_amateur, amateur_kwargs = expert, expert_kwargs
         else:
             named_amateur = amateur
@@ -137,10 +135,12 @@ class ContrastiveStepSampler:
         # Weights are loaded by `sample`, when nothing is left that could be refused before
         expert_config = load_config(expert, "expert", **expert_kwargs)
         amateur_config = load_config(named_amateur, "amateur", **amateur_kwargs)
+        self.args = args = name_skipped_layers(args, amateur_config)
+        if amateur is None:
+            check_own_amateur(args, amateur_processing_class, amateur_quantization_config)
         self._pair = ModelPair(
             expert, amateur, expert_kwargs, amateur_kwargs, args.amateur_skipped_layers or (), args.label_expert
         )
-        self._pair.check_layers(amateur_config)
         if args.use_vllm:
             check_vllm(args, expert, self.processes.count, **expert_kwargs)
         if processing_class is None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
@@ -25,6 +26,34 @@ SAME_READING = (
     "adapter of it as the amateur, or set `amateur_skipped_layers`, `amateur_system_prompt` or "
     "`amateur_prompt_template`."
 )
+
+
+def name_skipped_layers(args: Any, config: PretrainedConfig) -> Any:
+    """
+    Replace the number of layers that the amateur skips by their indices, and refuse layers that it does not have.
+
+    Args:
+        args ([`ContrastiveSamplingConfig`] or `RunConfig`): Settings. Without a number they are returned as they are.
+        config ([`~transformers.PretrainedConfig`]): The amateur's.
+
+    Raises:
+        `ValueError`: If a layer does not exist, or no layer would be left.
+    """
+    count = config.get_text_config().num_hidden_layers
+    layers, number = args.amateur_skipped_layers or [], args.amateur_num_skipped_layers
+    if wrong := [layer for layer in layers if layer >= count]:
+        raise ValueError(
+            f"`amateur_skipped_layers` must be indices of the amateur's {count} layers, from 0 to {count - 1}, "
+            f"got {wrong[0]}."
+        )
+    if len(layers) == count:
+        raise ValueError(f"`amateur_skipped_layers` names all of the amateur's {count} layers. Keep at least one.")
+    if number is None:
+        return args
+    if number >= count:
+        raise ValueError(f"`amateur_num_skipped_layers` must be less than the amateur's {count} layers, got {number}.")
+    first = (count - number) // 2
+    return replace(args, amateur_num_skipped_layers=None, amateur_skipped_layers=[*range(first, first + number)])
 
 
 def check_own_amateur(args: ContrastiveSamplingConfig, *of_amateur: Any) -> None:
@@ -122,22 +151,6 @@ class ModelPair:
                 "`label_expert='base'` reads the expert without its adapter, and the amateur is the same model, so "
                 "they would never diverge. Choose another amateur, or `label_expert='live'`."
             )
-
-    def check_layers(self, config: PretrainedConfig) -> None:
-        """
-        Refuse layers that the amateur does not have, before loading it.
-
-        Raises:
-            `ValueError`: If a layer does not exist, or no layer would be left.
-        """
-        count = config.get_text_config().num_hidden_layers
-        if wrong := [layer for layer in self.skipped_layers if layer >= count]:
-            raise ValueError(
-                f"`amateur_skipped_layers` must be indices of the amateur's {count} layers, from 0 to {count - 1}, "
-                f"got {wrong[0]}."
-            )
-        if len(self.skipped_layers) == count:
-            raise ValueError(f"`amateur_skipped_layers` names all of the amateur's {count} layers. Keep at least one.")
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
