@@ -54,7 +54,7 @@ class Stages:
 
 
 def with_layers(args: AnyRunConfig) -> AnyRunConfig:
-    """The settings with the layers that the amateur skips, if they say only how many. A folder compares them."""
+    """The settings, with the layers that the amateur skips instead of their number, as folders compare them."""
     if args.amateur_num_skipped_layers is None:
         return args
     model, role = (args.expert, "expert") if args.amateur is None else (args.amateur, "amateur")
