@@ -3,7 +3,7 @@ What does an amateur bring that is made of the expert? For each of some amateurs
 defaults, answer questions that were held back before and after, and a table of the paired differences.
 
 An amateur is a line of JSON: `name`, and the settings of `RunConfig` that make it. Without `--amateurs` they are the
-expert without a quarter of its layers (early, middle, late ones), the expert behind a careless prompt, and the
+expert without a tenth of its layers (early, middle, late ones), the expert behind a careless prompt, and the
 `--amateur`, if there is one, for comparison. Without `--expert` it is the bundled pair and its problems.
 
 ```bash
@@ -29,11 +29,11 @@ CARELESS = "Answer at once with the final number in \\boxed{}, without any steps
 
 def default_amateurs(expert: str, amateur: str | None) -> list[dict]:
     count = AutoConfig.from_pretrained(expert).get_text_config().num_hidden_layers
-    quarter = max(1, count // 4)
-    firsts = {"early": 1, "middle": (count - quarter) // 2, "late": count - quarter}
+    tenth = max(1, round(count / 10))
+    firsts = {"early": 1, "middle": (count - tenth) // 2, "late": count - tenth}
     amateurs = [{"name": "a second model", "amateur": amateur}] if amateur else []
     amateurs += [
-        {"name": f"{name} layers left out", "amateur_skipped_layers": list(range(first, first + quarter))}
+        {"name": f"{name} layers left out", "amateur_skipped_layers": list(range(first, first + tenth))}
         for name, first in firsts.items()
     ]
     return [*amateurs, {"name": "a careless prompt", "amateur_system_prompt": CARELESS}]

@@ -67,8 +67,8 @@ class ContrastiveStepSampler:
         amateur (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
             The weaker model. If its tokenizer differs from the expert's, its probabilities are converted to the
             expert's tokens by a covering over bytes. If `None`, the amateur is the expert itself, with
-            `args.amateur_skipped_layers`, `args.amateur_system_prompt` or `args.amateur_prompt_template`. A base model
-            and its adapter, in either order, are loaded as one model.
+            `args.amateur_num_skipped_layers`, `args.amateur_skipped_layers`, `args.amateur_system_prompt` or
+            `args.amateur_prompt_template`. A base model and its adapter, in either order, are loaded as one model.
         args ([`ContrastiveSamplingConfig`], *optional*):
             Settings. If `None`, a default configuration is used, and the Dataset is saved in a folder named after the
             expert, such as `Qwen2.5-Math-1.5B-LightReasoner-steps`.

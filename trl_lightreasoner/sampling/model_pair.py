@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
 AMATEUR_SETTINGS = ("amateur_skipped_layers", "amateur_system_prompt", "amateur_prompt_template")
 SAME_READING = (
     "The amateur is the expert itself and reads the same prompts, so they never diverge. Name the base model or an "
-    "adapter of it as the amateur, or set `amateur_skipped_layers`, `amateur_system_prompt` or "
-    "`amateur_prompt_template`."
+    "adapter of it as the amateur, or set `amateur_num_skipped_layers`, `amateur_skipped_layers`, "
+    "`amateur_system_prompt` or `amateur_prompt_template`."
 )
 
 
