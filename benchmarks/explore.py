@@ -284,7 +284,8 @@ class Exploration:
         try:
             trainer.train()
             trainer.save_model()
-            losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+            history = trainer.state.log_history
+            losses = [log["loss"] for log in history if "loss" in log] or [history[-1]["train_loss"]]
             return {"first_loss": losses[0], "last_loss": losses[-1]}
         finally:
             trainer.model.unload()
