@@ -27,9 +27,9 @@ TOP_TOKENS = 40
 MAX_WIDTH = 0.1
 # In place of a probability that is 0 as far as is known, so that no divergence is infinite
 _FLOOR = 1e-12
-# Probabilities of the amateur, in fp64, that exist together: few for a CPU's memory, and 1 GiB on a GPU, where each
-# transfer is waited for
-_PART_PROBS, _PART_PROBS_ON_DEVICE = 2**23, 2**27
+# Probabilities of the amateur, in fp64, that exist together: few for a CPU's memory, and 256 MiB on a GPU, where each
+# transfer is waited for and several processes can share the memory
+_PART_PROBS, _PART_PROBS_ON_DEVICE = 2**23, 2**25
 
 # A row, and the amateur's tokens of its completion
 _Context = tuple[int, tuple[int, ...]]

@@ -20,8 +20,9 @@ from .covering import Covering
 
 # Amateur tokens that are followed from one context
 _MOST_TOKENS = 256
-# Probabilities in one tensor: few for a CPU's cache, and 0.5 GiB on a GPU, where each transfer is waited for
-_BLOCK, _BLOCK_ON_DEVICE = 2**22, 2**26
+# Probabilities in one tensor, of which there are about five: few for a CPU's cache, and 128 MiB on a GPU, where each
+# transfer is waited for
+_BLOCK, _BLOCK_ON_DEVICE = 2**22, 2**24
 
 
 class Table(NamedTuple):
