@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -386,6 +387,17 @@ def test_out_of_memory_with_one_prompt_is_an_error(sample, prompts, loaded_token
     longest = max(range(len(QUESTIONS)), key=lambda index: len(loaded_tokenizer(QUESTIONS[index])["input_ids"]))
     with pytest.raises(ValueError, match=rf"Memory ran out for row {longest} alone \(\d+ prompt tokens\). Lower"):
         sample(prompts)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_out_of_memory_speaks_of_other_processes_if_there_are_any(count):
+    def run(indices, room):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    processes = SimpleNamespace(count=count, is_main=False)
+    with pytest.raises(ValueError) as caught:
+        completions.run_in_batches([(0, 8)], 1, run, lambda *args: "", lambda row: 3, processes, "Sampling")
+    assert ("If processes share this device, start fewer." in str(caught.value)) == (count > 1)
 
 
 def test_another_error_is_not_taken_for_one_of_memory(sample, prompts, monkeypatch):

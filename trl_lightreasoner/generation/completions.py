@@ -269,6 +269,8 @@ def run_in_batches(
         `KeyboardInterrupt` or `SystemExit`: After a signal, when the current batch is finished.
     """
     remedy = "Lower `max_new_tokens` or `max_prompt_length`, or load the models in a smaller `dtype`."
+    if processes.count > 1:
+        remedy += " If processes share this device, start fewer."
     to_go = len(order)
     with (
         _stop_between_batches() as received,
