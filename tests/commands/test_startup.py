@@ -15,10 +15,14 @@ MODELS = {"datasets", "torch", "transformers", "transformers.modeling_utils"}
 ADAPTERS = MODELS | {"peft", "transformers.trainer_utils", "bitsandbytes.nn"}
 # What each may import of the modules below. They run one after the other in one process, whose modules add up
 ALLOWED = {
+    "demo --help": set(),
+    "env --help": set(),
+    "import --help": set(),
     "merge --help": set(),
     "report --help": set(),
     "sample --help": {"datasets"},
     "run --help": {"datasets"},
+    "tune --help": {"datasets"},
     "check --help": {"datasets"},
     "eval --help": {"datasets"},
     "sample": MODELS,

@@ -4,8 +4,6 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
-
 from .arguments import ArgumentParser
 from .running_on import device_names
 
@@ -26,6 +24,8 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 
 
 def main() -> None:
+    import torch
+
     lines = {"platform": platform.platform(), "Python": platform.python_version(), **dict.fromkeys(_PACKAGES, "")}
     for package in _PACKAGES:
         try:
