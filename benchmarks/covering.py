@@ -229,10 +229,9 @@ def load_pair(args: argparse.Namespace):
         prompts, own_prompts = (each(texts).input_ids for each in (tokenizer, own))
     completions = generate_greedy(expert, prompts, vocabulary, eos_ids, max_new_tokens=args.max_new_tokens)
     trajectories = [Trajectory(*pair) for pair in zip(prompts, completions, strict=True)]
-    other = OtherAmateur(
-        tokenizer, own, (expert.config.vocab_size, amateur.config.vocab_size), find_eos_ids(amateur, own), None, None
-    )
-    other.start(vocabulary, eos_ids)
+    widths = (expert.config.vocab_size, amateur.config.vocab_size)
+    other = OtherAmateur(tokenizer, own, vocabulary, widths, find_eos_ids(amateur, own), None, (None, None))
+    other.prepare(expert, amateur, eos_ids)
     return expert, amateur, trajectories, own_prompts, vocabulary, other
 
 

@@ -27,7 +27,7 @@ from trl_lightreasoner.generation import completions
 from trl_lightreasoner.models import loading
 from trl_lightreasoner.pipeline import rounds, stages
 from trl_lightreasoner.pipeline import run as pipeline
-from trl_lightreasoner.sampling import contrastive_step_sampler
+from trl_lightreasoner.sampling import contrastive_step_sampler, family_amateur
 from trl_lightreasoner.training.lightreasoner_trainer import LightReasonerTrainer
 
 from ..evaluation.test_sets import FILES, write
@@ -177,7 +177,7 @@ def never(*_, **__):
 def test_a_finished_run_does_nothing_again(finished, settings, monkeypatch):
     folder, _, _ = finished
     for owner, name in (
-        *((contrastive_step_sampler, "score_trajectories"), (rounds, "train_adapter"), (pipeline, "write_report")),
+        *((family_amateur, "score_trajectories"), (rounds, "train_adapter"), (pipeline, "write_report")),
         *((Answering, "complete"), (contrastive_step_sampler.ContrastiveStepSampler, "check")),
     ):
         monkeypatch.setattr(owner, name, never)
@@ -226,7 +226,7 @@ def left_alone(tmp_path_factory, short) -> RunResult:
 
 
 SAMPLING = [
-    (contrastive_step_sampler, "score_trajectories"),
+    (family_amateur, "score_trajectories"),
     (contrastive_step_sampler.ContrastiveStepSampler, "check"),
 ]
 
@@ -234,7 +234,7 @@ SAMPLING = [
 @pytest.mark.parametrize(
     ("owner", "name", "call", "finished_stages"),
     [
-        (contrastive_step_sampler, "score_trajectories", 4, []),  # two batches are of the check
+        (family_amateur, "score_trajectories", 4, []),  # two batches are of the check
         (rounds, "train_adapter", 1, SAMPLING),
         (LightReasonerTrainer, "save_model", 2, SAMPLING),  # behind the checkpoint of the last update
         (Answering, "complete", 1, SAMPLING),

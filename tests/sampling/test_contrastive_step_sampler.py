@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler, sampling_metadata
 from trl_lightreasoner.generation import completions
-from trl_lightreasoner.sampling import contrastive_step_sampler, model_pair
+from trl_lightreasoner.sampling import family_amateur, model_pair
 
 from ..conftest import QUESTIONS, make_model, make_tokenizer
 
@@ -358,7 +358,7 @@ def test_the_amateurs_context_counts_too(sample, loaded_tokenizer):
 
 def run_out_beyond(monkeypatch, name, largest):
     """Let a function of the sampler run out of memory on more rows than this; returns the sizes that it took."""
-    module = completions if name == "generate_greedy" else contrastive_step_sampler
+    module = completions if name == "generate_greedy" else family_amateur
     function, sizes = getattr(module, name), []
 
     def limited(*args, **kwargs):

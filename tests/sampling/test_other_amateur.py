@@ -105,7 +105,7 @@ def test_a_step_that_would_be_kept_but_is_too_uncertain_is_read_again(tmp_path, 
             str(PAIR / "expert"), renumbered, args(tmp_path / str(len(kept)), dtype="float32")
         )
         kept.append(labels_of(sampler.sample(PROMPTS)))
-        dropped.append(sampler.other_amateur._scoring.dropped["not exact enough"])
+        dropped.append(sampler.amateur_side._scoring.dropped["not exact enough"])
     assert kept[0].keys() < kept[1].keys()
     assert made[FINE] == dropped[0] > dropped[1]  # no other step was read again
     assert_same_labels(labels_of(sampled[0]), kept[1])
@@ -221,7 +221,7 @@ def test_a_chat_template_can_be_given_to_the_amateur(template, tmp_path, tokeniz
         **other_pair(tokenizer), args=args(tmp_path / "steps", amateur_chat_template=template)
     )
     ids = sampler._amateur_prompts().encode([PROMPTS[0]])[0]
-    assert sampler.other_amateur.tokenizer.decode(ids) == PROMPTS[0]["prompt"][0]["content"] + "\n\n"
+    assert sampler.amateur_side.tokenizer.decode(ids) == PROMPTS[0]["prompt"][0]["content"] + "\n\n"
 
 
 def test_a_chat_template_that_is_none_is_refused(tmp_path, tokenizer):

@@ -32,7 +32,7 @@ from ..generation.completions import GreedyDecoder, evaluating, run_in_batches, 
 from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
 from ..grading.verdicts import check_math_verify, start_grader
-from ..models.loading import add_quantization, hub_kwargs, load_config, load_model, load_tokenizer
+from ..models.loading import hub_kwargs, init_kwargs, load_config, load_model, load_tokenizer
 from ..models.weights import describe_loading, describe_model, weight_fingerprint
 from ..processes import Processes
 from ..steps.prompt_format import load_prompt_format
@@ -253,9 +253,7 @@ class Candidate:
         self.answering: Any = None
         self.name = model if isinstance(model, str) else None
         prefix = "" if role == "model" else "baseline_"
-        kwargs = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-        kwargs |= getattr(args, f"{prefix}model_init_kwargs") or {}
-        self.kwargs = add_quantization(kwargs, model, quantization_config, "evaluation", prefix)
+        self.kwargs = init_kwargs(args, model, quantization_config, "evaluation", prefix)
         config = load_config(model, role, **self.kwargs).get_text_config()
         if args.use_vllm:
             check_vllm(args, model, processes.count, role, **self.kwargs)
@@ -343,11 +341,7 @@ class Candidate:
 
         num_tokens: list[int] = []
         try:
-            done, opening = self.processes.on_main(
-                lambda: (writer.open(self._identity(name), {"model": self.description}), writer.opening)
-            )
-            if not self.processes.is_main:
-                writer.join(opening)
+            done = writer.open_on(self.processes, lambda: (self._identity(name), {"model": self.description}))
             without_room = sorted(set(range(len(all_prompt_ids))) - {row for row, _ in plan} - done)
             if without_room and self.processes.is_main:
                 write(without_room, ([[] for _ in without_room], [False] * len(without_room)))

@@ -422,6 +422,18 @@ def _check_bitsandbytes(quantization: Any, name: str) -> None:
         )
 
 
+def init_kwargs(
+    args: Any, model: Any, quantization_config: BitsAndBytesConfig | None, owner: str, prefix: str = ""
+) -> dict[str, Any]:
+    """
+    Keyword arguments of [`load_model`] from the settings of a config. Arguments and errors are those of
+    [`add_quantization`].
+    """
+    kwargs = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+    kwargs |= getattr(args, f"{prefix}model_init_kwargs") or {}
+    return add_quantization(kwargs, model, quantization_config, owner, prefix)
+
+
 def add_quantization(
     kwargs: dict[str, Any], model: Any, quantization_config: BitsAndBytesConfig | None, owner: str, prefix: str = ""
 ) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..generation.completions import GreedyDecoder, find_batch_size, run_in_batc
 from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
 from ..models.forward import check_causal
-from ..models.loading import add_quantization, load_config, load_tokenizer
+from ..models.loading import init_kwargs, load_config, load_tokenizer
 from ..models.weights import short_name, weight_fingerprint
 from ..processes import Processes
 from ..steps.dataset import kl_quantiles
@@ -28,13 +28,14 @@ from ..vocabulary import OtherTokensError, check_embedded, model_vocabulary, sha
 from .amateur_prompts import AmateurPrompts
 from .contrastive_sampling_config import ContrastiveSamplingConfig
 from .encoding import encode_dataset
+from .family_amateur import FamilyAmateur
 from .metadata import identify_model, identify_tokens, make_metadata
 from .model_pair import AMATEUR_SETTINGS, SAME_READING, ModelPair, check_own_amateur, name_skipped_layers
 from .other_amateur import OtherAmateur
 from .pair_check import PairCheck, check_steps
 from .pair_verdict import JUDGED_AT
-from .planning import check_readable, plan_prompts
-from .scoring import Trajectory, TrajectoryScores, prepare_scoring, score_trajectories
+from .planning import plan_prompts
+from .scoring import Trajectory, TrajectoryScores
 
 
 if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
@@ -116,17 +117,10 @@ class ContrastiveStepSampler:
         if args is None:
             args = ContrastiveSamplingConfig(f"{short_name(expert)}-LightReasoner-steps")
         self.processes = Processes()
-        common = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-        expert_kwargs = {**common, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]  # no text by now
-        expert_kwargs = add_quantization(expert_kwargs, expert, quantization_config, "sampler")
-        if amateur is None:
-            named_amateur, amateur_kwargs = expert, expert_kwargs
-        else:
-            named_amateur = amateur
-            amateur_kwargs = {**common, **(args.amateur_model_init_kwargs or {})}  # type: ignore[dict-item]
-            amateur_kwargs = add_quantization(
-                amateur_kwargs, amateur, amateur_quantization_config, "sampler", prefix="amateur_"
-            )
+        named_amateur = expert if amateur is None else amateur
+        expert_kwargs = amateur_kwargs = init_kwargs(args, expert, quantization_config, "sampler")
+        if amateur is not None:
+            amateur_kwargs = init_kwargs(args, amateur, amateur_quantization_config, "sampler", "amateur_")
         self._expert_kwargs, self._amateur_kwargs = expert_kwargs, amateur_kwargs
         self._names: list[Any] = [model if isinstance(model, str) else None for model in (expert, named_amateur)]
         self._checks_in: Path | None = None  # the folder that `check` lends
@@ -149,46 +143,41 @@ class ContrastiveStepSampler:
             amateur_processing_class = processing_class
         elif amateur_processing_class is None:
             amateur_processing_class = load_tokenizer(amateur, "amateur", "amateur_processing_class", **amateur_kwargs)
-        expert_width = expert_config.get_text_config().vocab_size
-        amateur_width = amateur_config.get_text_config().vocab_size
         self.processing_class, self.amateur_processing_class = processing_class, amateur_processing_class
-        self._widths = (expert_width, amateur_width)
-        contexts = [
-            getattr(config.get_text_config(), "max_position_embeddings", None)
-            for config in (expert_config, amateur_config)
-        ]
-        self.max_length = min((context for context in contexts if context is not None and context > 0), default=None)
-        self._unreadable_ids: list[int] = []
-        self.other_amateur: OtherAmateur | None = None
+        texts = (expert_config.get_text_config(), amateur_config.get_text_config())
+        widths = (texts[0].vocab_size, texts[1].vocab_size)
+        contexts = [getattr(config, "max_position_embeddings", None) for config in texts]
+        self._expert_width = widths[0]
+        self.amateur_side: FamilyAmateur | OtherAmateur
         try:
-            self.shared_vocabulary = shared_vocabulary(
-                processing_class, amateur_processing_class, expert_width, amateur_width
-            )
+            self.shared_vocabulary = shared_vocabulary(processing_class, amateur_processing_class, *widths)
         except OtherTokensError:
-            self.expert_vocabulary = model_vocabulary(processing_class, expert_width, "expert")
+            self.expert_vocabulary = self.shared_vocabulary = model_vocabulary(processing_class, widths[0], "expert")
             end_ids = find_eos_ids(named_amateur, amateur_processing_class, **amateur_kwargs)
-            self.other_amateur = OtherAmateur(
+            self.amateur_side = OtherAmateur(
                 processing_class,
                 amateur_processing_class,
-                (expert_width, amateur_width),
+                self.expert_vocabulary,
+                widths,
                 end_ids,
                 args.amateur_chat_template,
-                contexts[1],
+                contexts,
             )
-            self.shared_vocabulary, self.max_length = self.expert_vocabulary, contexts[0]
-            logger.warning(self.other_amateur.reading)
+            self.max_length = contexts[0]
+            logger.warning(self.amateur_side.reading)
             return
         if args.amateur_chat_template is not None:
             logger.warning(
                 "`amateur_chat_template` has no effect: the two models have the same tokens, so the amateur reads the "
                 "expert's prompts."
             )
-        if len(self.shared_vocabulary) == len(processing_class):  # the usual case
-            self.expert_vocabulary = self.shared_vocabulary
-        else:
-            self.expert_vocabulary = model_vocabulary(processing_class, expert_width, "expert")
-        ids = self.expert_vocabulary.ids
-        self._unreadable_ids = ids[ids >= amateur_width].tolist()  # the amateur has no embedding for them
+        self.expert_vocabulary = self.shared_vocabulary  # the usual case
+        if len(self.shared_vocabulary) != len(processing_class):
+            self.expert_vocabulary = model_vocabulary(processing_class, widths[0], "expert")
+        self.max_length = min((context for context in contexts if context is not None and context > 0), default=None)
+        self.amateur_side = FamilyAmateur(
+            processing_class, self.shared_vocabulary, self.expert_vocabulary, widths, self.max_length
+        )
 
     @property
     def expert(self) -> Any:
@@ -229,8 +218,7 @@ class ContrastiveStepSampler:
         """
         dataset = read_prompts(dataset, self.args.num_prompts, self.processes)
         check_prompts(dataset, self.processing_class)
-        if self.other_amateur is not None:
-            self.other_amateur.check_prompts(dataset)
+        self.amateur_side.check_prompts(dataset)
         self._prompt_format = prompt_format or format_of_prompts(dataset)
         folder, overwrite = self.args.output_dir, self.args.overwrite_output_dir
         date = self.processes.on_main(lambda: run_date(folder, overwrite))
@@ -249,11 +237,7 @@ class ContrastiveStepSampler:
             self._reads_otherwise |= encoded["amateur_prompt_ids"][:] != encoded["prompt_ids"][:]
         if self._pair.is_one_model and not self._reads_otherwise:
             raise ValueError(SAME_READING)
-        context = f"the models' context is {self.max_length} tokens"
-        if self.other_amateur is not None:
-            context = (
-                f"the expert's context is {self.max_length} tokens, the amateur's {self.other_amateur.max_length}"
-            )
+        context = self.amateur_side.context
         plan = plan_prompts(encoded, scoring_only, self.args, self.max_length, self._amateur_room, context)
         self._sampled_rows = sorted(index for index, _ in plan)
         self._vllm = None
@@ -284,8 +268,6 @@ class ContrastiveStepSampler:
         if self._checks_in is not None and not self._reads_otherwise:
             if weight_fingerprint(self.expert) == weight_fingerprint(self.amateur):
                 raise ValueError(_EQUAL_WEIGHTS)
-        if self.other_amateur is not None:
-            self.other_amateur.start(self.expert_vocabulary, self.eos_ids)
         longest = encoded[plan[0][0]]
         completion_ids = longest.get("completion_ids", [])[:-1]
         check_causal(self.expert, "expert", [*longest["prompt_ids"], *completion_ids])
@@ -296,18 +278,15 @@ class ContrastiveStepSampler:
         scoring_only = "completion" in dataset.column_names
         if not scoring_only:
             # Behind a token that the amateur cannot read, it has nothing to say
-            end_ids = [*self.eos_ids, *self._unreadable_ids]
+            end_ids = [*self.eos_ids, *self.amateur_side.unreadable_ids]
             self._decode = GreedyDecoder(self.expert, self.expert_vocabulary, end_ids, self._vllm)
         self.batch_size = self.processes.on_main(lambda: self._find_batch_size(encoded, plan, scoring_only))
         try:
 
-            def open_folder() -> tuple[set[int], str]:
-                identity = {**self._identity(encoded), **describe_rows(dataset)}
-                return writer.open(identity, self._metadata(dataset, writer)), writer.opening
+            def describe() -> tuple[dict[str, Any], dict[str, Any]]:
+                return {**self._identity(encoded), **describe_rows(dataset)}, self._metadata(dataset, writer)
 
-            done, opening = self.processes.on_main(open_folder)
-            if not self.processes.is_main:
-                writer.join(opening)
+            done = writer.open_on(self.processes, describe)
             order = [item for item in plan if item[0] not in done]
             if len(order) < len(plan):
                 share = f"{len(plan) - len(order):,} of" if order else "all"
@@ -381,17 +360,15 @@ class ContrastiveStepSampler:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _amateur_answers(self, rows: list[dict[str, Any]], prompt_ids: list[list[int]]) -> list[str]:
-        tokenizer, vocabulary, max_length = self.processing_class, self.shared_vocabulary, self.max_length
-        if (other := self.other_amateur) is not None:
-            tokenizer, vocabulary, max_length = other.tokenizer, other.vocabulary, other.max_length
+        side = self.amateur_side
         if (own := self._amateur_prompts()) is not None:
             prompt_ids = own.encode(rows, date=run_date(self.args.output_dir))
         room = self.args.max_new_tokens
-        if max_length is not None:
-            room = min(room, max_length - max(map(len, prompt_ids)))
+        if side.max_length is not None:
+            room = min(room, side.max_length - max(map(len, prompt_ids)))
         with self._pair.loaded(), self._pair.as_amateur():
-            decode = GreedyDecoder(self.amateur, vocabulary, find_eos_ids(self.amateur, tokenizer))
-            return tokenizer.batch_decode(decode(prompt_ids, room)[0], skip_special_tokens=True)
+            decode = GreedyDecoder(self.amateur, side.vocabulary, find_eos_ids(self.amateur, side.tokenizer))
+            return side.tokenizer.batch_decode(decode(prompt_ids, room)[0], skip_special_tokens=True)
 
     def _as_texts(self, completion_ids: list[list[int]]) -> list[str]:
         return self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
@@ -422,36 +399,28 @@ class ContrastiveStepSampler:
         def length(index: int) -> int:
             return len(encoded[index]["prompt_ids"])
 
-        if self.other_amateur is None:
-            prepare_scoring(self.expert, self.amateur, self.shared_vocabulary)
+        self.amateur_side.prepare(self.expert, self.amateur, self.eos_ids)
         desc = f"Sampling, {'given completions' if self._decode is None else self._decode.way}"
         run_in_batches(order, self.batch_size, run, write, length, self.processes, desc)
-        if self.other_amateur is not None and (said := self.other_amateur.dropped(num_steps)):
+        if said := self.amateur_side.dropped(num_steps):
             logger.warning(said, main_process_only=False)  # each process says it for itself
 
     def _amateur_prompts(self) -> AmateurPrompts | None:
         """The maker of the amateur's prompts, if they differ from the expert's."""
         system_prompt, template = self.args.amateur_system_prompt, self.args.amateur_prompt_template
-        if self.other_amateur is None and system_prompt is None and template is None:
+        is_family = isinstance(self.amateur_side, FamilyAmateur)
+        if is_family and system_prompt is None and template is None:
             return None
-        tokenizer = self.processing_class if self.other_amateur is None else self.other_amateur.tokenizer
-        return AmateurPrompts(tokenizer, system_prompt, template, self._prompt_format)
+        return AmateurPrompts(self.amateur_side.tokenizer, system_prompt, template, self._prompt_format)
 
     def _amateur_room(self, row: dict[str, Any], index: int) -> int | None:
         """
         Number of completion tokens that fit in the amateur's context, `None` for any. Refuses rows that a model cannot
         read.
         """
-        prompt_ids, completion_ids = row["prompt_ids"], row.get("completion_ids") or []
-        check_embedded([*prompt_ids, *completion_ids], self.processing_class, self._widths[0], index, "expert")
-        if self.other_amateur is not None:
-            return self.other_amateur.room(row["amateur_prompt_ids"], index)
-        if "amateur_prompt_ids" in row:
-            prompt_ids = row["amateur_prompt_ids"]
-            check_embedded(prompt_ids, self.processing_class, self._widths[0], index, "amateur")
-        if self._unreadable_ids:
-            check_readable([*prompt_ids, *completion_ids[:-1]], self._unreadable_ids, self.processing_class, index)
-        return None if self.max_length is None else self.max_length - len(prompt_ids)
+        ids = [*row["prompt_ids"], *(row.get("completion_ids") or [])]
+        check_embedded(ids, self.processing_class, self._expert_width, index, "expert")
+        return self.amateur_side.room(row, index)
 
     def _run(
         self, indices: list[int], rows: dict[str, list], room: int | None
@@ -470,11 +439,8 @@ class ContrastiveStepSampler:
             "as_expert": self._pair.as_labeller,
             "as_amateur": self._pair.as_amateur,
         }
-        models = (self.expert, self.amateur, trajectories)
-        if self.other_amateur is None:
-            settings["amateur_prompts"] = rows.get("amateur_prompt_ids")
-            return trajectories, score_trajectories(*models, self.shared_vocabulary, **settings)
-        return trajectories, self.other_amateur.score(*models, rows["amateur_prompt_ids"], **settings)
+        prompts = rows.get("amateur_prompt_ids")
+        return trajectories, self.amateur_side.score(self.expert, self.amateur, trajectories, prompts, **settings)
 
     def _columns(
         self, trajectories: list[Trajectory], scores: list[TrajectoryScores], scoring_only: bool
@@ -494,22 +460,16 @@ class ContrastiveStepSampler:
             **{name: getattr(self.args, name) for name in _SETTINGS},
             **identify_model("expert", self.expert, self._expert_kwargs),
             **identify_model("amateur", self.amateur, self._amateur_kwargs),
-            **({} if self.other_amateur is None else self.other_amateur.identity()),
+            **self.amateur_side.identity(),
             **identify_tokens(self.shared_vocabulary, self.eos_ids, encoded),
         }
-
-    def _shared(self) -> dict[str, Any]:
-        if self.other_amateur is None:
-            return {"shared_tokens": len(self.shared_vocabulary)}
-        reading = {"by": "covering", "description": self.other_amateur.reading}
-        return {"shared_tokens": self.other_amateur.num_shared, "amateur_reading": reading}
 
     def _metadata(self, dataset: Dataset, writer: StepWriter) -> dict[str, Any]:
         return make_metadata(
             {"expert": (self.expert, self._names[0]), "amateur": (self.amateur, self._names[1])},
             {name: getattr(self.args, name) for name in _SETTINGS},
             self.batch_size,
-            self._shared(),
+            self.amateur_side.describe_tokens(),
             self.eos_ids,
             self._prompt_format,
             self.processing_class,

@@ -2,9 +2,11 @@
 
 import copy
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -23,14 +25,15 @@ PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n\n{% en
 
 class OtherAmateur:
     """
-    The sampler's work for an amateur with a different tokenizer.
+    The sampler's work for an amateur with a different tokenizer, with the methods of [`FamilyAmateur`].
 
     Args:
         expert_tokenizer, tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Of the two models.
-        widths (`tuple[int, int]`): Numbers of columns of their logits.
+        expert_vocabulary ([`Vocabulary`]): The expert's tokens.
+        widths (`tuple[int, int]`): Numbers of columns of the two models' logits.
         end_ids (`list[int]`): Tokens that end the amateur's answer.
         chat_template (`str`, *optional*): The user's template, to replace the amateur's own.
-        max_length (`int`, *optional*): Maximum number of tokens that the amateur reads.
+        contexts (`Sequence[int]`): Maximum number of tokens that each model reads, `None` for any.
 
     Raises:
         `ValueError`: If the bytes of a tokenizer's tokens cannot be determined.
@@ -40,12 +43,15 @@ class OtherAmateur:
         self,
         expert_tokenizer: PreTrainedTokenizerBase,
         tokenizer: PreTrainedTokenizerBase,
+        expert_vocabulary: Vocabulary,
         widths: tuple[int, int],
         end_ids: list[int],
         chat_template: str | None,
-        max_length: int | None,
+        contexts: Sequence[int | None],
     ):
-        self.tokenizer, self.max_length, self._width = tokenizer, max_length, widths[1]
+        self.tokenizer, self.max_length, self._width = tokenizer, contexts[1], widths[1]
+        self.context = f"the expert's context is {contexts[0]} tokens, the amateur's {contexts[1]}"
+        self._expert_vocabulary = expert_vocabulary
         if chat_template is not None:
             self.tokenizer = copy.deepcopy(tokenizer)
             self.tokenizer.chat_template = read_chat_template(chat_template)
@@ -57,6 +63,7 @@ class OtherAmateur:
         )
         self.covering = Covering(expert, amateur, self.end_ids)
         self.num_shared = self.covering.num_shared()
+        self.unreadable_ids: list[int] = []  # any text can be read
         self._scoring: CrossScoring | None = None
 
     @property
@@ -74,6 +81,11 @@ class OtherAmateur:
         content = repr((self.covering.amateur.bytes, self.end_ids))
         return {"amateur tokens": hashlib.sha256(content.encode()).hexdigest(), "amateur reading": self.reading}
 
+    def describe_tokens(self) -> dict[str, Any]:
+        """Facts about the tokens that the two models share, for the metadata."""
+        reading = {"by": "covering", "description": self.reading}
+        return {"shared_tokens": self.num_shared, "amateur_reading": reading}
+
     def check_prompts(self, dataset: Dataset) -> None:
         """
         Refuse messages that the amateur cannot read.
@@ -88,7 +100,7 @@ class OtherAmateur:
                 "messages. Or give the prompts as text."
             )
 
-    def room(self, prompt_ids: list[int], row: int) -> int | None:
+    def room(self, row: dict[str, Any], index: int) -> int | None:
         """
         0 if a prompt leaves no room for an answer in the amateur's context. Otherwise `None`, and steps beyond the
         context are dropped.
@@ -96,12 +108,13 @@ class OtherAmateur:
         Raises:
             `ValueError`: If the amateur has no embedding for one of its tokens. The message names the row.
         """
-        check_embedded(prompt_ids, self.tokenizer, self._width, row, "amateur")
+        prompt_ids = row["amateur_prompt_ids"]
+        check_embedded(prompt_ids, self.tokenizer, self._width, index, "amateur")
         return None if self.max_length is None or len(prompt_ids) < self.max_length else 0
 
-    def start(self, vocabulary: Vocabulary, eos_ids: list[int]) -> None:
-        """Prepare the scoring once the expert's vocabulary and end tokens are known."""
-        self._scoring = CrossScoring(self.covering, vocabulary, self.vocabulary, eos_ids, self.max_length)
+    def prepare(self, expert: torch.nn.Module, amateur: torch.nn.Module, eos_ids: list[int]) -> None:
+        """Prepare the scoring once the models are loaded."""
+        self._scoring = CrossScoring(self.covering, self._expert_vocabulary, self.vocabulary, eos_ids, self.max_length)
 
     def score(self, *args: Any, **kwargs: Any) -> list[TrajectoryScores]:
         """[`CrossScoring`]"""

@@ -5,7 +5,6 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from .contrastive_sampling_config import ContrastiveSamplingConfig
 
@@ -71,24 +70,3 @@ def plan_prompts(
         logger.warning(f"Skipped {len(encoded) - len(plan):,} of {len(encoded):,} prompts: {reasons} ({context}).")
     plan.sort(key=lambda item: (-item[0], item[1]))
     return [(index, room) for _, index, room in plan]
-
-
-def check_readable(ids: list[int], unreadable_ids: list[int], tokenizer: PreTrainedTokenizerBase, row: int) -> None:
-    """
-    Refuse a row with a token for which the amateur has no embedding.
-
-    Args:
-        ids (`list[int]`): Tokens of the row that the amateur reads.
-        unreadable_ids (`list[int]`): Tokens of the expert without an embedding in the amateur.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's.
-        row (`int`): Number of the row.
-
-    Raises:
-        `ValueError`: If there is one. The message names the row and the token.
-    """
-    for token_id in set(ids) & set(unreadable_ids):
-        raise ValueError(
-            f"Row {row} has the token {tokenizer.convert_ids_to_tokens(token_id)!r}, for which the amateur has no "
-            f"embedding: its id is {token_id}. Choose another amateur, remove the token, or resize the amateur's "
-            "embeddings and pass it as a model."
-        )

@@ -21,10 +21,10 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,10 @@ from filelock import FileLock, Timeout
 from .caches import name_the_cache, reason_of
 from .dataset import STEP_FEATURES
 from .run_file import checksums, finished_files, read_run, run_content
+
+
+if TYPE_CHECKING:  # slow to import, and one process does without
+    from ..processes import Processes
 
 
 logger = logging.getLogger(__name__)
@@ -137,6 +141,18 @@ class StepWriter:
         self.shards.mkdir(exist_ok=True)
         self.earlier = self._take_shards()
         return {row for rows in self.earlier.values() for row in rows}
+
+    def open_on(
+        self, processes: "Processes", describe: Callable[[], tuple[dict[str, Any], dict[str, Any]]]
+    ) -> set[int]:
+        """
+        [`~StepWriter.open`] on the main process, with the identity and the metadata that `describe` returns there, and
+        [`~StepWriter.join`] on the others.
+        """
+        done, opening = processes.on_main(lambda: (self.open(*describe()), self.opening))
+        if not processes.is_main:
+            self.join(opening)
+        return done
 
     def _take_lock(self) -> OSError | None:
         """Lock the folder. If it cannot be written to, return the reason: a finished Dataset can still be read."""
