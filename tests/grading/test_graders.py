@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from trl_lightreasoner.grading import verdicts
+from trl_lightreasoner.grading import graders, verdicts
 from trl_lightreasoner.grading.verdicts import check_math_verify, grade, grade_all, start_grader
 
 
@@ -109,6 +109,40 @@ def test_graders_that_graded_many_grade_what_comes_next(monkeypatch):
     monkeypatch.setattr(verdicts.Graders, "_start", lambda self: pytest.fail("another one was started"))
     assert len(verdicts._graders._idle) >= 2
     assert all(verdict.correct for verdict in grade_all([ROOT] * 8, num_workers=2))
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[subprocess.Popen]:
+    """The graders that a test starts, of which several grade together from the first formula on."""
+    verdicts._graders.close()
+    made, open_ = [], verdicts.Graders._open
+    monkeypatch.setattr(verdicts.Graders, "_open", lambda self: made.append(open_(self)) or made[-1])
+    monkeypatch.setattr(verdicts, "_SECONDS_TO_START", 0)
+    return made
+
+
+def test_all_graders_but_one_end_when_none_is_asked_for_long(started, monkeypatch):
+    monkeypatch.setattr(graders, "_SECONDS_IDLE", 0.5)
+    grade_all([ROOT] * 8, num_workers=3)
+    assert len(started) > 1
+    deadline = time.monotonic() + 20
+    while sum(is_running(each.pid) for each in started) > 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [is_running(each.pid) for each in started].count(True) == 1
+    number = len(started)
+    assert grade(**ROOT).correct
+    assert len(started) == number
+
+
+def test_graders_that_were_asked_meanwhile_stay(started):
+    grade_all([ROOT] * 8, num_workers=3)
+    verdicts._graders._end_surplus()
+    assert len(started) > 1 and all(is_running(each.pid) for each in started)
+
+
+def test_graders_at_work_do_not_end(started, monkeypatch):
+    monkeypatch.setattr(graders, "_SECONDS_IDLE", 0)
+    assert grade_all([ROOT] * 40, num_workers=4) == [verdicts.Verdict(r"\sqrt{20}", True)] * 40
 
 
 def test_a_grader_started_ahead_is_the_one_that_is_checked(monkeypatch):

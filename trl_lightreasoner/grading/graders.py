@@ -2,7 +2,7 @@
 
 They are started by a command, because multiprocessing would import the caller's script again. They import nothing from
 the current folder. They end with the process that started them, and each limits its own processor time in case that
-process was killed.
+process was killed. All but one end when none has been asked for ten minutes, because each holds some 50 MB.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import IO, Any
 
@@ -26,11 +27,14 @@ _PROGRAM = (
     "import sys; sys.path[:] = sys.argv[1:]; from trl_lightreasoner.grading import verdicts; verdicts.serve_verdicts()"
 )
 _READY = "ready"
+# Seconds without a question after which all graders but one end
+_SECONDS_IDLE = 600.0
 
 
 class Graders:
     """
-    A pool of grading processes that grows with demand. Each is kept for the next completion.
+    A pool of grading processes that grows with demand. Each is kept for the next completion, and only one for longer
+    than ten minutes.
 
     A process that exceeds the time limit, or has died, is replaced. Its completion gets no reply.
     """
@@ -40,6 +44,8 @@ class Graders:
         self._launched: list[subprocess.Popen] = []  # not known to work yet
         self._idle: list[subprocess.Popen] = []
         self._all: list[subprocess.Popen] = []
+        self._last_asked = 0.0
+        self._timer: threading.Timer | None = None  # runs while several are idle
 
     def ask(self, item: dict[str, Any], timeout: float) -> tuple[Any, str | None]:
         """
@@ -73,8 +79,7 @@ class Graders:
             timer.join()
         finished = line.endswith("\n")
         if finished and not expired.is_set():
-            with self._lock:
-                self._idle.append(grader)
+            self._rest([grader])
         else:
             self._end(grader)
         if finished:
@@ -90,9 +95,7 @@ class Graders:
 
     def start(self) -> None:
         """Start a grader if there is none, with the same errors as [`~Graders.ask`]."""
-        grader = self._take()
-        with self._lock:
-            self._idle.append(grader)
+        self._rest([self._take()])
 
     def has_idle(self) -> bool:
         """Whether a grader is ready."""
@@ -105,13 +108,16 @@ class Graders:
             moved, self._idle = self._idle[:count], self._idle[count:]
             self._all = [grader for grader in self._all if grader not in moved]
         with other._lock:
-            other._idle += moved
             other._all += moved
+        other._rest(moved)
 
     def close(self) -> None:
         """End all graders, even at work."""
         with self._lock:
             graders, self._all, self._idle, self._launched = self._all, [], [], []
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = None
         for grader in graders:
             _end(grader)
 
@@ -126,6 +132,30 @@ class Graders:
                 if grader.poll() is None:
                     return grader
         return self._start()
+
+    def _rest(self, graders: list[subprocess.Popen]) -> None:
+        """Keep graders, each of which has nothing to do, for the next completion."""
+        with self._lock:
+            self._idle += graders
+            self._last_asked = time.monotonic()
+            if len(self._idle) > 1 and self._timer is None:
+                self._wait(_SECONDS_IDLE)
+
+    def _wait(self, seconds: float) -> None:
+        self._timer = threading.Timer(seconds, self._end_surplus)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _end_surplus(self) -> None:
+        """End all idle graders but one, or wait on if one has been asked meanwhile."""
+        with self._lock:
+            left = self._last_asked + _SECONDS_IDLE - time.monotonic()
+            if left > 0:
+                return self._wait(left)
+            self._timer = None
+            surplus, self._idle = self._idle[1:], self._idle[:1]
+        for grader in surplus:
+            self._end(grader)
 
     def _end(self, grader: subprocess.Popen) -> None:
         with self._lock:

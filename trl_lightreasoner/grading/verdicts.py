@@ -35,7 +35,7 @@ MAX_ANSWER_LENGTH = 1000
 _MAX_LENGTH_HERE = 50_000
 _MAX_PRODUCT_HERE = 10_000
 
-# They stay for the next call
+# For all calls, so that each finds those of the one before
 _graders = Graders()
 atexit.register(_graders.close)
 if hasattr(os, "register_at_fork"):
