@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from transformers import PretrainedConfig, PreTrainedTokenizerBase, logging
+from transformers import PreTrainedTokenizerBase, logging
 
 from ..generation.completions import GreedyDecoder, find_batch_size
 from ..generation.cuda_graphs import Generated
@@ -30,26 +30,23 @@ TOKENS_A_PIECE = 256
 _FEWEST_SLOTS = 256
 
 
-def context_length(config: PretrainedConfig) -> int:
-    """Maximum number of tokens that a model can read."""
-    length = getattr(config, "max_position_embeddings", None) or 0
-    return length if length > 0 else sys.maxsize  # XLNet says -1
-
-
-def plan_answers(prompt_ids: list[list[int]], max_new_tokens: int, context: int) -> list[tuple[int, int]]:
+def plan_answers(prompt_ids: list[list[int]], max_new_tokens: int, context: int | None) -> list[tuple[int, int]]:
     """
     Rows and the maximum lengths of their answers in tokens, longest prompts first, without rows that have no prompt or
-    no room.
+    no room in the model's context.
 
     Example:
 
     ```python
     >>> plan_answers([[5], [], [5, 6], [5] * 9], max_new_tokens=8, context=9)
     [(2, 7), (0, 8)]
+    >>> plan_answers([[5]], max_new_tokens=8, context=None)
+    [(0, 8)]
 
     ```
     """
-    rooms = [(row, min(max_new_tokens, context - len(ids))) for row, ids in enumerate(prompt_ids) if ids]
+    most = sys.maxsize if context is None else context
+    rooms = [(row, min(max_new_tokens, most - len(ids))) for row, ids in enumerate(prompt_ids) if ids]
     plan = [(row, room) for row, room in rooms if room > 0]
     return sorted(plan, key=lambda item: (-len(prompt_ids[item[0]]), item[0]))
 

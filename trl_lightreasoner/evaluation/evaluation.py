@@ -32,6 +32,7 @@ from ..generation.completions import GreedyDecoder, evaluating, run_in_batches, 
 from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
 from ..grading.verdicts import check_math_verify, start_grader
+from ..models.forward import context_length
 from ..models.loading import hub_kwargs, init_kwargs, load_config, load_model, load_tokenizer
 from ..models.weights import describe_loading, describe_model, weight_fingerprint
 from ..processes import Processes
@@ -41,7 +42,7 @@ from ..steps.run_file import run_date
 from ..steps.whole_files import whole_file
 from ..steps.writer import StepWriter, describe_rows, hash_ids
 from ..vocabulary import check_embedded, model_vocabulary
-from .answering import Answering, context_length, grade_answers, plan_answers
+from .answering import Answering, grade_answers, plan_answers
 from .evaluation_config import EvaluationConfig
 from .sets import BENCHMARKS, load_benchmark, title_of
 from .statistics import Z_95, compare, standard_error

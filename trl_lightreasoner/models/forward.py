@@ -45,6 +45,23 @@ def has_full_attention(model: torch.nn.Module) -> bool:
     return config._attn_implementation == "sdpa" and layers == {DynamicLayer}
 
 
+def context_length(config: PretrainedConfig) -> int | None:
+    """
+    Maximum number of tokens that a model can read, or `None` for any.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig, MambaConfig, XLNetConfig
+    >>> [context_length(config) for config in (LlamaConfig(max_position_embeddings=256), MambaConfig(), XLNetConfig())]
+    [256, None, None]
+
+    ```
+    """
+    length = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    return length if length > 0 else None  # XLNet says -1
+
+
 def rope_switch(config: PretrainedConfig) -> int | None:
     """
     The number of tokens beyond which a model uses a different rope (`longrope`), or `None`. transformers chooses the
@@ -144,8 +161,8 @@ def logits_of_row(model: torch.nn.Module, ids: list[int], count: int) -> torch.T
 def room_to_look(model: torch.nn.Module, length: int) -> int:
     """`length`, or the maximum number of tokens that a model reads with one rope, if that is smaller."""
     config = get_base_model(model).config
-    limits = [getattr(config.get_text_config(), "max_position_embeddings", None), rope_switch(config)]
-    return min([length, *(limit for limit in limits if limit is not None and limit > 0)])
+    limits = [context_length(config), rope_switch(config)]
+    return min([length, *(limit for limit in limits if limit is not None)])
 
 
 def same_logits(model: torch.nn.Module, logits: torch.Tensor, expected: torch.Tensor) -> bool:

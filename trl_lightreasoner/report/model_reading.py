@@ -12,9 +12,8 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation.answering import context_length
 from ..models.adapter_loading import count_saved_embeddings, load_adapter, load_adapter_config
-from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at
+from ..models.forward import accepts_logits_to_keep, attention_backends, context_length, forward_at
 from ..models.loading import load_config, load_model, load_tokenizer
 from ..models.weights import get_base_model
 from ..sampling.model_pair import AMATEUR_SETTINGS
@@ -222,8 +221,9 @@ def _read(
     width = get_base_model(model).config.get_text_config().vocab_size
     if any(token_id >= width for each in trajectories for token_id in each.prompt_ids + each.completion_ids[:-1]):
         raise ValueError(f"the dataset holds tokens beyond the {width} that the {role} has embeddings for")
-    context = context_length(get_base_model(model).config.get_text_config())
-    if any(len(each.prompt_ids) + each.steps[-1].position > context for each in trajectories if each.steps):
+    context = context_length(get_base_model(model).config)
+    longest = max((len(each.prompt_ids) + each.steps[-1].position for each in trajectories if each.steps), default=0)
+    if context is not None and longest > context:
         raise ValueError(f"the dataset holds steps beyond the {role}'s maximum of {context} tokens")
     probabilities: list[list[list[float]]] = []
     for trajectory in tqdm(trajectories, f"Reading the {role}", leave=False, disable=None):

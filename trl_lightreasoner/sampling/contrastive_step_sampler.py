@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from ..generation.completions import GreedyDecoder, find_batch_size, run_in_batches, share_batches
 from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
-from ..models.forward import check_causal
+from ..models.forward import check_causal, context_length
 from ..models.loading import init_kwargs, load_config, load_tokenizer
 from ..models.weights import short_name, weight_fingerprint
 from ..processes import Processes
@@ -146,7 +146,7 @@ class ContrastiveStepSampler:
         self.processing_class, self.amateur_processing_class = processing_class, amateur_processing_class
         texts = (expert_config.get_text_config(), amateur_config.get_text_config())
         widths = (texts[0].vocab_size, texts[1].vocab_size)
-        contexts = [getattr(config, "max_position_embeddings", None) for config in texts]
+        contexts = [context_length(config) for config in texts]
         self._expert_width = widths[0]
         self.amateur_side: FamilyAmateur | OtherAmateur
         try:
@@ -174,7 +174,7 @@ class ContrastiveStepSampler:
         self.expert_vocabulary = self.shared_vocabulary  # the usual case
         if len(self.shared_vocabulary) != len(processing_class):
             self.expert_vocabulary = model_vocabulary(processing_class, widths[0], "expert")
-        self.max_length = min((context for context in contexts if context is not None and context > 0), default=None)
+        self.max_length = min((context for context in contexts if context is not None), default=None)
         self.amateur_side = FamilyAmateur(
             processing_class, self.shared_vocabulary, self.expert_vocabulary, widths, self.max_length
         )

@@ -14,11 +14,12 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, logging
 
-from ..evaluation.answering import Answering, context_length, grade_answers, plan_answers
+from ..evaluation.answering import Answering, grade_answers, plan_answers
 from ..evaluation.statistics import standard_error
 from ..generation.completions import GreedyDecoder, batches_that_fit, evaluating
 from ..generation.greedy import find_eos_ids
 from ..grading.answers import read_references
+from ..models.forward import context_length
 from ..steps.prompt_format import has_messages
 from ..steps.prompts import encode_rows
 from ..text import name_columns, shown_value

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from peft import PeftModel
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, logging
 
-from ..evaluation.answering import context_length
+from ..models.forward import context_length
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
 from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS
