@@ -59,10 +59,13 @@ def check_numbers(config: Any, names: Iterable[str]) -> None:
 def check_whole_numbers(config: Any, names: Iterable[str], optional: Iterable[str] = ()) -> None:
     for name in (*names, *optional):
         value = getattr(config, name)
-        if value is None and name in optional:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be a whole number, 1 or more, got {value!r}.")
+        if value is not None or name not in optional:
+            check_whole_number(name, value)
+
+
+def check_whole_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a whole number, 1 or more, got {value!r}.")
 
 
 def check_amateur_settings(config: Any) -> None:

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..config_checks import check_whole_numbers
 from .arguments import ArgumentParser
 from .next_command import next_command
 from .running_on import announce, tell
@@ -113,8 +114,7 @@ class ReportArguments:
             raise ValueError(f"A report shows one dataset or two side by side, got {len(self.dataset_name)}.")
         if len(set(self.dataset_name)) < len(self.dataset_name):
             raise ValueError("The two datasets are the same. Name two different ones, or only one.")
-        if self.num_trajectories < 1:
-            raise ValueError(f"`num_trajectories` must be a whole number, 1 or more, got {self.num_trajectories}.")
+        check_whole_numbers(self, ("num_trajectories",))
 
 
 class _ReportParser(ArgumentParser):

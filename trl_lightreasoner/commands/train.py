@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from trl import ModelConfig, ScriptArguments
 
+from ..config_checks import check_whole_numbers
 from .arguments import ArgumentParser, quantization_of
 from .late_compiling import compiling_late
 from .next_command import next_command
@@ -169,8 +170,7 @@ class LightReasonerModelConfig(ModelConfig):
     )
 
     def __post_init__(self):
-        if self.lora_r < 1:
-            raise ValueError(f"`lora_r` must be a whole number, 1 or more, got {self.lora_r}.")
+        check_whole_numbers(self, ("lora_r",))
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}.")
         from ..training.adapters import target_modules

@@ -11,6 +11,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..config_checks import check_whole_number
 from ..generation.completions import GreedyDecoder, find_batch_size, run_in_batches, share_batches
 from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
@@ -144,9 +145,9 @@ class ContrastiveStepSampler:
         elif amateur_processing_class is None:
             amateur_processing_class = load_tokenizer(amateur, "amateur", "amateur_processing_class", **amateur_kwargs)
         self.processing_class, self.amateur_processing_class = processing_class, amateur_processing_class
-        texts = (expert_config.get_text_config(), amateur_config.get_text_config())
-        widths = (texts[0].vocab_size, texts[1].vocab_size)
-        contexts = [context_length(config) for config in texts]
+        configs = (expert_config.get_text_config(), amateur_config.get_text_config())
+        widths = (configs[0].vocab_size, configs[1].vocab_size)
+        contexts = [context_length(config) for config in configs]
         self._expert_width = widths[0]
         self.amateur_side: FamilyAmateur | OtherAmateur
         try:
@@ -330,8 +331,7 @@ class ContrastiveStepSampler:
         >>> print(check)  # doctest: +SKIP
         ```
         """
-        if isinstance(num_prompts, bool) or not isinstance(num_prompts, int) or num_prompts < 1:
-            raise ValueError(f"`num_prompts` must be a whole number, 1 or more, got {num_prompts!r}.")
+        check_whole_number("num_prompts", num_prompts)
         same_kwargs = self._expert_kwargs == self._amateur_kwargs
         reads_alike = all(getattr(self.args, name) is None for name in AMATEUR_SETTINGS)
         if isinstance(self.expert, str) and self.expert == self.amateur and same_kwargs and reads_alike:
