@@ -170,7 +170,7 @@ def evaluate(
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The model's tokenizer. If `None`, it is loaded from the model's folder or repository.
         baseline_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The baseline's.
+            The baseline's tokenizer, likewise.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             Quantization configuration used when loading both from strings.
 

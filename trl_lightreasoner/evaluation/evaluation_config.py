@@ -39,8 +39,8 @@ class EvaluationConfig:
         > Parameters that control the problems
 
         benchmarks (`list[str]`, *optional*):
-            Names, separated by spaces or commas: gsm8k, math500, math, svamp, asdiv, minerva_math, olympiadbench,
-            mmlu_stem. If `None`, all except math, which includes math500.
+            Benchmarks to answer, separated by spaces or commas: gsm8k, math500, math, svamp, asdiv, minerva_math,
+            olympiadbench, mmlu_stem. If `None`, all except math, which includes math500.
         data_dir (`str`, *optional*):
             Folder that holds the benchmarks' files: NAME.jsonl, benchmarks/NAME.jsonl or NAME/test.jsonl. If `None`,
             they are loaded from the Hub.
@@ -54,12 +54,13 @@ class EvaluationConfig:
             models, and only the first answer of a completion is graded. If `None`, it is the format in the model's
             prompt_format.json, and without that file `"chat"`.
         system_prompt (`str`, *optional*):
-            System message of the style `"chat"`, empty for none. If `None`, it is the one of the training, or that of
-            Qwen2.5-Math: Please reason step by step, and put your final answer within \boxed{}.
+            System message for the style `"chat"`. An empty text leaves it out. If `None`, it is the one that the model
+            was trained with, or else that of Qwen2.5-Math: Please reason step by step, and put your final answer
+            within \boxed{}.
         prompt_template (`str`, *optional*):
-            Prompt template: text that contains {question}, or a file that holds such text. If `None`, it is the one of
-            the training, or the problem alone for `"chat"`, and for `"raw"` `"Question: {question}"` followed by a
-            line `"Answer:"`.
+            Prompt template: text that contains {question}, or a file that holds such text. If `None`, it is the one
+            that the model was trained with. Without one it is the problem alone for `"chat"`, and for `"raw"` it is
+            `"Question: {question}"` followed by a line `"Answer:"`.
 
         > Parameters that control the models
 
@@ -70,7 +71,7 @@ class EvaluationConfig:
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used when the model is given
             by id or path. The `revision` value is also used when loading its tokenizer.
         baseline_model_init_kwargs (`dict[str, Any]`, *optional*):
-            The same for the baseline.
+            As `model_init_kwargs`, for the baseline.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to allow loading models and tokenizers that ship custom Python code.
 
@@ -94,7 +95,7 @@ class EvaluationConfig:
         vllm_server_base_url (`str`, *optional*, defaults to `"http://localhost:8000"`):
             Base URL of the vLLM server.
         vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
-            Timeout in seconds for the vLLM server to be up.
+            Number of seconds to wait for the vLLM server to be up.
         vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
             Fraction of the GPU's memory that vLLM uses in mode `"colocate"`, including its copy of the model.
 
@@ -120,8 +121,8 @@ class EvaluationConfig:
     benchmarks: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names, separated by spaces or commas: gsm8k, math500, math, svamp, asdiv, minerva_math, "
-            "olympiadbench, mmlu_stem. If `None`, all except math, which includes math500."
+            "help": "Benchmarks to answer, separated by spaces or commas: gsm8k, math500, math, svamp, asdiv, "
+            "minerva_math, olympiadbench, mmlu_stem. If `None`, all except math, which includes math500."
         },
     )
     data_dir: str | None = field(
@@ -147,16 +148,17 @@ class EvaluationConfig:
     system_prompt: str | None = field(
         default=None,
         metadata={
-            "help": "System message of the style 'chat', empty for none. If `None`, it is the one of the training, or "
-            "that of Qwen2.5-Math: Please reason step by step, and put your final answer within \\boxed{}."
+            "help": "System message for the style 'chat'. An empty text leaves it out. If `None`, it is the one that "
+            "the model was trained with, or else that of Qwen2.5-Math: Please reason step by step, and put your final "
+            "answer within \\boxed{}."
         },
     )
     prompt_template: str | None = field(
         default=None,
         metadata={
             "help": "Prompt template: text that contains {question}, or a file that holds such text. If `None`, it is "
-            "the one of the training, or the problem alone for 'chat', and for 'raw' 'Question: {question}' followed "
-            "by a line 'Answer:'."
+            "the one that the model was trained with. Without one it is the problem alone for 'chat', and for 'raw' "
+            "it is 'Question: {question}' followed by a line 'Answer:'."
         },
     )
     dtype: str = field(
@@ -176,7 +178,7 @@ class EvaluationConfig:
     )
     baseline_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "The same for the baseline."},
+        metadata={"help": "As `model_init_kwargs`, for the baseline."},
     )
     trust_remote_code: bool = field(
         default=False,
@@ -215,7 +217,7 @@ class EvaluationConfig:
     )
     vllm_server_timeout: float = field(
         default=240.0,
-        metadata={"help": "Timeout in seconds for the vLLM server to be up."},
+        metadata={"help": "Number of seconds to wait for the vLLM server to be up."},
     )
     vllm_gpu_memory_utilization: float = field(
         default=0.3,

@@ -47,7 +47,7 @@ class RunConfig:
             Number of decoder layers in the middle of the model that the amateur skips, instead of
             `amateur_skipped_layers`. Of L layers, n are skipped from index (L - n) // 2 on: 3 of 28 are 12, 13 and 14.
         amateur_system_prompt (`str`, *optional*):
-            System message of the amateur's prompt, empty for none. If `None`, it is the expert's.
+            System message of the amateur's prompt. An empty text leaves it out. If `None`, it is the expert's.
         amateur_prompt_template (`str`, *optional*):
             Prompt template of the amateur: text that contains {question}, or a file that holds such text. If `None`,
             it is the expert's.
@@ -89,8 +89,8 @@ class RunConfig:
             `"raw"`: as plain text, for base models. If `None`, it is `"chat"` if the expert has a chat template, and
             otherwise `"raw"`.
         system_prompt (`str`, *optional*):
-            System message of the style `"chat"`, empty for none. If `None`, it is that of Qwen2.5-Math: Please reason
-            step by step, and put your final answer within \boxed{}.
+            System message for the style `"chat"`. An empty text leaves it out. If `None`, it is that of Qwen2.5-Math:
+            Please reason step by step, and put your final answer within \boxed{}.
         prompt_template (`str`, *optional*):
             Prompt template: text that contains {question}, or a file that holds such text. If `None`, it is the
             question alone for `"chat"`, and for `"raw"` it is `"Question: {question}"` followed by a line `"Answer:"`.
@@ -101,11 +101,13 @@ class RunConfig:
             Plausibility threshold in (0, 1]: a token is plausible if its expert probability is at least `alpha` times
             that of the expert's most probable token. Only plausible tokens are in a label.
         contrast_strength (`float`, *optional*, defaults to `1.0`):
-            gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100. The paper uses 1. At 0 the amateur only
-            selects the steps, and the label is pi_E^lambda over the plausible tokens.
+            Exponent gamma of the contrast in the label, from 0 to 100. The label is pi_E^lambda (pi_E / pi_A)^gamma
+            over the plausible tokens, normalized. pi_E and pi_A are the probabilities that expert and amateur give a
+            token. The paper uses 1. At 0 the amateur only selects the steps.
         expert_anchor (`float`, *optional*, defaults to `0.0`):
-            lambda of the label, from 0 to 100. The paper uses 0. At 1 the label starts from the expert's distribution,
-            as in contrastive decoding with a `contrast_strength` of 0.5.
+            Exponent lambda of the expert's own probability in the label (see `contrast_strength`), from 0 to 100. The
+            paper uses 0. At 1 the label starts from the expert's distribution, as in contrastive decoding with a
+            `contrast_strength` of 0.5.
         max_new_tokens (`int`, *optional*, defaults to `128`):
             Maximum number of tokens to sample per completion.
 
@@ -199,7 +201,10 @@ class RunConfig:
     )
     amateur_system_prompt: str | None = field(
         default=None,
-        metadata={"help": "System message of the amateur's prompt, empty for none. If `None`, it is the expert's."},
+        metadata={
+            "help": "System message of the amateur's prompt. An empty text leaves it out. If `None`, it is the "
+            "expert's."
+        },
     )
     amateur_prompt_template: str | None = field(
         default=None,
@@ -273,8 +278,8 @@ class RunConfig:
     system_prompt: str | None = field(
         default=None,
         metadata={
-            "help": "System message of the style 'chat', empty for none. If `None`, it is that of Qwen2.5-Math: "
-            "Please reason step by step, and put your final answer within \\boxed{}."
+            "help": "System message for the style 'chat'. An empty text leaves it out. If `None`, it is that of "
+            "Qwen2.5-Math: Please reason step by step, and put your final answer within \\boxed{}."
         },
     )
     prompt_template: str | None = field(
@@ -294,15 +299,17 @@ class RunConfig:
     contrast_strength: float = field(
         default=1.0,
         metadata={
-            "help": "gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100. The paper uses 1. At 0 the "
-            "amateur only selects the steps, and the label is pi_E^lambda over the plausible tokens."
+            "help": "Exponent gamma of the contrast in the label, from 0 to 100. The label is pi_E^lambda (pi_E / "
+            "pi_A)^gamma over the plausible tokens, normalized. pi_E and pi_A are the probabilities that expert and "
+            "amateur give a token. The paper uses 1. At 0 the amateur only selects the steps."
         },
     )
     expert_anchor: float = field(
         default=0.0,
         metadata={
-            "help": "lambda of the label, from 0 to 100. The paper uses 0. At 1 the label starts from the expert's "
-            "distribution, as in contrastive decoding with a `contrast_strength` of 0.5."
+            "help": "Exponent lambda of the expert's own probability in the label (see `contrast_strength`), from 0 "
+            "to 100. The paper uses 0. At 1 the label starts from the expert's distribution, as in contrastive "
+            "decoding with a `contrast_strength` of 0.5."
         },
     )
     max_new_tokens: int = field(

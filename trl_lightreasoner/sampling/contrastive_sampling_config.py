@@ -52,7 +52,7 @@ class ContrastiveSamplingConfig:
             Keyword arguments for [`~transformers.AutoModelForCausalLM.from_pretrained`], used when the expert is given
             by id or path. The `revision` value is also used when loading its tokenizer.
         amateur_model_init_kwargs (`dict[str, Any]`, *optional*):
-            The same for the amateur.
+            As `model_init_kwargs`, for the amateur.
         amateur_chat_template (`str`, *optional*):
             Chat template of an amateur whose tokenizer differs from the expert's: Jinja text, a file that holds it, or
             `"plain"` for the bare text of the messages, each followed by an empty line. If `None`, the amateur's own
@@ -63,7 +63,7 @@ class ContrastiveSamplingConfig:
             Number of decoder layers in the middle of the model that the amateur skips, instead of
             `amateur_skipped_layers`. Of L layers, n are skipped from index (L - n) // 2 on: 3 of 28 are 12, 13 and 14.
         amateur_system_prompt (`str`, *optional*):
-            System message of the amateur's prompt, empty for none. If `None`, it is the expert's.
+            System message of the amateur's prompt. An empty text leaves it out. If `None`, it is the expert's.
         amateur_prompt_template (`str`, *optional*):
             Prompt template of the amateur: text that contains {question}, or a file that holds such text. If `None`,
             it is the expert's.
@@ -79,14 +79,16 @@ class ContrastiveSamplingConfig:
             Informativeness threshold in nats: a step is kept if the expert's distribution diverges from the amateur's
             by at least this much.
         contrast_strength (`float`, *optional*, defaults to `1.0`):
-            gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100. The paper uses 1. At 0 the amateur only
-            selects the steps, and the label is pi_E^lambda over the plausible tokens.
+            Exponent gamma of the contrast in the label, from 0 to 100. The label is pi_E^lambda (pi_E / pi_A)^gamma
+            over the plausible tokens, normalized. pi_E and pi_A are the probabilities that expert and amateur give a
+            token. The paper uses 1. At 0 the amateur only selects the steps.
         expert_anchor (`float`, *optional*, defaults to `0.0`):
-            lambda of the label, from 0 to 100. The paper uses 0. At 1 the label starts from the expert's distribution,
-            as in contrastive decoding with a `contrast_strength` of 0.5.
+            Exponent lambda of the expert's own probability in the label (see `contrast_strength`), from 0 to 100. The
+            paper uses 0. At 1 the label starts from the expert's distribution, as in contrastive decoding with a
+            `contrast_strength` of 0.5.
         label_expert (`str`, *optional*, defaults to `"live"`):
             For an expert with an adapter, the model to contrast with the amateur. `"live"`: the expert with its
-            adapter. `"base"`: the expert without its adapter, which keeps the labels of later rounds those of the
+            adapter. `"base"`: the expert without its adapter, so that in later rounds the labels stay those of the
             original expert.
         include_first_step (`bool`, *optional*, defaults to `False`):
             Whether the first token of a completion can be a kept step. The published scripts skip it, and with a plain
@@ -114,7 +116,7 @@ class ContrastiveSamplingConfig:
         vllm_server_base_url (`str`, *optional*, defaults to `"http://localhost:8000"`):
             Base URL of the vLLM server.
         vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
-            Timeout in seconds for the vLLM server to be up.
+            Number of seconds to wait for the vLLM server to be up.
         vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
             Fraction of the GPU's memory that vLLM uses in mode `"colocate"`, including its copy of the expert.
     """
@@ -156,7 +158,7 @@ class ContrastiveSamplingConfig:
     )
     amateur_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "The same for the amateur."},
+        metadata={"help": "As `model_init_kwargs`, for the amateur."},
     )
     amateur_chat_template: str | None = field(
         default=None,
@@ -180,7 +182,10 @@ class ContrastiveSamplingConfig:
     )
     amateur_system_prompt: str | None = field(
         default=None,
-        metadata={"help": "System message of the amateur's prompt, empty for none. If `None`, it is the expert's."},
+        metadata={
+            "help": "System message of the amateur's prompt. An empty text leaves it out. If `None`, it is the "
+            "expert's."
+        },
     )
     amateur_prompt_template: str | None = field(
         default=None,
@@ -210,23 +215,25 @@ class ContrastiveSamplingConfig:
     contrast_strength: float = field(
         default=1.0,
         metadata={
-            "help": "gamma of the label pi_E^lambda (pi_E / pi_A)^gamma, from 0 to 100. The paper uses 1. At 0 the "
-            "amateur only selects the steps, and the label is pi_E^lambda over the plausible tokens."
+            "help": "Exponent gamma of the contrast in the label, from 0 to 100. The label is pi_E^lambda (pi_E / "
+            "pi_A)^gamma over the plausible tokens, normalized. pi_E and pi_A are the probabilities that expert and "
+            "amateur give a token. The paper uses 1. At 0 the amateur only selects the steps."
         },
     )
     expert_anchor: float = field(
         default=0.0,
         metadata={
-            "help": "lambda of the label, from 0 to 100. The paper uses 0. At 1 the label starts from the expert's "
-            "distribution, as in contrastive decoding with a `contrast_strength` of 0.5."
+            "help": "Exponent lambda of the expert's own probability in the label (see `contrast_strength`), from 0 "
+            "to 100. The paper uses 0. At 1 the label starts from the expert's distribution, as in contrastive "
+            "decoding with a `contrast_strength` of 0.5."
         },
     )
     label_expert: str = field(
         default="live",
         metadata={
             "help": "For an expert with an adapter, the model to contrast with the amateur. 'live': the expert with "
-            "its adapter. 'base': the expert without its adapter, which keeps the labels of later rounds those of the "
-            "original expert.",
+            "its adapter. 'base': the expert without its adapter, so that in later rounds the labels stay those of "
+            "the original expert.",
             "choices": ["live", "base"],
         },
     )
@@ -277,7 +284,7 @@ class ContrastiveSamplingConfig:
     )
     vllm_server_timeout: float = field(
         default=240.0,
-        metadata={"help": "Timeout in seconds for the vLLM server to be up."},
+        metadata={"help": "Number of seconds to wait for the vLLM server to be up."},
     )
     vllm_gpu_memory_utilization: float = field(
         default=0.3,

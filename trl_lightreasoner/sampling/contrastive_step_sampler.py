@@ -187,7 +187,7 @@ class ContrastiveStepSampler:
 
     @property
     def amateur(self) -> Any:
-        """The amateur, likewise. `None` until then if it is the expert itself."""
+        """The amateur, likewise. An amateur that is the expert itself is `None` until then."""
         return self._pair.amateur
 
     def sample(self, dataset: Dataset | IterableDataset | list, prompt_format: PromptFormat | None = None) -> Dataset:

@@ -54,8 +54,8 @@ class LightReasonerConfig(TrainingArguments):
             and otherwise 0.8. If no step of the evaluation rows reaches this default, all of their steps are
             evaluated.
         one_step_per_row (`bool`, *optional*, defaults to `False`):
-            Whether each row has a single kept step, as in the paper, instead of a whole trajectory, whose steps share
-            one forward pass.
+            Whether to train on rows of a single kept step, as in the paper. By default a row is a whole trajectory,
+            whose steps share one forward pass.
 
         > Parameters that control the training
 
@@ -171,8 +171,8 @@ class LightReasonerConfig(TrainingArguments):
     one_step_per_row: bool = field(
         default=False,
         metadata={
-            "help": "Whether each row has a single kept step, as in the paper, instead of a whole trajectory, whose "
-            "steps share one forward pass."
+            "help": "Whether to train on rows of a single kept step, as in the paper. By default a row is a whole "
+            "trajectory, whose steps share one forward pass."
         },
     )
 

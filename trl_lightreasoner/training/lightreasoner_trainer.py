@@ -78,9 +78,10 @@ class LightReasonerTrainer(EvaluatingTrainer):
             - A [`~transformers.PreTrainedModel`].
             - A [`~peft.PeftModel`], which is trained as it is.
         args ([`LightReasonerConfig`] or [`~transformers.TrainingArguments`], *optional*):
-            Configuration for this trainer. If `None`, a default configuration is used. Of another trainer's
-            configuration, such as [`~trl.SFTConfig`], the values that differ from its defaults are used, and for the
-            others the defaults of [`LightReasonerConfig`]. A warning names both, and settings that are ignored.
+            Configuration for this trainer. If `None`, a default configuration is used. From another trainer's
+            configuration, such as [`~trl.SFTConfig`], the trainer takes the values that differ from that class's
+            defaults. All other fields have the defaults of [`LightReasonerConfig`]. A warning names these defaults and
+            the settings that are ignored.
         data_collator ([`~transformers.DataCollator`], *optional*):
             Function to form a batch. Defaults to [`DataCollatorForLightReasoner`].
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -98,10 +99,10 @@ class LightReasonerTrainer(EvaluatingTrainer):
             `None` at evaluation.
         compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*):
             The function that will be used to compute metrics at evaluation. Must take a
-            [`~transformers.EvalPrediction`] and return a dictionary string to metric values. Its predictions are the
-            logits at the kept steps, `(rows, S, W)`, with minus infinity in columns that are not tokens. Its labels
-            are the ids of v_C's most probable tokens, `(rows, S)`. If a row has fewer steps than S, both are padded
-            with -100.
+            [`~transformers.EvalPrediction`] and return a dictionary of metric names and values. The predictions are
+            the logits at the kept steps, `(rows, S, W)`, with minus infinity in columns that are not tokens. The
+            labels are the ids of v_C's most probable tokens, `(rows, S)`. If a row has fewer steps than S, both are
+            padded with -100.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             List of callbacks to customize the training loop.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
@@ -110,8 +111,8 @@ class LightReasonerTrainer(EvaluatingTrainer):
             A tuple containing the optimizer class and keyword arguments to use, the learning rate `lr` among them.
             Overrides `optim`, `optim_args` and `learning_rate` in `args`. Incompatible with the `optimizers` argument.
         preprocess_logits_for_metrics (`Callable[[torch.Tensor, torch.Tensor], torch.Tensor]`, *optional*):
-            A function that preprocess the logits right before caching them at each evaluation step. Must take the
-            logits and the labels of a batch, as `compute_metrics` does, and return the logits once processed.
+            A function that preprocesses the logits right before they are cached at each evaluation step. Must take the
+            logits and the labels of a batch, in the form that `compute_metrics` gets, and return the processed logits.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             Quantization configuration used when loading the model from a string.
         peft_config ([`~peft.PeftConfig`], *optional*):
@@ -122,8 +123,8 @@ class LightReasonerTrainer(EvaluatingTrainer):
             all be given. In GSM8K's solutions the text after `####` counts, in others the last `\boxed{}`. The first
             evaluation comes before the first update. No `eval_dataset` is needed.
         sft_dataset ([`~datasets.Dataset`], *optional*):
-            Your own demonstrations in TRL's format: `prompt` and `completion`, or `messages` that end with the
-            assistant's. Each row of `train_dataset` is paired with one of them, in order and repeating.
+            Your own demonstrations in TRL's format: `prompt` and `completion`, or `messages` that end with an
+            assistant's message. Each row of `train_dataset` is paired with one of them, in order and repeating.
             `args.sft_weight` times the mean cross-entropy of the completions' tokens is added to the loss.
         amateur_model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
             Amateur for sampling before training. `train_dataset` then holds prompts for [`ContrastiveStepSampler`],
