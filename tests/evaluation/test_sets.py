@@ -1,13 +1,15 @@
 """Rows in the format of each benchmark's file, written here."""
 
 import json
+import math
 import re
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 
 from trl_lightreasoner.evaluation import sets
-from trl_lightreasoner.evaluation.sets import BENCHMARKS, ROW_FEATURES, load_benchmark
+from trl_lightreasoner.evaluation.sets import BENCHMARKS, ROW_FEATURES, load_benchmark, read_answers, read_problems
+from trl_lightreasoner.grading.verdicts import grade
 
 
 # As the files have them, with columns that nobody needs
@@ -230,3 +232,32 @@ def test_a_missing_file_is_told(tmp_path):
     )
     with pytest.raises(ValueError, match="^The folder '.*nowhere' of `data_dir` does not exist.$"):
         load_benchmark("math", str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_number_is_graded_as_it_was_written_in_any_precision(dtype):
+    pytest.importorskip("math_verify")
+    written = ["0.1", "3.3", "12.55", "-0.7"]
+    rows = {"question": written, "answer": [float(text) for text in written]}
+    dataset = Dataset.from_dict(rows, features=Features({"question": Value("string"), "answer": Value(dtype)}))
+    problems = read_problems(dataset, "question", "answer")
+    assert [grade(rf"\boxed{{{row['question']}}}", row["gold"]).correct for row in problems] == [True] * 4
+
+
+def test_numbers_in_lists_of_single_precision_keep_their_gaps():
+    features = Features({"answer": List(Value("float32"))})
+    dataset = Dataset.from_dict({"answer": [[0.1, None], [], None]}, features=features)
+    assert read_answers(dataset, "answer") == [[0.1, None], [], None]
+
+
+@pytest.mark.parametrize("answer", [math.nan, math.inf, [1.0, math.nan]])
+def test_a_number_that_is_none_is_no_answer(answer):
+    dataset = Dataset.from_dict({"question": ["What?"], "answer": [answer]})
+    with pytest.raises(ValueError, match="Row 0 of the dataset has no answer to grade by"):
+        read_problems(dataset, "question", "answer")
+
+
+def test_a_benchmark_without_an_answer_in_a_column_of_numbers_is_refused(tmp_path):
+    Dataset.from_dict({"Body": ["a"], "Question": ["b"], "Answer": [math.nan]}).to_parquet(tmp_path / "svamp.parquet")
+    with pytest.raises(ValueError, match="its column 'Answer' is empty"):
+        load_benchmark("svamp", str(tmp_path))

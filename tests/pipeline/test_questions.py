@@ -53,6 +53,32 @@ def test_a_question_that_is_held_back_is_not_sampled_from_another_row(prepare):
     assert texts(prompts) == [row["question"] for row in ROWS[:9]]
 
 
+def test_a_question_in_several_rows_is_held_back_once(prepare):
+    solved = [{**row, "answer": f"So it is {row['answer']}"} for row in ROWS[2:5]]
+    prompts, problems, *_ = prepare([ROWS[0], ROWS[1], *ROWS[2:5], *solved, *solved], num_held_out=2)
+    assert problems["held_out"]["question"][:] == [row["question"] for row in ROWS[3:5]]
+    assert texts(prompts) == [ROWS[row]["question"] for row in (0, 1, 2, 2, 2)]
+
+
+def test_half_of_the_different_questions_are_left_to_sample(prepare):
+    prompts, problems, *_ = prepare([row for row in ROWS[:4] for _ in range(5)])
+    assert len(problems["held_out"]) == 2
+    assert set(texts(prompts)) == {row["question"] for row in ROWS[:2]}
+
+
+@pytest.mark.parametrize("again", ["Na\u00efve:  2+2?\n", "Nai\u0308ve: 2+2?"])
+def test_spaces_and_unicode_forms_make_no_other_question(again, prepare):
+    once = {"question": "Na\u00efve: 2+2?", "answer": "4"}
+    prompts, problems, *_ = prepare([{**once, "question": again}, *ROWS[:3], once], num_held_out=1)
+    assert problems["held_out"]["question"][:] == [once["question"]]
+    assert texts(prompts) == [row["question"] for row in ROWS[:3]]
+
+
+def test_a_row_without_an_answer_is_named_by_its_number_among_repeated_ones(prepare):
+    with pytest.raises(ValueError, match="Row 4 of the dataset has no answer"):
+        prepare([*ROWS[:2], *ROWS[:2], {"question": "What?", "answer": None}, ROWS[2]], num_held_out=2)
+
+
 def test_a_question_in_several_rows_is_not_sampled_in_two_rounds(prepare):
     rows = [ROWS[0], ROWS[1], ROWS[0], ROWS[2], ROWS[1], ROWS[3]]
     once, *_ = prepare(rows, num_held_out=0, num_prompts=2)
@@ -156,9 +182,9 @@ def test_questions_that_choose_are_others_than_those_that_are_held_back_or_sampl
     args = RunConfig(str(tmp_path / "out"), "expert", str(tmp_path / "rows.jsonl"), "amateur", num_held_out=2)
     prompts, problems, validation, _ = prepare_questions(args, tokenizer, num_validation=3)
     assert problems["held_out"]["question"][:] == [row["question"] for row in ROWS[8:]]
-    assert texts(validation) == [row["question"] for row in ROWS[6:8]]
-    assert validation["answer"][:] == [["12"], ["14"]]
-    assert texts(prompts) == [row["question"] for row in ROWS[:6]]
+    assert texts(validation) == [row["question"] for row in ROWS[5:8]]
+    assert validation["answer"][:] == [["10"], ["12"], ["14"]]
+    assert texts(prompts) == [row["question"] for row in ROWS[:5]]
 
 
 def test_never_more_than_a_third_choose_and_a_third_are_held_back(tmp_path, tokenizer):

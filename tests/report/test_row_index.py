@@ -3,10 +3,12 @@
 import base64
 import csv
 import json
+import math
 import re
 
 import numpy as np
 import pytest
+from datasets import Value
 
 from trl_lightreasoner import write_report
 from trl_lightreasoner.models.token_text import TokenTexts
@@ -169,6 +171,14 @@ def test_rows_are_graded_by_their_answers(steps, tokenizer):
     ids = [tokenizer(text).input_ids for text in texts]
     dataset = steps.remove_columns("completion_ids").add_column("completion_ids", ids).add_column("answer", answers)
     assert grade_rows(dataset, tokenizer).tolist() == [RIGHT, WRONG, RIGHT, UNKNOWN, UNKNOWN, RIGHT]
+
+
+def test_rows_are_graded_by_numbers_of_single_precision(steps, tokenizer):
+    pytest.importorskip("math_verify")
+    ids = [tokenizer(f"#### {number}").input_ids for number in (0.1, 2, 3.3, 0.2, 5, 6)]
+    dataset = steps.remove_columns("completion_ids").add_column("completion_ids", ids)
+    dataset = dataset.add_column("answer", [0.1, math.nan, 3.3, 0.3, 5, None], feature=Value("float32"))
+    assert grade_rows(dataset, tokenizer).tolist() == [RIGHT, UNKNOWN, RIGHT, WRONG, RIGHT, UNKNOWN]
 
 
 def test_without_answers_nothing_is_said_of_them(steps, tokenizer):

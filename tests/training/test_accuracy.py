@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, Qwen2Config, TrainingArguments
 
@@ -241,6 +241,13 @@ def test_a_raw_prompt_is_read_as_the_sampler_reads_it(expert, expert_path, steps
 def test_a_list_of_answers_asks_for_all_of_them(tokenizer):
     questions = Dataset.from_dict({"prompt": ["2+2?"], "answer": [["#### 1", r"so \boxed{2}"]]})
     assert EvalQuestions(questions, tokenizer, Qwen2Config(), 8).references == [["1", "2"]]
+
+
+def test_numbers_of_single_precision_are_the_references_that_were_written(tokenizer):
+    features = Features({"prompt": Value("string"), "answer": Value("float32")})
+    questions = Dataset.from_dict({"prompt": ["1/10?"], "answer": [0.1]}, features=features)
+    assert EvalQuestions(questions, tokenizer, Qwen2Config(), 8).references == [["0.1"]]
+    assert as_questions(questions, str)["answer"][:] == [0.1]
 
 
 def test_batches_are_halved_when_memory_runs_out(demo_steps, questions, tmp_path, monkeypatch, caplog):

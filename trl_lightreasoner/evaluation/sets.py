@@ -18,7 +18,8 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, NamedTuple
 
-from datasets import Dataset, Features, List, Value
+import numpy as np
+from datasets import Dataset, Features, LargeList, List, Value
 
 from ..grading.answers import last_boxed, read_reference, read_references
 from ..steps.splits import load_split
@@ -35,6 +36,7 @@ ROW_FEATURES = Features(
     }
 )
 HELD_OUT = "held_out"
+_NARROW: dict[str, type[np.floating]] = {"float16": np.float16, "float32": np.float32}
 _MAY_BE_EMPTY = ("unit", "error")
 # Longer texts, and those of several lines, are whole solutions, in which the answer must be marked
 _MAX_UNMARKED = 200
@@ -166,7 +168,39 @@ def title_of(name: str) -> str:
     return BENCHMARKS[name].title if name in BENCHMARKS else name.replace("_", " ").capitalize()
 
 
-def read_problems(dataset: Dataset, question_column: str, answer_column: str, first_row: int = 0) -> Dataset:
+def read_answers(dataset: Dataset, column: str) -> list[Any]:
+    """
+    A column of references in the form of [`read_references`].
+
+    Python shows numbers of single or half precision with digits that nobody wrote: 0.1 as 0.10000000149011612. They
+    get the fewest digits that distinguish them.
+
+    Example:
+
+    ```python
+    >>> features = Features({"answer": Value("float32")})
+    >>> read_answers(Dataset.from_dict({"answer": [0.1, 2.0]}, features=features), "answer")
+    [0.1, 2.0]
+
+    ```
+    """
+    feature = dataset.features[column]
+    while isinstance(feature, List | LargeList):
+        feature = feature.feature
+    answers = dataset.with_format(None)[column][:]
+    narrow = _NARROW.get(getattr(feature, "dtype", ""))
+    return answers if narrow is None else [_shorten(answer, narrow) for answer in answers]
+
+
+def _shorten(answer: Any, narrow: type[np.floating]) -> Any:
+    if isinstance(answer, list):
+        return [_shorten(part, narrow) for part in answer]
+    return None if answer is None else float(str(narrow(answer)))
+
+
+def read_problems(
+    dataset: Dataset, question_column: str, answer_column: str, numbers: list[int] | None = None
+) -> Dataset:
     r"""
     Problems from rows with a question and its answer.
 
@@ -175,7 +209,7 @@ def read_problems(dataset: Dataset, question_column: str, answer_column: str, fi
         question_column (`str`): Text or messages.
         answer_column (`str`): Text, a number, or a list of these that must all be given. In GSM8K's solutions the text
             after `####` counts, in others the last `\boxed{}`.
-        first_row (`int`, *optional*, defaults to `0`): Number of the first row, for error messages.
+        numbers (`list[int]`, *optional*): Numbers of the rows, for error messages. If `None`, they count from 0.
 
     Returns:
         [`~datasets.Dataset`] with the columns of `ROW_FEATURES`, and `question` unchanged.
@@ -184,8 +218,8 @@ def read_problems(dataset: Dataset, question_column: str, answer_column: str, fi
         `ValueError`: If a row has no question, or no answer to grade by. The message names the row.
     """
     rows = []
-    pairs = zip(dataset[question_column], dataset[answer_column], strict=True)
-    for number, (question, answer) in enumerate(pairs, first_row):
+    pairs = zip(dataset[question_column], read_answers(dataset, answer_column), strict=True)
+    for number, (question, answer) in zip(numbers or range(len(dataset)), pairs, strict=True):
         references = read_references(answer)
         unmarked = isinstance(answer, str) and references == [answer.strip()]
         if references is None or unmarked and ("\n" in answer.strip() or len(answer) > _MAX_UNMARKED):
@@ -255,7 +289,8 @@ def load_benchmark(name: str, data_dir: str | None = None, max_samples: int | No
 def _check_filled(row: dict[str, Any], columns: tuple[str, ...]) -> None:
     for column in columns:
         names = column.split(" | ")
-        if column not in _MAY_BE_EMPTY and all(row.get(name) is None for name in names):
+        values = [row.get(name) for name in names]
+        if column not in _MAY_BE_EMPTY and all(value is None or value != value for value in values):  # NaN
             there = [name for name in names if name in row]
             raise ValueError(f"its column {' or '.join(map(repr, there))} is empty")
 

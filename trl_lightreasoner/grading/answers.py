@@ -16,6 +16,7 @@ Standard library only; every search is linear in the text.
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from math import isfinite
 from typing import Any, NamedTuple
 
 
@@ -162,7 +163,8 @@ def read_references(answer: Any) -> list[str] | None:
     ```
     """
     texts = answer if isinstance(answer, list) else [answer]
-    texts = [str(text) if isinstance(text, int | float) else text for text in texts]
+    # A float that is not finite marks a gap
+    texts = [str(text) if isinstance(text, int | float) and isfinite(text) else text for text in texts]
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         return None
     references = [read_reference(text) for text in texts]

@@ -1,7 +1,8 @@
 """From the rows of a dataset to prompts to sample and held-out problems."""
 
 import json
-from typing import NamedTuple
+import unicodedata
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -43,14 +44,15 @@ class Questions(NamedTuple):
 
 def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_validation: int = 0) -> Questions:
     """
-    Load the questions. No question has two uses, even if several rows hold it: a held-out question is neither sampled
-    nor used for validation, a validation question is not sampled, and no question is in two rounds.
+    Load the questions. No question has two uses, even if several rows hold it, with other spaces or in another Unicode
+    form: a held-out question is neither sampled nor used for validation, a validation question is not sampled, and no
+    question is in two rounds. Each is held out, or used for validation, once, with the answer of its last row.
 
     Args:
         args ([`RunConfig`]): Settings.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The expert's.
         num_validation (`int`, *optional*, defaults to `0`): Number of validation questions, taken before the held-out
-            ones. With them, each of these two uses takes at most a third of the rows.
+            ones. With them, each of these two uses takes at most a third of the questions.
 
     Raises:
         `ValueError`: If a column is missing, the prompt format does not fit, or an answer cannot be read.
@@ -67,14 +69,15 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_v
     prompt_format = choose_format(args, tokenizer, is_text)
     answer_column = args.answer_column or "answer"
     has_answers = answer_column in dataset.column_names
-    most = len(dataset) // (3 if num_validation else 2) if has_answers else 0
-    first = len(dataset) - min(args.num_held_out, most)
-    texts = [json.dumps(prompt, sort_keys=True) for prompt in dataset["prompt"]]
-    taken = set(texts[first:])
+    texts = [json.dumps(_without_spacing(prompt), sort_keys=True) for prompt in dataset["prompt"]]
+    # Each question once, in its last row: answers to the same question twice would make the interval too narrow
+    distinct = sorted({text: row for row, text in enumerate(texts)}.values())
+    most = len(distinct) // (3 if num_validation else 2) if has_answers else 0
+    first = len(distinct) - min(args.num_held_out, most)
     start = first - min(num_validation, most)
-    choosing = [row for row in range(start, first) if texts[row] not in taken]
-    taken |= {texts[row] for row in choosing}
-    rows = [row for row in range(start) if texts[row] not in taken]
+    choosing, held_out = distinct[start:first], distinct[first:]
+    taken = {texts[row] for row in distinct[start:]}
+    rows = [row for row, text in enumerate(texts) if text not in taken]
     if args.num_rounds > 1:  # which sample other questions each
         rows = sorted({texts[row]: row for row in reversed(rows)}.values())
     if not rows:
@@ -92,17 +95,26 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_v
     else:
         prompt_format = format_of_prompts(prompts) or prompt_format
 
-    def read(rows: range) -> Dataset:
-        return read_problems(dataset.select(rows), "prompt", answer_column, rows.start)
+    def read(rows: list[int]) -> Dataset:
+        return read_problems(dataset.select(rows), "prompt", answer_column, rows)
 
-    problems = {HELD_OUT: read(range(first, len(dataset)))} if first < len(dataset) else {}
+    problems = {HELD_OUT: read(held_out)} if held_out else {}
     validation = Dataset.from_dict({"prompt": [], "answer": []})
     if choosing:
-        chosen = read(range(start, first)).select([row - start for row in choosing])
+        chosen = read(choosing)
         validation = Dataset.from_dict({"question": chosen["question"][:], "answer": chosen["gold"][:]})
         validation = as_questions(validation, prompt_format.make_prompt)
     problems |= {name: load_benchmark(name, args.data_dir) for name in args.benchmarks or []}
     return Questions(prompts, problems, validation, prompt_format)
+
+
+def _without_spacing(value: Any) -> Any:
+    """A prompt in the form in which it is compared: other spaces and another Unicode form make no other question."""
+    if isinstance(value, str):
+        return " ".join(unicodedata.normalize("NFC", value).split())
+    if isinstance(value, list):
+        return [_without_spacing(part) for part in value]
+    return {key: _without_spacing(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def choose_format(args: RunConfig, tokenizer: PreTrainedTokenizerBase, is_text: bool) -> PromptFormat:

@@ -74,7 +74,7 @@ class RunConfig:
         num_prompts (`int`, *optional*, defaults to `1000`):
             Number of questions to sample, from the start of the dataset. Their answers are not used.
         num_held_out (`int`, *optional*, defaults to `500`):
-            Number of questions to hold out, from the end of the dataset, at most half of the rows. They are never
+            Number of questions to hold out, from the end of the dataset, at most half of them. They are never
             sampled, and they are answered before and after training. `0` holds out none.
         benchmarks (`list[str]`, *optional*):
             Benchmarks to answer as well, as `lightreasoner eval` does, separated by spaces or commas: gsm8k, math500,
@@ -251,7 +251,7 @@ class RunConfig:
     num_held_out: int = field(
         default=500,
         metadata={
-            "help": "Number of questions to hold out, from the end of the dataset, at most half of the rows. They are "
+            "help": "Number of questions to hold out, from the end of the dataset, at most half of them. They are "
             "never sampled, and they are answered before and after training. `0` holds out none."
         },
     )

@@ -16,10 +16,10 @@ class TuneConfig(RunConfig):
 
     Parameters:
         num_held_out (`int`, *optional*, defaults to `500`):
-            Number of questions to hold out from the search, from the end of the dataset, at most a third of the rows.
+            Number of questions to hold out from the search, from the end of the dataset, at most a third of them.
             The expert, the default setting and the best setting answer them once, at the end.
         num_validation (`int`, *optional*, defaults to `300`):
-            Number of validation questions, taken before the held-out ones, at most a third of the rows. Every setting
+            Number of validation questions, taken before the held-out ones, at most a third of them. Every setting
             answers them during and after its training, and the best accuracy wins.
         num_trials (`int`, *optional*, defaults to `20`):
             Number of settings to try, including the default one. Raise it to continue a search in the same folder.
@@ -40,7 +40,7 @@ class TuneConfig(RunConfig):
     num_validation: int = field(
         default=300,
         metadata={
-            "help": "Number of validation questions, taken before the held-out ones, at most a third of the rows. "
+            "help": "Number of validation questions, taken before the held-out ones, at most a third of them. "
             "Every setting answers them during and after its training, and the best accuracy wins."
         },
     )

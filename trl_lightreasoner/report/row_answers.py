@@ -5,6 +5,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.answering import grade_answers
+from ..evaluation.sets import read_answers
 from ..grading.answers import read_references
 from ..steps.prompt_format import has_messages
 from ..text import name_columns
@@ -45,8 +46,9 @@ def grade_rows(
     columns = [column, "completion_ids", *(["completion"] if "completion" in dataset.column_names else [])]
     # A trajectory spread over several rows is graded once
     rows_of: dict[tuple[str, tuple[str, ...]], list[int]] = {}
-    for index, row in enumerate(dataset.with_format(None).select_columns(columns)):
-        references = read_references(row[column])
+    rows = dataset.with_format(None).select_columns(columns)
+    for index, (row, answer) in enumerate(zip(rows, read_answers(dataset, column), strict=True)):
+        references = read_references(answer)
         text = completion_text(row, tokenizer)
         if references is not None and text is not None:
             rows_of.setdefault((text, tuple(references)), []).append(index)

@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, logging
 
 from ..evaluation.answering import Answering, grade_answers, plan_answers
+from ..evaluation.sets import read_answers
 from ..evaluation.statistics import standard_error
 from ..generation.completions import GreedyDecoder, batches_that_fit, evaluating
 from ..generation.greedy import find_eos_ids
@@ -51,7 +52,7 @@ def as_questions(dataset: Dataset, make_prompt: Callable[[str], str | list[dict[
         )
     prompts = dataset[column][:]
     prompts = [make_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    return Dataset.from_dict({"prompt": prompts, "answer": dataset["answer"][:]})
+    return Dataset.from_dict({"prompt": prompts, "answer": read_answers(dataset, "answer")})
 
 
 class EvalQuestions:
@@ -94,7 +95,7 @@ class EvalQuestions:
                 "them as text, in the prompt format of the dataset."
             )
         self.tokenizer = tokenizer
-        self.references = [_read_answer(row, answer) for row, answer in enumerate(dataset["answer"])]
+        self.references = [_read_answer(row, answer) for row, answer in enumerate(read_answers(dataset, "answer"))]
         columns = [name for name in _PROMPT_COLUMNS if name in dataset.column_names]
         try:
             rows = dataset.select_columns(columns).to_list()
