@@ -55,7 +55,7 @@ def test_a_question_that_is_held_back_is_not_sampled_from_another_row(prepare):
 
 def test_a_question_in_several_rows_is_held_back_once(prepare):
     solved = [{**row, "answer": f"So it is {row['answer']}"} for row in ROWS[2:5]]
-    prompts, problems, *_ = prepare([ROWS[0], ROWS[1], *ROWS[2:5], *solved, *solved], num_held_out=2)
+    prompts, problems, *_ = prepare([ROWS[0], ROWS[1], *ROWS[2:5], *solved, *solved], num_held_out=4)
     assert problems["held_out"]["question"][:] == [row["question"] for row in ROWS[3:5]]
     assert texts(prompts) == [ROWS[row]["question"] for row in (0, 1, 2, 2, 2)]
 
