@@ -1,11 +1,12 @@
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import concatenate_datasets
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import BitsAndBytesConfig, Qwen2ForCausalLM
+from transformers import AutoTokenizer, BitsAndBytesConfig, Qwen2ForCausalLM
 
 from trl_lightreasoner import (
     ContrastiveSamplingConfig,
@@ -101,6 +102,16 @@ def sampled_as(dataset, label_expert="live", **expert):
             {"revision": "two", "dtype": "float16"},
             [("at revision one", "at revision two"), ("in float32", "in float16")],
         ),
+        (
+            {"model": "one/final", "weights": "1"},
+            {"model": "two/final", "weights": "2"},
+            [("as 'one/final'", "as 'two/final', which has other weights")],
+        ),
+        (
+            {"adapter": "one/adapter", "weights": "1", "revision": COMMIT},
+            {"adapter": "two/adapter", "weights": "2", "revision": COMMIT},
+            [("as 'one/adapter'", "as 'two/adapter', which has other weights")],
+        ),
     ],
 )
 def test_what_makes_another_function_is_named(sampled, trained, phrases):
@@ -126,6 +137,11 @@ def test_what_makes_another_function_is_named(sampled, trained, phrases):
         ({"dtype": "bfloat16"}, {"dtype": "float32"}),
         ({"dtype": "float16"}, {"dtype": "float32"}),
         ({"dtype": "float8_e4m3fn"}, {"dtype": "float32"}),
+        ({"weights": "1"}, {"weights": "1"}),
+        ({"weights": "1"}, {}),
+        ({"weights": "1", "dtype": "bfloat16"}, {"weights": "2", "dtype": "float32"}),
+        ({"weights": "1", "revision": COMMIT}, {"weights": "2", "revision": COMMIT}),
+        ({"weights": "1", "quantization": NF4}, {"weights": "2", "quantization": NF4}),
     ],
 )
 def test_what_makes_the_same_function_is_no_difference(sampled, trained):
@@ -161,6 +177,31 @@ def test_another_revision_is_a_warning(warnings_of, expert, steps):
     expert.config._commit_hash = COMMIT
     (message,) = warnings_of(expert, sampled_as(steps, revision="b" * 40))
     assert f"sampled at revision {'b' * 40} and is trained at revision {COMMIT}" in message
+
+
+@pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
+def test_other_weights_under_the_same_name_are_a_warning(
+    peft_config, warnings_of, expert, expert_path, steps, tmp_path
+):
+    with torch.no_grad():
+        expert.get_input_embeddings().weight[3, 3] += 1
+    path = str(tmp_path / Path(expert_path).name)
+    expert.save_pretrained(path)
+    AutoTokenizer.from_pretrained(expert_path).save_pretrained(path)
+    (message,) = warnings_of(path, steps, peft_config)
+    assert f"is trained as {path!r}, which has other weights. The labels come from a different pi_E" in message
+
+
+def test_another_adapter_of_the_same_name_is_a_warning(
+    warnings_of, adapter_path, amateur_path, prompts, tmp_path, expert
+):
+    args = ContrastiveSamplingConfig(str(tmp_path / "steps"), max_new_tokens=4, beta=0)
+    dataset = ContrastiveStepSampler(adapter_path, amateur_path, args).sample(prompts)
+    torch.manual_seed(4)
+    path = str(tmp_path / Path(adapter_path).name)
+    get_peft_model(expert, lora(init_lora_weights=False)).save_pretrained(path)
+    (message,) = warnings_of(path, dataset)
+    assert f"is trained as {path!r}, which has other weights" in message
 
 
 @pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])

@@ -5,12 +5,13 @@ import os
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import logging
 
 from ..text import printable
-from .weights import describe_model, is_peft_model, lies_beside
+from .weights import describe_model, is_peft_model, lies_beside, weight_fingerprint
 
 
 logger = logging.get_logger(__name__)
@@ -42,7 +43,9 @@ def warn_of_another_expert(
     experts = [sampling["expert"] for sampling in samplings if sampling]
     # In a later round the labels may come from the expert without the adapter that is trained further
     if any(sampling.get("settings", {}).get("label_expert") == "base" for sampling in samplings):
-        trained, *experts = ({**each, "adapter": None} for each in (trained, *experts))
+        trained, *experts = ({**each, "adapter": None, "weights": None} for each in (trained, *experts))
+    elif any(_weights_tell(expert, trained) for expert in experts) and _holds_weights(model):
+        trained["weights"] = weight_fingerprint(model)
     pairs = [pair for expert in experts for pair in differences(expert, trained, adapts and is_told)]
     for sampled_as, trained_as in dict.fromkeys(pairs):
         logger.warning(
@@ -60,8 +63,9 @@ def differences(sampled: dict[str, Any], trained: dict[str, Any], adapts: bool =
         adapts (`bool`): Whether the adapter of `trained`, if there is one, changes its base model's outputs.
 
     Returns:
-        A pair of phrases for every difference. Only the last part of a path is compared, since a folder may have
-        moved. A wider dtype is not a difference, since full training uses one.
+        A pair of phrases for every difference. Of a path only the last part is compared, since a folder may have
+        moved, and the checksums of the weights, if both are known. A wider dtype is not a difference, since full
+        training uses one.
 
     Example:
 
@@ -96,7 +100,28 @@ def differences(sampled: dict[str, Any], trained: dict[str, Any], adapts: bool =
         was, is_now = (getattr(torch, dtype) for dtype in dtypes)
         if torch.promote_types(was, is_now) != is_now:  # the weights lose precision
             pairs.append((f"in {dtypes[0]}", f"in {dtypes[1]}"))
+    if not pairs and _weights_tell(sampled, trained) and _differ(*values("weights")):
+        was, is_now = map(_name, (sampled, trained))
+        pairs.append((f"as {was!r}", f"as {is_now!r}, which has other weights"))
     return pairs
+
+
+def _weights_tell(sampled: dict[str, Any], trained: dict[str, Any]) -> bool:
+    """
+    Whether the checksums of two models of one name are equal if the models are. A commit on the Hub tells as much, and
+    takes no time. Quantized weights can differ between devices.
+    """
+    is_one_commit = bool(sampled.get("revision")) and sampled.get("revision") == trained.get("revision")
+    is_one_kind = all(bool(sampled.get(key)) == bool(trained.get(key)) for key in ("adapter", "quantization"))
+    is_one_dtype = sampled.get("dtype") == trained.get("dtype")
+    is_known = bool(sampled.get("weights")) and not sampled.get("quantization")
+    return is_known and is_one_kind and is_one_dtype and (bool(sampled.get("adapter")) or not is_one_commit)
+
+
+def _holds_weights(model: torch.nn.Module) -> bool:
+    """Whether this process holds all weights of a model, and says what it thinks of them."""
+    is_whole = all(not parameter.is_meta and parameter.numel() for parameter in model.parameters())
+    return is_whole and PartialState().is_main_process
 
 
 def hub_id(name: str | None) -> str | None:
@@ -146,6 +171,11 @@ def _last_part(name: str | None) -> str | None:
     if len(parts) > 2 and parts[-2] == "snapshots":  # the Hub's cache: models--owner--name/snapshots/commit
         return parts[-3].split("--")[-1].lower()
     return parts[-1].lower() if parts else None
+
+
+def _name(model: dict[str, Any]) -> str | None:
+    adapter = model.get("adapter")
+    return adapter if isinstance(adapter, str) else model.get("model")
 
 
 def _adapter(adapter: str | list[str] | None) -> str:

@@ -285,7 +285,8 @@ class ContrastiveStepSampler:
         try:
 
             def describe() -> tuple[dict[str, Any], dict[str, Any]]:
-                return {**self._identity(encoded), **describe_rows(dataset)}, self._metadata(dataset, writer)
+                identity = {**self._identity(encoded), **describe_rows(dataset)}
+                return identity, self._metadata(dataset, writer, identity)
 
             done = writer.open_on(self.processes, describe)
             order = [item for item in plan if item[0] not in done]
@@ -464,9 +465,10 @@ class ContrastiveStepSampler:
             **identify_tokens(self.shared_vocabulary, self.eos_ids, encoded),
         }
 
-    def _metadata(self, dataset: Dataset, writer: StepWriter) -> dict[str, Any]:
+    def _metadata(self, dataset: Dataset, writer: StepWriter, identity: dict[str, Any]) -> dict[str, Any]:
         return make_metadata(
             {"expert": (self.expert, self._names[0]), "amateur": (self.amateur, self._names[1])},
+            identity,
             {name: getattr(self.args, name) for name in _SETTINGS},
             self.batch_size,
             self.amateur_side.describe_tokens(),

@@ -24,6 +24,7 @@ _PACKAGES = ("trl", "transformers", "peft", "datasets", "torch")
 
 def make_metadata(
     models: dict[str, tuple[torch.nn.Module, str | None]],
+    identity: dict[str, Any],
     settings: dict[str, Any],
     batch_size: int,
     shared: dict[str, Any],
@@ -39,6 +40,7 @@ def make_metadata(
 
     Args:
         models (`dict[str, tuple]`): By role, the model, and its id or path if the user named one.
+        identity (`dict[str, Any]`): Results of [`identify_model`] for these models.
         settings (`dict[str, Any]`): Those that the rows depend on.
         batch_size (`int`): Number of prompts processed together.
         shared (`dict[str, Any]`): Facts about the tokens that the two models share.
@@ -52,7 +54,10 @@ def make_metadata(
     """
     return {
         "method": "LightReasoner (arXiv 2510.07962)",
-        **{role: describe_model(model, name) for role, (model, name) in models.items()},
+        **{
+            role: {**describe_model(model, name), "weights": identity[f"{role} weights"]}
+            for role, (model, name) in models.items()
+        },
         "settings": settings,
         "per_device_batch_size": batch_size,
         **shared,
