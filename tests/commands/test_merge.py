@@ -120,6 +120,18 @@ def test_a_model_in_bfloat16_says_nearly_the_same(base_path, ids, tmp_path):
     assert (logits(merged, ids) - expected).norm() < 0.05 * change.norm()
 
 
+@pytest.mark.parametrize(("scale", "is_told"), [(0.1, True), (1, False)])
+def test_an_adapter_that_rounding_removes_is_told(scale, is_told, base_path, adapter_path, tmp_path, capsys):
+    path = f"{adapter_path}/adapter_model.safetensors"
+    save_file({name: scale * weight for name, weight in load_file(path).items()}, path)
+    merge(MergeArguments(adapter_path, str(tmp_path / "model"), dtype="bfloat16"))
+    printed = capsys.readouterr().out
+    assert ("Warning: in bfloat16, it differs from" in printed) == is_told
+    assert ("Merge again with `--dtype float32`" in printed) == is_told
+    merge(MergeArguments(adapter_path, str(tmp_path / "float32"), dtype="float32"))
+    assert "Warning" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_dtype_is_the_one_asked_for(dtype, adapter_path, tmp_path):
     merge(MergeArguments(adapter_path, str(tmp_path / "model"), dtype=dtype))
