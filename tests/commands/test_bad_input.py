@@ -527,6 +527,12 @@ TRAIN = [
         "0.1",
         r"`label_smoothing_factor` cannot be used with labels that are distributions\. Remove it\.",
     ),
+    setting(
+        "auto_find_batch_size",
+        "true",
+        r"`auto_find_batch_size` cannot be used: when memory runs out, .* Lower `per_device_train_batch_size` and "
+        r"raise `gradient_accumulation_steps` by the same factor for equal updates\.",
+    ),
     setting("num_train_epochs", "0", r"`num_train_epochs` must be a finite number above 0, got 0\.0\."),
     setting(
         "per_device_train_batch_size", "0", r"`per_device_train_batch_size` must be a whole number, 1 or more, .*"
@@ -844,6 +850,7 @@ def test_wrong_settings_of_sampling(settings, sentence, tmp_path):
         ({"adam_beta2": 1.0}, r"`adam_beta2` must be a number in \[0, 1\), got 1\.0\."),
         ({"max_steps": 1.5}, r"`max_steps` must be a whole number, 1 or more, or -1, got 1\.5\."),
         ({"max_steps": 0}, r"`max_steps` must be a whole number, 1 or more, or -1, got 0\."),
+        ({"max_steps": -5}, r"`max_steps` must be a whole number, 1 or more, or -1, got -5\."),
         ({"logging_steps": NAN}, r"`logging_steps` must be a finite number above 0, got nan\."),
         ({"save_steps": 0}, r"`save_steps` must be a finite number above 0, got 0\."),
         ({"eval_steps": -1, "eval_strategy": "steps"}, r"`eval_steps` must be a finite number above 0, got -1\."),

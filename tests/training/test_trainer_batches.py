@@ -230,12 +230,29 @@ def test_batches_from_pinned_memory_are_not_waited_for(pins, expert, rows, tmp_p
     assert args.logging_nan_inf_filter and not args.accelerator_config.non_blocking
 
 
+@pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 64])
-def test_eval_loss_is_the_mean_over_steps(batch_size, expert, tokenizer, rows, tmp_path):
+def test_eval_loss_is_the_mean_over_steps(batch_size, drop_last, expert, tokenizer, rows, tmp_path):
     expected = torch.stack(naive_losses(expert, tokenizer, rows)).mean().item()
-    args = config(tmp_path, per_device_eval_batch_size=batch_size)
+    args = config(tmp_path, per_device_eval_batch_size=batch_size, dataloader_drop_last=drop_last)
     trainer = LightReasonerTrainer(expert, args, train_dataset=rows, eval_dataset=rows)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert trainer.predict(rows).metrics["test_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("max_steps", [3, -1])
+def test_fewer_rows_than_a_batch_are_refused_if_the_last_batch_is_dropped(max_steps, expert, rows, tmp_path):
+    args = config(tmp_path, per_device_train_batch_size=len(rows) + 1, dataloader_drop_last=True, max_steps=max_steps)
+    trainer = LightReasonerTrainer(expert, args, train_dataset=rows)
+    with pytest.raises(ValueError, match="`dataloader_drop_last` leaves nothing to train on"):
+        trainer.train()
+
+
+def test_the_last_batch_is_dropped_in_training_alone(expert, rows, tmp_path):
+    args = config(tmp_path, per_device_train_batch_size=len(rows) - 1, dataloader_drop_last=True, max_steps=2)
+    trainer = LightReasonerTrainer(expert, args, train_dataset=rows, eval_dataset=rows)
+    trainer.evaluate()
+    assert len(trainer.get_train_dataloader()) == 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -191,7 +191,7 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
         from ..training.lightreasoner_config import LightReasonerConfig
 
     types: list[type] = [TrainArguments, LightReasonerConfig, LightReasonerModelConfig]
-    refused = ("dataset_streaming", "ignore_bias_buffers", "label_smoothing_factor")
+    refused = ("auto_find_batch_size", "dataset_streaming", "ignore_bias_buffers", "label_smoothing_factor")
     epilog = f"{EXAMPLE}\n\n{_RESUMING}"
     return ArgumentParser(types, common=_COMMON, refused=refused, prog=prog, description=__doc__, epilog=epilog)
 

@@ -1,12 +1,13 @@
 """Metrics of training and evaluation: means over the kept steps, exact for any batch size."""
 
 from abc import abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import TrainerControl
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
@@ -147,6 +148,23 @@ class EvaluatingTrainer(_BaseTrainer):
             return super().evaluate(None, ignore_keys, metric_key_prefix)
         finally:
             self._scores = {}
+
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        with self._all_rows():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args, **kwargs) -> DataLoader:
+        with self._all_rows():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextmanager
+    def _all_rows(self) -> Iterator[None]:
+        """Context in which `dataloader_drop_last`, which is for equal updates, drops no row from a mean."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def predict(self, test_dataset: Dataset | IterableDataset, *args, **kwargs) -> PredictionOutput:
         if isinstance(test_dataset, Dataset | IterableDataset):

@@ -235,7 +235,7 @@ class LightReasonerConfig(TrainingArguments):
             if not isinstance(value := getattr(self, name), int | float) or not 0 <= value < 1:
                 raise ValueError(f"`{name}` must be a number in [0, 1), got {value!r}.")
         max_steps: Any = self.max_steps  # type: ignore[has-type]  # of `TrainingArguments`
-        if not isinstance(max_steps, int) or max_steps == 0:
+        if not isinstance(max_steps, int) or max_steps < 1 and max_steps != -1:
             raise ValueError(f"`max_steps` must be a whole number, 1 or more, or -1, got {max_steps!r}.")
         noise = self.neftune_noise_alpha
         if noise is not None and not (isinstance(noise, int | float) and 0 <= noise < float("inf")):
@@ -247,6 +247,12 @@ class LightReasonerConfig(TrainingArguments):
                 raise ValueError(f"`{name}_steps` must be a finite number above 0, got {steps!r}.")
         if self.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` cannot be used with labels that are distributions. Remove it.")
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size` cannot be used: when memory runs out, training would begin again with fewer "
+                "rows per update, but with the weights that it has changed. Lower `per_device_train_batch_size` and "
+                "raise `gradient_accumulation_steps` by the same factor for equal updates."
+            )
         if self.output_dir == "":
             raise ValueError(f"`output_dir` must name a folder, got {self.output_dir!r}.")
         if isinstance(self.model_init_kwargs, str):  # JSON on the command line

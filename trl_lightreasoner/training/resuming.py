@@ -112,6 +112,12 @@ class ResumableTrainer(Trainer):
         def plan(args: TrainingArguments) -> tuple:
             return super(ResumableTrainer, self).set_initial_training_values(args, dataloader)
 
+        if has_length(dataloader) and len(dataloader) == 0:  # `Trainer` would end without an update
+            raise ValueError(
+                f"`dataloader_drop_last` leaves nothing to train on: {len(self.train_dataset):,} rows do not fill a "
+                f"batch of {args.per_device_train_batch_size} on each of {args.world_size} process(es). Remove it, or "
+                "lower `per_device_train_batch_size`."
+            )
         return plan(args) if self._resumed is None else plan_training(plan, args, dataloader, self._resumed)
 
     def _check_random_state(self, checkpoint: str) -> None:
