@@ -16,10 +16,12 @@ from transformers import AutoTokenizer
 from trl_lightreasoner import EvaluationConfig, evaluate
 from trl_lightreasoner.commands.cli import main
 from trl_lightreasoner.evaluation import answering, evaluation
+from trl_lightreasoner.evaluation.sets import read_problems
 from trl_lightreasoner.generation import cuda_graphs
 from trl_lightreasoner.generation.cuda_graphs import Generated
 from trl_lightreasoner.generation.greedy import find_eos_ids, generate_greedy
 from trl_lightreasoner.grading.verdicts import Verdict
+from trl_lightreasoner.processes import Processes
 from trl_lightreasoner.steps.prompt_format import SYSTEM_PROMPT
 from trl_lightreasoner.vocabulary import model_vocabulary
 
@@ -643,3 +645,22 @@ def test_model_and_baseline_read_the_same_date_whenever_they_are_started(
     assert all("28 Nov 2026" in prompt for prompt in prompts["model"])
     today(30)
     assert run() == prompts
+
+
+@pytest.mark.parametrize("is_other", [False, True])
+def test_a_baseline_with_another_chat_template_is_told(is_other, config, expert_path, caplog):
+    tokenizers = [AutoTokenizer.from_pretrained(expert_path) for _ in range(2)]
+    if is_other:
+        tokenizers[1].chat_template = "Be brief." + tokenizers[1].chat_template
+    evaluate(expert_path, config(max_samples=1), expert_path, *tokenizers)
+    assert ("The model and the baseline read other prompts (GSM8K)" in caplog.text) == is_other
+
+
+def test_what_stands_beside_the_messages_of_a_problem_reaches_the_template(config, expert_path):
+    tokenizer = AutoTokenizer.from_pretrained(expert_path)
+    tokenizer.chat_template += "{% if shout is defined %}{{ shout }}{% endif %}"
+    rows = {"question": ["2+2?", "3+3?"], "answer": ["4", "6"], "chat_template_kwargs": [{"shout": "NOW"}, None]}
+    problems = {"held_out": read_problems(Dataset.from_dict(rows), "question", "answer")}
+    args = config(prompt_style="chat")
+    candidate = evaluation.Candidate("model", expert_path, tokenizer, None, args, problems, Processes())
+    assert [text.endswith("NOW") for text in tokenizer.batch_decode(candidate.prompt_ids["held_out"])] == [True, False]

@@ -192,3 +192,16 @@ def test_never_more_than_a_third_choose_and_a_third_are_held_back(tmp_path, toke
     args = RunConfig(str(tmp_path / "out"), "expert", str(tmp_path / "rows.jsonl"), "amateur")
     prompts, problems, validation, _ = prepare_questions(args, tokenizer, num_validation=300)
     assert (len(prompts), len(validation), len(problems["held_out"])) == (4, 3, 3)
+
+
+def test_what_the_chat_template_reads_beside_the_messages_is_read_in_every_use(tmp_path, tokenizer):
+    tools = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}}]
+    rows = [{**row, "chat_template_kwargs": {"shout": f"NOW{i}"}, "tools": tools} for i, row in enumerate(ROWS)]
+    write(tmp_path / "rows.jsonl", rows)
+    args = RunConfig(str(tmp_path / "out"), "expert", str(tmp_path / "rows.jsonl"), "amateur", num_held_out=2)
+    prompts, problems, validation, _ = prepare_questions(args, tokenizer, num_validation=3)
+    for part, start in ((prompts, 0), (validation, 5), (problems["held_out"], 8)):
+        assert [each["shout"] for each in part["chat_template_kwargs"]] == [
+            f"NOW{start + i}" for i, _ in enumerate(part)
+        ]
+        assert part["tools"][0][0]["function"]["name"] == "add"

@@ -36,6 +36,7 @@ from ..models.forward import context_length
 from ..models.loading import hub_kwargs, init_kwargs, load_config, load_model, load_tokenizer
 from ..models.weights import describe_loading, describe_model, weight_fingerprint
 from ..processes import Processes
+from ..steps.messages import beside_messages
 from ..steps.prompt_format import load_prompt_format
 from ..steps.prompts import encode_rows
 from ..steps.run_file import run_date
@@ -271,13 +272,17 @@ class Candidate:
         self.eos_ids = find_eos_ids(model, tokenizer, **self.kwargs)
         context = context_length(config)
         self.prompt_ids: dict[str, list[list[int]]] = {}
+        self.prompts: dict[str, list[str]] = {}
         self.plans: dict[str, list[tuple[int, int]]] = {}  # rows and the room for their answers
         self.writers: dict[str, StepWriter] = {}
         self.dates: dict[str, datetime] = {}
         for name, dataset in problems.items():
             make_prompt = args.prompt_format().make_prompt
-            questions = dataset["question"]
-            rows = [{"prompt": each if isinstance(each, list) else make_prompt(each)} for each in questions]
+            beside = beside_messages(dataset).to_list() or [{}] * len(dataset)
+            rows = [
+                {**row, "prompt": each if isinstance(each, list) else make_prompt(each)}
+                for each, row in zip(dataset["question"], beside, strict=True)
+            ]
             folder = str(Path(args.output_dir, role, name))
             begun = other.dates.get(name) if other is not None else None
             date = processes.on_main(partial(run_date, folder, args.overwrite_output_dir, begun))
@@ -291,7 +296,13 @@ class Candidate:
                     f"{len(ids) - len(plan):,} of {len(ids):,} prompts of {title_of(name)} leave no room in the "
                     f"{role}'s context of {context} tokens. They count as wrong."
                 )
-            prompted = dataset.add_column("prompt", tokenizer.batch_decode(ids))
+            prompts = self.prompts[name] = tokenizer.batch_decode(ids)
+            if other is not None and prompts != other.prompts[name]:
+                logger.warning(
+                    f"The model and the baseline read other prompts ({title_of(name)}), because their chat templates "
+                    "or tokenizers differ. The difference between their answers is also that between the prompts."
+                )
+            prompted = dataset.add_column("prompt", prompts)
             self.writers[name] = StepWriter(folder, prompted, args.overwrite_output_dir, _ANSWER_FEATURES, date)
 
     def answer(self, loaded: "PreTrainedModel | PeftModel | None" = None) -> None:

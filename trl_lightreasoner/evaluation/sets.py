@@ -19,9 +19,10 @@ from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset, Features, LargeList, List, Value
+from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets
 
 from ..grading.answers import last_boxed, read_reference, read_references
+from ..steps.messages import beside_messages
 from ..steps.splits import load_split
 from ..text import shown_value
 
@@ -212,7 +213,8 @@ def read_problems(
         numbers (`list[int]`, *optional*): Numbers of the rows, for error messages. If `None`, they count from 0.
 
     Returns:
-        [`~datasets.Dataset`] with the columns of `ROW_FEATURES`, and `question` unchanged.
+        [`~datasets.Dataset`] with the columns of `ROW_FEATURES`, and `question`, `chat_template_kwargs` and `tools`
+        unchanged.
 
     Raises:
         `ValueError`: If a row has no question, or no answer to grade by. The message names the row.
@@ -232,7 +234,9 @@ def read_problems(
             raise ValueError(f"Row {number} of the dataset is empty in its column {question_column!r}.")
         rows.append({"question": question, "gold": references, "kind": "math", "tolerance": None, "unit": None})
     features = Features({**ROW_FEATURES, "question": dataset.features[question_column]})
-    return Dataset.from_list(rows, features=features)
+    problems = Dataset.from_list(rows, features=features)
+    beside = beside_messages(dataset)
+    return concatenate_datasets([problems, beside], axis=1) if beside.column_names else problems
 
 
 def load_benchmark(name: str, data_dir: str | None = None, max_samples: int | None = None) -> Dataset:

@@ -101,9 +101,7 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_v
     problems = {HELD_OUT: read(held_out)} if held_out else {}
     validation = Dataset.from_dict({"prompt": [], "answer": []})
     if choosing:
-        chosen = read(choosing)
-        validation = Dataset.from_dict({"question": chosen["question"][:], "answer": chosen["gold"][:]})
-        validation = as_questions(validation, prompt_format.make_prompt)
+        validation = as_questions(read(choosing).rename_column("gold", "answer"), prompt_format.make_prompt)
     problems |= {name: load_benchmark(name, args.data_dir) for name in args.benchmarks or []}
     return Questions(prompts, problems, validation, prompt_format)
 

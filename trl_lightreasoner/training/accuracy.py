@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, logging
 
 from ..evaluation.answering import Answering, grade_answers, plan_answers
@@ -21,6 +21,7 @@ from ..generation.completions import GreedyDecoder, batches_that_fit, evaluating
 from ..generation.greedy import find_eos_ids
 from ..grading.answers import read_references
 from ..models.forward import context_length
+from ..steps.messages import BESIDE_MESSAGES, beside_messages
 from ..steps.prompt_format import has_messages
 from ..steps.prompts import encode_rows
 from ..text import name_columns, shown_value
@@ -30,7 +31,7 @@ from ..vocabulary import Vocabulary, check_embedded
 logger = logging.get_logger(__name__)
 
 # Columns that determine a row's prompt
-_PROMPT_COLUMNS = ("prompt", "chat_template_kwargs", "tools")
+_PROMPT_COLUMNS = ("prompt", *BESIDE_MESSAGES)
 
 
 def as_questions(dataset: Dataset, make_prompt: Callable[[str], str | list[dict[str, str]]]) -> Dataset:
@@ -52,7 +53,9 @@ def as_questions(dataset: Dataset, make_prompt: Callable[[str], str | list[dict[
         )
     prompts = dataset[column][:]
     prompts = [make_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    return Dataset.from_dict({"prompt": prompts, "answer": read_answers(dataset, "answer")})
+    questions = Dataset.from_dict({"prompt": prompts, "answer": read_answers(dataset, "answer")})
+    beside = beside_messages(dataset)
+    return concatenate_datasets([questions, beside], axis=1) if beside.column_names else questions
 
 
 class EvalQuestions:
