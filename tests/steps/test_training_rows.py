@@ -42,6 +42,19 @@ def test_a_good_dataset_is_left_as_it_is():
     assert prepare(dataset_of(ROW, ONE_STEP)).to_list() == [ROW, ONE_STEP]
 
 
+def turned(row: dict) -> dict:
+    """The row with its labels in another order, as another program may write them."""
+    return {**row, **{column: [part[::-1] for part in row[column]] for column in ("label_ids", "label_probs")}}
+
+
+@pytest.mark.parametrize("iterable", [False, True])
+def test_the_most_probable_token_of_a_label_comes_first(iterable):
+    dataset = dataset_of(turned(ROW))
+    (row,) = list(prepare(dataset.to_iterable_dataset() if iterable else dataset))
+    expected = {"label_ids": [[4], [6, 5], [7, 9, 8]], "label_probs": ROW["label_probs"]}
+    assert row == {**ROW, **expected}
+
+
 MALFORMED = {
     "position outside the completion": (
         {"step_positions": [0, 2, 4]},
@@ -359,6 +372,7 @@ def test_the_threshold_is_chosen_by_the_share_of_labels_that_prefer_another_toke
     rows = [other] * num_others + [same] * (19 - num_others)
     assert choose_beta(Dataset.from_list(rows)) == naive_choice(rows)
     assert has_corrections(Dataset.from_list(rows)) == (naive_choice(rows) == 1.6)
+    assert choose_beta(Dataset.from_list([turned(row) for row in rows])) == naive_choice(rows)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,16 @@ def check_row(row: dict[str, Any], vocabulary: Container[int], width: int) -> No
             raise ValueError(f"the label at step {position} sums to {sum(probs):.4g}, not to 1")
 
 
+def _most_probable_first(row: dict[str, Any]) -> dict[str, Any]:
+    """The labels of a row that has passed [`check_row`], in the order that metrics rely on. The sampler's have it."""
+    label_ids, label_probs = [*row["label_ids"]], [*row["label_probs"]]
+    for k, (ids, probs) in enumerate(zip(label_ids, label_probs, strict=True)):
+        if probs[0] < max(probs):
+            order = sorted(range(len(ids)), key=lambda i: -probs[i])
+            label_ids[k], label_probs[k] = [ids[i] for i in order], [probs[i] for i in order]
+    return {"label_ids": label_ids, "label_probs": label_probs}
+
+
 def _checked(columns: Container[str]) -> tuple[str, ...]:
     return (*STEP_COLUMNS, "step_weights") if "step_weights" in columns else STEP_COLUMNS
 
@@ -194,14 +204,14 @@ def _has_corrections(steps: list[tuple[float, bool]]) -> bool:
 
 def _read_steps(dataset: Dataset | IterableDataset) -> list[tuple[float, bool]]:
     """For each kept step, its divergence and whether v_C prefers another token. Empty if any of them is not known."""
-    names = ["completion_ids", "kl_divergence", "step_positions", "label_ids"]
+    names = ["completion_ids", "kl_divergence", "step_positions", "label_ids", "label_probs"]
     if not isinstance(dataset, Dataset) or not set(names) <= set(dataset.column_names):
         return []
     steps: list[tuple[float, bool]] = []
     for row in dataset.with_format(None).select_columns(names):
         try:
-            labels = zip(row["step_positions"], row["label_ids"], strict=True)
-            others = [row["completion_ids"][t] != label_ids[0] for t, label_ids in labels]
+            labels = zip(row["step_positions"], row["label_ids"], row["label_probs"], strict=True)
+            others = [row["completion_ids"][t] != ids[probs.index(max(probs))] for t, ids, probs in labels]
             divergences = divergences_of(row)
             if None in divergences:
                 return []
@@ -280,6 +290,7 @@ def prepare_rows(
             row = {column: values[i] for column, values in batch.items()}
             try:
                 check_row(row, vocabulary, width)
+                row |= _most_probable_first(row)
                 steps = select_steps(row, max_length, beta)
             except ValueError as error:
                 raise ValueError(f"Row {index} of the {name} dataset cannot be used for training: {error}.") from None
