@@ -8,7 +8,12 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
+from trl_lightreasoner import (
+    ContrastiveSamplingConfig,
+    ContrastiveStepSampler,
+    LightReasonerConfig,
+    LightReasonerTrainer,
+)
 
 
 pytestmark = pytest.mark.usefixtures("propagated_logs")
@@ -225,6 +230,20 @@ def test_the_tokenizer_that_was_passed_is_the_one_saved(expert, expert_path, ste
     trainer = LightReasonerTrainer(expert, config(tmp_path), train_dataset=steps, processing_class=tokenizer)
     trainer.save_model()
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == "{{ messages }}"
+
+
+@pytest.mark.parametrize(("is_chat", "passes_tokenizer", "is_told"), [(1, 0, 1), (1, 1, 0), (0, 0, 0)])
+def test_another_chat_template_than_that_of_the_sampling_is_told(
+    is_chat, passes_tokenizer, is_told, expert_path, amateur_path, tmp_path, caplog
+):
+    tokenizer = AutoTokenizer.from_pretrained(expert_path)
+    tokenizer.chat_template = "Be brief." + tokenizer.chat_template
+    prompt = [{"role": "user", "content": "2+2?"}] if is_chat else "2+2?"
+    args = ContrastiveSamplingConfig(str(tmp_path / "steps"), max_new_tokens=4, beta=0)
+    steps = ContrastiveStepSampler(expert_path, amateur_path, args, processing_class=tokenizer).sample([prompt])
+    own = {"processing_class": tokenizer} if passes_tokenizer else {}
+    LightReasonerTrainer(expert_path, config(tmp_path / "out"), train_dataset=steps, peft_config=LORA, **own)
+    assert ("sampled with another chat template than that of the model's tokenizer" in caplog.text) == bool(is_told)
 
 
 def test_a_checkpoint_of_an_adapter_holds_the_adapter_only(expert_path, steps, tmp_path):

@@ -64,7 +64,7 @@ def make_metadata(
         "eos_token_ids": eos_ids,
         **({} if prompt_source is None else {"prompt_source": prompt_source}),
         "prompt_format": prompt_format and prompt_format.to_dict(),
-        "chat_template_sha256": hashlib.sha256(_template_of(tokenizer).encode()).hexdigest(),
+        "chat_template_sha256": hash_template(tokenizer),
         **({"date": date.isoformat()} if date is not None and prints_date(tokenizer) else {}),
         "versions": {
             "python": platform.python_version(),
@@ -108,6 +108,8 @@ def identify_tokens(vocabulary: Vocabulary, eos_ids: list[int], encoded: Dataset
     }
 
 
-def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+def hash_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A checksum of a tokenizer's chat template, that of an empty text if there is none."""
     template = tokenizer.chat_template or ""
-    return template if isinstance(template, str) else json.dumps(template, sort_keys=True)  # several by name
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)  # several by name
+    return hashlib.sha256(text.encode()).hexdigest()

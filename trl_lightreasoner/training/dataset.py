@@ -12,7 +12,9 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, 
 from ..models.forward import context_length
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
-from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS
+from ..sampling.metadata import hash_template
+from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS, read_samplings
+from ..steps.prompt_format import has_messages
 from ..steps.sft_rows import encode_sft_rows
 from ..steps.training_rows import prepare_rows, reaches
 from ..vocabulary import Vocabulary
@@ -70,6 +72,22 @@ def prepare_dataset(
     if args.train_sampling_strategy in _BY_LENGTH and isinstance(rows, Dataset):
         rows = rows.map(_add_length, fn_kwargs={"column": args.length_column_name})
     return rows
+
+
+def warn_of_another_template(dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Warn if the messages of a Dataset of steps were rendered with another chat template than that of the tokenizer,
+    which is saved with the trained model. Streamed rows are not compared.
+    """
+    if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names or not has_messages(dataset):
+        return
+    templates = {sampling.get("chat_template_sha256") for sampling in read_samplings([dataset])}
+    if templates - {None, hash_template(tokenizer)}:
+        logger.warning(
+            "The prompts were sampled with another chat template than that of the model's tokenizer, so the trained "
+            "model will be asked in a form that it was not trained on. Pass the tokenizer of the sampling as "
+            "`processing_class`, or save it with the model."
+        )
 
 
 def sample_dataset(

@@ -50,7 +50,7 @@ from .combinations import (
 )
 from .cuda_graphs import GraphedLayers, can_capture
 from .data_collator import DataCollatorForLightReasoner, with_indices
-from .dataset import prepare_dataset, prepare_sft_dataset, put_beside, sample_dataset
+from .dataset import prepare_dataset, prepare_sft_dataset, put_beside, sample_dataset, warn_of_another_template
 from .evaluating import EvaluatingTrainer
 from .lightreasoner_config import LightReasonerConfig
 from .nonfinite_updates import SkipNonFiniteUpdates
@@ -289,6 +289,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
                 )
             settle_4bit_layers(model)
         warn_of_another_expert(train_dataset, model, name)
+        warn_of_another_template(train_dataset, processing_class)
         # The adapter records the revision of its base model
         revision = None if name is None else model_init_kwargs.get("revision")
         model = prepare_adapter(model, peft_config, revision)
