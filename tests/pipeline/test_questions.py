@@ -156,6 +156,7 @@ def test_messages_are_taken_as_they_are(prepare):
     ("settings", "message"),
     [
         ({"num_prompts": 0}, "`num_prompts` must be a whole number, 1 or more, got 0"),
+        ({"beta": 0.2}, "`beta` must be 0 or at least 0.4 nats, the sampling threshold, got 0.2"),
         ({"num_held_out": -1}, "`num_held_out` must be a whole number, 0 or more, got -1"),
         ({"benchmarks": ["gsm9k"]}, "There is no benchmark 'gsm9k'. There are gsm8k"),
         ({"prompt_style": "poem"}, "`prompt_style` must be one of"),

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import json
 import logging
 import math
 from contextlib import nullcontext
@@ -578,8 +579,31 @@ def test_a_length_that_is_set_is_kept(kwargs, expected, expert, steps, tmp_path)
 # The threshold
 
 
-def diverging(steps, divergence: float):
-    return steps.map(lambda row: {"kl_divergence": [divergence] * len(row["completion_ids"])})
+def diverging(steps, divergence: float, beta: float = 0.4):
+    """The steps as if all had diverged by `divergence`, and had been sampled with `beta`."""
+
+    def change(row):
+        made = json.loads(row["sampling_metadata"])
+        made["settings"]["beta"] = beta
+        kl_divergence = [divergence] * len(row["completion_ids"])
+        return {"kl_divergence": kl_divergence, "sampling_metadata": json.dumps(made)}
+
+    return steps.map(change)
+
+
+def test_a_threshold_below_that_of_the_sampling_is_refused(expert, steps, tmp_path):
+    rows = concatenate_datasets([diverging(steps, 2.0, beta=0.4), diverging(steps, 2.0, beta=1.2)])
+    with pytest.raises(ValueError, match="`beta=0.8` is below 1.2, the `beta` that the dataset was sampled with"):
+        LightReasonerTrainer(expert, config(tmp_path, beta=0.8), train_dataset=rows)
+    for beta in (0, 1.2, 2.0):
+        assert LightReasonerTrainer(expert, config(tmp_path, beta=beta), train_dataset=rows).beta == beta
+
+
+@pytest.mark.parametrize("beta", [0.4, 1.95])
+def test_a_threshold_that_nobody_named_is_not_below_that_of_the_sampling(beta, expert, steps, tmp_path):
+    trainer = LightReasonerTrainer(expert, config(tmp_path), train_dataset=diverging(steps, 2.0, beta))
+    assert trainer.beta >= beta
+    assert trainer.beta == 1.95 or beta == 0.4
 
 
 def test_a_threshold_that_nobody_named_is_that_of_the_training_rows(expert, steps, tmp_path):

@@ -11,6 +11,7 @@ from ..config_checks import (
     check_whole_numbers,
 )
 from ..evaluation.sets import BENCHMARKS
+from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from ..steps.prompt_format import STYLES, read_template
 
 
@@ -409,6 +410,11 @@ class RunConfig:
             self.prompt_template = read_template(self.prompt_template)
         # The other numbers are checked when the settings of the stages are made from them, before any work
         check_numbers(self, ("alpha", "learning_rate"))
+        if isinstance(self.beta, int | float) and 0 < self.beta < ContrastiveSamplingConfig.beta:
+            raise ValueError(
+                f"`beta` must be 0 or at least {ContrastiveSamplingConfig.beta} nats, the sampling threshold, got "
+                f"{self.beta!r}. For a lower one, set it in `sample` and `train`."
+            )
         if isinstance(self.benchmarks, str):
             self.benchmarks = [self.benchmarks]
         names = [part for name in self.benchmarks or [] for part in name.replace(",", " ").split()]

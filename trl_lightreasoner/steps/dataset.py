@@ -166,6 +166,17 @@ def count_steps(dataset: Dataset) -> int:
     return sum(map(len, dataset["step_positions"]))
 
 
+def sampled_beta(dataset: Dataset | IterableDataset) -> float:
+    """
+    The threshold in nats that a Dataset of steps was sampled with: steps below it have no label. Of several samplings
+    it is the highest, and 0 if it is not known, as for streamed rows.
+    """
+    samplings = read_samplings([dataset]) if isinstance(dataset, Dataset) else []
+    settings = [sampling.get("settings") for sampling in samplings]
+    betas = [each.get("beta") for each in settings if isinstance(each, dict)]
+    return max((beta for beta in betas if isinstance(beta, int | float)), default=0.0)
+
+
 def kl_quantiles(dataset: Dataset, quantiles: list[float]) -> list[float]:
     """Quantiles of D_KL(pi_E || pi_A) in nats over every step of a Dataset, kept or not."""
     # The format applies a selection or an order of rows, which the stored table knows nothing of

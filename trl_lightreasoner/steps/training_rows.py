@@ -11,7 +11,7 @@ from transformers import logging
 from ..text import name_columns
 from ..vocabulary import Vocabulary
 from .caches import map_rows
-from .dataset import PER_STEP_COLUMNS, STEP_COLUMNS, count_steps
+from .dataset import PER_STEP_COLUMNS, STEP_COLUMNS, count_steps, sampled_beta
 
 
 logger = logging.get_logger(__name__)
@@ -177,13 +177,30 @@ def choose_beta(dataset: Dataset | IterableDataset) -> float | None:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Rows from [`ContrastiveStepSampler`].
 
     Returns:
-        `float` in nats, or `None` to use all kept steps, if none reaches 0.8 nats or the divergences are not known
-        before the rows are read.
+        `float` in nats, at least the threshold of the sampling, or `None` to use all kept steps, if none reaches 0.8
+        nats or the divergences are not known before the rows are read.
     """
     steps = _read_steps(dataset)
     if _has_corrections(steps):
-        return _HIGH_BETA
-    return _BETA if any(divergence >= _BETA for divergence, _ in steps) else None
+        return max(_HIGH_BETA, sampled_beta(dataset))
+    return max(_BETA, sampled_beta(dataset)) if any(divergence >= _BETA for divergence, _ in steps) else None
+
+
+def resolve_beta(dataset: Dataset | IterableDataset, beta: float | None) -> float | None:
+    """
+    The threshold of a training: `beta`, or [`choose_beta`] if it is `None`.
+
+    Raises:
+        `ValueError`: If steps that reach `beta` have no label, because the rows were sampled with a higher threshold.
+    """
+    if beta is None:
+        return choose_beta(dataset)
+    if 0 < beta < (sampled := sampled_beta(dataset)):
+        raise ValueError(
+            f"`beta={beta:g}` is below {sampled:g}, the `beta` that the dataset was sampled with, so steps between "
+            "the two have no label. Sample again with the lower one, raise it, or set it to 0 for all kept steps."
+        )
+    return beta
 
 
 def has_corrections(dataset: Dataset | IterableDataset) -> bool:

@@ -33,7 +33,7 @@ from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS, printed_date
 from ..steps.messages import prints_date
 from ..steps.prompt_format import format_of_steps
-from ..steps.training_rows import choose_beta
+from ..steps.training_rows import resolve_beta
 from ..vocabulary import model_vocabulary
 from .accuracy import EvalQuestions
 from .adapters import AllocateRanks, is_plain_lora, is_quantized, prepare_adapter
@@ -247,7 +247,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
             train_dataset = sample_dataset(
                 train_dataset, model, amateur_model, args, sampling_args, processing_class, sampled_in
             )
-        self.beta = choose_beta(train_dataset) if args.beta is None else args.beta
+        self.beta = resolve_beta(train_dataset, args.beta)
         prepare = partial(prepare_dataset, args=args, vocabulary=self.vocabulary, config=config, beta=self.beta)
         self._prepare_rows = prepare
         # All that the model reads shows the same
