@@ -36,6 +36,12 @@ def test_the_settings_of_the_sampling_can_be_given(expert, amateur, prompts, tmp
     assert (tmp_path / "steps" / "data").is_dir() and not (tmp_path / "_steps").exists()
 
 
+def test_a_threshold_below_that_of_the_sampling_is_refused_before_it(expert, amateur, prompts, tmp_path):
+    with pytest.raises(ValueError, match="`beta=0.2` is below 0.4, the `beta` of the sampling"):
+        LightReasonerTrainer(expert, config(tmp_path, beta=0.2), train_dataset=prompts, amateur_model=amateur)
+    assert not (tmp_path / "_steps").exists()
+
+
 def test_steps_are_not_sampled_again(expert, amateur_path, steps, tmp_path):
     with pytest.raises(ValueError, match="^`amateur_model` needs a `train_dataset` of prompts, but this one"):
         LightReasonerTrainer(expert, config(tmp_path), train_dataset=steps, amateur_model=amateur_path)

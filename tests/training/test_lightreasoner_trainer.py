@@ -593,7 +593,7 @@ def diverging(steps, divergence: float, beta: float = 0.4):
 
 def test_a_threshold_below_that_of_the_sampling_is_refused(expert, steps, tmp_path):
     rows = concatenate_datasets([diverging(steps, 2.0, beta=0.4), diverging(steps, 2.0, beta=1.2)])
-    with pytest.raises(ValueError, match="`beta=0.8` is below 1.2, the `beta` that the dataset was sampled with"):
+    with pytest.raises(ValueError, match="`beta=0.8` is below 1.2, the `beta` of the sampling"):
         LightReasonerTrainer(expert, config(tmp_path, beta=0.8), train_dataset=rows)
     for beta in (0, 1.2, 2.0):
         assert LightReasonerTrainer(expert, config(tmp_path, beta=beta), train_dataset=rows).beta == beta

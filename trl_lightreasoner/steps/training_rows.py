@@ -195,12 +195,17 @@ def resolve_beta(dataset: Dataset | IterableDataset, beta: float | None) -> floa
     """
     if beta is None:
         return choose_beta(dataset)
-    if 0 < beta < (sampled := sampled_beta(dataset)):
-        raise ValueError(
-            f"`beta={beta:g}` is below {sampled:g}, the `beta` that the dataset was sampled with, so steps between "
-            "the two have no label. Sample again with the lower one, raise it, or set it to 0 for all kept steps."
-        )
+    check_beta(beta, sampled_beta(dataset))
     return beta
+
+
+def check_beta(beta: float | None, sampled: float) -> None:
+    """Refuse a threshold of a training, if one is given, that is below that of the sampling."""
+    if beta is not None and 0 < beta < sampled:
+        raise ValueError(
+            f"`beta={beta:g}` is below {sampled:g}, the `beta` of the sampling, so steps between the two have no label. "
+            "Sample with the lower one, raise it, or set it to 0 for all kept steps."
+        )
 
 
 def has_corrections(dataset: Dataset | IterableDataset) -> bool:

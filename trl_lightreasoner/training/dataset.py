@@ -16,7 +16,7 @@ from ..sampling.metadata import hash_template
 from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS, read_samplings
 from ..steps.prompt_format import has_messages
 from ..steps.sft_rows import encode_sft_rows
-from ..steps.training_rows import prepare_rows, reaches
+from ..steps.training_rows import check_beta, prepare_rows, reaches
 from ..vocabulary import Vocabulary
 from .lightreasoner_config import LightReasonerConfig
 
@@ -124,6 +124,7 @@ def sample_dataset(
             model_init_kwargs=args.model_init_kwargs,
             trust_remote_code=args.trust_remote_code,
         )
+    check_beta(args.beta, sampling_args.beta)
     sampler = ContrastiveStepSampler(
         model, amateur_model, sampling_args, processing_class, quantization_config=quantization_config
     )
