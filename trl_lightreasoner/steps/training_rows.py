@@ -203,8 +203,8 @@ def check_beta(beta: float | None, sampled: float) -> None:
     """Refuse a threshold of a training, if one is given, that is below that of the sampling."""
     if beta is not None and 0 < beta < sampled:
         raise ValueError(
-            f"`beta={beta:g}` is below {sampled:g}, the `beta` of the sampling, so steps between the two have no label. "
-            "Sample with the lower one, raise it, or set it to 0 for all kept steps."
+            f"`beta={beta:g}` is below {sampled:g}, the `beta` of the sampling, so steps between the two have no "
+            "label. Sample with the lower one, raise it, or set it to 0 for all kept steps."
         )
 
 
