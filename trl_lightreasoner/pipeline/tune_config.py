@@ -34,7 +34,7 @@ class TuneConfig(RunConfig):
         default=500,
         metadata={
             "help": "Number of questions to hold out from the search, from the end of the dataset, at most a third of "
-            "the rows. The expert, the default setting and the best setting answer them once, at the end."
+            "them. The expert, the default setting and the best setting answer them once, at the end."
         },
     )
     num_validation: int = field(
