@@ -591,12 +591,21 @@ def diverging(steps, divergence: float, beta: float = 0.4):
     return steps.map(change)
 
 
-def test_a_threshold_below_that_of_the_sampling_is_refused(expert, steps, tmp_path):
+def test_a_threshold_below_that_of_the_sampling_is_refused(expert, steps, tmp_path, caplog):
     rows = concatenate_datasets([diverging(steps, 2.0, beta=0.4), diverging(steps, 2.0, beta=1.2)])
     with pytest.raises(ValueError, match="`beta=0.8` is below 1.2, the `beta` of the sampling"):
         LightReasonerTrainer(expert, config(tmp_path, beta=0.8), train_dataset=rows)
     for beta in (0, 1.2, 2.0):
         assert LightReasonerTrainer(expert, config(tmp_path, beta=beta), train_dataset=rows).beta == beta
+    assert "was sampled with" not in caplog.text
+
+
+@pytest.mark.parametrize(("beta", "is_told"), [(0.4, False), (1.9, True)])
+def test_held_out_rows_of_a_higher_threshold_are_told(beta, is_told, expert, steps, tmp_path, caplog):
+    rows, held_out = diverging(steps, 2.0), diverging(steps, 2.0, beta)
+    LightReasonerTrainer(expert, config(tmp_path, beta=1.0), train_dataset=rows, eval_dataset=held_out)
+    told = "The eval dataset was sampled with `beta` = 1.9, and training uses the steps of 1 nats or more"
+    assert (told in caplog.text) == is_told
 
 
 @pytest.mark.parametrize("beta", [0.4, 1.95])

@@ -13,7 +13,7 @@ from ..models.forward import context_length
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
 from ..sampling.metadata import hash_template
-from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS, read_samplings
+from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS, read_samplings, sampled_beta
 from ..steps.prompt_format import has_messages
 from ..steps.sft_rows import encode_sft_rows
 from ..steps.training_rows import check_beta, prepare_rows, reaches
@@ -59,6 +59,12 @@ def prepare_dataset(
         )
     if SFT_COLUMNS[0] in (dataset.column_names or ()):  # it was prepared by another trainer
         dataset = dataset.remove_columns(list(SFT_COLUMNS))
+    if beta and beta < (sampled := sampled_beta(dataset)):  # of rows to evaluate: others are refused
+        logger.warning(
+            f"The {name} dataset was sampled with `beta` = {sampled:g}, and training uses the steps of {beta:g} nats "
+            "or more. Its loss is a mean over the steps of higher divergence alone, and cannot be compared with that of "
+            "the training."
+        )
     rows = prepare_rows(
         dataset,
         name,
