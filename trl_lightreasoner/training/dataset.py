@@ -62,8 +62,8 @@ def prepare_dataset(
     if beta and beta < (sampled := sampled_beta(dataset)):  # of rows to evaluate: others are refused
         logger.warning(
             f"The {name} dataset was sampled with `beta` = {sampled:g}, and training uses the steps of {beta:g} nats "
-            "or more. Its loss is a mean over the steps of higher divergence alone, and cannot be compared with that of "
-            "the training."
+            "or more. Its loss is a mean over the steps of higher divergence alone, and cannot be compared with that "
+            "of the training."
         )
     rows = prepare_rows(
         dataset,
