@@ -314,7 +314,9 @@ def test_the_fingerprint_sees_two_values_that_change_places():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("places", [(5, 777), (3, 3 + 2**20), (0, 2**21 - 1), (8, 9)], ids=str)
+@pytest.mark.parametrize(
+    "places", [(5, 777), (3, 3 + 2**17), (3, 3 + 2**18), (3, 3 + 2**20), (0, 2**21 - 1), (8, 9)], ids=str
+)
 def test_the_fingerprint_sees_two_values_anywhere_that_are_exchanged(places, dtype):
     model = torch.nn.Linear(2**21, 1, bias=False, dtype=dtype)
     with torch.no_grad():

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # slow to import, and not needed without an adapter
 
 
 _BLOCK = 2**20  # number of words that are summed together
+_CACHED_BLOCK = 2**16  # of these, as many as a CPU's cache holds
 # Arguments of `from_pretrained` that say where to find or put a model, or that its weights, dtype or attention show
 _ELSEWHERE = (
     *("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "force_download", "subfolder"),
@@ -110,11 +111,17 @@ def weight_fingerprint(model: torch.nn.Module) -> str:
         whole = len(content) // 8 * 8
         words = content[:whole].view(torch.int64)
         factor = factors.setdefault(tensor.device, drawn.to(tensor.device))
-        # Sums are modulo 2**64. A low copy of a word's high bits makes them count too
-        sums = [((part ^ (part >> 32)) * factor[: len(part)]).sum() for part in words.split(_BLOCK)]
+        sums = [_weighted_sum(part, factor[: len(part)]) for part in words.split(_BLOCK)]
         summary = [*(torch.stack(sums).tolist() if sums else []), *content[whole:].tolist()]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {summary}".encode())
     return digest.hexdigest()
+
+
+def _weighted_sum(words: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """The sum of the products modulo 2**64. A low copy of a word's high bits makes them count too."""
+    size = _CACHED_BLOCK if words.device.type == "cpu" else _BLOCK
+    parts = zip(words.split(size), factor.split(size), strict=True)
+    return torch.stack([(part >> 32).bitwise_xor_(part).mul_(by).sum() for part, by in parts]).sum()
 
 
 def describe_loading(model: torch.nn.Module, role: str, kwargs: dict[str, Any]) -> dict[str, Any]:
