@@ -36,8 +36,8 @@ from ..models.forward import context_length
 from ..models.loading import hub_kwargs, init_kwargs, load_config, load_model, load_tokenizer
 from ..models.weights import describe_loading, describe_model, weight_fingerprint
 from ..processes import Processes
-from ..steps.messages import beside_messages
 from ..steps.prompt_format import load_prompt_format
+from ..steps.prompt_sources import beside_messages
 from ..steps.prompts import encode_rows
 from ..steps.run_file import run_date
 from ..steps.whole_files import whole_file

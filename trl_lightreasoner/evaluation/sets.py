@@ -22,7 +22,7 @@ import numpy as np
 from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets
 
 from ..grading.answers import last_boxed, read_reference, read_references
-from ..steps.messages import beside_messages
+from ..steps.prompt_sources import beside_messages
 from ..steps.splits import load_split
 from ..text import shown_value
 

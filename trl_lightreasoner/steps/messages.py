@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational
@@ -17,19 +16,12 @@ from trl import apply_chat_template, is_conversational
 from ..text import shown_value
 
 
-# Columns that the chat template reads beside the messages
-BESIDE_MESSAGES = ("chat_template_kwargs", "tools")
 # How templates print today's date
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 # Switches that tell Qwen3 and SmolLM3 whether to think. Templates remove them
 _SWITCH = re.compile(r"/(no_)?think\b")
 _THINK, _END_OF_THINK = "<think>", "</think>"
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-
-
-def beside_messages(dataset: Dataset) -> Dataset:
-    """The columns of a dataset that the chat template reads beside the messages. There may be none."""
-    return dataset.select_columns([name for name in BESIDE_MESSAGES if name in dataset.column_names])
 
 
 def render_row(

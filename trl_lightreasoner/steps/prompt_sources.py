@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # slow to import, and not needed for a command's flags
 
 logger = logging.getLogger(__name__)
 
+# Columns that the chat template reads beside the messages
+BESIDE_MESSAGES = ("chat_template_kwargs", "tools")
+
 
 def read_prompts(
     prompts: Dataset | IterableDataset | list[Any], num_prompts: int | None, processes: "Processes"
@@ -140,3 +143,8 @@ def _leave_answer_out(row: dict[str, Any]) -> dict[str, Any]:
     while _ends_with_answer(messages):
         messages = messages[:-1]
     return {"prompt": messages}
+
+
+def beside_messages(dataset: Dataset) -> Dataset:
+    """The columns of a dataset that the chat template reads beside the messages. There may be none."""
+    return dataset.select_columns([name for name in BESIDE_MESSAGES if name in dataset.column_names])

@@ -21,8 +21,8 @@ from ..generation.completions import GreedyDecoder, batches_that_fit, evaluating
 from ..generation.greedy import find_eos_ids
 from ..grading.answers import read_references
 from ..models.forward import context_length
-from ..steps.messages import BESIDE_MESSAGES, beside_messages
 from ..steps.prompt_format import has_messages
+from ..steps.prompt_sources import BESIDE_MESSAGES, beside_messages
 from ..steps.prompts import encode_rows
 from ..text import name_columns, shown_value
 from ..vocabulary import Vocabulary, check_embedded
