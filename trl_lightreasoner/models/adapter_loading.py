@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from .hub_access import from_cache_if_unreachable
+from .hub_access import find_file, from_cache_if_unreachable
 
 
 if TYPE_CHECKING:  # slow to import, and not needed without an adapter
@@ -119,9 +118,7 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
 
 def count_saved_embeddings(adapter: str, **kwargs: Any) -> int | None:
     """Number of embeddings that an adapter holds, if its model's vocabulary was resized. `kwargs` as above."""
-    kwargs.pop("trust_remote_code", None)
-    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    path = cached_file(adapter, "adapter_model.safetensors", **kwargs, **quietly)
+    path = find_file(adapter, "adapter_model.safetensors", **kwargs)
     if path is None:
         return None
     with safe_open(path, framework="pt") as file:

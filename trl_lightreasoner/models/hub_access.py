@@ -30,6 +30,15 @@ def from_cache_if_unreachable(load: Callable[..., T]) -> Callable[..., T]:
     return loaded
 
 
+def find_file(model: str, name: str, **kwargs: Any) -> str | None:
+    """Path of a file of a model, or `None` if there is none. `kwargs` say how to find the model on the Hub."""
+    from transformers.utils import cached_file
+
+    kwargs.pop("trust_remote_code", None)  # a single file has no code
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(model, name, **kwargs, **quietly)
+
+
 @contextmanager
 def cache_if_unreachable(*models: Any) -> Iterator[None]:
     """A context that uses the cache alone if one of the models is given by id and the Hub cannot be reached."""

@@ -39,7 +39,7 @@ from .adapter_loading import (
     load_generation_config,
     name_tensors,
 )
-from .hub_access import from_cache_if_unreachable
+from .hub_access import find_file, from_cache_if_unreachable
 from .weights import get_base_model, is_peft_model, settle_4bit_layers
 
 
@@ -162,11 +162,9 @@ def left_out(model: PreTrainedModel, source: str, **kwargs: Any) -> list[str]:
     Names of a checkpoint's tensors that its causal language model, as loaded by [`load_model`], does not use: those
     that transformers ignores, and those of other parts, such as vision. `kwargs` as for [`hub_kwargs`].
     """
-    kwargs = {name: value for name, value in kwargs.items() if name != "trust_remote_code"}
-    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if index := cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **kwargs, **quietly):
+    if index := find_file(source, SAFE_WEIGHTS_INDEX_NAME, **kwargs):
         names = list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
-    elif path := cached_file(source, SAFE_WEIGHTS_NAME, **kwargs, **quietly):
+    elif path := find_file(source, SAFE_WEIGHTS_NAME, **kwargs):
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
     else:
@@ -367,10 +365,8 @@ def _has_tokenizer(source: str, repository: dict[str, Any]) -> bool:
     folder = Path(source)
     if folder.is_dir():
         return any(path for pattern in _VOCABULARY_FILES for path in folder.glob(pattern))
-    where = {name: value for name, value in repository.items() if name != "trust_remote_code"}
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    return any(cached_file(source, file, **where, **quietly) is not None for file in files)
+    return any(find_file(source, file, **repository) is not None for file in files)
 
 
 @from_cache_if_unreachable

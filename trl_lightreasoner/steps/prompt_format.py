@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset, List, Value
 
-from ..models.hub_access import from_cache_if_unreachable
+from ..models.hub_access import find_file, from_cache_if_unreachable
 from ..text import name_columns, read_text, shown_value
 from .caches import map_rows
 from .dataset import read_samplings
@@ -141,12 +141,7 @@ def load_prompt_format(model: str, **kwargs: Any) -> PromptFormat | None:
     Raises:
         `ValueError`: If the file is damaged.
     """
-    from transformers.utils import cached_file
-
-    kwargs.pop("trust_remote_code", None)  # a JSON file has no code
-    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    path = cached_file(model, FILE_NAME, **kwargs, **quietly)
-    if path is None:
+    if (path := find_file(model, FILE_NAME, **kwargs)) is None:
         return None
     try:
         return PromptFormat(**json.loads(Path(path).read_text(encoding="utf-8")))
