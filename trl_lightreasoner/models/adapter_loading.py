@@ -8,6 +8,7 @@ from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from .base_model import warn_of_another_base
 from .hub_access import find_file, from_cache_if_unreachable
 
 
@@ -70,7 +71,7 @@ def check_adapter(config: "PeftConfig", name: str) -> None:
 
 def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = False, **kwargs: Any) -> "PeftModel":
     """
-    Load an adapter onto a model, and check that every tensor fits.
+    Load an adapter onto a model, and check that every tensor fits. Warns of another base model than in training.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The base model. It is resized to as many embeddings as the adapter
@@ -89,6 +90,8 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
     rows = count_saved_embeddings(adapter, **repository)
     if rows not in (None, model.get_input_embeddings().weight.shape[0]):  # the size that it was trained on
         model.resize_token_embeddings(rows, mean_resizing=False)
+    else:
+        warn_of_another_base(adapter, model, **kwargs)
     kwargs |= {"is_trainable": is_trainable, "torch_device": "cpu"}
     misfits: dict[str, set[str]] = {}
     try:

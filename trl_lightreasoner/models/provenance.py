@@ -21,9 +21,10 @@ _FLOATS = {"float16", "bfloat16", "float32", "float64"}
 
 def warn_of_another_expert(
     dataset: Dataset | IterableDataset, model: torch.nn.Module, name: str | None = None
-) -> None:
+) -> str | None:
     """
-    Warn of every difference between a model and the expert that `sampling_metadata` describes.
+    Warn of every difference between a model and the expert that `sampling_metadata` describes. Returns the model's
+    [`weight_fingerprint`], or `None` if the comparison does not need it.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): The steps to train on, of one or several
@@ -33,7 +34,7 @@ def warn_of_another_expert(
         name (`str`, *optional*): Id or path of the model, if the user gave one.
     """
     if not isinstance(dataset, Dataset) or "sampling_metadata" not in dataset.column_names:
-        return
+        return None
     trained = describe_model(model, name)
     # A new adapter changes nothing yet, even one that starts with a part of the weights, such as PiSSA and OLoRA. Its
     # weights do not show whether it is still new
@@ -44,7 +45,7 @@ def warn_of_another_expert(
     # In a later round the labels may come from the expert without the adapter that is trained further
     if any(sampling.get("settings", {}).get("label_expert") == "base" for sampling in samplings):
         trained, *experts = ({**each, "adapter": None, "weights": None} for each in (trained, *experts))
-    elif any(_weights_tell(expert, trained) for expert in experts) and _holds_weights(model):
+    elif any(weights_tell(expert, trained) for expert in experts) and holds_weights(model):
         trained["weights"] = weight_fingerprint(model)
     pairs = [pair for expert in experts for pair in differences(expert, trained, adapts and is_told)]
     for sampled_as, trained_as in dict.fromkeys(pairs):
@@ -52,6 +53,7 @@ def warn_of_another_expert(
             f"The expert was sampled {sampled_as} and is trained {trained_as}. The labels come from a different pi_E "
             "than the start of training, so training also learns the difference between the two."
         )
+    return trained.get("weights")
 
 
 def differences(sampled: dict[str, Any], trained: dict[str, Any], adapts: bool = True) -> list[tuple[str, str]]:
@@ -100,13 +102,13 @@ def differences(sampled: dict[str, Any], trained: dict[str, Any], adapts: bool =
         was, is_now = (getattr(torch, dtype) for dtype in dtypes)
         if torch.promote_types(was, is_now) != is_now:  # the weights lose precision
             pairs.append((f"in {dtypes[0]}", f"in {dtypes[1]}"))
-    if not pairs and _weights_tell(sampled, trained) and _differ(*values("weights")):
+    if not pairs and weights_tell(sampled, trained) and _differ(*values("weights")):
         was, is_now = map(_name, (sampled, trained))
         pairs.append((f"as {was!r}", f"as {is_now!r}, which has other weights"))
     return pairs
 
 
-def _weights_tell(sampled: dict[str, Any], trained: dict[str, Any]) -> bool:
+def weights_tell(sampled: dict[str, Any], trained: dict[str, Any]) -> bool:
     """
     Whether the checksums of two models of one name are equal if the models are. A commit on the Hub tells as much, and
     takes no time. Quantized weights can differ between devices.
@@ -118,9 +120,12 @@ def _weights_tell(sampled: dict[str, Any], trained: dict[str, Any]) -> bool:
     return is_known and is_one_kind and is_one_dtype and (bool(sampled.get("adapter")) or not is_one_commit)
 
 
-def _holds_weights(model: torch.nn.Module) -> bool:
+def holds_weights(model: torch.nn.Module) -> bool:
     """Whether this process holds all weights of a model, and says what it thinks of them."""
-    is_whole = all(not parameter.is_meta and parameter.numel() for parameter in model.parameters())
+    is_whole = all(
+        not parameter.is_meta and parameter.numel() and not hasattr(parameter, "full_tensor")
+        for parameter in model.parameters()
+    )
     return is_whole and PartialState().is_main_process
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:  # slow to import, and not needed without an adapter
 
 _BLOCK = 2**20  # number of words that are summed together
 _CACHED_BLOCK = 2**16  # of these, as many as a CPU's cache holds
+# What LoRA adds to a model, and how PEFT renames the tensors of the layers that it wraps
+_ADDED = re.compile(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.")
+_WRAPPED = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.)")
 # Arguments of `from_pretrained` that say where to find or put a model, or that its weights, dtype or attention show
 _ELSEWHERE = (
     *("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "force_download", "subfolder"),
@@ -103,10 +107,20 @@ def short_name(model: "str | torch.nn.Module") -> str:
 def weight_fingerprint(model: torch.nn.Module) -> str:
     """A checksum of the names, shapes, dtypes and bytes of all weights and active adapters, equal on every device."""
     adapters = [model.active_adapters, model.get_model_status().enabled] if is_peft_model(model) else []
+    return _checksum(model.state_dict(), adapters)
+
+
+def base_fingerprint(model: "PeftModel") -> str:
+    """The [`weight_fingerprint`] of the base model as it was before its plain LoRA adapters."""
+    tensors = get_base_model(model).state_dict()
+    return _checksum({_WRAPPED.sub("", name): each for name, each in tensors.items() if not _ADDED.search(name)}, [])
+
+
+def _checksum(tensors: dict[str, torch.Tensor], adapters: list) -> str:
     digest = hashlib.sha256(str(adapters).encode())
     factors: dict[torch.device, torch.Tensor] = {}  # make the sum depend on the position of a value
     drawn = torch.randint(-(2**63), 2**63 - 1, (_BLOCK,), generator=torch.Generator().manual_seed(0))
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         content = tensor.detach().contiguous().flatten().view(torch.uint8)
         whole = len(content) // 8 * 8
         words = content[:whole].view(torch.int64)

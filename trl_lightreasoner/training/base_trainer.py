@@ -17,6 +17,7 @@ from ..generation.greedy import save_generation_config, without_generation_confi
 from ..hub.cards import model_card
 from ..hub.sharing import hub_errors, open_repo
 from ..hub.training_curve import draw_curve
+from ..models.base_model import save_base
 from ..models.loading import hub_kwargs
 from ..models.provenance import hub_id
 from ..models.weights import get_base_model
@@ -116,6 +117,7 @@ class _BaseTrainer(ResumableTrainer):
         model_card(self, self._model_name()).save(os.path.join(folder, "README.md"))
         if self.prompt_format is not None:
             self.prompt_format.save(folder)
+        save_base(self._base, folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with self._saves_whole():

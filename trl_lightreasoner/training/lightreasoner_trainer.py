@@ -288,7 +288,9 @@ class LightReasonerTrainer(EvaluatingTrainer):
                     "instantiated. The `model_init_kwargs` will be ignored."
                 )
             settle_4bit_layers(model)
-        warn_of_another_expert(train_dataset, model, name)
+        weights = warn_of_another_expert(train_dataset, model, name)
+        if not isinstance(model, PeftModel):
+            self._base_weights = weights  # of the base model of a new adapter
         warn_of_another_template(train_dataset, processing_class)
         # The adapter records the revision of its base model
         revision = None if name is None else model_init_kwargs.get("revision")

@@ -25,6 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
+from ..models.base_model import describe_base, is_another_base
 from ..models.weights import describe_model
 from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS
 from ..steps.whole_files import whole_file
@@ -51,6 +52,7 @@ _FIXED = ("optim", "optim_args")
 # Fields of an adapter that do not change what it computes in training
 _FREE = ("inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type")
 _ROWS = "rows"
+_BASE = "base_model"
 
 
 class RememberTraining(TrainerCallback, ExportableState):
@@ -76,13 +78,20 @@ class ResumableTrainer(Trainer):
 
     # Id or path that the model was given by, if it was not given as an object
     _source: str | None = None
+    # Checksum of the base model's weights, if it is known before training
+    _base_weights: str | None = None
+    # The base model of the adapter, as it is saved beside it
+    _base: dict[str, Any] | None = None
     _resumed: TrainerState | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         (memory,) = (each for each in self.callback_handler.callbacks if isinstance(each, RememberTraining))
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self._base is None:
+            self._base = describe_base(model, self._base_weights)
         memory.training = describe_training(self.args, model, self._source, self.train_dataset)
+        memory.training[_BASE] = self._base
         if self.optimizer_cls_and_kwargs is not None:
             optimizer, settings = self.optimizer_cls_and_kwargs
             memory.training |= {"optim": optimizer.__name__, "optim_args": str(settings)}
@@ -244,7 +253,7 @@ def check_training(before: dict[str, Any] | None, now: dict[str, Any], checkpoin
     Warn of differences between the run that made a checkpoint and the one that resumes from it, or refuse them.
 
     Args:
-        before, now (`dict`): [`describe_training`] of the two runs.
+        before, now (`dict`): [`describe_training`] of the two runs, with the [`describe_base`] of their adapters.
         checkpoint (`str`): The folder.
         is_named (`bool`): Whether the user named it, and may therefore want to change something.
 
@@ -258,10 +267,11 @@ def check_training(before: dict[str, Any] | None, now: dict[str, Any], checkpoin
         old, new = before.get(name), now.get(name)
         # Values that are unknown, or have another name in another version or type of adapter
         is_unknown = None in (old, new) if name == _ROWS else not (name in before and name in now or name == "adapter")
-        if is_unknown or old == new:
+        if is_unknown or old == new or (name == _BASE and not is_another_base(old, new)):
             continue
         said = f"{name} was {old!r} and is now {new!r}"
         said = "the rows of the dataset, or their order, have changed" if name == _ROWS else said
+        said = f"the weights of the base model {now[name]['model']!r} have changed" if name == _BASE else said
         differences[name] = said + (" (the old value is used)" if name in _KEPT else "")
     free = ("peft_config.lora_dropout",)
     misfits = [
