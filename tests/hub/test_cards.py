@@ -150,6 +150,19 @@ def test_numbers_are_written_for_people(card_of):
     assert "| epochs | 0 |" in text
 
 
+def test_rows_of_one_step_are_parts_of_their_trajectories(card_of, steps):
+    names = ("step_positions", "label_ids", "label_probs")
+    single = Dataset.from_list(
+        [{**row, **{name: [row[name][k]] for name in names}} for row in steps for k in range(len(row[names[0]]))]
+    )
+    num_steps = sum(map(len, steps["completion_ids"]))
+    share = f"{len(single)} ({len(single) / num_steps:.1%})"
+    text = dataset_card({"train": steps, "single": single}, "me/steps").text
+    assert f"| train | {len(steps)} | {len(steps)} | {num_steps} | {share} |" in text
+    assert f"| single | {len(single)} | {len(steps)} | {num_steps} | {share} |" in text
+    assert f"| trajectories with a kept step | {len(steps)} |" in card_of(one_step_per_row=True).text
+
+
 # Of a merged model
 
 

@@ -196,6 +196,15 @@ def test_a_dataset_of_one_step_a_row_gives_the_same_numbers(statistics, rows):
     assert found.support_counts.tolist() == statistics.support_counts.tolist()
 
 
+def test_kept_steps_are_a_share_of_the_steps_if_rows_come_twice(rows, statistics):
+    others = [{**row, "kl_divergence": [2 * value for value in row["kl_divergence"]]} for row in rows]
+    for more, shares in ((rows, True), (others, False)):
+        found = StepStatistics(as_dataset(rows + more))
+        assert (found.num_steps, found.num_kept) == (2 * statistics.num_steps, 2 * statistics.num_kept)
+        assert found.steps_by_position.tolist() == (2 * statistics.steps_by_position).tolist()
+        assert (found.share_kept(1.0) == statistics.share_kept(1.0)) is shares
+
+
 def test_selected_rows_alone_count(rows):
     found = StepStatistics(as_dataset(rows).select([3, 5]))
     assert found.num_steps == len(rows[3]["completion_ids"]) + len(rows[5]["completion_ids"])

@@ -196,6 +196,30 @@ def test_a_step_a_row_gives_the_same_numbers():
     assert check_steps(as_dataset(single, 0.1)) == check_steps(as_dataset(rows, 0.1))
 
 
+def test_rows_that_come_twice_keep_the_share_of_their_steps():
+    rows = random_rows()
+    once, twice = check_steps(as_dataset(rows, 0.1)), check_steps(as_dataset(rows + rows, 0.1))
+    assert (twice.num_steps, twice.num_kept) == (2 * once.num_steps, 2 * once.num_kept)
+    assert (twice.kept_share, twice.kl_90) == (once.kept_share, pytest.approx(once.kl_90, rel=0.02))
+
+
+def test_two_amateurs_that_read_the_same_answers_both_count():
+    rows = random_rows()
+    others = [{**row, "kl_divergence": [value / 4 for value in row["kl_divergence"]]} for row in rows]
+    check = check_steps(as_dataset(rows + others, 0.1))
+    divergences = [value for row in rows + others for value in row["kl_divergence"]]
+    assert check.num_steps == len(divergences)
+    assert check.kl_50 == pytest.approx(np.median(divergences))
+
+
+def test_corrections_are_found_in_labels_of_any_order():
+    rows = random_rows()
+    turned = [
+        {**row, **{name: [part[::-1] for part in row[name]] for name in ("label_ids", "label_probs")}} for row in rows
+    ]
+    assert check_steps(as_dataset(turned, 0.1)).changed_share == check_steps(as_dataset(rows, 0.1)).changed_share
+
+
 def test_corrections_are_told_as_text(tokenizer):
     taken, preferred = tokenizer("coins").input_ids[0], tokenizer(" has").input_ids[0]
     row = random_rows(1)[0] | {"completion_ids": [taken] * 5, "kl_divergence": [0.0, 1.0, 0.0, 2.0, 0.0]}

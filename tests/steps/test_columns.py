@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features
 
-from trl_lightreasoner.steps.columns import longest_completion, read_columns
+from trl_lightreasoner.steps.columns import count_trajectories, longest_completion, read_columns
 from trl_lightreasoner.steps.dataset import STEP_FEATURES
 
 
@@ -62,8 +62,32 @@ def test_every_column_is_that_of_a_loop_over_rows(selected):
             assert columns.label_ids[columns.favourites][steps].tolist() == favourites
     assert seen == len(rows)
     prompts = {tuple(row["prompt_ids"]) for row in rows}
-    both = {(tuple(row["prompt_ids"]), tuple(row["completion_ids"])) for row in rows}
-    assert [len(set(each)) for each in zip(*keys, strict=True)] == [len(prompts), len(both)]
+    names = ("prompt_ids", "completion_ids", "kl_divergence")
+    trajectories = {tuple(tuple(row[name]) for name in names) for row in rows}
+    assert [len(set(each)) for each in zip(*keys, strict=True)] == [len(prompts), len(trajectories)]
+
+
+def one_step_each(rows: list[dict]) -> list[dict]:
+    names = ("step_positions", "label_ids", "label_probs")
+    return [
+        {**row, **{name: [row[name][k]] for name in names}} for row in rows for k in range(len(row["step_positions"]))
+    ]
+
+
+@pytest.mark.parametrize("with_divergences", [True, False])
+@pytest.mark.parametrize("change", [list, one_step_each])
+def test_trajectories_are_counted_as_often_as_their_steps_come(change, with_divergences):
+    rows = [row for row in make_rows(30) if row["step_positions"]]
+    dataset = as_dataset(change(rows + rows[:7])).shuffle(seed=0)
+    dataset = dataset if with_divergences else dataset.remove_columns("kl_divergence")
+    lengths = [len(row["completion_ids"]) for row in rows + rows[:7]]
+    assert count_trajectories(dataset) == (len(lengths), sum(lengths))
+
+
+def test_one_answer_read_by_two_amateurs_is_two_trajectories():
+    rows = [row for row in make_rows(9) if row["step_positions"]]
+    others = [{**row, "kl_divergence": [0.5] * len(row["completion_ids"])} for row in rows]
+    assert count_trajectories(as_dataset(one_step_each(rows + others)))[0] == 2 * len(rows)
 
 
 STEP = {"completion_ids": [1, 2], "kl_divergence": [0.1, 0.2], "step_positions": [1], "label_ids": [[3, 4]]}

@@ -22,6 +22,7 @@ from huggingface_hub.repocard import metadata_load
 from ..models.hub_access import cache_if_unreachable
 from ..models.provenance import describe_quantization, hub_id, public_name
 from ..models.weights import describe_model, get_base_model, is_peft_model
+from ..steps.columns import count_trajectories
 from ..steps.dataset import count_steps, read_samplings
 from ..steps.prompt_format import PromptFormat
 from ..steps.training_rows import has_corrections
@@ -206,7 +207,7 @@ def dataset_card(splits: dict[str, Dataset], repo_id: str, existing: DatasetCard
         columns=table(["column", "type", "meaning"], _column_rows(first.features)),
         sampling=_makings({name: told.get(name, _Told()).making for name in others} | _makings_of(splits)),
         counts=table(
-            ["split", "trajectories", "steps", "kept steps"],
+            ["split", "rows", "trajectories", "steps", "kept steps"],
             _count_rows(splits) + [told.get(name, _Told()).counts(name, each) for name, each in others.items()],
         ),
         citation=CITATION,
@@ -239,19 +240,21 @@ class _Told(NamedTuple):
     """What a card says about a split, whose rows are not at hand when another split is pushed."""
 
     making: str = _UNKNOWN
-    cells: tuple[str, ...] = ("", "", "")
+    cells: tuple[str, ...] = ("", "", "", "")
 
     def counts(self, name: str, split: SplitInfo) -> tuple[str, ...]:
         num_rows = f"{split.num_examples:,}"
         # With another number of rows, the split has been changed since
-        return (name, *self.cells) if self.cells[0] == num_rows else (name, num_rows, "", "")
+        return (name, *self.cells) if self.cells[0] == num_rows else (name, num_rows, "", "", "")
 
 
 def _told(text: str) -> dict[str, _Told]:
     def section(title: str) -> str:
         return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
-    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]*) \| ([^|]*) \|$", section("Size"), re.MULTILINE)[1:]
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]*) \| ([^|]*) \| ([^|]*) \|$", section("Size"), re.MULTILINE)[
+        1:
+    ]
     cells = {name.strip(): tuple(cell.strip() for cell in row) for name, *row in rows}
     makings: dict[str, str] = {}
     for part in section("How it was made").split("\n### ")[1:]:
@@ -316,7 +319,7 @@ def _short_prompt(dataset: Any) -> Any:
 def _data_rows(dataset: Any, dataset_name: str | None) -> list[tuple[str, str]]:
     rows = [("dataset", link(dataset_name, "datasets/"))] if dataset_name else []
     if isinstance(dataset, Dataset):
-        rows.append(("trajectories with a kept step", f"{len(dataset):,}"))
+        rows.append(("trajectories with a kept step", f"{count_trajectories(dataset)[0]:,}"))
         rows.append(("kept steps", f"{count_steps(dataset):,}"))
         for sampling in read_samplings([dataset]):
             rows += sampling_rows(sampling)
@@ -395,7 +398,8 @@ def _type_name(feature: Any) -> str:
 def _count_rows(splits: dict[str, Dataset]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name, dataset in splits.items():
-        num_steps, num_kept = sum(map(len, dataset["completion_ids"])), count_steps(dataset)
+        (num_trajectories, num_steps), num_kept = count_trajectories(dataset), count_steps(dataset)
         share = f" ({num_kept / num_steps:.1%})" if num_steps else ""
-        rows.append((name, f"{len(dataset):,}", f"{num_steps:,}", f"{num_kept:,}{share}"))
+        counts = (f"{count:,}" for count in (len(dataset), num_trajectories, num_steps))
+        rows.append((name, *counts, f"{num_kept:,}{share}"))
     return rows

@@ -131,8 +131,8 @@ def _summary(dataset: ReportedDataset, style: str) -> str:
     rows = ""
     if numbers.num_rows > numbers.num_trajectories:
         rows = (
-            f"<p>The {numbers.num_rows:,} rows hold {numbers.num_trajectories:,} different trajectories. Divergences "
-            "count once per trajectory, labels once per row.</p>"
+            f"<p>The {numbers.num_rows:,} rows hold {numbers.num_trajectories:,} trajectories. Divergences count once "
+            "per trajectory, labels once per row.</p>"
         )
     if numbers.num_known < numbers.num_steps:
         rows += (

@@ -1,8 +1,8 @@
 """From a Dataset of kept steps to the numbers of a report: over every row, in memory that holds some rows at a time.
 
 Divergences are counted in bins of a thousandth of a decade, so that a quantile is right to 0.3 % however many steps
-there are; beta lies between two bins, so that what reaches it is counted exactly. A trajectory that several rows hold,
-a step each, counts once; every label counts.
+there are; beta lies between two bins, so that what reaches it is counted exactly. A trajectory whose
+steps several rows hold counts once; every label counts.
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..sampling.model_pair import AMATEUR_SETTINGS
-from ..steps.columns import StepColumns, count_changes, longest_completion, read_columns
+from ..steps.columns import StepColumns, Trajectories, count_changes, longest_completion, read_columns
 from ..steps.dataset import STEP_COLUMNS, read_samplings, sampling_metadata
 from ..text import name_columns
 
@@ -99,7 +99,7 @@ class StepStatistics:
         self.num_trajectories = self.num_steps = self.num_kept = self.num_changed = 0
         self.changes: Counter[tuple[int, int]] = Counter()
         self._gains: dict[int, tuple[float, int]] = {}
-        self._seen: set[int] = set()
+        self._trajectories = Trajectories()
         kept_per_row, keys = [], []
         for columns in read_columns(dataset, name):
             kept_per_row.append(np.diff(columns.steps))
@@ -114,11 +114,8 @@ class StepStatistics:
         self.num_known = int(self.steps_by_position.sum())
 
     def _add_trajectories(self, columns: StepColumns, keys: list[int]) -> None:
-        is_new = np.zeros(len(keys), dtype=bool)
-        for row, key in enumerate(keys):
-            if key not in self._seen:
-                self._seen.add(key)
-                is_new[row] = True
+        steps = [part.tolist() for part in np.split(columns.positions, columns.steps[1:-1])]
+        is_new = np.array([*map(self._trajectories.begins, keys, steps)])
         lengths = np.diff(columns.completions)
         positions = np.arange(len(columns.divergences)) - np.repeat(columns.completions[:-1], lengths)
         counts = np.repeat(is_new, lengths)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..models.token_text import TokenTexts, label_of, spell_out
-from ..steps.columns import count_changes, longest_completion, read_columns
+from ..steps.columns import Trajectories, count_changes, longest_completion, read_columns
 from ..steps.dataset import STEP_COLUMNS, check_dataset, name_samplings, parse_metadata
 from ..steps.prompt_format import has_messages
 from ..text import name_columns
@@ -223,7 +223,7 @@ def check_steps(
 
     Args:
         dataset ([`~datasets.Dataset`]): Rows from [`ContrastiveStepSampler`], with one or several steps each. A
-            trajectory in several rows counts once, but each of its labels counts.
+            trajectory whose steps are in several rows counts once, and each of its labels counts.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The expert's, for the text of tokens.
             Without it, token ids are shown.
         beta (`float`, *optional*): Count steps of at least this many nats as kept. If `None`, it is the Dataset's own
@@ -256,14 +256,13 @@ def check_steps(
     counts: Counter[str] = Counter()
     changes: Counter[tuple[int, int]] = Counter()
     divergences: list[np.ndarray] = []
-    seen: set[int] = set()
+    trajectories = Trajectories()
     of_row = iter(made_by)
     for columns in read_columns(dataset):
         kl = columns.divergences
         for row, (_, key) in enumerate(columns.keys()):
             made_with = next(of_row)
-            if key not in seen:
-                seen.add(key)
+            if trajectories.begins(key, columns.positions[slice(*columns.steps[row : row + 2])].tolist()):
                 start, end = columns.completions[row : row + 2]
                 is_known = ~np.isnan(kl[start:end])
                 if not is_known.all() and not made_with.is_read_across:
@@ -278,7 +277,7 @@ def check_steps(
         if not len(columns.positions):
             continue
         nats, taken = kl[columns.places], columns.completion_ids[columns.places]
-        preferred = columns.label_ids[columns.labels[:-1]]
+        preferred = columns.label_ids[columns.favourites]
         changed, is_judged = preferred != taken, nats >= judged_at
         is_kept = np.full(len(nats), True) if beta is None else nats >= beta
         for name, steps in (("kept", is_kept), ("judged", is_judged)):

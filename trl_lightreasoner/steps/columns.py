@@ -1,7 +1,8 @@
 """Read and check kept steps in batches, as flat NumPy arrays. A Python loop over rows takes ten times longer."""
 
 import math
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ _TYPES = {
 }
 _ROWS = 200  # rows in memory at a time
 _MAX_ID = 2**31
+_COPIES = -1
 
 
 class StepColumns(NamedTuple):
@@ -73,13 +75,45 @@ class StepColumns(NamedTuple):
         return found[firsts]
 
     def keys(self) -> list[tuple[int, int]]:
-        """For each row, a hash of the prompt, and a hash of prompt and completion."""
+        """
+        For each row, a hash of the prompt, and a hash of prompt, completion and divergences: two amateurs make two
+        trajectories of one answer.
+        """
         keys = []
         for row in range(len(self.prompts) - 1):
-            prompt = self.prompt_ids[self.prompts[row] : self.prompts[row + 1]].tobytes()
-            completion = self.completion_ids[self.completions[row] : self.completions[row + 1]].tobytes()
-            keys.append((hash(prompt), hash((prompt, completion))))
+            tokens = slice(*self.completions[row : row + 2])
+            prompt = self.prompt_ids[slice(*self.prompts[row : row + 2])].tobytes()
+            answer = (self.completion_ids[tokens].tobytes(), self.divergences[tokens].tobytes())
+            keys.append((hash(prompt), hash((prompt, *answer))))
         return keys
+
+
+class Trajectories:
+    """
+    Counts the trajectories of a Dataset whose rows hold one or several kept steps each. Rows of one trajectory with
+    different steps are parts of it. A step that comes again is one of another copy of it.
+
+    Example:
+
+    ```python
+    >>> trajectories = Trajectories()
+    >>> [trajectories.begins("a", steps) for steps in ([1], [4], [1, 4], [])]
+    [True, False, True, True]
+
+    ```
+    """
+
+    def __init__(self) -> None:
+        # How often each step has come, and the most of these, by a key that is no position
+        self._counts: defaultdict[Hashable, Counter[int]] = defaultdict(Counter)
+
+    def begins(self, key: Hashable, positions: Sequence[int]) -> bool:
+        """Whether the next row, with these kept steps of the trajectory `key`, is the first of a copy of it."""
+        counts = self._counts[key]
+        counts.update(positions)
+        most = max((counts[t] for t in positions), default=0)
+        copies, counts[_COPIES] = counts[_COPIES], max(counts[_COPIES], most)
+        return most > copies or not positions
 
 
 def read_columns(dataset: Dataset, name: str = "dataset") -> Iterator[StepColumns]:
@@ -205,6 +239,18 @@ def longest_completion(dataset: Dataset, name: str = "dataset") -> int:
     if longest == 0:
         raise ValueError(f"The {name} has no step: every `kl_divergence` is empty. Sample again.")
     return longest
+
+
+def count_trajectories(dataset: Dataset) -> tuple[int, int]:
+    """Number of trajectories of a Dataset, and of the steps in them, kept or not, as [`Trajectories`] counts them."""
+    names = [name for name in ("prompt_ids", "completion_ids", "kl_divergence") if name in dataset.column_names]
+    trajectories = Trajectories()
+    num_trajectories = num_steps = 0
+    for row in dataset.with_format(None).select_columns([*names, "step_positions"]):
+        if trajectories.begins(hash(tuple(tuple(row[name] or ()) for name in names)), row["step_positions"]):
+            num_trajectories += 1
+            num_steps += len(row["completion_ids"])
+    return num_trajectories, num_steps
 
 
 def count_changes(taken: np.ndarray, preferred: np.ndarray) -> dict[tuple[int, int], int]:
