@@ -10,7 +10,14 @@ import time
 import pytest
 
 from trl_lightreasoner.grading import answer_parts, answers, equal_answers, exact_numbers, graders, units, verdicts
-from trl_lightreasoner.grading.answers import find_answer, find_letter, first_answer, last_boxed, read_reference
+from trl_lightreasoner.grading.answers import (
+    find_answer,
+    find_letter,
+    first_answer,
+    has_first_answer,
+    last_boxed,
+    read_reference,
+)
 from trl_lightreasoner.grading.verdicts import Verdict, grade, grade_all
 
 
@@ -569,6 +576,32 @@ def test_letter_of_a_multiple_choice(completion, letter):
 def test_first_answer(completion, kept):
     assert first_answer(completion) == kept
     assert first_answer(kept) == kept
+
+
+@pytest.mark.parametrize(
+    ("completion", "is_finished"),
+    [
+        (r"So it is $\boxed{5}$. Wait, I forgot one. So it is \boxed{6}. That is the number of pens.", True),
+        ("The answer is 5. Let me double-check: 2 + 4 = 6. The answer is 6. He has 6 pens then, and no more.", True),
+        ("#### 5\nThis seems incorrect, as he lost one.\n#### 4\nSo there are four of them left.", True),
+        (
+            "The answer is 5.\n\nOn second thought, it is not. The answer is 6.\n\nA train runs 60 miles every hour.",
+            True,
+        ),
+        (
+            "Answer: 1. Add both numbers, which gives 5.\n2. Add one.\nThe answer is 6. He has six pens at the end.",
+            True,
+        ),
+        ("The answer is 5.\nQuestion: Tom has 3 pens.", True),
+        ("The answer is 5.Human: Tom has 3 pens.", True),
+        ("The answer is 5.", False),
+        ("She adds 2 and 3 first. Then she adds the others, which are 4 and 5, to it", False),
+    ],
+)
+def test_what_is_called_finished_is_the_first_answer_however_the_text_goes_on(completion, is_finished):
+    cuts = [completion[:length] for length in range(1, len(completion) + 1)]
+    finished = [cut for cut in cuts if has_first_answer(cut)]
+    assert {first_answer(cut) for cut in finished} == ({first_answer(completion)} if is_finished else set())
 
 
 # ---- The answers of each benchmark, a dozen each. The rows are written for this test, the forms are the files' ----

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, logging
 
 from ..generation.completions import GreedyDecoder, find_batch_size
 from ..generation.cuda_graphs import Generated
-from ..grading.answers import first_answer
+from ..grading.answers import first_answer, has_first_answer
 from ..grading.verdicts import Verdict, grade_all
 
 
@@ -183,7 +183,7 @@ class Answering:
         if not self.is_raw:
             return False
         (text,) = self.texts([completion_ids])
-        return len(first_answer(text).rstrip()) < len(text.rstrip())
+        return has_first_answer(text)
 
 
 def grade_answers(

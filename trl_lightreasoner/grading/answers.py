@@ -47,6 +47,8 @@ _WITHDRAWN = re.compile(
     r"|(?:this|that) (?:is|was|seems) (?:wrong|incorrect|not))",
     re.I,
 )
+# At least as many characters as its longest phrase
+_LENGTH_WITHDRAWN = 24
 
 # "The answer is", "Answer:", "**Final Answer**" before a line break; "answer to the question is"
 _PHRASE = re.compile(
@@ -57,6 +59,8 @@ _PHRASE = re.compile(
 )
 # "Answer:" above "1. First ..." announces reasoning, but "The answer is 1." does not
 _LIST = re.compile(r"[* ]*\n[*\s]*+1[.)][* ]+\S|(?<![a-z] )1[.)][* ]+\S[^\n]{0,1000}\n+[* ]*2[.)]\s")
+# What may become such a list when the text goes on
+_BEGUN_LIST = re.compile(r"(?<![a-z] )1[.)][* ]+\S[^\n]{0,1000}\n*[* ]*(?:2[.)]?)?\Z")
 _NO_VALUE = re.compile(r"\W*(?:not|wrong|incorrect|correct|right|unclear|as follows|given|found|obtained)\b", re.I)
 # Another sentence may follow without a space, "5 feet.A train"
 _SENTENCE = r"(?:[A-Z][a-z]+[ ,:]|[AI] [a-z]|\*\*[A-Z])"
@@ -209,6 +213,29 @@ def first_answer(completion: str) -> str:
         if not _WITHDRAWN.match(text, end):
             return text[:end].rstrip()
     return text.rstrip()
+
+
+def has_first_answer(completion: str) -> bool:
+    r"""
+    Whether the [`first_answer`] of a text stays the same however the text goes on, because a new
+    question follows it, or enough text to see that it is not withdrawn.
+
+    Example:
+
+    ```python
+    >>> has_first_answer("The answer is 5. Let me"), has_first_answer("The answer is 5. Let me know if you need more")
+    (False, True)
+
+    ```
+    """
+    text, first = completion.rstrip(), first_answer(completion)
+    if len(first) == len(text):
+        return False
+    if _RUN_ON.search("\n" + completion):
+        return True
+    following = text[len(first) :].lstrip("$*.)]\\ \t\n")
+    is_begun_list = any(_BEGUN_LIST.match(text, match.end()) for match in _PHRASE.finditer(text))
+    return len(following) >= _LENGTH_WITHDRAWN and not is_begun_list
 
 
 def find_letter(completion: str, letters: str = "ABCDEFGHIJ") -> str | None:
