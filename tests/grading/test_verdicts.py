@@ -109,6 +109,50 @@ def check(gold: str | list[str], right: list[str], wrong: list[str], **kwargs) -
             [r"x \approx 0.6", r"0.6 \approx 0.5"],
             id="about",
         ),
+        pytest.param(
+            "18",
+            ["18 apples (9 red and 9 green)", "18 apples: 9 red and 9 green", "18 (since 9 * 2 is 18)", "18 quarters"],
+            ["minus 18", "negative 18", "half of 18", "twice 18", "more than 18"]
+            + ["the square root of 18", "18 squared", "18 cubed", "18 apples (or 19)"],
+            id="words that change a number",
+        ),
+        pytest.param(
+            "18000",
+            ["18 thousand", r"18 \text{ thousand}", "180 hundred dollars"],
+            ["18 million"],
+            id="thousands in words",
+        ),
+        pytest.param(
+            "405", ["405 million", "$405 million", "405 million dollars"], ["4 million"], id="asked in millions"
+        ),
+        pytest.param(
+            "4 million", ["4", "4000000", "4,000 thousand"], ["4 thousand", "5 million", "40"], id="millions"
+        ),
+        pytest.param("-5", ["minus 5", "negative 5 degrees", "−5"], ["5", "10 minus 5"], id="minus in words"),
+        pytest.param(
+            "3.5",
+            ["3½", "3 and a half", "3 and one half hours", "7/2"],
+            ["3", "3 and a third", "3¼"],
+            id="halves in words",
+        ),
+        pytest.param(
+            "11/3", ["3 and two thirds", "3⅔"], ["3 and one third", "3 and two quarters"], id="thirds in words"
+        ),
+        pytest.param(
+            r"\frac{7}{6}",
+            ["1.1666...", r"1.1\bar{6}", r"1.1\dot{6}", "1.16666…"],
+            ["1.16...", "1.166", "1.1777..."],
+            id="periods",
+        ),
+        pytest.param(
+            "2/11", [r"0.1818\ldots", r"0.\overline{18}"], [r"0.18\ldots", "0.1919..."], id="a period of two"
+        ),
+        pytest.param(
+            r"(-\infty,\infty)", [r"\mathbb{R}", r"x \in \mathbb{R}"], [r"\mathbb{Z}"], id="all real numbers"
+        ),
+        pytest.param(r"\emptyset", [r"\varnothing"], ["0"], id="empty set"),
+        pytest.param("12.5", ["12.50€", "12.50 £"], ["12.05€"], id="currency behind the number"),
+        pytest.param("€12.50", ["12.50 €"], ["12.50 £"], id="another currency behind the number"),
         pytest.param("(a+5)(b+2)", ["ab+2a+5b+10", "(2+b)(a+5)"], ["ab+2a+5b+9"], id="formula"),
         pytest.param("6 - 5i", ["-5i+6", "-5 i + 6"], ["6+5i"], id="complex"),
         pytest.param(r"\frac{x^2+1}{x}", [r"x+\frac{1}{x}"], [r"x+\frac{1}{y}"], id="letter in the denominator"),
@@ -402,6 +446,9 @@ def test_the_answer_in_a_reference(text, expected):
         ("The final answer is:\n\\[\n18\n\\]", "\\[\n18\n\\]"),
         ("I do not know.", None),
         ("", None),
+        ("In all they have $5 million.", "$5 million"),
+        ("At night it fell to minus 5.", "minus 5"),
+        ("That is 10 minus 5.", "5"),
     ],
 )
 def test_answer_that_counts(completion, answer):

@@ -9,6 +9,8 @@ import re
 _CONTENT = r"((?:[^{}]++|\{[^{}]*\})*)"
 WRAPPERS = rf"\\(?:text|textbf|textrm|textit|mbox|hbox|mathrm|rm|operatorname)\s*\{{{_CONTENT}\}}"
 _ORDINAL = "(?:st|nd|rd|th)"
+_FRACTIONS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4"}
+_PARTS = {"half": 2, "third": 3, "quarter": 4}
 _SAME = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -49,6 +51,16 @@ _SAME = [
         (r">=", r"\\ge "),
         (r"\\colon\b", ":"),
         (r"\\%|\\?\s*\bper ?cent\b", "%"),
+        (r"([-+]?\d[\d.,]*)\s*([€£])\s*$", r"\2\1"),
+        (r"\\varnothing", r"\\emptyset"),
+        (r"^(?:[a-zA-Z]\s*\\in\s*)?\\mathbb\s*\{?\s*R\s*\}?$", r"(-\\infty, \\infty)"),
+        (r"([½⅓⅔¼¾])", lambda match: f" {_FRACTIONS[match[1]]}"),
+        (r"^([^\d]*)\b(?:minus|negative)\s+(?=¤?\.?\d)", r"\1-"),
+        (r"(\d) and (a|one) (half|third|quarter)\b", lambda match: f"{match[1]} 1/{_PARTS[match[3]]}"),
+        (
+            r"(\d) and (two|three) (thirds|quarters)\b",
+            lambda match: f"{match[1]} {2 + (match[2] == 'three')}/{_PARTS[match[3][:-1]]}",
+        ),
         (r"(\\frac\s*\{[^{}]*)\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*(\}\s*\{[^{}]*\})", r"\1\2^\\circ "),
         (r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree", r" \\text{degrees} "),
         (r"(?<=\d)\s*\^\s*\{\s*\\prime\s*\\prime\s*\}", r" \\text{arcseconds} "),
@@ -63,13 +75,15 @@ _SAME = [
         (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
         (r"(\d+)\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", lambda match: _mixed(*match.groups())),
         (r"(?<![\d/.^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])", lambda match: _mixed(*match.groups())),
-        (r"(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?", lambda match: _repeating(*match.groups())),
-        (r"(?<=\d)\s*(?:million\b|\\text\s*\{\s*million\s*\})", r" \\times 10^6 "),
-        (r"(?<=\d)\s*(?:billion\b|\\text\s*\{\s*billion\s*\})", r" \\times 10^9 "),
+        (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", lambda match: _repeating(*match.groups())),
+        (
+            r"(\d*)\.(\d*?)(?:(\d)\3{2,}|(\d{2,6})\4+)\s*(?:\.{3}|…|\\[lc]?dots)",
+            lambda match: _repeating(match[1], match[2], match[3] or match[4]),
+        ),
         (r"([_^])\{(\w)\}", r"\1\2"),
     )
 ]
-_NUMBER = re.compile(r"[0-9.,+-]*")  # in which none of them finds anything
+_NUMBER = re.compile(r"(?:[0-9,+-]|\.(?!\.\.))*")  # in which none of them finds anything
 
 
 def clean(text: str) -> str:

@@ -135,14 +135,18 @@ def _without_explanation(text: str) -> str:
 # "which is the difference", but not "which is wrong"
 _COMMENT = re.compile(
     r",?\s+(?:because|since)\b|,\s+(?:as(?! well)|where|which(?!(?: is| was)? (?:not|incorrect|wrong|impossible)))\b"
-    r"|,\s+not\s+(?=[-+]?¤?\d)"
+    r"|,\s+not\s+(?=[-+]?¤?\d)|\s+\((?:because|since|as|which)\b"
 )
+# "18 apples: 9 red and 9 green", "18 apples (9 red and 9 green)"
+_DETAILED = re.compile(r"([-+]?¤?\d[\d.,]*(?: [a-z]+)+)(?::\s| \((?!(?:or|not|no)\b)).*", re.S)
 _WORDS = re.compile(r"(?!.*\b(?:not|neither|nor|none|incorrect|wrong)\b)[a-z][A-Za-z'’-]+(?: [a-z][A-Za-z'’-]*)*")
 
 
 def _without_comment(text: str) -> str:
     """Of "4, not 10", of "4, as calculated" and of "4 red and green pens" what is asked for where it is a number."""
     plain = re.sub(WRAPPERS, r" \1 ", text)
+    if detailed := _DETAILED.fullmatch(plain):
+        return detailed[1]
     comment = _COMMENT.search(plain)
     if comment and re.search(r"\d", plain[: comment.start()]):
         text = plain[: comment.start()].strip()
@@ -197,8 +201,9 @@ def _equal_item(gold: str, answer: str, terms: _Terms) -> bool:
     if gold_quantity.number and answer_quantity.number:
         number = answer_quantity.number.times(factor)
         return any(
-            same_number(gold_quantity.number, n, terms.tolerance)
-            for n in _percents(number, gold_quantity, answer_quantity)
+            same_number(g, n, terms.tolerance)
+            for g, a in _scaled(gold_quantity.number, number, gold_quantity.scale, answer_quantity.scale)
+            for n in _percents(a, gold_quantity, answer_quantity)
         )
     if gold_quantity.number and re.search(
         r"[a-zA-Z]{2,}", re.sub(WRAPPERS + r"|\\[a-zA-Z]+", "", answer_quantity.text)
@@ -207,6 +212,7 @@ def _equal_item(gold: str, answer: str, terms: _Terms) -> bool:
     if is_huge(gold_quantity.text) or is_huge(answer_quantity.text):
         raise TooLarge
     text = answer_quantity.text
+    factor *= Fraction(answer_quantity.scale, gold_quantity.scale)
     if factor != 1:
         text = rf"\frac{{{factor.numerator}}}{{{factor.denominator}}} \cdot ({text})"
     return terms.symbolic(gold_quantity.text, text, terms.tolerance)
@@ -333,7 +339,7 @@ def _bare_name(text: str) -> str:
 class _Quantity(NamedTuple):
     """
     The text without its unit, its value if that is a number, whether it is a percentage, and of "5 dollars per hour"
-    the unit of what comes first.
+    the unit of what comes first, and of "5 million" the million, which is no part of the text.
     """
 
     text: str
@@ -341,8 +347,11 @@ class _Quantity(NamedTuple):
     unit: Unit | None
     is_percent: bool = False
     first_unit: Unit | None = None
+    scale: int = 1
 
 
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALE = rf"\s*(?:({'|'.join(_SCALES)})\b|\\text\s*\{{\s*({'|'.join(_SCALES)})\s*\}})"
 _UNIT_WORD = (
     rf"(?:{WRAPPERS}|\{{\s*[A-Za-z~\s]+\}}|[A-Za-zµμ'’-]++\.?|\\(?:AA|mu|Omega|cdot)(?![a-zA-Z]))"
     r"(?:\s*_\s*\{?\s*\\odot\s*\}?)?"
@@ -358,10 +367,15 @@ _CHANGES_A_FORMULA = re.compile(
     r"(?:for|if|when|where|unless|except|and|or|not|plus|minus|times|divided|over|choose|mod|modulo|more|less|squared"
     r"|cubed|factorial)\b"
 )
+_CHANGES_A_NUMBER = re.compile(r"(?:squared|cubed|factorial)\b")
+# "twice 18", "half of 18", "more than 18"
+_CHANGED = re.compile(r"\b(?:(?:half|third|quarter|root) of|twice|double|triple|minus|negative|than|times|log)\s*$")
 
 
 def _quantity(text: str, letter_is_unit: bool = False) -> _Quantity:
-    text, unit, first_unit = text.strip(), None, None
+    text, unit, first_unit, scale = text.strip(), None, None, 1
+    if scaled := re.fullmatch(rf"([-+¤€£¥ ]*[\d.,]*\d){_SCALE}([^\d^*/+-]*)", text):
+        text, scale = f"{scaled[1]} {scaled[4]}".strip(), _SCALES[scaled[2] or scaled[3]]
     currency = re.match(r"([-+]?)\s*([¤€£¥])\s*", text)
     if currency:
         text, unit = currency[1] + text[currency.end() :], parse_unit(currency[2])
@@ -378,7 +392,7 @@ def _quantity(text: str, letter_is_unit: bool = False) -> _Quantity:
         one_letter = letter_is_unit and found is not None and read_number(value)
         if tail["unit"].startswith("{") and text[: tail.start("unit")].endswith("}"):
             break  # the denominator of \frac{3}{x}
-        if _CHANGES_A_FORMULA.match(words) and not read_number(value):
+        if _CHANGES_A_NUMBER.match(words) or _CHANGES_A_FORMULA.match(words) and not read_number(value):
             break
         if value.count("{") == value.count("}") and (is_wrapped or known_word or plain_words or one_letter):
             # Several words, "feet tall", are no measure
@@ -387,7 +401,7 @@ def _quantity(text: str, letter_is_unit: bool = False) -> _Quantity:
         break
     is_percent = text.endswith("%")
     text = text.removesuffix("%").strip()
-    return _Quantity(text, read_number(text), unit, is_percent, first_unit)
+    return _Quantity(text, read_number(text), unit, is_percent, first_unit, scale)
 
 
 def _unit(text: str) -> Unit | None:
@@ -404,6 +418,12 @@ def _conversion(gold: _Quantity, answer: _Quantity) -> Fraction | None:
     return None
 
 
+def _scaled(gold: Number, answer: Number, gold_scale: int, answer_scale: int) -> list[tuple[Number, Number]]:
+    """5 million may be meant where 5 stands, as the question may ask for millions."""
+    scaled = gold.times(Fraction(gold_scale)), answer.times(Fraction(answer_scale))
+    return [scaled] if (gold_scale == 1) == (answer_scale == 1) else [scaled, (gold, answer)]
+
+
 def _percents(number: Number, gold: _Quantity, answer: _Quantity) -> list[Number]:
     """50% may be meant where the reference says 50, 0.5 or 1/2, and the other way round."""
     if gold.is_percent and not answer.is_percent:
@@ -416,7 +436,13 @@ def _percents(number: Number, gold: _Quantity, answer: _Quantity) -> list[Number
 def _quantity_in_prose(text: str) -> _Quantity | None:
     """The only number among words, "18 apples are left" or "she has 18"; `None` if there are several or a formula."""
     plain = re.sub(WRAPPERS, r" \1 ", text)
-    numbers = list(re.finditer(r"(?<![\w.])[-+]?[¤€£¥]?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+)?\s*%?", plain))
+    numbers = list(
+        re.finditer(
+            r"(?<![\w.])[-+]?[¤€£¥]?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+)?\s*%?"
+            rf"(?:{_SCALE})?",
+            plain,
+        )
+    )
     rest = re.sub(r"[\s,.;:'’!?-]", "", plain[: numbers[0].start()] + plain[numbers[0].end() :]) if numbers else ""
     words = plain[numbers[0].end() :].split() if numbers else []
     if (
@@ -425,7 +451,8 @@ def _quantity_in_prose(text: str) -> _Quantity | None:
         or any(len(w) == 1 and w not in "aAI" for w in words)
     ):
         return None
-    if re.search(r"\bnot\b", plain):
+    is_changed = _CHANGED.search(plain[: numbers[0].start()]) or _CHANGES_A_NUMBER.match(" ".join(words))
+    if is_changed or re.search(r"\bnot\b", plain):
         return None
     quantity = _quantity(numbers[0][0].strip(" ,"))
     unit = quantity.unit or (
