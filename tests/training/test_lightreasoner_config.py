@@ -131,3 +131,20 @@ def test_model_init_kwargs_can_be_json(tmp_path):
 def test_a_config_made_of_its_own_dict_is_the_same(tmp_path):
     args = LightReasonerConfig(str(tmp_path), use_cpu=True, max_length=7, max_steps=3, model_init_kwargs={"a": 1})
     assert LightReasonerConfig(**args.to_dict()).to_dict() == args.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("metric", "given", "greater"),
+    [
+        ("accuracy", None, True),
+        ("eval_loss", None, False),
+        ("kl_to_expert", None, False),
+        ("eval_held_out_kl_to_expert", None, False),
+        ("accuracy_num_cut", None, False),
+        ("kl_to_expert", True, True),
+        (None, None, None),
+    ],
+)
+def test_the_best_model_has_the_lowest_divergence_and_the_highest_accuracy(metric, given, greater, tmp_path):
+    args = LightReasonerConfig(str(tmp_path), metric_for_best_model=metric, greater_is_better=given, use_cpu=True)
+    assert args.greater_is_better is greater

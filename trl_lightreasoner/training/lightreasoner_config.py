@@ -17,6 +17,8 @@ from ..config_checks import check_flags, check_json_files, check_numbers, check_
 
 # Of 8 rows each: 1,000 trajectories. More cost accuracy on true weights, however many prompts there were
 _DEFAULT_UPDATES = 125
+# Metrics of which less is better. `TrainingArguments` takes this of losses alone
+_LESS_IS_BETTER = ("kl_to_expert", "accuracy_num_cut", "accuracy_standard_error", "runtime")
 
 
 @dataclass
@@ -272,6 +274,9 @@ class LightReasonerConfig(TrainingArguments):
                 self.max_steps = _DEFAULT_UPDATES
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        greater: Any = self.greater_is_better  # type: ignore[has-type]
+        if greater is None and str(self.metric_for_best_model).endswith(_LESS_IS_BETTER):
+            self.greater_is_better = False
         try:
             super().__post_init__()
         except TypeError as error:
