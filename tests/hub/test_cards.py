@@ -163,6 +163,27 @@ def test_rows_of_one_step_are_parts_of_their_trajectories(card_of, steps):
     assert f"| trajectories with a kept step | {len(steps)} |" in card_of(one_step_per_row=True).text
 
 
+def test_the_update_of_the_best_model_is_told(expert, tokenizer, steps, tmp_path):
+    schedule = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    args = LightReasonerConfig(
+        str(tmp_path),
+        **schedule,
+        max_steps=3,
+        load_best_model_at_end=True,
+        greater_is_better=True,  # so that the best is not the last
+        use_cpu=True,
+        report_to="none",
+    )
+    trainer = LightReasonerTrainer(expert, args, train_dataset=steps, eval_dataset=steps, processing_class=tokenizer)
+    trainer.train()
+    trainer.create_model_card()
+    losses = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
+    best = max(losses, key=losses.get)
+    text = (tmp_path / "README.md").read_text()
+    assert best < 3 and "| updates | 3 |" in text
+    assert f"| update of the best loss, whose weights these are | {best} |" in text
+
+
 # Of a merged model
 
 

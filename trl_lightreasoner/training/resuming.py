@@ -83,6 +83,8 @@ class ResumableTrainer(Trainer):
     # The base model of the adapter, as it is saved beside it
     _base: dict[str, Any] | None = None
     _resumed: TrainerState | None = None
+    # Number of the update whose weights the model has, if it is not the last one
+    best_update: int | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
@@ -95,7 +97,7 @@ class ResumableTrainer(Trainer):
         if self.optimizer_cls_and_kwargs is not None:
             optimizer, settings = self.optimizer_cls_and_kwargs
             memory.training |= {"optim": optimizer.__name__, "optim_args": str(settings)}
-        self._resumed = None
+        self._resumed = self.best_update = None
         if checkpoint is not None:
             self._resumed = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
             is_named = checkpoint == str(resume_from_checkpoint)
@@ -189,6 +191,7 @@ class ResumableTrainer(Trainer):
             model.load_adapter(folder, name, is_trainable=True)
         else:
             super()._load_best_model()
+        self.best_update = self.state.best_global_step
 
 
 @contextmanager
