@@ -153,6 +153,13 @@ def check(gold: str | list[str], right: list[str], wrong: list[str], **kwargs) -
         pytest.param(r"\emptyset", [r"\varnothing"], ["0"], id="empty set"),
         pytest.param("12.5", ["12.50€", "12.50 £"], ["12.05€"], id="currency behind the number"),
         pytest.param("€12.50", ["12.50 €"], ["12.50 £"], id="another currency behind the number"),
+        pytest.param(
+            ["1,000", "2,500"],
+            ["1,000, 2,500", "2500, 1000", "1,000; 2,500", r"\$1,000, \$2,500", "1,000 and 2,500"],
+            ["1,000", "1,000, 250", "1,000, 2,500, 3"],
+            id="thousands in a list",
+        ),
+        pytest.param("2, 1,234,567", ["1,234,567, 2", "1234567 and 2"], ["1,234,567", "1,234,567,2"], id="list"),
         pytest.param("(a+5)(b+2)", ["ab+2a+5b+10", "(2+b)(a+5)"], ["ab+2a+5b+9"], id="formula"),
         pytest.param("6 - 5i", ["-5i+6", "-5 i + 6"], ["6+5i"], id="complex"),
         pytest.param(r"\frac{x^2+1}{x}", [r"x+\frac{1}{x}"], [r"x+\frac{1}{y}"], id="letter in the denominator"),

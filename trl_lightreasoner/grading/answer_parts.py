@@ -10,7 +10,7 @@ from typing import NamedTuple
 INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|lt|gt|ne|neq)\b")
 _OPENING, _CLOSING = {"(", "[", "{", r"\{"}, {")", "]", "}", r"\}"}
 _TOKEN = re.compile(r"\\(?:[a-zA-Z]+|.)|.", re.S)
-_THOUSANDS = re.compile(r"(?<![\d,.])[-+]?¤?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])")
+_THOUSANDS = re.compile(r"(?<![\d,.])[-+]?¤?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!,?\d)")
 
 
 class Parts(NamedTuple):
