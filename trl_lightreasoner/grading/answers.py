@@ -136,7 +136,9 @@ def last_boxed(text: str) -> str | None:
 
 
 def read_reference(text: str) -> str:
-    r"""The answer in a reference: after `####` as in GSM8K, in the last `\boxed{}` as in MATH, or else the whole text.
+    r"""
+    The answer in a reference: after `####` as in GSM8K, in the last `\boxed{}` as in MATH, or after "the answer is" in
+    the last line as in MetaMathQA. Otherwise it is the whole text.
 
     Example:
 
@@ -145,14 +147,14 @@ def read_reference(text: str) -> str:
     '18'
     >>> read_reference(r"Hence $x = \boxed{\frac{1}{2}}$.")
     '\\frac{1}{2}'
-    >>> read_reference(" 3/4 ")
-    '3/4'
+    >>> read_reference("She makes 9 * 2 dollars. The answer is: 18"), read_reference(" 3/4 ")
+    ('18', '3/4')
 
     ```
     """
     boxes, _ = _find_boxes(text)
     found = [(box.end, box.content) for box in boxes[-1:]] + _after_hashes(text)[-1:]
-    return (max(found)[1] if found else text).strip()
+    return (max(found)[1] if found else next(_after_phrases(_last_line(text)), text)).strip()
 
 
 def read_references(answer: Any) -> list[str] | None:
