@@ -508,6 +508,15 @@ def test_a_model_card_takes_the_accuracies(compared):
     assert result["metrics"][0]["value"] == 70.0
 
 
+@pytest.mark.parametrize(
+    ("max_samples", "told"), [(None, ""), (10, " on the first 10 problems"), (100, "")], ids=["all", "some", "fewer"]
+)
+def test_the_metadata_tell_if_some_problems_alone_were_answered(max_samples, told, compared):
+    settings = {**compared[0].results["settings"], "max_samples": max_samples}
+    (result,) = evaluation.Evaluation({**compared[0].results, "settings": settings}).eval_results()
+    assert result.metric_name == f"accuracy (zero-shot, greedy, pass@1){told}"
+
+
 def test_the_average_counts_each_benchmark_once(config, says, expert, amateur):
     says(lambda prompt: f"\\boxed{{{min(solve(prompt), 60)}}}" if "+" in prompt else "\\boxed{C}")
     made = evaluate(expert, config(benchmarks="gsm8k mmlu_stem", max_new_tokens=40), baseline=amateur)

@@ -395,7 +395,7 @@ def test_the_last_box(text, expected):
         (r"By \boxed{7} we have" + "\n#### 8", "8"),
         (" 3/4 ", "3/4"),
         ("Paris", "Paris"),
-        ("The answer is 4.", "4"),  # a text is not searched
+        ("The answer is 4.", "4"),
         ("She sells 9 eggs at $2.\nThe answer is: 18", "18"),
         ("She sells 9 eggs. The answer is **18** dollars.\n\\boxed{19}", "19"),
         ("The answer is 18.\nBut that is not all.", "The answer is 18.\nBut that is not all."),

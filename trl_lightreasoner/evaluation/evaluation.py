@@ -103,14 +103,19 @@ class Evaluation:
         return flat
 
     def eval_results(self) -> list[EvalResult]:
-        """The accuracies of the model, as the `eval_results` of a [`~huggingface_hub.ModelCardData`]."""
+        """
+        The accuracies of the model, as the `eval_results` of a [`~huggingface_hub.ModelCardData`]. The name of the
+        metric tells if only the first problems were answered.
+        """
+        most = self.results.get("settings", {}).get("max_samples")
         return [
             EvalResult(
                 task_type="text-generation",
                 dataset_name=BENCHMARKS[name].title,
                 dataset_type=BENCHMARKS[name].dataset[0],
                 metric_type="accuracy",
-                metric_name="accuracy (zero-shot, greedy, pass@1)",
+                metric_name="accuracy (zero-shot, greedy, pass@1)"
+                + (f" on the first {most:,} problems" if scores["num_problems"] == most else ""),
                 metric_value=round(100 * scores["model"]["accuracy"], 2),
             )
             for name, scores in self.results["benchmarks"].items()
