@@ -10,7 +10,16 @@ from .text import read_text
 
 def check_init_kwargs(config: Any, names: Iterable[str]) -> None:
     for name in names:  # given as JSON on the command line
-        setattr(config, name, _as_dict(name, getattr(config, name)))
+        setattr(config, name, _as_dict(name, getattr(config, name), '{"revision": "main"}'))
+
+
+def check_template_kwargs(config: Any) -> None:
+    value = _as_dict("chat_template_kwargs", config.chat_template_kwargs, '{"enable_thinking": false}')
+    config.chat_template_kwargs = value
+    if value and config.prompt_style == "raw":
+        raise ValueError(
+            "`prompt_style='raw'` cannot be combined with `chat_template_kwargs`: plain text has no chat template."
+        )
 
 
 def check_json_files(config: Any, names: Iterable[str]) -> None:
@@ -116,13 +125,15 @@ def check_vllm_settings(config: Any) -> None:
         raise ValueError(f"`vllm_gpu_memory_utilization` must be in (0, 1], got {config.vllm_gpu_memory_utilization}.")
 
 
-def _as_dict(name: str, value: Any) -> dict[str, Any] | None:
+def _as_dict(name: str, value: Any, example: str) -> dict[str, Any] | None:
+    given = value
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
-            example = '{"revision": "main"}'
-            raise ValueError(f"`{name}` must be a JSON object, such as '{example}', got {value!r}.") from None
+            pass
+        if not isinstance(value, dict):
+            raise ValueError(f"`{name}` must be a JSON object, such as '{example}', got {given!r}.")
     if not isinstance(value, dict | None):
         raise ValueError(f"`{name}` must be a dict, got {value!r}.")
     return value

@@ -1,9 +1,17 @@
 """Arguments that `lightreasoner sample` and `check` share: two models, and prompts."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..steps.prompt_format import PromptFormat, has_messages, make_prompts, name_prompts, read_template
+from ..config_checks import check_template_kwargs
+from ..steps.prompt_format import (
+    PromptFormat,
+    has_messages,
+    make_prompts,
+    name_prompts,
+    read_template,
+)
+from ..steps.switches import put_switches
 from .arguments import quantization_of
 from .running_on import announce, dtype_of, prompts_at_a_time
 from .terminal import hide_file_bars
@@ -46,6 +54,9 @@ class PairArguments:
         prompt_template (`str`, *optional*):
             Prompt template: text that contains {question}, or a file that holds such text. If `None`, it is the prompt
             alone for `"chat"`, and for `"raw"` it is `"Question: {question}"` followed by a line `"Answer:"`.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Additional keyword arguments for the chat template, such as `{"enable_thinking": False}`. For text it
+            implies `conversational`. If `None`, they are those of a column `chat_template_kwargs`, if there is one.
         load_in_4bit (`bool`, *optional*, defaults to `False`):
             Whether to load the expert in 4 bits.
         load_in_8bit (`bool`, *optional*, defaults to `False`):
@@ -109,6 +120,14 @@ class PairArguments:
             "the prompt alone for 'chat', and for 'raw' it is 'Question: {question}' followed by a line 'Answer:'."
         },
     )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Additional keyword arguments for the chat template, such as '{\"enable_thinking\": false}'. For "
+            "text it implies `conversational`. If `None`, they are those of a column `chat_template_kwargs`, if there "
+            "is one."
+        },
+    )
     load_in_4bit: bool = field(
         default=False,
         metadata={"help": "Whether to load the expert in 4 bits."},
@@ -140,6 +159,7 @@ class PairArguments:
                 raise ValueError(f"`{prefix}load_in_4bit` and `{prefix}load_in_8bit` cannot be combined.")
         if self.prompt_style == "raw" and (self.conversational or self.system_prompt):
             raise ValueError("`prompt_style='raw'` cannot be combined with `conversational` or `system_prompt`.")
+        check_template_kwargs(self)
         if self.conversational or self.system_prompt is not None:
             self.prompt_style = "chat"
         if self.prompt_template is not None:
@@ -193,12 +213,13 @@ def as_prompts(dataset: "Dataset", args: PairArguments) -> "tuple[Dataset, Promp
     """The dataset with the `prompt` column that `args` asks for, and the format of its prompts if they were text."""
     dataset = name_prompts(dataset, args.prompt_column)
     style, template = args.prompt_style, args.prompt_template
+    switches: Any = args.chat_template_kwargs or {}
     if has_messages(dataset):
         if style is None and template is None:
-            return dataset, None
+            return put_switches(dataset, switches), None
         raise ValueError("The prompts are messages already. Put the system prompt into them, or give them as text.")
-    if style is None:
+    if style is None and not switches:
         prompt_format = PromptFormat("raw", template or "{question}")
     else:
-        prompt_format = PromptFormat(style, template, args.system_prompt or "")
+        prompt_format = PromptFormat(style or "chat", template, args.system_prompt or "", switches)
     return make_prompts(dataset, prompt_format), prompt_format

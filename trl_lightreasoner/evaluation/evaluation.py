@@ -36,6 +36,7 @@ from ..models.forward import context_length
 from ..models.loading import hub_kwargs, init_kwargs, load_config, load_model, load_tokenizer
 from ..models.weights import describe_loading, describe_model, weight_fingerprint
 from ..processes import Processes
+from ..steps.messages import say_unread
 from ..steps.prompt_format import load_prompt_format
 from ..steps.prompt_sources import beside_messages
 from ..steps.prompts import encode_rows
@@ -57,7 +58,9 @@ logger = get_logger(__name__)
 
 _ANSWER_FEATURES = {"num_tokens": Value("int32"), "ended": Value("bool")}
 # What the answers depend on besides weights and problems
-_SETTINGS = ("prompt_style", "prompt_template", "system_prompt", "max_new_tokens", "use_vllm")
+_SETTINGS = (
+    *("prompt_style", "prompt_template", "system_prompt", "chat_template_kwargs", "max_new_tokens", "use_vllm"),
+)
 # What is said of the others
 _SAID = ("per_device_batch_size", "data_dir", "max_samples")
 _GRADED_BY = ("kind", "tolerance", "unit")
@@ -198,13 +201,15 @@ def evaluate(
     ```
     """
     start_grader()  # ready when the tokenizers are
+    processes = Processes()  # which the warnings need
     args = _in_the_form_of_training(args, model)
-    processes = Processes()
     problems = {name: load_benchmark(name, args.data_dir, args.max_samples) for name in args.benchmarks or []}
     candidates = [Candidate("model", model, processing_class, quantization_config, args, problems, processes)]
     if baseline is not None:
         of_baseline = (baseline, baseline_processing_class, quantization_config)
         candidates.append(Candidate("baseline", *of_baseline, args, problems, processes, other=candidates[0]))
+    for said in {say_unread(each.tokenizer, args.chat_template_kwargs or ()) for each in candidates} - {""}:
+        logger.warning(said)
     check_math_verify()
     for candidate in candidates:
         candidate.answer()
@@ -217,6 +222,13 @@ def _in_the_form_of_training(args: EvaluationConfig, model: "str | PreTrainedMod
     if isinstance(model, str):
         trained = load_prompt_format(model, **hub_kwargs(args.model_init_kwargs or {}))  # type: ignore[arg-type]
     chosen = args.prompt_format(trained)
+    if trained is not None and trained.chat_template_kwargs is None:
+        trained = dataclasses.replace(trained, chat_template_kwargs=chosen.chat_template_kwargs)
+        if args.chat_template_kwargs is None and chosen.prompt_style == "chat":
+            logger.warning(
+                "The model was trained on rows that differ in 'chat_template_kwargs', but is evaluated without any. "
+                "Choose some with `chat_template_kwargs`."
+            )
     if trained is not None and chosen != trained:
         logger.warning(
             f"The model was trained on prompts with {trained}, but is evaluated with {chosen}. Answers to a different "
@@ -282,10 +294,14 @@ class Candidate:
         self.writers: dict[str, StepWriter] = {}
         self.dates: dict[str, datetime] = {}
         for name, dataset in problems.items():
-            make_prompt = args.prompt_format().make_prompt
+            prompt_format = args.prompt_format()
             beside = beside_messages(dataset).to_list() or [{}] * len(dataset)
             rows = [
-                {**row, "prompt": each if isinstance(each, list) else make_prompt(each)}
+                {
+                    "chat_template_kwargs": prompt_format.chat_template_kwargs,
+                    **row,
+                    "prompt": each if isinstance(each, list) else prompt_format.make_prompt(each),
+                }
                 for each, row in zip(dataset["question"], beside, strict=True)
             ]
             folder = str(Path(args.output_dir, role, name))

@@ -9,6 +9,7 @@ from ..config_checks import (
     check_init_kwargs,
     check_numbers,
     check_output_dir,
+    check_template_kwargs,
     check_vllm_settings,
     check_whole_numbers,
 )
@@ -61,6 +62,9 @@ class EvaluationConfig:
             Prompt template: text that contains {question}, or a file that holds such text. If `None`, it is the one
             that the model was trained with. Without one it is the problem alone for `"chat"`, and for `"raw"` it is
             `"Question: {question}"` followed by a line `"Answer:"`.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Additional keyword arguments for the chat template, such as `{"enable_thinking": False}`. An empty dict
+            leaves them out. If `None`, they are those that the model was trained with.
 
         > Parameters that control the models
 
@@ -161,6 +165,13 @@ class EvaluationConfig:
             "it is 'Question: {question}' followed by a line 'Answer:'."
         },
     )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Additional keyword arguments for the chat template, such as '{\"enable_thinking\": false}'. An "
+            "empty dict leaves them out. If `None`, they are those that the model was trained with."
+        },
+    )
     dtype: str = field(
         default="auto",
         metadata={
@@ -235,6 +246,7 @@ class EvaluationConfig:
         check_choices(self, ("dtype", "vllm_mode"))
         if self.prompt_style is not None:
             check_choices(self, ("prompt_style",))
+        check_template_kwargs(self)
         check_output_dir(self)
         check_flags(self, ("overwrite_output_dir", "trust_remote_code", "use_vllm"))
         check_numbers(self, ("vllm_server_timeout", "vllm_gpu_memory_utilization"))
@@ -263,4 +275,6 @@ class EvaluationConfig:
         if trained is None or trained.prompt_style != style:
             trained = PromptFormat(style, system_prompt=SYSTEM_PROMPT if style == "chat" else "")
         system = trained.system_prompt if self.system_prompt is None else self.system_prompt
-        return PromptFormat(style, self.prompt_template or trained.prompt_template, system)
+        switches: Any = self.chat_template_kwargs
+        switches = trained.chat_template_kwargs or {} if switches is None else switches
+        return PromptFormat(style, self.prompt_template or trained.prompt_template, system, switches)

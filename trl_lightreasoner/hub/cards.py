@@ -25,6 +25,7 @@ from ..models.weights import describe_model, get_base_model, is_peft_model
 from ..steps.columns import count_trajectories
 from ..steps.dataset import count_steps, read_samplings
 from ..steps.prompt_format import PromptFormat
+from ..steps.switches import without_nulls
 from ..steps.training_rows import has_corrections
 from ..text import printable
 from .card_parts import (
@@ -116,6 +117,7 @@ def model_card(
         base_model=link(base_name),
         hub_model_id=trainer.hub_model_id or model_name,
         prompt=_example_prompt(trainer),
+        switches=show_switches(trainer.prompt_format),
         paper_id=trainer._paper["id"],
         sft_weight=trainer.args.sft_weight,
         data=table(["", ""], rows),
@@ -284,9 +286,10 @@ def _makings(makings: dict[str, str]) -> str:
 
 def _example_prompt(trainer: "Trainer") -> str:
     """A training prompt, or an example in the same format, as a Python literal."""
-    known = _short_prompt(trainer.train_dataset)
+    prompt_format = trainer.prompt_format
+    known = _short_prompt(trainer.train_dataset, (prompt_format and prompt_format.chat_template_kwargs) or {})
     if known is None:
-        return make_example(trainer.prompt_format, trainer.processing_class)
+        return make_example(prompt_format, trainer.processing_class)
     return json.dumps(known, ensure_ascii=False)
 
 
@@ -300,8 +303,14 @@ def make_example(prompt_format: PromptFormat | None, tokenizer: Any) -> str:
     return json.dumps(prompt, ensure_ascii=False)
 
 
-def _short_prompt(dataset: Any) -> Any:
-    """The first short prompt that needs no other column, such as tools."""
+def show_switches(prompt_format: PromptFormat | None) -> str:
+    """The switches of the chat template, as a further argument of `apply_chat_template`, or nothing."""
+    switches = {} if prompt_format is None else prompt_format.chat_template_kwargs
+    return f", **{switches!r}" if switches else ""
+
+
+def _short_prompt(dataset: Any, switches: dict[str, Any]) -> Any:
+    """The first short prompt that needs no other column, such as tools, and has these switches."""
     if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
         return None
     for row in dataset.with_format(None).select(range(min(_LOOKED_THROUGH, len(dataset)))):
@@ -310,7 +319,7 @@ def _short_prompt(dataset: Any) -> Any:
             prompt = [{key: value for key, value in message.items() if value is not None} for message in prompt]
             if prompt[-1].get("role") == "assistant":
                 continue
-        beside = row.get("tools") or row.get("chat_template_kwargs")
+        beside = row.get("tools") or without_nulls(row.get("chat_template_kwargs") or {}) != switches
         if prompt and not beside and len(json.dumps(prompt)) <= _MAX_PROMPT_CHARACTERS:
             return prompt
     return None

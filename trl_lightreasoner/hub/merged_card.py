@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..models.provenance import hub_id
 from ..text import printable
 from .card_parts import LINES, PAPER_ID, TAGS, link, show, table
-from .cards import adapter_rows, adapter_type, find_card, license_of, make_example
+from .cards import adapter_rows, adapter_type, find_card, license_of, make_example, show_switches
 
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def merged_card(
         is_ours=is_ours,
         paper_id=PAPER_ID,
         prompt=_example_of(text) or make_example(prompt_format, tokenizer),
+        switches=show_switches(prompt_format),
         making=table(["", ""], making),
         num_tokens=num_tokens,
         rest=_rest_of(text) or _LICENSE,

@@ -1,6 +1,7 @@
 """From the rows of a dataset to prompts to sample and held-out problems."""
 
 import json
+import logging
 import unicodedata
 from typing import Any, NamedTuple
 
@@ -11,15 +12,20 @@ from ..evaluation.sets import HELD_OUT, load_benchmark, read_problems
 from ..steps.prompt_format import (
     SYSTEM_PROMPT,
     PromptFormat,
+    agree_on_switches,
     format_of_prompts,
     has_messages,
     make_prompts,
     name_prompts,
 )
 from ..steps.splits import load_split
+from ..steps.switches import put_switches
 from ..text import name_columns
 from ..training.accuracy import as_questions
 from .run_config import RunConfig
+
+
+logger = logging.getLogger(__name__)
 
 
 class Questions(NamedTuple):
@@ -67,6 +73,7 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_v
     dataset = name_prompts(dataset, column)
     is_text = not has_messages(dataset)
     prompt_format = choose_format(args, tokenizer, is_text)
+    dataset = put_switches(dataset, prompt_format.chat_template_kwargs)
     answer_column = args.answer_column or "answer"
     has_answers = answer_column in dataset.column_names
     texts = [json.dumps(_without_spacing(prompt), sort_keys=True) for prompt in dataset["prompt"]]
@@ -94,6 +101,7 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_v
         prompts = make_prompts(prompts, prompt_format)
     else:
         prompt_format = format_of_prompts(prompts) or prompt_format
+    prompts, prompt_format = agree_on_switches(prompts, prompt_format)
 
     def read(rows: list[int]) -> Dataset:
         return read_problems(dataset.select(rows), "prompt", answer_column, rows)
@@ -102,6 +110,11 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_v
     validation = Dataset.from_dict({"prompt": [], "answer": []})
     if choosing:
         validation = as_questions(read(choosing).rename_column("gold", "answer"), prompt_format.make_prompt)
+    if args.benchmarks and prompt_format.chat_template_kwargs is None:
+        logger.warning(
+            "The rows differ in 'chat_template_kwargs', but the benchmarks are asked without any. To choose some, "
+            "leave out `benchmarks` and use `lightreasoner eval` with `--chat_template_kwargs`."
+        )
     problems |= {name: load_benchmark(name, args.data_dir) for name in args.benchmarks or []}
     return Questions(prompts, problems, validation, prompt_format)
 
@@ -128,4 +141,5 @@ def choose_format(args: RunConfig, tokenizer: PreTrainedTokenizerBase, is_text: 
             "`system_prompt`, and give the questions as text."
         )
     system = SYSTEM_PROMPT if args.system_prompt is None and style == "chat" else args.system_prompt or ""
-    return PromptFormat(style, args.prompt_template, system)
+    switches: Any = args.chat_template_kwargs or {}
+    return PromptFormat(style, args.prompt_template, system, switches)

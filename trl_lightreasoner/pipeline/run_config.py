@@ -1,6 +1,7 @@
 """Settings of `run_pipeline`: the common ones. All others are set with the single commands."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..config_checks import (
     check_amateur_settings,
@@ -8,6 +9,7 @@ from ..config_checks import (
     check_flags,
     check_numbers,
     check_output_dir,
+    check_template_kwargs,
     check_whole_numbers,
 )
 from ..evaluation.sets import BENCHMARKS
@@ -95,6 +97,9 @@ class RunConfig:
         prompt_template (`str`, *optional*):
             Prompt template: text that contains {question}, or a file that holds such text. If `None`, it is the
             question alone for `"chat"`, and for `"raw"` it is `"Question: {question}"` followed by a line `"Answer:"`.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Additional keyword arguments for the chat template, such as `{"enable_thinking": False}`, for all questions
+            and benchmarks. If `None`, they are those of a column `chat_template_kwargs`, if there is one.
 
         > Parameters that control the sampling
 
@@ -290,6 +295,14 @@ class RunConfig:
             "the question alone for 'chat', and for 'raw' it is 'Question: {question}' followed by a line 'Answer:'."
         },
     )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Additional keyword arguments for the chat template, such as '{\"enable_thinking\": false}', for "
+            "all questions and benchmarks. If `None`, they are those of a column `chat_template_kwargs`, if there is "
+            "one."
+        },
+    )
     alpha: float = field(
         default=0.2,
         metadata={
@@ -406,6 +419,7 @@ class RunConfig:
             raise ValueError(
                 "`prompt_style='raw'` cannot be combined with `system_prompt`: put its text into the template."
             )
+        check_template_kwargs(self)
         if self.prompt_template is not None:
             self.prompt_template = read_template(self.prompt_template)
         # The other numbers are checked when the settings of the stages are made from them, before any work

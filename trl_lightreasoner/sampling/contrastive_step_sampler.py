@@ -20,10 +20,12 @@ from ..models.loading import init_kwargs, load_config, load_tokenizer
 from ..models.weights import short_name, weight_fingerprint
 from ..processes import Processes
 from ..steps.dataset import kl_quantiles
-from ..steps.prompt_format import PromptFormat, format_of_prompts
+from ..steps.messages import say_unread
+from ..steps.prompt_format import PromptFormat, agree_on_switches, format_of_prompts, has_messages
 from ..steps.prompt_sources import read_prompts, source_of
 from ..steps.prompts import check_prompts
 from ..steps.run_file import run_date
+from ..steps.switches import list_switches, put_switches
 from ..steps.writer import StepWriter, describe_rows
 from ..vocabulary import OtherTokensError, check_embedded, model_vocabulary, shared_vocabulary
 from .amateur_prompts import AmateurPrompts
@@ -199,7 +201,7 @@ class ContrastiveStepSampler:
             dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `list`):
                 Prompts, in one of these forms. A stream needs `args.num_prompts`. Columns other than those named here
                 are copied as stored. A transform (`dataset.with_transform`) is applied before tokenizing, and must
-                keep the columns `prompt` and `completion`.
+                keep the columns `prompt`, `completion` and `chat_template_kwargs`.
 
                 - A prompt-only dataset, standard (`"prompt": text`) or conversational (`"prompt": [messages]`).
                 - A prompt-completion dataset, whose completions are scored instead of generated.
@@ -208,7 +210,8 @@ class ContrastiveStepSampler:
                 - A list of texts, or of conversations.
             prompt_format ([`PromptFormat`], *optional*):
                 How the prompts were made from questions. It is stored with the Dataset and with models trained on it.
-                If `None`, it is inferred from messages: the system message that all of them begin with.
+                If `None`, it is inferred from messages: the system message that all of them begin with. Its
+                `chat_template_kwargs` apply to every row, as a column of that name would.
 
         Returns:
             [`~datasets.Dataset`] with one row per trajectory, in the order of the prompts, memory-mapped from the
@@ -221,6 +224,11 @@ class ContrastiveStepSampler:
         check_prompts(dataset, self.processing_class)
         self.amateur_side.check_prompts(dataset)
         self._prompt_format = prompt_format or format_of_prompts(dataset)
+        if self._prompt_format is not None:
+            dataset, self._prompt_format = agree_on_switches(dataset, self._prompt_format)
+        names = {name for switches in list_switches(dataset) for name in switches}
+        if has_messages(dataset) and (said := say_unread(self.processing_class, names)):
+            logger.warning_once(said)
         folder, overwrite = self.args.output_dir, self.args.overwrite_output_dir
         date = self.processes.on_main(lambda: run_date(folder, overwrite))
         writer = StepWriter(folder, dataset, overwrite, date=date)
@@ -338,6 +346,8 @@ class ContrastiveStepSampler:
         if isinstance(self.expert, str) and self.expert == self.amateur and same_kwargs and reads_alike:
             raise ValueError(_EQUAL_WEIGHTS)  # without loading them
         checked = read_prompts(dataset, num_prompts, self.processes)
+        if prompt_format is not None:
+            checked = put_switches(checked, prompt_format.chat_template_kwargs)
         folder = Path(self.processes.on_main(tempfile.mkdtemp))
         try:
             sampler = copy.copy(self)

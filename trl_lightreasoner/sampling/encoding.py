@@ -35,7 +35,9 @@ def encode_dataset(
     columns = ["prompt_ids"] + (["completion_ids"] if "completion" in dataset.column_names else [])
     # A transform of the user's is applied; any other format only costs time
     prompts = dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
-    if set(columns) != {f"{name}_ids" for name in prompts[0] if name in ("prompt", "completion")}:
+    has_switches = "chat_template_kwargs" in dataset.column_names
+    is_same = set(columns) == {f"{name}_ids" for name in prompts[0] if name in ("prompt", "completion")}
+    if not is_same or has_switches and "chat_template_kwargs" not in prompts[0]:
         raise ValueError(
             f"The transform of the dataset turns the columns {name_columns(dataset.column_names)} into "
             f"{name_columns(prompts[0])}. Apply it with `dataset.map` first."

@@ -5,7 +5,7 @@ A template can omit part of its input without an error, so a row that is not ren
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational
 
 from ..text import shown_value
+from .switches import without_nulls
 
 
 # How templates print today's date
@@ -74,7 +75,7 @@ def render_row(
     # Arrow fills in nulls if the rows of a dataset have different keys
     for key, value in text.items():
         plain = value if key == "chat_template_kwargs" else [_as_plain_message(message, key) for message in value]
-        text[key] = _without_nulls(plain)
+        text[key] = without_nulls(plain)
     tools = _tools_of(row)
     template = tokenizer.get_chat_template(tools=tools or None)
     template = _TODAY.sub(lambda call: json.dumps((date or datetime.now()).strftime(call[2])), template)
@@ -97,16 +98,24 @@ def render_row(
 
 def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a chat template of the tokenizer prints today's date."""
+    return _TODAY.search(_templates_of(tokenizer)) is not None
+
+
+def say_unread(tokenizer: PreTrainedTokenizerBase, switches: Iterable[str]) -> str:
+    """A warning that names those keys of `chat_template_kwargs` that no chat template mentions, or an empty text."""
+    templates = _templates_of(tokenizer)
+    unread = sorted({name for name in switches if not re.search(rf"\b{re.escape(name)}\b", templates)})
+    if not unread:
+        return ""
+    return (
+        f"The chat template does not read {' and '.join(map(repr, unread))} of 'chat_template_kwargs', so the prompts "
+        "are the same without it. Correct the name, or remove it."
+    )
+
+
+def _templates_of(tokenizer: PreTrainedTokenizerBase) -> str:
     template = tokenizer.chat_template or ""
-    templates = [template] if isinstance(template, str) else template.values()  # several by name
-    return any(_TODAY.search(each) for each in templates)
-
-
-def _without_nulls(value: Any) -> Any:
-    # Like `trl.trainer.utils.remove_none_values`, whose import loads what TRL's trainers need
-    if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+    return template if isinstance(template, str) else "\n".join(template.values())  # several by name
 
 
 def _tools_of(row: dict[str, Any]) -> list[Any]:
@@ -120,7 +129,7 @@ def _tools_of(row: dict[str, Any]) -> list[Any]:
             raise ValueError(f"`tools` is not JSON: {error}. Repair it.") from None
     if not isinstance(tools, list):
         raise ValueError(f"`tools` must be a list, got {shown_value(tools)}. Convert it.")
-    return tools if isinstance(row["tools"], str) else _without_nulls(tools)
+    return tools if isinstance(row["tools"], str) else without_nulls(tools)
 
 
 def _as_plain_message(message: Any, column: str) -> dict[str, Any]:

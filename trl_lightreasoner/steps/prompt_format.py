@@ -1,11 +1,12 @@
-r"""How a question becomes a prompt: with a chat template or as plain text, a system message or a prompt template.
+r"""How a question becomes a prompt: with a chat template and its switches, or as plain text, a system message or a
+prompt template.
 
 A model answers best in the format that it was trained with. So the format is stored with the Dataset, in
 `sampling_metadata`, and with a model trained on it, in prompt_format.json, where evaluation finds it.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..text import name_columns, read_text, shown_value
 from .caches import map_rows
 from .dataset import read_samplings
 from .prompt_sources import take_messages
+from .switches import as_switches, find_switches, put_switches
 
 
 FILE_NAME = "prompt_format.json"
@@ -35,6 +37,8 @@ class PromptFormat:
         prompt_template (`str`, *optional*): Text that contains {question}. If `None`, it is the question alone for
             `"chat"`, and for `"raw"` it is `"Question: {question}"` followed by a line `"Answer:"`.
         system_prompt (`str`, *optional*, defaults to `""`): System message of the style `"chat"`, empty for none.
+        chat_template_kwargs (`dict[str, Any]`, *optional*, defaults to `{}`): Switches of the chat template, as JSON
+            values. `None` means that rows differ in them.
 
     Raises:
         `ValueError`: If the value of a field is not allowed.
@@ -53,6 +57,7 @@ class PromptFormat:
     prompt_style: str
     prompt_template: str | None = None
     system_prompt: str = ""
+    chat_template_kwargs: dict[str, Any] | None = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         if self.prompt_style not in STYLES:
@@ -64,6 +69,13 @@ class PromptFormat:
         if self.prompt_style == "raw" and self.system_prompt:
             raise ValueError(
                 "A raw prompt has no system message. Put its text into `prompt_template`, or set "
+                "`prompt_style='chat'`."
+            )
+        if self.chat_template_kwargs is not None:
+            object.__setattr__(self, "chat_template_kwargs", as_switches(self.chat_template_kwargs))
+        if self.prompt_style == "raw" and self.chat_template_kwargs:
+            raise ValueError(
+                "A raw prompt has no chat template to switch. Remove `chat_template_kwargs`, or set "
                 "`prompt_style='chat'`."
             )
 
@@ -101,7 +113,12 @@ class PromptFormat:
         if self.prompt_style == "raw":
             return f"plain text{template}"
         system = f"the system prompt {self.system_prompt!r}" if self.system_prompt else "no system prompt"
-        return f"the chat template and {system}" + (f", as{template}" if template else "")
+        switches = ""
+        if self.chat_template_kwargs is None:
+            switches = " with chat_template_kwargs that differ"
+        elif self.chat_template_kwargs:
+            switches = f" with {json.dumps(self.chat_template_kwargs, ensure_ascii=False)}"
+        return f"the chat template{switches} and {system}" + (f", as{template}" if template else "")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON-serializable values."""
@@ -209,7 +226,8 @@ def format_of_prompts(dataset: Dataset) -> PromptFormat | None:
     """
     Infer the format of a dataset's prompts: messages that hold one question each, all with the same system message.
 
-    Returns `None` for plain text, whose template cannot be inferred, and for conversations of several turns.
+    The switches of the chat template are those of [`find_switches`]. Returns `None` for plain text, whose template
+    cannot be inferred, and for conversations of several turns.
     """
     if dataset.format["type"] == "custom":  # the user's transform
         return None
@@ -222,12 +240,34 @@ def format_of_prompts(dataset: Dataset) -> PromptFormat | None:
         if roles not in (["user"], ["system", "user"]) or not all(isinstance(text, str) for _, text in messages):
             return None
         systems.add(messages[0][1] if len(messages) == 2 else "")
-    return PromptFormat("chat", system_prompt=systems.pop()) if len(systems) == 1 else None
+    if len(systems) != 1:
+        return None
+    return PromptFormat("chat", system_prompt=systems.pop(), chat_template_kwargs=find_switches(dataset))
+
+
+def agree_on_switches(dataset: Dataset, prompt_format: PromptFormat) -> tuple[Dataset, PromptFormat]:
+    """
+    Prompts and their format with the same switches: rows without any get those of the format, and the format gets
+    those that all rows share.
+
+    Raises:
+        `ValueError`: If both have switches, and they differ.
+    """
+    if prompt_format.prompt_style == "raw":
+        return dataset, prompt_format
+    dataset = put_switches(dataset, prompt_format.chat_template_kwargs)
+    return dataset, replace(prompt_format, chat_template_kwargs=find_switches(dataset))
 
 
 def format_of_steps(dataset: Dataset) -> PromptFormat | None:
-    """The format that all samplings in a Dataset of steps share, or `None` if it is not known or they differ."""
-    formats = [sampling.get("prompt_format") for sampling in read_samplings([dataset])]
-    if not formats or any(each != formats[0] for each in formats) or formats[0] is None:
+    """
+    The format that all samplings in a Dataset of steps share, or `None` if it is not known or they differ. If they
+    differ only in the switches of the chat template, these are `None`.
+    """
+    known: list[Any] = [sampling.get("prompt_format") for sampling in read_samplings([dataset])]
+    if not known or not all(known):
         return None
-    return PromptFormat(**formats[0])
+    formats = [PromptFormat(**each) for each in known]
+    if any(each.chat_template_kwargs != formats[0].chat_template_kwargs for each in formats):
+        formats = [replace(each, chat_template_kwargs=None) for each in formats]
+    return formats[0] if all(each == formats[0] for each in formats) else None

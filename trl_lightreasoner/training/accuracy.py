@@ -21,7 +21,7 @@ from ..generation.completions import GreedyDecoder, batches_that_fit, evaluating
 from ..generation.greedy import find_eos_ids
 from ..grading.answers import read_references
 from ..models.forward import context_length
-from ..steps.prompt_format import has_messages
+from ..steps.prompt_format import PromptFormat, has_messages
 from ..steps.prompt_sources import BESIDE_MESSAGES, beside_messages
 from ..steps.prompts import encode_rows
 from ..text import name_columns, shown_value
@@ -68,6 +68,8 @@ class EvalQuestions:
         config ([`~transformers.PretrainedConfig`]): The model's, which gives the length of its context.
         max_new_tokens (`int`): Longest answer.
         date ([`~datetime.datetime`], *optional*): Date for chat templates that print today's date.
+        prompt_format ([`PromptFormat`], *optional*): The format of the training, whose switches of the chat template
+            apply to rows without a column `chat_template_kwargs`.
 
     Raises:
         `ValueError`: If a column is missing or a row is invalid. The message names the row.
@@ -81,6 +83,7 @@ class EvalQuestions:
         config: PretrainedConfig,
         max_new_tokens: int,
         date: datetime | None = None,
+        prompt_format: PromptFormat | None = None,
     ):
         if not isinstance(dataset, Dataset):
             raise TypeError(f"`eval_questions` must be a `datasets.Dataset`, got `{type(dataset).__name__}`.")
@@ -101,7 +104,13 @@ class EvalQuestions:
         self.references = [_read_answer(row, answer) for row, answer in enumerate(read_answers(dataset, "answer"))]
         columns = [name for name in _PROMPT_COLUMNS if name in dataset.column_names]
         try:
-            rows = dataset.select_columns(columns).to_list()
+            switches: dict[str, Any] | None = {} if prompt_format is None else prompt_format.chat_template_kwargs
+            if switches is None and not self.is_raw and "chat_template_kwargs" not in columns:
+                logger.warning(
+                    "The model is trained on rows that differ in 'chat_template_kwargs', but `eval_questions` are "
+                    "asked without any. Give them a column 'chat_template_kwargs'."
+                )
+            rows = [{"chat_template_kwargs": switches, **row} for row in dataset.select_columns(columns).to_list()]
             self.prompt_ids = encode_rows(rows, tokenizer, set(), date=date)["prompt_ids"]
             for row, ids in enumerate(self.prompt_ids):
                 check_embedded(ids, tokenizer, config.vocab_size, row, "model")

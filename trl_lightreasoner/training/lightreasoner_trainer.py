@@ -121,7 +121,8 @@ class LightReasonerTrainer(EvaluatingTrainer):
             Questions that the model answers greedily at every evaluation, for `eval_accuracy`. `prompt` has the form
             that [`ContrastiveStepSampler`] accepts. `answer` is the reference: a text, or a list of texts that must
             all be given. In GSM8K's solutions the text after `####` counts, in others the last `\boxed{}`. The first
-            evaluation comes before the first update. No `eval_dataset` is needed.
+            evaluation comes before the first update. No `eval_dataset` is needed. Without a column
+            `chat_template_kwargs`, messages get that of the prompt format of `train_dataset`.
         sft_dataset ([`~datasets.Dataset`], *optional*):
             Your own demonstrations in TRL's format: `prompt` and `completion`, or `messages` that end with an
             assistant's message. Each row of `train_dataset` is paired with one of them, in order and repeating.
@@ -270,7 +271,9 @@ class LightReasonerTrainer(EvaluatingTrainer):
             self.prompt_format = format_of_steps(train_dataset)
         if eval_questions is not None:
             longest = args.eval_max_new_tokens
-            self._questions = EvalQuestions(eval_questions, processing_class, config, longest, date)
+            self._questions = EvalQuestions(
+                eval_questions, processing_class, config, longest, date, self.prompt_format
+            )
             eval_dataset = {} if eval_dataset is None else eval_dataset  # without it `Trainer` has no rows for a loss
 
         # Model
