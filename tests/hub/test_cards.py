@@ -15,6 +15,7 @@ from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
 from trl_lightreasoner.hub.card_parts import languages_of
 from trl_lightreasoner.hub.cards import _size_category, dataset_card, license_of
 from trl_lightreasoner.hub.merged_card import merged_card
+from trl_lightreasoner.steps.prompt_format import PromptFormat
 
 
 @pytest.fixture
@@ -144,6 +145,21 @@ def test_the_example_is_short_and_needs_nothing_beside_it(card_of, steps):
     assert example_of(card_of(rows)) == [{"role": "user", "content": "What is 17 * 3?"}]
 
 
+@pytest.mark.parametrize("in_rows", [False, True])
+def test_the_example_has_the_switches_of_the_training(in_rows, card_of, steps):
+    prompt_format = PromptFormat("chat", chat_template_kwargs={"think": False})
+    made = json.loads(steps[0]["sampling_metadata"]) | {"prompt_format": prompt_format.to_dict()}
+    rows = steps.remove_columns(["prompt", "sampling_metadata"])
+    rows = rows.add_column("sampling_metadata", [json.dumps(made)] * len(steps))
+    rows = rows.add_column("prompt", [prompt_format.make_prompt("2+2?")] * len(steps))
+    if in_rows:
+        rows = rows.add_column("chat_template_kwargs", [{"think": False, "other": None}] * len(steps))
+    card = card_of(rows)
+    assert "return_tensors=\"pt\", **{'think': False})\n" in card.text
+    assert example_of(card) == prompt_format.make_prompt("2+2?" if in_rows else "What is 17 * 3?")
+    assert '| prompt format | the chat template with {"think": false} and no system prompt |' in card.text
+
+
 def test_numbers_are_written_for_people(card_of):
     text = card_of(max_length=2048, learning_rate=1.25e-4, seed=12345).text
     assert "| max_length | 2,048 |" in text and "| learning_rate | 0.000125 |" in text and "| seed | 12345 |" in text
@@ -194,8 +210,19 @@ def test_a_merged_model_names_base_model_and_adapter_on_the_hub(expert, tokenize
         expert, tokenizer, **names, adapter=LoHaConfig(), adapter_card=None, prompt_format=None, **measured
     )
     card = ModelCard(str(card))
+    assert 'return_tensors="pt")\n' in card.text
     assert (card.data.base_model, card.data.base_model_relation) == ("Qwen/Qwen2.5-Math-1.5B", "finetune")
     assert card.data.library_name == "transformers" and card.data.tags is None
     assert "with the LOHA adapter [me/adapter](https://huggingface.co/me/adapter) merged" in card.text
     assert "| divergence from the base model | 0.12 nats per token |" in card.text and "/data" not in card.text
     assert example_of(card) == [{"role": "user", "content": "What is 17 * 3?"}] and "## License" in card.text
+
+
+def test_the_example_of_a_merged_model_has_the_switches_of_the_training(expert, tokenizer):
+    names = {"folder": Path("/data/me/merged"), "base": "Qwen/Qwen2.5-Math-1.5B", "adapter_name": "me/adapter"}
+    measured = {"change": 0.1234, "difference": 1.25e-6, "num_tokens": 64}
+    prompt_format = PromptFormat("chat", chat_template_kwargs={"think": False})
+    card = merged_card(
+        expert, tokenizer, **names, adapter=LoHaConfig(), adapter_card=None, prompt_format=prompt_format, **measured
+    )
+    assert "return_tensors=\"pt\", **{'think': False})\n" in card.text

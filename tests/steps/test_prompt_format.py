@@ -28,9 +28,10 @@ from ..evaluation.test_sets import write
 
 CHAT = PromptFormat("chat", system_prompt="Think.")
 RAW = PromptFormat("raw", "Q: {question}\nA:")
+SWITCHED = PromptFormat("chat", chat_template_kwargs={"think": False})
 
 
-@pytest.mark.parametrize("prompt_format", [CHAT, RAW, PromptFormat("chat", "{question} Quick!")], ids=str)
+@pytest.mark.parametrize("prompt_format", [CHAT, RAW, SWITCHED, PromptFormat("chat", "{question} Quick!")], ids=str)
 def test_a_saved_format_is_loaded_again(prompt_format, tmp_path):
     prompt_format.save(tmp_path)
     assert load_prompt_format(str(tmp_path)) == prompt_format
@@ -109,8 +110,9 @@ def prompts_file(tmp_path) -> str:
         (["--conversational"], PromptFormat("chat")),
         (["--prompt_style", "chat", "--prompt_template", "{question}!"], PromptFormat("chat", "{question}!")),
         (["--system_prompt", "Think."], CHAT),
+        (["--chat_template_kwargs", '{"think": false}'], PromptFormat("chat", chat_template_kwargs={"think": False})),
     ],
-    ids=["verbatim", "raw", "template", "conversational", "chat", "system prompt"],
+    ids=["verbatim", "raw", "template", "conversational", "chat", "system prompt", "switches"],
 )
 def test_flags_of_sample_are_the_format(flags, expected, prompts_file, expert_path, amateur_path, tmp_path):
     pair = ["--expert", expert_path, "--amateur", amateur_path, "--dataset_name", prompts_file]
