@@ -12,6 +12,8 @@ from trl_lightreasoner import (
     ContrastiveSamplingConfig,
     ContrastiveStepSampler,
     EvaluationConfig,
+    LightReasonerConfig,
+    LightReasonerTrainer,
     RunConfig,
     evaluate,
     sampling_metadata,
@@ -185,6 +187,24 @@ def test_an_amateur_with_a_chat_template_of_its_own_is_switched_too(reader, expe
         assert text.startswith("Be brief.") and text.endswith("NOW")
 
 
+def test_an_amateur_with_a_prompt_of_its_own_is_switched_in_a_check_too(
+    expert_path, amateur_path, reader, tmp_path, monkeypatch
+):
+    read = []
+
+    def encode(self, *args, **kwargs):
+        read.append(encode_prompts(self, *args, **kwargs))
+        return read[-1]
+
+    encode_prompts = AmateurPrompts.encode
+    monkeypatch.setattr(AmateurPrompts, "encode", encode)
+    args = ContrastiveSamplingConfig(str(tmp_path / "steps"), max_new_tokens=4, amateur_system_prompt="Guess.")
+    sampler = ContrastiveStepSampler(expert_path, amateur_path, args, reader, reader)
+    sampler.check(conversations(), prompt_format=FORMAT)
+    assert len(read) == 2  # for the divergences and for the answers
+    assert all(text.endswith("NOW") for prompts in read for text in reader.batch_decode(prompts))
+
+
 def test_a_transform_that_drops_the_switches_is_refused(sample):
     dataset = conversations(NOW, NOW).with_transform(lambda rows: {"prompt": rows["prompt"]})
     with pytest.raises(ValueError, match="The transform of the dataset turns the columns"):
@@ -354,6 +374,18 @@ def test_questions_while_training_have_the_switches_of_the_training_or_their_own
     rows = {"prompt": [FORMAT.make_prompt("2+2?")], "answer": ["4"], **own}
     questions = EvalQuestions(Dataset.from_dict(rows), reader, expert.config, 4, prompt_format=FORMAT)
     assert reader.decode(questions.prompt_ids[0]).endswith(end)
+
+
+def test_a_trainer_asks_with_the_switches_of_its_dataset(sample, reader, expert_path, tmp_path):
+    pytest.importorskip("math_verify")
+    trainer = LightReasonerTrainer(
+        expert_path,
+        LightReasonerConfig(str(tmp_path / "adapter"), eval_strategy="steps", use_cpu=True, report_to="none"),
+        train_dataset=sample(conversations(), FORMAT),
+        processing_class=reader,
+        eval_questions=Dataset.from_dict({"prompt": [FORMAT.make_prompt("2+2?")], "answer": ["4"]}),
+    )
+    assert reader.decode(trainer._questions.prompt_ids[0]).endswith("NOW")
 
 
 @pytest.mark.parametrize(("own", "is_told"), [({}, True), ({"chat_template_kwargs": [NOW]}, False)])

@@ -226,8 +226,8 @@ def format_of_prompts(dataset: Dataset) -> PromptFormat | None:
     """
     Infer the format of a dataset's prompts: messages that hold one question each, all with the same system message.
 
-    The switches of the chat template are those of [`find_switches`]. Returns `None` for plain text, whose template
-    cannot be inferred, and for conversations of several turns.
+    Returns `None` for plain text, whose template cannot be inferred, and for conversations of several turns. Switches
+    of the chat template are left to [`agree_on_switches`].
     """
     if dataset.format["type"] == "custom":  # the user's transform
         return None
@@ -240,9 +240,7 @@ def format_of_prompts(dataset: Dataset) -> PromptFormat | None:
         if roles not in (["user"], ["system", "user"]) or not all(isinstance(text, str) for _, text in messages):
             return None
         systems.add(messages[0][1] if len(messages) == 2 else "")
-    if len(systems) != 1:
-        return None
-    return PromptFormat("chat", system_prompt=systems.pop(), chat_template_kwargs=find_switches(dataset))
+    return PromptFormat("chat", system_prompt=systems.pop()) if len(systems) == 1 else None
 
 
 def agree_on_switches(dataset: Dataset, prompt_format: PromptFormat) -> tuple[Dataset, PromptFormat]:
