@@ -4,13 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..config_checks import check_template_kwargs
-from ..steps.prompt_format import (
-    PromptFormat,
-    has_messages,
-    make_prompts,
-    name_prompts,
-    read_template,
-)
+from ..steps.prompt_format import PromptFormat, has_messages, make_prompts, name_prompts, read_template
 from ..steps.switches import put_switches
 from .arguments import quantization_of
 from .running_on import announce, dtype_of, prompts_at_a_time

@@ -58,9 +58,8 @@ logger = get_logger(__name__)
 
 _ANSWER_FEATURES = {"num_tokens": Value("int32"), "ended": Value("bool")}
 # What the answers depend on besides weights and problems
-_SETTINGS = (
-    *("prompt_style", "prompt_template", "system_prompt", "chat_template_kwargs", "max_new_tokens", "use_vllm"),
-)
+_PROMPT_SETTINGS = ("prompt_style", "prompt_template", "system_prompt", "chat_template_kwargs")
+_SETTINGS = (*_PROMPT_SETTINGS, "max_new_tokens", "use_vllm")
 # What is said of the others
 _SAID = ("per_device_batch_size", "data_dir", "max_samples")
 _GRADED_BY = ("kind", "tolerance", "unit")
