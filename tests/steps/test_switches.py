@@ -66,7 +66,7 @@ def conversations(*switches) -> Dataset:
 # The column
 
 
-@pytest.mark.parametrize("value", [None, [1], "{}", {"a": {1, 2}}, {"a": object()}], ids=str)
+@pytest.mark.parametrize("value", [None, [1], "{}", {"a": {1, 2}}, {"a": 1j}], ids=str)
 def test_what_is_no_json_object_is_refused(value):
     with pytest.raises(ValueError, match="`chat_template_kwargs` must be a dict of JSON values, got"):
         as_switches(value)
