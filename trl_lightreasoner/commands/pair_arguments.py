@@ -49,7 +49,7 @@ class PairArguments:
             Prompt template: text that contains {question}, or a file that holds such text. If `None`, it is the prompt
             alone for `"chat"`, and for `"raw"` it is `"Question: {question}"` followed by a line `"Answer:"`.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
-            Additional keyword arguments for the chat template, such as `{"enable_thinking": False}`. For text it
+            Additional keyword arguments for the chat template, such as `'{"enable_thinking": false}'`. For text it
             implies `conversational`. If `None`, they are those of a column `chat_template_kwargs`, if there is one.
         load_in_4bit (`bool`, *optional*, defaults to `False`):
             Whether to load the expert in 4 bits.

@@ -63,7 +63,7 @@ class EvaluationConfig:
             that the model was trained with. Without one it is the problem alone for `"chat"`, and for `"raw"` it is
             `"Question: {question}"` followed by a line `"Answer:"`.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
-            Additional keyword arguments for the chat template, such as `{"enable_thinking": False}`. An empty dict
+            Additional keyword arguments for the chat template, such as `'{"enable_thinking": false}'`. An empty dict
             leaves them out. If `None`, they are those that the model was trained with.
 
         > Parameters that control the models
