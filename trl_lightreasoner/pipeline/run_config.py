@@ -98,8 +98,8 @@ class RunConfig:
             Prompt template: text that contains {question}, or a file that holds such text. If `None`, it is the
             question alone for `"chat"`, and for `"raw"` it is `"Question: {question}"` followed by a line `"Answer:"`.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
-            Additional keyword arguments for the chat template, such as `'{"enable_thinking": false}'`, for all questions
-            and benchmarks. If `None`, they are those of a column `chat_template_kwargs`, if there is one.
+            Additional keyword arguments for the chat template, such as `'{"enable_thinking": false}'`, for all
+            questions and benchmarks. If `None`, they are those of a column `chat_template_kwargs`, if there is one.
 
         > Parameters that control the sampling
 
