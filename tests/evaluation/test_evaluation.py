@@ -156,6 +156,15 @@ def test_a_base_model_is_graded_on_its_first_answer(config, says, expert, monkey
     assert made.results["benchmarks"]["gsm8k"]["model"]["accuracy"] == 0.0
 
 
+def test_a_first_answer_that_is_being_withdrawn_is_not_the_end(config, says, expert, tokenizer, monkeypatch):
+    begun = " The answer is 99. Let me"
+    says(lambda prompt: f"{begun} recheck that. The answer is {solve(prompt)}. And so on and so forth.", after="")
+    # The first look is in the middle of it
+    monkeypatch.setattr(answering, "TOKENS_A_PIECE", len(tokenizer(begun)["input_ids"]))
+    made = evaluate(expert, config(prompt_style="raw", max_new_tokens=100))
+    assert made.results["benchmarks"]["gsm8k"]["model"]["accuracy"] == 1.0
+
+
 @pytest.mark.parametrize("style", ["chat", "raw"])
 def test_pieces_are_one_completion(config, expert_path, monkeypatch, tmp_path, style):
     whole = config(prompt_style=style, max_new_tokens=20, output_dir=str(tmp_path / "whole"))

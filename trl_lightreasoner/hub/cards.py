@@ -254,10 +254,9 @@ def _told(text: str) -> dict[str, _Told]:
     def section(title: str) -> str:
         return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
-    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]*) \| ([^|]*) \| ([^|]*) \|$", section("Size"), re.MULTILINE)[
-        1:
-    ]
-    cells = {name.strip(): tuple(cell.strip() for cell in row) for name, *row in rows}
+    row = r"^\| ([^|]+) \| ([^|]+) \| ([^|]*) \| ([^|]*) \| ([^|]*) \|$"
+    _, *rows = re.findall(row, section("Size"), re.MULTILINE) or [()]
+    cells = {name.strip(): tuple(cell.strip() for cell in cells) for name, *cells in rows}
     makings: dict[str, str] = {}
     for part in section("How it was made").split("\n### ")[1:]:
         names, _, making = part.partition("\n")
