@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..safe_path import start_processes_safely
 from ..text import printable
+from .early_gpu import start_gpu
 from .terminal import speak, translated_warnings
 
 
@@ -66,6 +67,7 @@ def _main(argv: Sequence[str]) -> int:
     # during the imports, and again at exit, which takes a third of the time of a short command
     gc.set_threshold(50_000, 20, 100)
     atexit.register(gc.freeze)
+    start_gpu(argv)
     command = import_module(f".{_MODULES.get(argv[0], argv[0])}", __package__)
     return _run(f"lightreasoner {argv[0]}", command.make_parser, command.main, argv[1:])
 

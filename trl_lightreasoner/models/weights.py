@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import sys
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -117,17 +118,24 @@ def base_fingerprint(model: "PeftModel") -> str:
 
 
 def _checksum(tensors: dict[str, torch.Tensor], adapters: list) -> str:
-    digest = hashlib.sha256(str(adapters).encode())
+    sums: dict[torch.device, list[torch.Tensor]] = {}  # read at the end: each reading waits for the device
     factors: dict[torch.device, torch.Tensor] = {}  # make the sum depend on the position of a value
     drawn = torch.randint(-(2**63), 2**63 - 1, (_BLOCK,), generator=torch.Generator().manual_seed(0))
+    rows = []
     for name, tensor in tensors.items():
         content = tensor.detach().contiguous().flatten().view(torch.uint8)
         whole = len(content) // 8 * 8
-        words = content[:whole].view(torch.int64)
-        factor = factors.setdefault(tensor.device, drawn.to(tensor.device))
-        sums = [_weighted_sum(part, factor[: len(part)]) for part in words.split(_BLOCK)]
-        summary = [*(torch.stack(sums).tolist() if sums else []), *content[whole:].tolist()]
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {summary}".encode())
+        blocks = content[:whole].view(torch.int64).split(_BLOCK)
+        if tensor.device not in factors:
+            factors[tensor.device], sums[tensor.device] = drawn.to(tensor.device), []
+        factor = factors[tensor.device]
+        sums[tensor.device] += [_weighted_sum(block, factor[: len(block)]) for block in blocks]
+        rest = content[whole:].tolist() if whole < len(content) else []
+        rows.append((f"{name} {tuple(tensor.shape)} {tensor.dtype}", tensor.device, len(blocks), rest))
+    read = {device: iter(torch.stack(each).tolist()) for device, each in sums.items()}
+    digest = hashlib.sha256(str(adapters).encode())
+    for text, device, num_blocks, rest in rows:
+        digest.update(f"{text} {[*islice(read[device], num_blocks), *rest]}".encode())
     return digest.hexdigest()
 
 

@@ -15,6 +15,7 @@ from ..config_checks import check_whole_number
 from ..generation.completions import GreedyDecoder, find_batch_size, run_in_batches, share_batches
 from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
+from ..models.equal_tokenizers import have_equal_tokenizers
 from ..models.forward import check_causal, context_length
 from ..models.loading import init_kwargs, load_config, load_tokenizer
 from ..models.weights import short_name, weight_fingerprint
@@ -140,9 +141,12 @@ class ContrastiveStepSampler:
         )
         if args.use_vllm:
             check_vllm(args, expert, self.processes.count, **expert_kwargs)
+        share = amateur is None
         if processing_class is None:
+            if type(expert_config) is type(amateur_config) and amateur_processing_class is None:
+                share = share or have_equal_tokenizers((expert, expert_kwargs), (amateur, amateur_kwargs))
             processing_class = load_tokenizer(expert, "expert", **expert_kwargs)
-        if amateur is None:
+        if share:
             amateur_processing_class = processing_class
         elif amateur_processing_class is None:
             amateur_processing_class = load_tokenizer(amateur, "amateur", "amateur_processing_class", **amateur_kwargs)

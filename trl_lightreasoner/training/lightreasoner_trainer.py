@@ -21,6 +21,7 @@ from transformers import (
     logging,
     set_seed,
 )
+from transformers.training_args import ParallelMode
 
 from ..contrast import ContrastiveLoss, contrastive_loss
 from ..generation.completions import evaluating
@@ -282,8 +283,10 @@ class LightReasonerTrainer(EvaluatingTrainer):
         set_seed(args.seed)
         name = model if isinstance(model, str) else None
         if isinstance(model, str):
-            model_init_kwargs.setdefault("device_map", None)  # `Trainer` places the model
+            is_on_cpu = model_init_kwargs.setdefault("device_map", None) is None  # `Trainer` places the model
             model = load_model(model, is_trainable=True, **model_init_kwargs)
+            if is_on_cpu and args.parallel_mode == ParallelMode.NOT_PARALLEL and not is_quantized(model):
+                model.to(args.device)  # already now: a GPU computes the checksum of its weights faster
         else:
             if args.model_init_kwargs is not None:
                 logger.warning(

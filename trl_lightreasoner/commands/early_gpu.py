@@ -1,0 +1,45 @@
+"""Start the GPU while a command still imports libraries and loads tokenizers."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Sequence
+
+
+_COMMANDS = ("check", "eval", "run", "sample", "train", "tune")
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # the second under Windows
+
+
+def start_gpu(argv: Sequence[str]) -> threading.Thread | None:
+    """
+    Import PyTorch in a thread, and load the kernels of a first forward pass on this process's GPU.
+
+    This takes seconds in which Python is mostly free. Python waits for the thread at exit, because a process cannot
+    end cleanly while CUDA starts.
+
+    Args:
+        argv (`Sequence[str]`): Name of a command and its flags.
+
+    Returns:
+        [`threading.Thread`], or `None` if the command needs no GPU or there is none.
+    """
+    needs_none = any(flag in ("-h", "--use_cpu", "--use-cpu") or flag.startswith("--help") for flag in argv)
+    if argv[0] not in _COMMANDS or needs_none or not any(map(os.path.exists, _DRIVERS)):
+        return None
+    thread = threading.Thread(target=_run_first_kernels)
+    thread.start()
+    return thread
+
+
+def _run_first_kernels() -> None:
+    with contextlib.suppress(Exception):  # an error will occur again where the GPU is used, and be reported there
+        import torch
+
+        index = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        with torch.inference_mode():
+            hidden = torch.zeros(1, 1, 128, 64, dtype=torch.bfloat16, device=f"cuda:{index}")
+            weight = hidden[0, 0]
+            torch.nn.functional.linear(hidden, weight, weight[:, 0])
+            torch.nn.functional.linear(hidden, weight)
+            torch.nn.functional.scaled_dot_product_attention(hidden, hidden, hidden, is_causal=True)
+            torch.cuda.synchronize(index)
