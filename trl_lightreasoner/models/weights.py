@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # slow to import, and not needed without an adapter
 
 
 _BLOCK = 2**20  # number of words that are summed together
-_CACHED_BLOCK = 2**16  # of these, as many as a CPU's cache holds
+_CACHED_BLOCK = 2**15  # on a CPU, as many as one thread computes alone. Several wait for each other on busy cores
 # What LoRA adds to a model, and how PEFT renames the tensors of the layers that it wraps
 _ADDED = re.compile(r"\.(lora_\w+|modules_to_save|trainable_tokens_\w+)\.")
 _WRAPPED = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.)")
