@@ -8,7 +8,14 @@ import pytest
 from datasets import Dataset, Features, List, Value
 
 from trl_lightreasoner.evaluation import sets
-from trl_lightreasoner.evaluation.sets import BENCHMARKS, ROW_FEATURES, load_benchmark, read_answers, read_problems
+from trl_lightreasoner.evaluation.sets import (
+    BENCHMARKS,
+    ROW_FEATURES,
+    load_benchmark,
+    read_answers,
+    read_gold,
+    read_problems,
+)
 from trl_lightreasoner.grading.verdicts import grade
 
 
@@ -261,3 +268,25 @@ def test_a_benchmark_without_an_answer_in_a_column_of_numbers_is_refused(tmp_pat
     Dataset.from_dict({"Body": ["a"], "Question": ["b"], "Answer": [math.nan]}).to_parquet(tmp_path / "svamp.parquet")
     with pytest.raises(ValueError, match="its column 'Answer' is empty"):
         load_benchmark("svamp", str(tmp_path))
+
+
+def test_answers_that_are_sentences_are_counted_with_an_example(caplog):
+    answers = ["It is 18 apples.", "Ben is taller than Ann.", "#### 3", "Ann", "The third one is right."]
+    problems = read_problems(Dataset.from_dict({"question": ["What?"] * 5, "answer": answers}), "question", "answer")
+    assert problems["gold"] == [
+        ["18 apples"],
+        ["Ben is taller than Ann."],
+        ["3"],
+        ["Ann"],
+        ["The third one is right."],
+    ]
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 of 5 answers in the column 'answer' of the dataset are sentences, such as 'Ben is taller than Ann.'. A "
+        "completion is right only if it says the same words. Give the answer alone, or after '####'."
+    ]
+
+
+def test_answers_that_are_no_sentences_bring_no_warning(caplog):
+    answers = ["18", "It is 18 apples.", "Mrs. Hilt", r"\frac{1}{2}", "She halves 36.\n#### 18"]
+    read_gold(Dataset.from_dict({"answer": answers}), "answer", "the dataset")
+    assert not caplog.records

@@ -9,15 +9,24 @@ import time
 
 import pytest
 
-from trl_lightreasoner.grading import answer_parts, answers, equal_answers, exact_numbers, graders, units, verdicts
+from trl_lightreasoner.grading import (
+    answer_parts,
+    answers,
+    equal_answers,
+    exact_numbers,
+    graders,
+    references,
+    units,
+    verdicts,
+)
 from trl_lightreasoner.grading.answers import (
     find_answer,
     find_letter,
     first_answer,
     has_first_answer,
     last_boxed,
-    read_reference,
 )
+from trl_lightreasoner.grading.references import is_sentence, read_reference
 from trl_lightreasoner.grading.verdicts import Verdict, grade, grade_all
 
 
@@ -400,10 +409,64 @@ def test_the_last_box(text, expected):
         ("She sells 9 eggs. The answer is **18** dollars.\n\\boxed{19}", "19"),
         ("The answer is 18.\nBut that is not all.", "The answer is 18.\nBut that is not all."),
         ("No answer", "No answer"),
+        ("It is 18 apples.", "18 apples"),
+        ("Ben has 18 apples left over, so he shares.", "18 apples left over"),
+        ("The total is $18$ dollars.", "$18 dollars"),
+        ("It's $1,450.50", "$1,450.50"),
+        ("The change was -18 degrees", "-18 degrees"),
+        ("He walks a total of 2.5 miles a day.", "2.5 miles a day"),
+        ("about 18", "18"),
+        ("x is 3/4", "3/4"),
+        ("Total: 18", "18"),
+        ("= 18", "18"),
+        # No sentence, or no number that is surely the answer
+        ("Team 2", "Team 2"),
+        ("In room 12", "In room 12"),
+        ("Ann: 18, Ben: 3", "Ann: 18, Ben: 3"),
+        ("It is Team 2.", "It is Team 2."),
+        ("It is on June 12.", "It is on June 12."),
+        ("It is 12 June.", "It is 12 June."),
+        ("He is 5th.", "He is 5th."),
+        ("He buys 3 kites for 18 dollars.", "He buys 3 kites for 18 dollars."),
+        ("There are 18 pens and two kites.", "There are 18 pens and two kites."),
+        ("It is half of 18.", "It is half of 18."),
+        ("It is not 18.", "It is not 18."),
+        ("It is 18 or more.", "It is 18 or more."),
+        ("It is 3:30 p.m.", "It is 3:30 p.m."),
+        ("It is 5x + y.", "It is 5x + y."),
+        ("Ann, who is 12, is older.", "Ann, who is 12, is older."),
+        ("It has 18 " + "red " * 100 + "apples.", "It has 18 " + "red " * 100 + "apples."),
     ],
 )
 def test_the_answer_in_a_reference(text, expected):
     assert read_reference(text) == expected
+
+
+@pytest.mark.parametrize("text", ["It is 18 dollars.", "Ben pays 18 dollars for kites.", "about $18"])
+@pytest.mark.parametrize(
+    ("answer", "is_correct"), [("18", True), ("1800 cents", True), ("18 feet", False), ("17", False)]
+)
+def test_a_sentence_as_reference_is_graded_by_its_number_and_unit(text, answer, is_correct):
+    assert is_right(answer, read_reference(text)) == is_correct
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [
+        ("Ben is taller than Ann.", True),
+        ("He ran three miles.", True),
+        ("It is 3:30 p.m.", True),
+        ("Yes, because it is even", True),
+        ("Because every number in this list can be halved without rest it works", True),
+        ("Mrs. Hilt", False),
+        ("Ben and Ann", False),
+        ("Yes", False),
+        ("18 apples are left", False),
+        (r"\frac{1}{2}", False),
+    ],
+)
+def test_a_reference_that_hardly_any_answer_repeats_is_a_sentence(reference, expected):
+    assert is_sentence(reference) == expected
 
 
 @pytest.mark.parametrize(
@@ -903,7 +966,7 @@ def test_bad_arguments():
 
 
 def test_examples_in_the_docstrings():
-    for module in (answer_parts, answers, equal_answers, exact_numbers, units, verdicts):
+    for module in (answer_parts, answers, equal_answers, references, exact_numbers, units, verdicts):
         assert doctest.testmod(module).failed == 0
 
 

@@ -391,11 +391,15 @@ def unloadable(monkeypatch):
         ({"prompt": [], "answer": []}, r"`eval_questions` holds no question\."),
         (
             {"prompt": ["2+2?", "3+3?"], "answer": ["4", " "]},
-            r"Row 1 of `eval_questions` has no answer to grade by: `answer` must be text, or a list of texts, got ' '",
+            r"Row 1 of `eval_questions` has no answer to grade by in its column 'answer': .* got ' '\.",
         ),
         (
             {"prompt": ["2+2?"], "answer": [None]},
-            r"Row 0 of `eval_questions` has no answer to grade by: .* got nothing",
+            r"Row 0 of `eval_questions` has no answer to grade by in its column 'answer': .* got nothing",
+        ),
+        (
+            {"prompt": ["2+2?"], "answer": ["2 and 2\nare 4."]},
+            r"Row 0 of `eval_questions` has no answer to grade by in its column 'answer': .* after '####'",
         ),
         (
             {"prompt": [None, "2+2?"], "answer": ["4", "4"]},

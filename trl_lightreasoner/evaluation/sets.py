@@ -20,12 +20,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets
+from transformers import logging
 
-from ..grading.answers import last_boxed, read_reference, read_references
+from ..grading.answers import last_boxed
+from ..grading.references import MAX_UNMARKED, is_sentence, read_reference, read_references
 from ..steps.prompt_sources import beside_messages
 from ..steps.splits import load_split
 from ..text import shown_value
 
+
+logger = logging.get_logger(__name__)
 
 ROW_FEATURES = Features(
     {
@@ -39,8 +43,6 @@ ROW_FEATURES = Features(
 HELD_OUT = "held_out"
 _NARROW: dict[str, type[np.floating]] = {"float16": np.float16, "float32": np.float32}
 _MAY_BE_EMPTY = ("unit", "error")
-# Longer texts, and those of several lines, are whole solutions, in which the answer must be marked
-_MAX_UNMARKED = 200
 # Possible paths of a benchmark's file under `data_dir`, and its format
 _PLACES = ("{}", "benchmarks/{}", "{}/test")
 _ENDINGS = (".jsonl", ".json", ".parquet")
@@ -199,17 +201,51 @@ def _shorten(answer: Any, narrow: type[np.floating]) -> Any:
     return None if answer is None else float(str(narrow(answer)))
 
 
+def read_gold(dataset: Dataset, column: str, name: str, numbers: list[int] | None = None) -> list[list[str]]:
+    r"""
+    The reference answers of rows, as they are graded by. A warning counts those that are sentences.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): The rows.
+        column (`str`): Text, a number, or a list of these that must all be given. Of a solution the text after `####`
+            counts, or the last `\boxed{}`; of a sentence its only number.
+        name (`str`): What messages call the dataset.
+        numbers (`list[int]`, *optional*): Numbers of the rows, for messages. If `None`, they count from 0.
+
+    Raises:
+        `ValueError`: If a row has no answer to grade by. The message names the row.
+    """
+    gold, sentences = [], []
+    for number, answer in zip(numbers or range(len(dataset)), read_answers(dataset, column), strict=True):
+        references = read_references(answer)
+        unmarked = isinstance(answer, str) and references == [answer.strip()]
+        if references is None or unmarked and ("\n" in answer.strip() or len(answer) > MAX_UNMARKED):
+            raise ValueError(
+                f"Row {number} of {name} has no answer to grade by in its column {column!r}: it must be the answer "
+                f"alone, or a solution that has it after '####' or in \\boxed{{}}, got {shown_value(answer)}."
+            )
+        if unmarked and is_sentence(references[0]):
+            sentences.append(answer)
+        gold.append(references)
+    if sentences:
+        logger.warning(
+            f"{len(sentences):,} of {len(gold):,} answers in the column {column!r} of {name} are sentences, such as "
+            f"{shown_value(sentences[0])}. A completion is right only if it says the same words. Give the answer "
+            "alone, or after '####'."
+        )
+    return gold
+
+
 def read_problems(
     dataset: Dataset, question_column: str, answer_column: str, numbers: list[int] | None = None
 ) -> Dataset:
-    r"""
+    """
     Problems from rows with a question and its answer.
 
     Args:
         dataset ([`~datasets.Dataset`]): The rows.
         question_column (`str`): Text or messages.
-        answer_column (`str`): Text, a number, or a list of these that must all be given. In GSM8K's solutions the text
-            after `####` counts, in others the last `\boxed{}`.
+        answer_column (`str`): References in the form of [`read_gold`].
         numbers (`list[int]`, *optional*): Numbers of the rows, for error messages. If `None`, they count from 0.
 
     Returns:
@@ -220,16 +256,8 @@ def read_problems(
         `ValueError`: If a row has no question, or no answer to grade by. The message names the row.
     """
     rows = []
-    pairs = zip(dataset[question_column], read_answers(dataset, answer_column), strict=True)
-    for number, (question, answer) in zip(numbers or range(len(dataset)), pairs, strict=True):
-        references = read_references(answer)
-        unmarked = isinstance(answer, str) and references == [answer.strip()]
-        if references is None or unmarked and ("\n" in answer.strip() or len(answer) > _MAX_UNMARKED):
-            raise ValueError(
-                f"Row {number} of the dataset has no answer to grade by in its column {answer_column!r}: it must be "
-                f"the answer alone, or a solution that has it after '####' or in \\boxed{{}}, got "
-                f"{shown_value(answer)}."
-            )
+    pairs = zip(dataset[question_column], read_gold(dataset, answer_column, "the dataset", numbers), strict=True)
+    for number, (question, references) in zip(numbers or range(len(dataset)), pairs, strict=True):
         if not question:
             raise ValueError(f"Row {number} of the dataset is empty in its column {question_column!r}.")
         rows.append({"question": question, "gold": references, "kind": "math", "tolerance": None, "unit": None})

@@ -16,8 +16,7 @@ Standard library only; every search is linear in the text.
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from math import isfinite
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Answer(NamedTuple):
@@ -75,7 +74,7 @@ _EXPLAINED = re.compile(
 _FORMULA = re.compile(
     r"\$\$([^$]+)\$\$|\\\[((?:[^\\]|\\(?!\])){1,500})\\\]|\\\(((?:[^\\]|\\(?!\))){1,500})\\\)|\$([^$\n]+)\$"
 )
-_NUMBER = re.compile(
+NUMBER = re.compile(
     r"(?<![\w.])(?:[-+−](?=[\d.$€£\\])|(?<!\d )(?:minus|negative) (?=[\d.$€£]))?(?:\\?[$€£] ?)?"
     r"(?:\d+(?: \d+/\d+| ?/ ?\d+|:\d+|(?:,\d{3})*(?!\d)(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+)?|\.\d+)(?: ?\\?%)?"
     r"(?: (?:hundred|thousand|(?:m|b|tr)illion)\b)?"
@@ -135,47 +134,24 @@ def last_boxed(text: str) -> str | None:
     return boxes[-1].content if boxes else None
 
 
-def read_reference(text: str) -> str:
+def marked_in_solution(text: str) -> str | None:
     r"""
-    The answer in a reference: after `####` as in GSM8K, in the last `\boxed{}` as in MATH, or after "the answer is" in
-    the last line as in MetaMathQA. Otherwise it is the whole text.
+    The answer that a reference solution marks: after `####` as in GSM8K, in the last `\boxed{}` as in MATH, or after
+    "the answer is" in the last line as in MetaMathQA.
 
     Example:
 
     ```python
-    >>> read_reference("She makes 9 * 2 = <<9*2=18>>18 dollars.\n#### 18")
-    '18'
-    >>> read_reference(r"Hence $x = \boxed{\frac{1}{2}}$.")
-    '\\frac{1}{2}'
-    >>> read_reference("She makes 9 * 2 dollars. The answer is: 18"), read_reference(" 3/4 ")
-    ('18', '3/4')
+    >>> marked_in_solution("She makes 9 * 2 = <<9*2=18>>18 dollars.\n#### 18"), marked_in_solution("18 apples")
+    ('18', None)
+    >>> marked_in_solution(r"Hence $x = \boxed{\frac{1}{2}}$."), marked_in_solution("It is 9 * 2. The answer is: 18")
+    ('\\frac{1}{2}', '18')
 
     ```
     """
     boxes, _ = _find_boxes(text)
     found = [(box.end, box.content) for box in boxes[-1:]] + _after_hashes(text)[-1:]
-    return (max(found)[1] if found else next(_after_phrases(_last_line(text)), text)).strip()
-
-
-def read_references(answer: Any) -> list[str] | None:
-    """The answers in a column of references, of which all must be given: text, a number, or a list of them. `None` if
-    there is nothing to grade by.
-
-    Example:
-
-    ```python
-    >>> read_references("9 * 2 = 18\\n#### 18"), read_references([1, "2"]), read_references(" ")
-    (['18'], ['1', '2'], None)
-
-    ```
-    """
-    texts = answer if isinstance(answer, list) else [answer]
-    # A float that is not finite marks a gap
-    texts = [str(text) if isinstance(text, int | float) and isfinite(text) else text for text in texts]
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        return None
-    references = [read_reference(text) for text in texts]
-    return references if all(references) else None
+    return max(found)[1] if found else next(_after_phrases(_last_line(text)), None)
 
 
 def last_sentence(text: str) -> str:
@@ -379,7 +355,7 @@ def _value(line: str) -> str:
 
 
 def _last_value(text: str) -> Answer | None:
-    found = [(match.end(), match[0]) for pattern in (_NUMBER, _FRACTION) for match in pattern.finditer(text)]
+    found = [(match.end(), match[0]) for pattern in (NUMBER, _FRACTION) for match in pattern.finditer(text)]
     for match in _FORMULA.finditer(text):
         formula = next(filter(None, match.groups())).strip()
         # "$5 and then $6" is money

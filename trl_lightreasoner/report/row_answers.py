@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.answering import grade_answers
 from ..evaluation.sets import read_answers
-from ..grading.answers import read_references
+from ..grading.references import read_references
 from ..steps.prompt_format import has_messages
 from ..text import name_columns
 from .row_texts import completion_text

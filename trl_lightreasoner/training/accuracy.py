@@ -15,16 +15,15 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, logging
 
 from ..evaluation.answering import Answering, grade_answers, plan_answers
-from ..evaluation.sets import read_answers
+from ..evaluation.sets import read_answers, read_gold
 from ..evaluation.statistics import standard_error
 from ..generation.completions import GreedyDecoder, batches_that_fit, evaluating
 from ..generation.greedy import find_eos_ids
-from ..grading.answers import read_references
 from ..models.forward import context_length
 from ..steps.prompt_format import PromptFormat, has_messages
 from ..steps.prompt_sources import BESIDE_MESSAGES, beside_messages
 from ..steps.prompts import encode_rows
-from ..text import name_columns, shown_value
+from ..text import name_columns
 from ..vocabulary import Vocabulary, check_embedded
 
 
@@ -101,7 +100,7 @@ class EvalQuestions:
                 "them as text, in the prompt format of the dataset."
             )
         self.tokenizer = tokenizer
-        self.references = [_read_answer(row, answer) for row, answer in enumerate(read_answers(dataset, "answer"))]
+        self.references = read_gold(dataset, "answer", "`eval_questions`")
         columns = [name for name in _PROMPT_COLUMNS if name in dataset.column_names]
         try:
             switches: dict[str, Any] | None = {} if prompt_format is None else prompt_format.chat_template_kwargs
@@ -187,13 +186,3 @@ class EvalQuestions:
         # Each answer is followed by the next one, or made in pieces, so all are asked for at once
         together = [(row, max(rooms.values())) for row in rooms]
         return batches_that_fit(together, len(together), run, lambda row: len(self.prompt_ids[row]), remedy)
-
-
-def _read_answer(row: int, answer: Any) -> list[str]:
-    """The reference answers of a question, all of which must be given."""
-    if (references := read_references(answer)) is None:
-        raise ValueError(
-            f"Row {row} of `eval_questions` has no answer to grade by: `answer` must be text, or a list of texts, got "
-            f"{shown_value(answer)}."
-        )
-    return references
