@@ -92,6 +92,23 @@ def test_without_answers_all_can_be_sampled(prepare):
     assert len(prompts) == 10 and problems == {}
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_warned"), [({}, True), ({"num_held_out": 0}, False), ({"benchmarks": ["gsm8k"]}, False)]
+)
+def test_without_answers_it_says_before_the_work_that_nothing_is_held_out(
+    settings, is_warned, prepare, caplog, tmp_path
+):
+    write(tmp_path / "files" / "gsm8k.jsonl", FILES["gsm8k"])
+    prepare(
+        [{"question": row["question"], "output": "5"} for row in ROWS], data_dir=str(tmp_path / "files"), **settings
+    )
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message.startswith("There is no column 'answer', so no question is") for message in messages] == [
+        True
+    ] * is_warned
+    assert all("The columns are 'question', 'output'. " in message for message in messages)
+
+
 def test_none_are_held_back_if_asked(prepare):
     assert prepare(num_held_out=0).problems == {}
 

@@ -322,6 +322,7 @@ def test_a_pair_that_does_not_look_promising_is_a_warning(args, capsys):
     [
         ({"amateur": str(PAIR / "expert")}, "Expert and amateur have equal weights"),
         ({"expert": "no-such/model"}, "The expert 'no-such/model' cannot be found"),
+        ({"expert": "./no/such/folder"}, "The expert './no/such/folder' cannot be found"),
         ({"dataset_name": "nothing.jsonl"}, "There is no file or folder 'nothing.jsonl'"),
         ({"prompt_column": "problem"}, "The dataset has no column 'problem'"),
         ({"answer_column": "gold"}, "it has 'question', 'answer'. Name the column of answers with"),
@@ -376,4 +377,6 @@ def test_each_model_is_loaded_once(args, monkeypatch):
 def test_an_expert_that_hardly_answers_may_need_another_prompt(accuracy, verdict, is_told):
     values = {each.name: None for each in dataclasses.fields(RunResult)} | {"output_dir": "run", "expert": "e"}
     result = RunResult(**values | {"sentence": "So.", "accuracy_before": accuracy, "verdict": verdict})
-    assert ("The expert answers only 1.6 % of the questions. If it can do better" in result.summary()) == is_told
+    assert (
+        "The expert answers only 1.6 % of the questions correctly. If it can do better" in result.summary()
+    ) == is_told

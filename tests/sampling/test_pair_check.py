@@ -270,7 +270,7 @@ def test_swapped_sizes_are_noticed():
     check = check_steps(pair(0.1, 0.3, **sizes(500, 1500)))
     assert (check.verdict, check.promising) == ("swapped", False)
     assert check.reasons[0].startswith("The expert has 500 parameters, the amateur 1,500: exchange")
-    assert "the other numbers give: promising." in check.reasons[0]
+    assert check.reasons[0].endswith('the verdict by the other numbers is "promising".')
 
 
 @pytest.mark.parametrize(("amateur", "verdict"), [(1300, "promising"), (1400, "doubtful"), (1510, "doubtful")])
@@ -308,6 +308,13 @@ def test_a_plain_prompt_for_a_model_with_a_chat_template_is_noticed(prompt, temp
     assert [("--conversational" in warning) for warning in check.warnings] == [True] * warned
     if verdict == "plain prompt":
         assert "--conversational" in check.reasons[0]
+
+
+def test_an_amateur_of_another_family_is_to_blame_before_its_plain_prompt():
+    rows = pair(0.45, 0.1, chat_template_sha256=TEMPLATE, amateur_reading={"method": "covering"})
+    check = check_steps(rows)
+    assert check.verdict == "unskilled" and "Choose a better trained amateur" in check.reasons[0]
+    assert "--conversational" in check.warnings[0]
 
 
 def test_text_that_holds_the_marks_of_a_template_is_not_plain(tokenizer):

@@ -50,7 +50,7 @@ class PairArguments:
             alone for `"chat"`, and for `"raw"` it is `"Question: {question}"` followed by a line `"Answer:"`.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Additional keyword arguments for the chat template, such as `'{"enable_thinking": false}'`. For text it
-            implies `conversational`. If `None`, they are those of a column `chat_template_kwargs`, if there is one.
+            implies `conversational`. If `None`, they are those of a column 'chat_template_kwargs', if there is one.
         load_in_4bit (`bool`, *optional*, defaults to `False`):
             Whether to load the expert in 4 bits.
         load_in_8bit (`bool`, *optional*, defaults to `False`):
@@ -118,7 +118,7 @@ class PairArguments:
         default=None,
         metadata={
             "help": "Additional keyword arguments for the chat template, such as '{\"enable_thinking\": false}'. For "
-            "text it implies `conversational`. If `None`, they are those of a column `chat_template_kwargs`, if there "
+            "text it implies `conversational`. If `None`, they are those of a column 'chat_template_kwargs', if there "
             "is one."
         },
     )

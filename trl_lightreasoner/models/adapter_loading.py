@@ -27,7 +27,10 @@ _MAX_NAMED = 3  # number of tensors named in a message
 def load_adapter_config(model: str, name: str = "model", **kwargs: Any) -> "PeftConfig | None":
     """The configuration of a PEFT adapter, or `None` if `model` is not one. `kwargs` as for [`hub_kwargs`]."""
     kwargs.pop("trust_remote_code", None)  # an adapter has no code of its own
-    if find_adapter_config_file(model, **kwargs) is None:
+    try:
+        if find_adapter_config_file(model, **kwargs) is None:
+            return None
+    except OSError:  # no folder and no id: loading it as a model says so
         return None
     from peft import PeftConfig
 

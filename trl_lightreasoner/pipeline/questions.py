@@ -69,13 +69,19 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_v
             f"The dataset has no column {args.answer_column!r}; it has {name_columns(dataset.column_names)}. Name "
             "the column of answers with `--answer_column`."
         )
+    answer_column = args.answer_column or "answer"
+    has_answers = answer_column in dataset.column_names
+    if args.num_held_out and not has_answers and not args.benchmarks:
+        logger.warning(
+            f"There is no column {answer_column!r}, so no question is held out, and nothing will say whether the "
+            f"adapter is better. The columns are {name_columns(dataset.column_names)}. Name that of the answers with "
+            "`--answer_column`."
+        )
     column = args.prompt_column or ("prompt" if "prompt" in dataset.column_names else "question")
     dataset = name_prompts(dataset, column)
     is_text = not has_messages(dataset)
     prompt_format = choose_format(args, tokenizer, is_text)
     dataset = put_switches(dataset, prompt_format.chat_template_kwargs)
-    answer_column = args.answer_column or "answer"
-    has_answers = answer_column in dataset.column_names
     texts = [json.dumps(_without_spacing(prompt), sort_keys=True) for prompt in dataset["prompt"]]
     # Each question once, in its last row: answers to the same question twice would make the interval too narrow
     distinct = sorted({text: row for row, text in enumerate(texts)}.values())

@@ -91,8 +91,9 @@ class RunResult:
         lines += [self.sentence]
         if self.accuracy_before is not None and self.accuracy_before < _LOW_ACCURACY and self.verdict != "better":
             lines += [
-                f"The expert answers only {100 * self.accuracy_before:.1f} % of the questions. If it can do better, "
-                "ask it with the prompt that it knows: `--system_prompt`, `--prompt_style`, `--prompt_template`."
+                f"The expert answers only {100 * self.accuracy_before:.1f} % of the questions correctly. If it can do "
+                "better, ask it with the prompt that it knows: `--system_prompt`, `--prompt_style`, "
+                "`--prompt_template`."
             ]
         lines += ["", f"adapter  {adapter}", f"report   {folder / 'report' / 'report.html'}"]
         lines += [] if self.results is None else [f"answers  {folder / 'evaluation' / 'results.json'}"]

@@ -99,7 +99,7 @@ class RunConfig:
             question alone for `"chat"`, and for `"raw"` it is `"Question: {question}"` followed by a line `"Answer:"`.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             Additional keyword arguments for the chat template, such as `'{"enable_thinking": false}'`, for all
-            questions and benchmarks. If `None`, they are those of a column `chat_template_kwargs`, if there is one.
+            questions and benchmarks. If `None`, they are those of a column 'chat_template_kwargs', if there is one.
 
         > Parameters that control the sampling
 
@@ -299,7 +299,7 @@ class RunConfig:
         default=None,
         metadata={
             "help": "Additional keyword arguments for the chat template, such as '{\"enable_thinking\": false}', for "
-            "all questions and benchmarks. If `None`, they are those of a column `chat_template_kwargs`, if there is "
+            "all questions and benchmarks. If `None`, they are those of a column 'chat_template_kwargs', if there is "
             "one."
         },
     )

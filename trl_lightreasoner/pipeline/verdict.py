@@ -42,8 +42,8 @@ def judge(difference: dict[str, float] | None, asked: str = "") -> Verdict:
     if difference is None:
         return Verdict(
             "not answered",
-            "The adapter was not evaluated. Give a column of answers with `--answer_column`, or benchmarks with "
-            "`--benchmarks`.",
+            "The adapter was not evaluated. Hold out questions with answers (`--answer_column`, `--num_held_out`), or "
+            "give `--benchmarks`.",
         )
     numbers = f"{write_difference(difference)} on {asked}"
     is_sure = difference.get("p_value", 0.0) <= _MAX_P

@@ -315,7 +315,9 @@ def check_steps(
         samplings=name_samplings(dataset),
     )
     plain = all(each.has_template for each in made) and _is_plain(dataset, tokenizer)
-    check.verdict, check.reasons = judge(check, plain, labels_from=judged_at)
+    # Of another family, an amateur diverges as much with the chat template as without
+    is_blamed = plain and not any(each.is_read_across for each in made)
+    check.verdict, check.reasons = judge(check, is_blamed, labels_from=judged_at)
     check.warnings = warn(check, plain)
     return check
 

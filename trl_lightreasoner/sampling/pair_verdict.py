@@ -41,7 +41,10 @@ _USE_TEMPLATE = "Make them conversations with `--conversational`, or give messag
 
 
 def judge(check: "PairCheck", plain: bool, labels_from: float) -> tuple[str, list[str]]:
-    """Verdict and reasons. `labels_from` is the lowest divergence of a step whose label is judged."""
+    """
+    Verdict and reasons. `plain` says whether plain prompts may be the cause. `labels_from` is the lowest divergence of
+    a step whose label is judged.
+    """
     verdict, reasons = _judge_numbers(check, plain, labels_from)
     if check.samplings:
         return "doubtful" if verdict == "promising" else verdict, [say_several(check.samplings), *reasons]
@@ -50,8 +53,8 @@ def judge(check: "PairCheck", plain: bool, labels_from: float) -> tuple[str, lis
         return verdict, reasons
     if expert < SAME_SIZE * amateur:
         first = (
-            f"The expert has {expert:,} parameters, the amateur {amateur:,}: exchange `expert` and `amateur`. If you "
-            f"want the smaller model as the expert, because it knows the subject, the other numbers give: {verdict}."
+            f"The expert has {expert:,} parameters, the amateur {amateur:,}: exchange `expert` and `amateur`. If the "
+            f'smaller model is meant to be the expert, the verdict by the other numbers is "{verdict}".'
         )
         return "swapped", [first, *reasons]
     if verdict == "promising" and amateur > SAME_SIZE * expert:
