@@ -128,6 +128,15 @@ def test_an_answer_that_is_right_counts(config, says, expert):
     assert made.results["benchmarks"]["gsm8k"]["model"]["num_cut"] == 0
 
 
+def test_a_file_of_questions_is_answered_as_a_benchmark_is(config, says, expert, tmp_path):
+    says(lambda prompt: f"So it is \\boxed{{{solve(prompt)}}}.")
+    rows = [{"question": f"What is {i}+1?", "answer": i + (1 if i else 5)} for i in range(4)]
+    write(tmp_path / "own.jsonl", rows)
+    made = evaluate(expert, config(benchmarks=str(tmp_path / "own.jsonl"), max_new_tokens=40))
+    assert made.results["benchmarks"]["own"]["model"]["accuracy"] == 0.75
+    assert "| Own " in made.table() and made.eval_results() == []
+
+
 def test_of_multiple_choice_the_letter_counts(config, says, expert):
     prompts = says(lambda prompt: "\\boxed{C}")
     args = config(benchmarks="mmlu_stem", max_new_tokens=40)

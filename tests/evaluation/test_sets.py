@@ -12,6 +12,8 @@ from trl_lightreasoner.evaluation.sets import (
     BENCHMARKS,
     ROW_FEATURES,
     load_benchmark,
+    load_problems,
+    name_benchmarks,
     read_answers,
     read_gold,
     read_problems,
@@ -290,3 +292,37 @@ def test_answers_that_are_no_sentences_bring_no_warning(caplog):
     answers = ["18", "It is 18 apples.", "Mrs. Hilt", r"\frac{1}{2}", "She halves 36.\n#### 18"]
     read_gold(Dataset.from_dict({"answer": answers}), "answer", "the dataset")
     assert not caplog.records
+
+
+def test_files_are_named_beside_benchmarks_whatever_is_in_their_names(tmp_path):
+    path = tmp_path / "one, two.jsonl"
+    write(path, [{"question": "What is 2+2?", "answer": "4"}])
+    assert name_benchmarks(["gsm8k,svamp asdiv", str(path), "gsm8k"]) == ["gsm8k", "svamp", "asdiv", str(path)]
+    assert name_benchmarks("gsm8k math") == ["gsm8k", "math"]
+    with pytest.raises(ValueError, match="^There is no benchmark 'two.jsonl'. There are gsm8k, .* Or name a file of"):
+        name_benchmarks(["gsm8k, two.jsonl"])
+
+
+@pytest.mark.parametrize("column", ["question", "prompt"])
+def test_the_problems_of_a_file_are_its_rows(column, tmp_path):
+    write(tmp_path / "own.jsonl", [{column: f"What is {i}+1?", "answer": f"#### {i + 1}"} for i in range(5)])
+    (problems,) = load_problems([str(tmp_path / "own.jsonl")], max_samples=3).items()
+    assert problems[0] == "own"
+    assert problems[1]["question"][:] == ["What is 0+1?", "What is 1+1?", "What is 2+1?"]
+    assert problems[1]["gold"][:] == [["1"], ["2"], ["3"]]
+
+
+@pytest.mark.parametrize("name", ["gsm8k.jsonl", "held_out.jsonl", "other/own.jsonl"])
+def test_a_file_named_as_something_else_is_refused(name, tmp_path):
+    files = [tmp_path / "own.jsonl", tmp_path / name]
+    for path in files:
+        write(path, [{"question": "What is 2+2?", "answer": "4"}])
+    with pytest.raises(ValueError, match=f"^The file '.*{name}' has the name of a benchmark or of another file"):
+        load_problems([str(path) for path in files])
+
+
+@pytest.mark.parametrize(("row", "missing"), [({"answer": "4"}, "question"), ({"prompt": "2+2?"}, "answer")])
+def test_a_column_that_a_file_lacks_is_named(row, missing, tmp_path):
+    write(tmp_path / "own.jsonl", [row])
+    with pytest.raises(ValueError, match=f"own.jsonl' has no column '{missing}'. It needs question and answer, and"):
+        load_problems([str(tmp_path / "own.jsonl")])

@@ -26,7 +26,7 @@ COMMANDS = {
     "merge": "merge an adapter into a plain model",
     "report": "show kept steps as an HTML page, one dataset or two side by side",
     "import": "convert the published scripts' JSON lines to a Dataset of kept steps",
-    "eval": "measure a model's accuracy on seven benchmarks, and compare it with a baseline",
+    "eval": "measure a model on benchmarks or your own questions, and compare it with a baseline",
     "env": "print versions and devices for a bug report",
 }
 _MODULES = {"import": "import_steps"}  # a keyword of Python

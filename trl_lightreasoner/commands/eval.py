@@ -1,4 +1,4 @@
-"""`lightreasoner eval`: measure a model's accuracy on seven benchmarks, and compare it with a baseline."""
+"""`lightreasoner eval`: measure a model on benchmarks or your own questions, and compare it with a baseline."""
 
 import shlex
 from dataclasses import dataclass, field

@@ -46,7 +46,7 @@ from ..steps.writer import StepWriter, describe_rows, hash_ids
 from ..vocabulary import check_embedded, model_vocabulary
 from .answering import Answering, grade_answers, plan_answers
 from .evaluation_config import EvaluationConfig
-from .sets import BENCHMARKS, load_benchmark, title_of
+from .sets import BENCHMARKS, load_problems, title_of
 from .statistics import Z_95, compare, standard_error
 
 
@@ -202,7 +202,7 @@ def evaluate(
     start_grader()  # ready when the tokenizers are
     processes = Processes()  # which the warnings need
     args = _in_the_form_of_training(args, model)
-    problems = {name: load_benchmark(name, args.data_dir, args.max_samples) for name in args.benchmarks or []}
+    problems = load_problems(args.benchmarks or [], args.data_dir, args.max_samples)
     candidates = [Candidate("model", model, processing_class, quantization_config, args, problems, processes)]
     if baseline is not None:
         of_baseline = (baseline, baseline_processing_class, quantization_config)

@@ -14,7 +14,7 @@ from ..config_checks import (
     check_whole_numbers,
 )
 from ..steps.prompt_format import STYLES, SYSTEM_PROMPT, PromptFormat, read_template
-from .sets import BENCHMARKS
+from .sets import BENCHMARKS, name_benchmarks
 
 
 @dataclass
@@ -41,7 +41,8 @@ class EvaluationConfig:
 
         benchmarks (`list[str]`, *optional*):
             Benchmarks to answer, separated by spaces or commas: gsm8k, math500, math, svamp, asdiv, minerva_math,
-            olympiadbench, mmlu_stem. If `None`, all except math, which includes math500.
+            olympiadbench, mmlu_stem, or a file with the columns question and answer. If `None`, all benchmarks except
+            math, which includes math500.
         data_dir (`str`, *optional*):
             Folder that holds the benchmarks' files: NAME.jsonl, benchmarks/NAME.jsonl or NAME/test.jsonl. If `None`,
             they are loaded from the Hub.
@@ -126,7 +127,8 @@ class EvaluationConfig:
         default=None,
         metadata={
             "help": "Benchmarks to answer, separated by spaces or commas: gsm8k, math500, math, svamp, asdiv, "
-            "minerva_math, olympiadbench, mmlu_stem. If `None`, all except math, which includes math500."
+            "minerva_math, olympiadbench, mmlu_stem, or a file with the columns question and answer. If `None`, all "
+            "benchmarks except math, which includes math500."
         },
     )
     data_dir: str | None = field(
@@ -253,11 +255,7 @@ class EvaluationConfig:
         check_vllm_settings(self)
         check_whole_numbers(self, ("max_new_tokens",), ("max_samples", "per_device_batch_size", "num_workers"))
         names = [name for name in BENCHMARKS if name != "math"] if self.benchmarks is None else self.benchmarks
-        names = [names] if isinstance(names, str) else names
-        self.benchmarks = list(dict.fromkeys(part for name in names for part in name.replace(",", " ").split()))
-        for name in self.benchmarks:
-            if name not in BENCHMARKS:
-                raise ValueError(f"There is no benchmark {name!r}. There are {', '.join(BENCHMARKS)}.")
+        self.benchmarks = name_benchmarks(names)
         if not self.benchmarks:
             raise ValueError(f"`benchmarks` names none. There are {', '.join(BENCHMARKS)}.")
         if self.prompt_template is not None:

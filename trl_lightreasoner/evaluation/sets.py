@@ -1,4 +1,4 @@
-"""The seven benchmarks (MATH in two sizes), each read into rows with the same columns.
+"""The seven benchmarks (MATH in two sizes), and files of questions, each read into rows with the same columns.
 
 | column | type | meaning |
 |---|---|---|
@@ -12,6 +12,7 @@ They come from the Hub or from local files, whose columns may differ. A column t
 written "one | other".
 """
 
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset, Features, LargeList, List, Value, concatenate_datasets
-from transformers import logging
 
 from ..grading.answers import last_boxed
 from ..grading.references import MAX_UNMARKED, is_sentence, read_reference, read_references
@@ -29,7 +29,7 @@ from ..steps.splits import load_split
 from ..text import shown_value
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 ROW_FEATURES = Features(
     {
@@ -265,6 +265,64 @@ def read_problems(
     problems = Dataset.from_list(rows, features=features)
     beside = beside_messages(dataset)
     return concatenate_datasets([problems, beside], axis=1) if beside.column_names else problems
+
+
+def name_benchmarks(given: str | list[str]) -> list[str]:
+    """
+    The benchmarks and files of a setting, each once. Names, but not files, may be joined by spaces or commas.
+
+    Raises:
+        `ValueError`: If there is no such benchmark or file.
+    """
+    given = [given] if isinstance(given, str) else given
+    parts = [[each] if Path(each).is_file() else each.replace(",", " ").split() for each in given]
+    names = list(dict.fromkeys(name for part in parts for name in part))
+    for name in names:
+        if name not in BENCHMARKS and not Path(name).is_file():
+            raise ValueError(
+                f"There is no benchmark {name!r}. There are {', '.join(BENCHMARKS)}. Or name a file of questions with "
+                "their answers."
+            )
+    return names
+
+
+def load_problems(names: list[str], data_dir: str | None = None, max_samples: int | None = None) -> dict[str, Dataset]:
+    """
+    The problems of benchmarks and of files of questions.
+
+    Args:
+        names (`list[str]`): From [`name_benchmarks`]. A file has a column `question` or `prompt`, and `answer`.
+        data_dir (`str`, *optional*): As for [`load_benchmark`].
+        max_samples (`int`, *optional*): Number of problems to use of each, from the start.
+
+    Returns:
+        `dict[str, Dataset]`: By the name of the benchmark, or of the file without its ending, rows of `ROW_FEATURES`.
+
+    Raises:
+        `ValueError`: If there is no such file, two have one name, a column is missing, or a row is invalid.
+    """
+    problems: dict[str, Dataset] = {}
+    for name in names:
+        if name in BENCHMARKS:
+            problems[name] = load_benchmark(name, data_dir, max_samples)
+            continue
+        key = Path(name).stem
+        if key in {*BENCHMARKS, *problems, HELD_OUT}:
+            raise ValueError(f"The file {name!r} has the name of a benchmark or of another file. Rename it.")
+        problems[key] = _load_questions(name, max_samples)
+    return problems
+
+
+def _load_questions(path: str, max_samples: int | None) -> Dataset:
+    dataset = load_split(path, None, "train")
+    question = "prompt" if "prompt" in dataset.column_names else "question"
+    for column in (question, "answer"):
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"{path!r} has no column {column!r}. It needs question and answer, and has "
+                f"{', '.join(dataset.column_names)}."
+            )
+    return read_problems(dataset.select(range(min(len(dataset), max_samples or len(dataset)))), question, "answer")
 
 
 def load_benchmark(name: str, data_dir: str | None = None, max_samples: int | None = None) -> Dataset:

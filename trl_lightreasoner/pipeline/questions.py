@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..evaluation.sets import HELD_OUT, load_benchmark, read_problems
+from ..evaluation.sets import HELD_OUT, load_problems, read_problems
 from ..steps.prompt_format import (
     SYSTEM_PROMPT,
     PromptFormat,
@@ -121,7 +121,7 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_v
             "The rows differ in 'chat_template_kwargs', but the benchmarks are asked without any. To choose some, "
             "leave out `benchmarks` and use `lightreasoner eval` with `--chat_template_kwargs`."
         )
-    problems |= {name: load_benchmark(name, args.data_dir) for name in args.benchmarks or []}
+    problems |= load_problems(args.benchmarks or [], args.data_dir)
     return Questions(prompts, problems, validation, prompt_format)
 
 

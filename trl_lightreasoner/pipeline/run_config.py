@@ -12,7 +12,7 @@ from ..config_checks import (
     check_template_kwargs,
     check_whole_numbers,
 )
-from ..evaluation.sets import BENCHMARKS
+from ..evaluation.sets import name_benchmarks
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from ..steps.prompt_format import STYLES, read_template
 
@@ -81,7 +81,7 @@ class RunConfig:
             sampled, and they are answered before and after training. `0` holds out none.
         benchmarks (`list[str]`, *optional*):
             Benchmarks to answer as well, as `lightreasoner eval` does, separated by spaces or commas: gsm8k, math500,
-            math, svamp, asdiv, minerva_math, olympiadbench, mmlu_stem.
+            math, svamp, asdiv, minerva_math, olympiadbench, mmlu_stem, or a file with the columns question and answer.
         data_dir (`str`, *optional*):
             Folder that holds the benchmarks' files. If `None`, they are loaded from the Hub.
 
@@ -265,7 +265,8 @@ class RunConfig:
         default=None,
         metadata={
             "help": "Benchmarks to answer as well, as `lightreasoner eval` does, separated by spaces or commas: "
-            "gsm8k, math500, math, svamp, asdiv, minerva_math, olympiadbench, mmlu_stem."
+            "gsm8k, math500, math, svamp, asdiv, minerva_math, olympiadbench, mmlu_stem, or a file with the columns "
+            "question and answer."
         },
     )
     data_dir: str | None = field(
@@ -429,13 +430,7 @@ class RunConfig:
                 f"`beta` must be 0 or at least {ContrastiveSamplingConfig.beta} nats, the sampling threshold, got "
                 f"{self.beta!r}. For a lower one, set it in `sample` and `train`."
             )
-        if isinstance(self.benchmarks, str):
-            self.benchmarks = [self.benchmarks]
-        names = [part for name in self.benchmarks or [] for part in name.replace(",", " ").split()]
-        self.benchmarks = list(dict.fromkeys(names)) or None
-        for name in names:
-            if name not in BENCHMARKS:
-                raise ValueError(f"There is no benchmark {name!r}. There are {', '.join(BENCHMARKS)}.")
+        self.benchmarks = name_benchmarks(self.benchmarks or []) or None
 
     @property
     def num_prompts_later(self) -> int:
