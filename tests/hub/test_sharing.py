@@ -347,6 +347,14 @@ def test_accuracies_replace_those_before():
     assert "Mine." in card.text and card.data.license == "mit"
 
 
+def test_accuracies_on_a_file_of_questions_are_in_the_table_alone():
+    card = ModelCard("---\nlicense: mit\n---\nMine.\n")
+    made = make_evaluation(0.5)
+    made["benchmarks"] = {"own": made["benchmarks"]["gsm8k"]}
+    add_evaluation(card, Evaluation(made))
+    assert "| Own " in card.text and "model-index" not in str(card)
+
+
 def test_a_saved_folder_has_the_card_without_a_path(expert_path, steps, tmp_path):
     args = LightReasonerConfig(str(tmp_path / "adapter"), use_cpu=True, report_to="none", max_steps=1)
     lora = LoraConfig(r=4, task_type="CAUSAL_LM")

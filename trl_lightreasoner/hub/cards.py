@@ -173,7 +173,7 @@ def add_evaluation(card: ModelCard, evaluation: "Evaluation") -> None:
     card.text = replace_part(card.text, "evaluation", text, before="\n## License")
     data: Any = card.data  # of a model
     data.model_name = data.model_name or "model"
-    data.eval_results = evaluation.eval_results()
+    data.eval_results = evaluation.eval_results() or None  # none of a file of questions
 
 
 def dataset_card(splits: dict[str, Dataset], repo_id: str, existing: DatasetCard | None = None) -> DatasetCard:
