@@ -3,7 +3,9 @@ import dataclasses
 import hashlib
 import logging
 import math
+import os
 import re
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -398,6 +400,24 @@ def test_out_of_memory_speaks_of_other_processes_if_there_are_any(count):
     with pytest.raises(ValueError) as caught:
         completions.run_in_batches([(0, 8)], 1, run, lambda *args: "", lambda row: 3, processes, "Sampling")
     assert ("If processes share this device, start fewer." in str(caught.value)) == (count > 1)
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_in_the_last_batch_stops_what_would_follow(number, raised):
+    written = []
+
+    def run(indices, room):
+        os.kill(os.getpid(), number)
+        return indices
+
+    def write(indices, result):
+        written.extend(result)
+        return ""
+
+    processes = SimpleNamespace(count=1, is_main=False)
+    with pytest.raises(raised):
+        completions.run_in_batches([(0, 8), (1, 8)], 2, run, write, lambda row: 3, processes, "Sampling")
+    assert written == [0, 1]
 
 
 def test_another_error_is_not_taken_for_one_of_memory(sample, prompts, monkeypatch):

@@ -274,17 +274,18 @@ def run_in_batches(
     to_go = len(order)
     with (
         _stop_between_batches() as received,
-        tqdm(total=len(order), desc=desc, unit="prompt", disable=not processes.is_main) as progress,
+        tqdm(total=len(order), desc=desc, unit="prompt", disable=not processes.is_main or not order) as progress,
     ):
         for indices, result in batches_that_fit(order, batch_size, run, lengths, remedy):
             progress.set_postfix_str(write(indices, result), refresh=False)
             progress.update(len(indices))
             to_go -= len(indices)
-            if received and to_go:
-                logger.warning(
-                    f"Interrupted with {to_go:,} prompts left. Rerun the same command to resume.",
-                    main_process_only=False,
-                )
+            if received:  # also in the last batch: what would follow is not wanted either
+                if to_go:
+                    logger.warning(
+                        f"Interrupted with {to_go:,} prompts left. Rerun the same command to resume.",
+                        main_process_only=False,
+                    )
                 raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
 
 
