@@ -156,6 +156,14 @@ def test_a_base_model_gets_plain_text(prepare):
         prepare(has_template=False, system_prompt="Think.")
 
 
+def test_a_column_of_messages_holds_the_questions_if_there_is_no_other(prepare):
+    messages = [[{"role": "user", "content": row["question"]}, {"role": "assistant", "content": "5"}] for row in ROWS]
+    prompts = prepare([{"messages": each} for each in messages]).prompts
+    assert texts(prompts) == [row["question"] for row in ROWS]
+    both = [{"messages": each, "question": "What?"} for each in messages]
+    assert texts(prepare(both).prompts) == ["What?"] * 10
+
+
 def test_messages_are_taken_as_they_are(prepare):
     messages = [
         [{"role": "system", "content": "Think."}, {"role": "user", "content": row["question"]}] for row in ROWS

@@ -77,7 +77,8 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_v
             f"adapter is better. The columns are {name_columns(dataset.column_names)}. Name that of the answers with "
             "`--answer_column`."
         )
-    column = args.prompt_column or ("prompt" if "prompt" in dataset.column_names else "question")
+    usual = [name for name in ("prompt", "question", "messages") if name in dataset.column_names]
+    column = args.prompt_column or next(iter(usual), "question")
     dataset = name_prompts(dataset, column)
     is_text = not has_messages(dataset)
     prompt_format = choose_format(args, tokenizer, is_text)

@@ -68,8 +68,8 @@ class RunConfig:
         dataset_split (`str`, *optional*, defaults to `"train"`):
             Split to use.
         prompt_column (`str`, *optional*):
-            Column that holds the questions, as text or as lists of messages. If `None`, it is `prompt` if there is
-            one, and otherwise `question`.
+            Column that holds the questions, as text or as lists of messages. If `None`, it is the first of `prompt`,
+            `question` and `messages` that there is.
         answer_column (`str`, *optional*):
             Column that holds the answers to the held-out questions: the answer alone, or a solution that has it after
             `####` or in `\boxed{}`. If `None`, it is `answer` if there is one. Without answers no question is held
@@ -238,8 +238,8 @@ class RunConfig:
     prompt_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column that holds the questions, as text or as lists of messages. If `None`, it is `prompt` if "
-            "there is one, and otherwise `question`."
+            "help": "Column that holds the questions, as text or as lists of messages. If `None`, it is the first of "
+            "`prompt`, `question` and `messages` that there is."
         },
     )
     answer_column: str | None = field(
