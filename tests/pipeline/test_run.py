@@ -21,7 +21,6 @@ from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR
 from trl_lightreasoner.demo.task import make_problems
 from trl_lightreasoner.evaluation.answering import Answering
 from trl_lightreasoner.evaluation.evaluation_config import EvaluationConfig
-from trl_lightreasoner.evaluation.sets import read_problems
 from trl_lightreasoner.evaluation.statistics import compare
 from trl_lightreasoner.generation import completions
 from trl_lightreasoner.models import loading
@@ -146,15 +145,20 @@ def test_the_numbers_of_the_verdict_are_those_of_the_answers(finished):
     assert set(verdict["seconds"]) == {*stages, "total"}
 
 
-def test_the_answers_are_those_of_the_models_on_the_disk(finished, questions, tmp_path, monkeypatch):
+def test_the_answers_are_those_of_the_models_on_the_disk(finished, questions, tmp_path):
     folder, _, _ = finished
-    rows = load_dataset("json", data_files=questions, split="train")
-    held_out = read_problems(rows.select(range(60 - NUM_HELD_OUT, 60)), "question", "answer")
-    monkeypatch.setattr("trl_lightreasoner.evaluation.evaluation.load_benchmark", lambda *_: held_out)
-    args = EvaluationConfig(str(tmp_path), benchmarks=["gsm8k"], dtype="float32", max_new_tokens=64, num_workers=1)
+    rows = Path(questions).read_text().splitlines(keepends=True)
+    (tmp_path / "last.jsonl").write_text("".join(rows[60 - NUM_HELD_OUT : 60]))
+    args = EvaluationConfig(
+        str(tmp_path),
+        benchmarks=[str(tmp_path / "last.jsonl")],
+        dtype="float32",
+        max_new_tokens=64,
+        num_workers=1,
+    )
     evaluate(str(folder / "adapter"), args, baseline=str(PAIR / "expert"))  # in the form of the training
     for role in ("model", "baseline"):
-        loaded = load_dataset("parquet", data_files=str(tmp_path / role / "gsm8k.parquet"), split="train").to_list()
+        loaded = load_dataset("parquet", data_files=str(tmp_path / role / "last.parquet"), split="train").to_list()
         assert read_answers(folder, role) == loaded
 
 
