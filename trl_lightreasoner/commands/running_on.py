@@ -76,7 +76,9 @@ def announce_stages(args: "RunConfig") -> None:
     system_prompt = SYSTEM_PROMPT if args.system_prompt is None else args.system_prompt
     chat = "questions in the expert's chat template"
     chat += f" with {json.dumps(args.chat_template_kwargs)}" if args.chat_template_kwargs else ""
-    chat += f" (text after the system prompt '{' '.join(system_prompt.split())}')" if system_prompt else ""
+    chat += (
+        f" (those that are text after the system prompt '{' '.join(system_prompt.split())}')" if system_prompt else ""
+    )
     styles = {"chat": chat, "raw": "questions as plain text"}
     either = f"{chat}, or as plain text if it has none"
     dtype = dtype_of(args.expert, choose_dtype(args), "expert")

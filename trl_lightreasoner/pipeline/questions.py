@@ -70,16 +70,16 @@ def prepare_questions(args: RunConfig, tokenizer: PreTrainedTokenizerBase, num_v
             "the column of answers with `--answer_column`."
         )
     answer_column = args.answer_column or "answer"
-    has_answers = answer_column in dataset.column_names
+    names = dataset.column_names
+    has_answers = answer_column in names
+    usual = [name for name in ("prompt", "question", "messages") if name in names]
+    dataset = name_prompts(dataset, args.prompt_column or next(iter(usual), "question"))
     if args.num_held_out and not has_answers and not args.benchmarks:
         logger.warning(
             f"There is no column {answer_column!r}, so no question is held out, and nothing will say whether the "
-            f"adapter is better. The columns are {name_columns(dataset.column_names)}. Name that of the answers with "
+            f"adapter is better. The columns are {name_columns(names)}. Name that of the answers with "
             "`--answer_column`."
         )
-    usual = [name for name in ("prompt", "question", "messages") if name in dataset.column_names]
-    column = args.prompt_column or next(iter(usual), "question")
-    dataset = name_prompts(dataset, column)
     is_text = not has_messages(dataset)
     prompt_format = choose_format(args, tokenizer, is_text)
     dataset = put_switches(dataset, prompt_format.chat_template_kwargs)
