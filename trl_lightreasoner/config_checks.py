@@ -8,6 +8,12 @@ from typing import Any
 from .text import read_text
 
 
+def check_args(args: Any, kind: type) -> None:
+    """Refuse `args` that are no settings of this kind."""
+    if not isinstance(args, kind):
+        raise TypeError(f"`args` must be a `{kind.__name__}`, got `{type(args).__name__}`.")
+
+
 def check_init_kwargs(config: Any, names: Iterable[str]) -> None:
     for name in names:  # given as JSON on the command line
         setattr(config, name, _as_dict(name, getattr(config, name), '{"revision": "main"}'))

@@ -27,8 +27,11 @@ from trl_lightreasoner import (
     ContrastiveStepSampler,
     LightReasonerConfig,
     LightReasonerTrainer,
+    evaluate,
     raise_beta,
+    run_pipeline,
     sampling_metadata,
+    tune,
 )
 from trl_lightreasoner.commands import cli
 from trl_lightreasoner.steps import writer as step_writer
@@ -916,6 +919,18 @@ def test_what_is_no_model(model, amateur_path, tmp_path, steps):
         ContrastiveStepSampler(model, amateur_path, make_args(tmp_path))
     with pytest.raises(TypeError, match=rf"^The model {sentence}$"):
         LightReasonerTrainer(model, LightReasonerConfig(str(tmp_path), use_cpu=True), train_dataset=steps)
+
+
+def test_settings_of_something_else(expert_path, amateur_path, tmp_path):
+    args = LightReasonerConfig(str(tmp_path), use_cpu=True)
+    for call, kind in [
+        (lambda: ContrastiveStepSampler(expert_path, amateur_path, args), "ContrastiveSamplingConfig"),
+        (lambda: evaluate(expert_path, args), "EvaluationConfig"),
+        (lambda: run_pipeline(args), "RunConfig"),
+        (lambda: tune(args), "TuneConfig"),
+    ]:
+        with pytest.raises(TypeError, match=rf"^`args` must be a `{kind}`, got `LightReasonerConfig`\.$"):
+            call()
 
 
 def test_a_model_that_returns_no_logits(expert_path, amateur_path, tmp_path, steps):

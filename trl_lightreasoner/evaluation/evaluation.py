@@ -28,6 +28,7 @@ from huggingface_hub import EvalResult
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
+from ..config_checks import check_args
 from ..generation.completions import GreedyDecoder, evaluating, run_in_batches, share_batches
 from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
@@ -199,6 +200,7 @@ def evaluate(
     print(evaluation.table())
     ```
     """
+    check_args(args, EvaluationConfig)
     start_grader()  # ready when the tokenizers are
     processes = Processes()  # which the warnings need
     args = _in_the_form_of_training(args, model)

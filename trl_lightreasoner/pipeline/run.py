@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config_checks import check_args
 from ..evaluation.evaluation import Evaluation
 from ..grading.verdicts import check_math_verify, start_grader
 from ..report.write_report import write_report
@@ -141,6 +142,7 @@ def run_pipeline(args: RunConfig) -> RunResult:
     print(run_pipeline(args).sentence)
     ```
     """
+    check_args(args, RunConfig)
     args = with_layers(args)
     stages, folder = Stages(), RunFolder(args)
     if args.num_held_out or args.benchmarks:

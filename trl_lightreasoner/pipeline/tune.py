@@ -11,6 +11,7 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..config_checks import check_args
 from ..evaluation.evaluation import Candidate, grade_candidates
 from ..evaluation.evaluation_config import EvaluationConfig
 from ..evaluation.sets import HELD_OUT
@@ -156,6 +157,7 @@ def tune(args: TuneConfig) -> TuneResult:
     print(tune(args).setting)
     ```
     """
+    check_args(args, TuneConfig)
     args = with_layers(args)
     stages = Stages()
     folder = TuneFolder(args)

@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config_checks import check_whole_number
+from ..config_checks import check_args, check_whole_number
 from ..generation.completions import GreedyDecoder, find_batch_size, run_in_batches, share_batches
 from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
@@ -120,6 +120,7 @@ class ContrastiveStepSampler:
     ):
         if args is None:
             args = ContrastiveSamplingConfig(f"{short_name(expert)}-LightReasoner-steps")
+        check_args(args, ContrastiveSamplingConfig)
         self.processes = Processes()
         named_amateur = expert if amateur is None else amateur
         expert_kwargs = amateur_kwargs = init_kwargs(args, expert, quantization_config, "sampler")
