@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # pairs that gained KL at 50 % was 0.018 or less, 8 to 17 % of the steps were kept, and at 20 to 43 % of these v_C
 # preferred another token.
 JUDGED_AT = 0.4
-# Merely unskilled amateurs: 0.3 to 0.6 at 50 %, 46 to 53 % kept. A plain prompt to a chat model: 41 to 45 % kept
+# Merely unskilled amateurs: 0.3 to 0.7 at 50 %, 45 to 53 % kept. A plain prompt to a chat model: 41 to 45 % kept
 MAX_KL_50, WIDE_KL_50 = 0.05, 0.2
 MAX_KEPT, WIDE_KEPT = 0.22, 0.3
 # More careful ones than the expert: 1.3 and more at 90 %, where pairs that gained had 0.2 to 0.9
@@ -96,8 +96,9 @@ def _judge_numbers(check: "PairCheck", plain: bool, labels_from: float) -> tuple
                 "that can do the task."
             ]
         return "unskilled", [
-            f"{kept_text} (KL at 50 %: {kl:.3g}). With amateurs that merely lack skill it was 46 to 53 % (0.3 to "
-            "0.6), and nothing was gained. Choose a better trained amateur that lacks the behaviour that you want."
+            f"{kept_text} (KL at 50 %: {kl:.3g}). With amateurs that merely lack skill it was 45 to 53 % (0.3 to "
+            "0.7). Tiny pairs gained nothing. A real expert lost 2 points with its chat template, and gained 6 with "
+            "a raw prompt. Choose a better trained amateur that lacks the behaviour that you want."
         ]
     if kept < MIN_KEPT:
         return "too close", [
