@@ -5,7 +5,8 @@ import importlib.util
 import pytest
 import torch
 from datasets import Dataset, Features, IterableDataset, Value
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, Qwen2Config, TrainingArguments
 
 from trl_lightreasoner import (
@@ -299,6 +300,75 @@ def test_the_best_model_by_accuracy_is_loaded_at_the_end(says, demo_steps, quest
     )
     for name, weight in best.state_dict().items():
         torch.testing.assert_close(trainer.model.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "best"),
+    [((0.2, 0.1, 0.3, 0.9, 0.4), 4), ((0.2, 0.9, 0.3, 0.3, 0.3), 2), ((0.2, 0.9, 0.3, 0.3, 0.1), 2)],
+)
+def test_the_best_model_is_the_best_of_the_saved_ones(accuracies, best, says, demo_steps, questions, tmp_path):
+    says(*accuracies)
+    schedule = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer = make_trainer(
+        demo_steps, questions, tmp_path, **schedule, load_best_model_at_end=True, metric_for_best_model="accuracy"
+    )
+    trainer.train()
+    state = trainer.state
+    assert (state.best_global_step, trainer.best_update, state.best_metric) == (best, best, accuracies[best])
+    saved = load_file(tmp_path / f"checkpoint-{best}" / "adapter_model.safetensors")
+    weights = get_peft_model_state_dict(trainer.model)
+    assert saved.keys() == weights.keys() and all(torch.equal(saved[name], weights[name]) for name in saved)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "is_told"), [((0.6, 0.5, 0.4), True), ((0.5, 0.5, 0.4), False), ((0.4, 0.5, 0.4), False)]
+)
+def test_it_is_told_if_the_expert_was_better_than_the_best_model(
+    accuracies, is_told, says, demo_steps, questions, tmp_path, caplog
+):
+    says(*accuracies)
+    schedule = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer = make_trainer(
+        demo_steps, questions, tmp_path, **schedule, load_best_model_at_end=True, metric_for_best_model="accuracy"
+    )
+    trainer.train()
+    said = "`eval_accuracy` was 0.6 before the first update, and is 0.5 in the best checkpoint, which is loaded."
+    assert (said in caplog.text) == is_told == ("Training made the model worse" in caplog.text)
+
+
+def test_the_best_value_of_another_metric_is_not_resumed_from(says, demo_steps, questions, tmp_path):
+    says(0.5)
+    schedule = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+    def make(metric: str, max_steps: int) -> LightReasonerTrainer:
+        settings = {**schedule, "load_best_model_at_end": True, "metric_for_best_model": metric}
+        return make_trainer(demo_steps, questions, tmp_path, eval_dataset=demo_steps, max_steps=max_steps, **settings)
+
+    make("accuracy", 1).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    said = "metric_for_best_model was 'accuracy' and is now 'kl_to_expert'"
+    with pytest.raises(ValueError, match=f"^Training cannot resume from '{checkpoint}': {said}"):
+        make("kl_to_expert", 2).train(resume_from_checkpoint=checkpoint)
+    make("accuracy", 2).train(resume_from_checkpoint=checkpoint)
+
+
+def test_beside_a_set_of_rows_early_stopping_counts_an_evaluation_once(says, demo_steps, questions, tmp_path):
+    says(0.5)
+    trainer = make_trainer(
+        demo_steps,
+        questions,
+        tmp_path,
+        eval_dataset={"rows": demo_steps},
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=8,
+        metric_for_best_model="rows_loss",
+        greater_is_better=True,  # the loss falls, so that the first is the best
+    )
+    trainer.train()
+    losses = [log["eval_rows_loss"] for log in trainer.state.log_history if "eval_rows_loss" in log]
+    assert losses == sorted(losses, reverse=True) and trainer.state.global_step == 3
 
 
 @pytest.mark.parametrize("with_rows", [False, True])

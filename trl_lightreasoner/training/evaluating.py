@@ -140,9 +140,9 @@ class EvaluatingTrainer(_BaseTrainer):
         if isinstance(self.eval_dataset, dict):  # each is logged separately, and there may be none
             metrics = super().evaluate(None, ignore_keys, metric_key_prefix)
             self.log(scores)
-            metrics |= scores
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-            return metrics
+            # The sets have had their calls, and a callback may count them
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
+            return metrics | scores
         self._scores = scores
         try:
             return super().evaluate(None, ignore_keys, metric_key_prefix)

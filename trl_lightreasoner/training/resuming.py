@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, logging
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import SaveStrategy, has_length
 
 from ..models.base_model import describe_base, is_another_base
 from ..models.weights import describe_model
@@ -47,8 +47,9 @@ _TAKEN = (
     "neftune_noise_alpha",
     "sft_weight",
 )
-# Settings that change the structure of the optimizer's state
-_FIXED = ("optim", "optim_args")
+# Settings that change the structure of the optimizer's state, or the meaning of the best metric so far
+_BEST = ("metric_for_best_model", "greater_is_better")
+_FIXED = ("optim", "optim_args", *_BEST)
 # Fields of an adapter that do not change what it computes in training
 _FREE = ("inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type")
 _ROWS = "rows"
@@ -182,8 +183,15 @@ class ResumableTrainer(Trainer):
         with _reading(checkpoint):
             super()._load_rng_state(checkpoint)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # A model that is not saved cannot be loaded again. With `SaveStrategy.BEST` the result decides whether it is
+        is_saved = self.control.should_save or self.args.save_strategy == SaveStrategy.BEST
+        if self.args.load_best_model_at_end and not is_saved:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
     def _load_best_model(self) -> None:
-        best, model = self.state.best_model_checkpoint, self.model
+        best, model = str(self.state.best_model_checkpoint), self.model
         name = model.active_adapters[0] if isinstance(model, PeftModel) else "default"
         # PEFT saves an adapter with another name here, where `Trainer` does not look
         folder = os.path.join(best, name)
@@ -191,7 +199,20 @@ class ResumableTrainer(Trainer):
             model.load_adapter(folder, name, is_trainable=True)
         else:
             super()._load_best_model()
-        self.best_update = self.state.best_global_step
+        self.best_update = int(best.rpartition("-")[2])
+        self._compare_with_start()
+
+    def _compare_with_start(self) -> None:
+        """Warn if the best checkpoint is worse than the model that training started from, which is none."""
+        metric = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+        first = next((log[metric] for log in self.state.log_history if metric in log and log["step"] == 0), None)
+        best = self.state.best_metric
+        if None not in (first, best) and (first > best if self.args.greater_is_better else first < best):
+            logger.warning(
+                f"Training made the model worse: `{metric}` was {first:.4g} before the first update, and is "
+                f"{best:.4g} in the best checkpoint, which is loaded. Use the model that training started from, or "
+                "lower `learning_rate`."
+            )
 
 
 @contextmanager
@@ -227,6 +248,7 @@ def describe_training(
     """
     settings = args.to_dict()
     described = {name: settings[name] for name in (*_KEPT, *_TAKEN, *_FIXED) if name in settings}
+    described = {name: value for name, value in described.items() if name not in _BEST or value is not None}
     described["mixed_precision"] = args.mixed_precision
     described |= describe_model(model)
     del described["adapter"], described["num_parameters"]
