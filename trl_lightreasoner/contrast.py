@@ -63,10 +63,10 @@ class ContrastiveLoss(NamedTuple):
 
 
 class NonFiniteLogitsError(ValueError):
-    """Logits of `model` ("expert" or "amateur") at `row` are NaN or infinite, so no probability can be trusted."""
+    """Logits of `model` (such as "expert") at `row` are NaN or infinite, so no probability can be trusted."""
 
     def __init__(self, model: str, row: int, place: str | None = None):
-        self.model, self.row = model, row
+        self.model, self.row, self.place = model, row, place
         super().__init__(
             f"The {model}'s logits at {place or f'row {row}'} are not finite. Load the {model} in bfloat16 or "
             "float32, and check its weights for NaN."

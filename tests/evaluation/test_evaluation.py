@@ -121,6 +121,17 @@ def test_answers_are_those_of_greedy_decoding(config, expert_path, expert):
     assert scores["model"]["mean_tokens"] == sum(row["num_tokens"] for row in rows) / NUM_PROBLEMS
 
 
+@pytest.mark.parametrize("role", ["model", "baseline"])
+def test_a_model_whose_numbers_overflow_has_no_accuracy(role, config, expert, tokenizer):
+    broken = make_model(tokenizer).half()
+    with torch.no_grad():
+        broken.model.layers[0].mlp.down_proj.weight *= 60000  # beyond what float16 can hold
+    kwargs = {"processing_class": tokenizer, "baseline_processing_class": tokenizer}
+    models = {"model": expert, "baseline": make_model(tokenizer, seed=1), role: broken}
+    with pytest.raises(ValueError, match=f"^The {role}'s logits at .* are not finite. Load the {role} in bfloat16"):
+        evaluate(models["model"], config(prompt_style="raw"), models["baseline"], **kwargs)
+
+
 def test_an_answer_that_is_right_counts(config, says, expert):
     says(lambda prompt: f"So it is \\boxed{{{solve(prompt)}}}.")
     made = evaluate(expert, config(max_new_tokens=40))

@@ -6,7 +6,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
-from trl_lightreasoner.generation.greedy import find_eos_ids, generate_greedy
+from trl_lightreasoner.contrast import NonFiniteLogitsError
+from trl_lightreasoner.generation.cuda_graphs import complete_in_slots, generate_greedy_by_graph
+from trl_lightreasoner.generation.greedy import find_eos_ids, generate_by_passes, generate_greedy, is_broken
 from trl_lightreasoner.models.loading import load_model
 from trl_lightreasoner.vocabulary import Vocabulary, model_vocabulary
 
@@ -62,6 +64,48 @@ def test_generation_does_not_depend_on_the_batch(expert, vocabulary, naive):
 def test_max_new_tokens_is_the_longest_completion(expert, vocabulary, naive, max_new_tokens):
     completions = generate_greedy(expert, make_prompts(), vocabulary, [], max_new_tokens)
     assert completions == [ids[:max_new_tokens] for ids in naive]
+
+
+def complete_in_two_slots(model, prompt_ids, vocabulary, eos_ids, max_new_tokens):
+    completions = [[] for _ in prompt_ids]
+    complete_in_slots(model, prompt_ids, [max_new_tokens] * len(prompt_ids), vocabulary, eos_ids, 2, completions)
+    return completions
+
+
+@pytest.mark.parametrize(
+    "complete",
+    [generate_greedy, generate_by_passes, lambda *args: generate_greedy_by_graph(*args).completions]
+    + [complete_in_two_slots],
+    ids=["generate", "passes", "graph", "slots"],
+)
+def test_no_token_is_chosen_from_logits_that_are_not_finite(expert, vocabulary, naive, complete):
+    # Behind this token, which some answers come to, the logits are NaN
+    token, prompts = naive[0][3], make_prompts()
+    first = min(ids.index(token) for ids in naive if token in ids)
+    assert first == 3 and not any(token in ids for ids in prompts)
+    with torch.no_grad():
+        expert.get_input_embeddings().weight[token] = math.nan
+    assert complete(expert, prompts, vocabulary, [], first + 1) == [ids[: first + 1] for ids in naive]
+    ended = [ids[: ids.index(token) + 1] if token in ids else ids for ids in naive]
+    assert complete(expert, prompts, vocabulary, [token], 10) == ended  # nothing is read behind the end
+    with pytest.raises(NonFiniteLogitsError, match="The model's logits at .* of an answer are not finite. Load the"):
+        complete(expert, prompts, vocabulary, [], first + 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("logits", "expected"),
+    [
+        ([1.0, 2.0], False),
+        ([-math.inf, 2.0], False),  # a token that is never chosen
+        ([math.nan, 2.0], True),
+        ([math.inf, 2.0], True),
+        ([-math.inf, -math.inf], True),
+    ],
+)
+def test_logits_are_broken_if_none_is_the_highest(logits, expected, dtype):
+    both = torch.tensor([logits, [0.0, 1.0]], dtype=dtype)
+    assert is_broken(both).tolist() == [expected, False]
 
 
 HOSTILE = {

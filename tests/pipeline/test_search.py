@@ -16,6 +16,7 @@ optuna = pytest.importorskip("optuna")
 from transformers import TrainerControl
 
 from trl_lightreasoner import TuneConfig
+from trl_lightreasoner.contrast import NonFiniteLogitsError
 from trl_lightreasoner.pipeline.folder import TuneFolder
 from trl_lightreasoner.pipeline.search import AccuracyReporter, UnfitSetting, search
 from trl_lightreasoner.pipeline.search_space import read_space
@@ -167,6 +168,7 @@ def test_trials_that_are_worse_than_the_others_are_broken_off_and_reported(run):
     [
         (torch.OutOfMemoryError("no room"), "out of memory"),
         (FloatingPointError("NaN"), "gradients were not finite"),
+        (NonFiniteLogitsError("model", 0), "logits were not finite"),
         (UnfitSetting("no step reaches its beta"), "no step reaches its beta"),
     ],
 )

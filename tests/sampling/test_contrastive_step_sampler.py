@@ -429,10 +429,10 @@ def test_another_error_is_not_taken_for_one_of_memory(sample, prompts, monkeypat
         sample(prompts)
 
 
-def test_logits_that_are_not_finite_name_the_row(sample, prompts, expert):
+def test_logits_of_an_answer_that_are_not_finite_are_refused(sample, prompts, expert):
     with torch.no_grad():
         expert.lm_head.weight[7] = math.nan
-    with pytest.raises(ValueError, match=r"The expert's logits at step 0 of row \d are not finite"):
+    with pytest.raises(ValueError, match="The expert's logits at the first tokens of an answer are not finite"):
         sample(prompts, expert=expert)
 
 

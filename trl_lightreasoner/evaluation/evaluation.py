@@ -29,6 +29,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 
 from .. import __version__
 from ..config_checks import check_args
+from ..contrast import NonFiniteLogitsError
 from ..generation.completions import GreedyDecoder, evaluating, run_in_batches, share_batches
 from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
@@ -363,7 +364,10 @@ class Candidate:
 
         def run(indices: list[int], _: int) -> tuple[list[list[int]], list[bool]]:
             prompt_ids = [all_prompt_ids[index] for index in indices]
-            return self.answering.complete(prompt_ids, [rooms[index] for index in indices])
+            try:
+                return self.answering.complete(prompt_ids, [rooms[index] for index in indices])
+            except NonFiniteLogitsError as error:
+                raise NonFiniteLogitsError(self.role, error.row, error.place) from None
 
         def write(indices: list[int], result: tuple[list[list[int]], list[bool]]) -> str:
             completion_ids, ended = result

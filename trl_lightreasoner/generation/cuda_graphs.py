@@ -18,6 +18,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ..contrast import NonFiniteLogitsError
 from ..models.forward import (
     attention_backends,
     has_full_attention,
@@ -28,6 +29,7 @@ from ..models.forward import (
 )
 from ..models.weights import get_base_model
 from ..vocabulary import Vocabulary
+from .greedy import is_broken
 from .row_attention import row_attention, row_bounds, why_no_row_attention
 from .row_cache import RowLayer
 
@@ -191,6 +193,7 @@ class _Decoder:
         self.tokens = torch.full(shape, _NO_TOKEN, dtype=torch.long, device=self.device)
         self.hidden_states: torch.Tensor | None = None
         self.keeps_hidden_states = False
+        self.broken = torch.zeros(len(prompt_ids), dtype=torch.bool, device=self.device)  # chosen from NaN or infinity
         self.rooms = torch.tensor(rooms, device=self.device)
         self.looked_at = [0] * len(prompt_ids)  # tokens
         self.answered: dict[int, int] = {}  # rows, and how many of their tokens count
@@ -241,15 +244,18 @@ class _Decoder:
         for layer, (keys, values) in zip(cache.layers, self.buffers, strict=True):
             keys[slots, :length] = layer.keys.transpose(1, 2)
             values[slots, :length] = layer.values.transpose(1, 2)
-        first = self._most_probable(logits[:, 0])
+        first, self.broken[rows] = self._most_probable(logits[:, 0])
         if self.hidden_states is not None:
             self.hidden_states[rows, 0] = self.head_input[:, 0]
         self.tokens[rows, 0] = first
         self.rows[slots], self.positions[slots], self.last[slots], self.taken[slots] = rows, lengths, first, 1
         self.ended[slots] = torch.isin(first, self.eos_ids) | (self.rooms[rows] == 1)
 
-    def _most_probable(self, logits: torch.Tensor) -> torch.Tensor:
-        return self.vocabulary.ids_of(self.vocabulary.select(logits).argmax(-1))
+    def _most_probable(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The most probable tokens, and whether there is none because a logit is NaN or infinite."""
+        logits = self.vocabulary.select(logits)
+        columns = logits.argmax(-1, keepdim=True)
+        return self.vocabulary.ids_of(columns[:, 0]), is_broken(logits.gather(-1, columns))
 
     def _logits(self) -> torch.Tensor:
         """Logits after the last token of every slot. Its keys and values are stored."""
@@ -276,7 +282,9 @@ class _Decoder:
         return torch.arange(self.num_columns, device=self.device) > self.positions[:, None]
 
     def _step(self) -> None:
-        self.last.copy_(self._most_probable(self._logits()))
+        tokens, broken = self._most_probable(self._logits())
+        self.last.copy_(tokens)
+        self.broken[self.rows] |= broken & ~self.ended
         if self.hidden_states is not None:
             self.hidden_states[self.rows, self.taken] = self.head_input[:, -1]
         self.tokens[self.rows, self.taken] = self.last.masked_fill(self.ended, _NO_TOKEN)
@@ -293,7 +301,11 @@ class _Decoder:
         self.fill(held, held)
         step: Callable[[], None] | None = None
         while True:
-            taken, ended = torch.stack([self.taken, self.ended]).tolist()  # waits for the GPU
+            states = [self.taken, self.ended, self.broken[self.rows]]
+            taken, ended, broken = torch.stack(states).tolist()  # waits for the GPU
+            if any(broken):
+                slot = broken.index(1)
+                raise NonFiniteLogitsError("model", held[slot], f"one of the first {taken[slot]} tokens of an answer")
             unread = self._unread(held, taken) if is_answered is not None else []
             free = [slot for slot, has_ended in enumerate(ended) if has_ended]
             if waiting and len(free) >= min(len(waiting), max(1, len(held) // _PARTS)):

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from ..contrast import NonFiniteLogitsError
 from ..models.forward import logits_of_row, room_to_look, same_logits, without_routers
 from ..models.loading import load_eos_ids
 from ..models.weights import get_base_model
@@ -38,13 +39,26 @@ _LOOKED_AT = 32
 
 
 class OnlyTokens(LogitsProcessor):
-    """Keeps the logits of real tokens, and excludes the columns that belong to no token."""
+    """
+    Keeps the logits of real tokens, and excludes the columns that belong to no token. It notes the length of each
+    row's first context without a most probable token.
+    """
+
+    broken_at: torch.Tensor | None = None  # on the device, so that no token waits for it
 
     def __init__(self, vocabulary: Vocabulary, width: int):
         self.padding = ~vocabulary.contains(torch.arange(width))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores.masked_fill(self.padding.to(scores.device), float("-inf"))
+        scores = scores.masked_fill(self.padding.to(scores.device), float("-inf"))
+        broken_at = torch.where(is_broken(scores), input_ids.shape[1], torch.iinfo(torch.long).max)
+        self.broken_at = broken_at if self.broken_at is None else torch.minimum(self.broken_at, broken_at)
+        return scores
+
+
+def is_broken(logits: torch.Tensor) -> torch.Tensor:
+    """Whether no token is the most probable one of logits `(..., V)`, because one is NaN or infinite, `(...)`."""
+    return ~logits.amax(-1).isfinite()
 
 
 def find_eos_ids(
@@ -93,10 +107,17 @@ def generate_greedy(
 
     Returns:
         `list[list[int]]`: Continuations in the order of the prompts.
+
+    Raises:
+        [`NonFiniteLogitsError`]: If a token would be chosen from logits that are NaN or infinite.
     """
-    output = _generate(model, prompt_ids, vocabulary, eos_ids, max_new_tokens)
+    output, broken_at = _generate(model, prompt_ids, vocabulary, eos_ids, max_new_tokens)
     length = max(map(len, prompt_ids))
-    return [cut_after_eos(ids, set(eos_ids)) for ids in output.sequences[:, length:].tolist()]
+    completions = [cut_after_eos(ids, set(eos_ids)) for ids in output.sequences[:, length:].tolist()]
+    for row, at in enumerate(broken_at.tolist()):
+        if at - length < len(completions[row]):
+            raise NonFiniteLogitsError("model", row, f"token {at - length} of an answer")
+    return completions
 
 
 @torch.no_grad()
@@ -108,11 +129,13 @@ def generate_by_passes(
     max_new_tokens: int,
 ) -> list[list[int]]:
     """Like [`generate_greedy`], but with a full pass for every token, for a model whose cache cannot be trusted."""
-    completions = []
+    completions: list[list[int]] = []
     for prompt in prompt_ids:
         ids = list(prompt)
         while len(ids) < len(prompt) + max_new_tokens and (len(ids) == len(prompt) or ids[-1] not in eos_ids):
             logits = vocabulary.select(logits_of_row(model, ids, 1))
+            if is_broken(logits):
+                raise NonFiniteLogitsError("model", len(completions), f"token {len(ids) - len(prompt)} of an answer")
             ids.append(int(vocabulary.ids_of(logits.argmax(-1).cpu())))
         completions.append(ids[len(prompt) :])
     return completions
@@ -122,7 +145,8 @@ def rows_alike(model: torch.nn.Module, ids: list[int], vocabulary: Vocabulary) -
     """
     Which prompts `generate` can complete together with the same results as full passes over each context. It is tested
     on some tokens of `ids`. `"any"`: all prompts. `"length"`: prompts of equal length, if padding changes the model's
-    positions or recurrent states. `"row"`: each prompt alone. `None`: not even that.
+    positions or recurrent states. `"row"`: each prompt alone. `None`: not even that. Logits that are NaN or infinite
+    are refused.
     """
     first, turned = ids[: max(1, len(ids) // 4)], [*ids[1:], ids[0]]
     ways: list[tuple[Alike, list[list[int]]]] = [("any", [first, ids]), ("length", [ids, turned]), ("row", [ids])]
@@ -142,7 +166,7 @@ def length_that_shows(model: torch.nn.Module, longest: int) -> int:
 @torch.no_grad()
 def _generates_rightly(model: torch.nn.Module, rows: list[list[int]], vocabulary: Vocabulary) -> bool:
     try:
-        output = _generate(model, rows, vocabulary, [], _PROBED_TOKENS, output_logits=True)
+        output, _ = _generate(model, rows, vocabulary, [], _PROBED_TOKENS, output_logits=True)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         if should_reduce_batch_size(error):
             raise
@@ -150,6 +174,8 @@ def _generates_rightly(model: torch.nn.Module, rows: list[list[int]], vocabulary
     for i, ids in enumerate(rows):
         made = output.sequences[i, -_PROBED_TOKENS:].tolist()
         expected = vocabulary.select(logits_of_row(model, ids + made[:-1], _PROBED_TOKENS))
+        if is_broken(expected).any():
+            raise NonFiniteLogitsError("model", i, "the first tokens of an answer")
         logits = vocabulary.select(torch.stack([step[i] for step in output.logits]))
         if not same_logits(model, logits, expected):
             return False
@@ -163,7 +189,8 @@ def _generate(
     eos_ids: list[int],
     max_new_tokens: int,
     **kwargs: Any,
-) -> Any:
+) -> tuple[Any, torch.Tensor]:
+    """What `generate` returns, and for each row the length of its first context whose logits are broken."""
     base = get_base_model(model)
     device = base.get_input_embeddings().weight.device
     length = max(map(len, prompt_ids))
@@ -178,14 +205,17 @@ def _generate(
         return_dict_in_generate=True,
         **kwargs,
     )
+    only_tokens = OnlyTokens(vocabulary, base.config.get_text_config().vocab_size)
     with without_generation_config(base):
-        return base.generate(
+        output = base.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=config,
             **without_routers(base),
-            logits_processor=LogitsProcessorList([OnlyTokens(vocabulary, base.config.get_text_config().vocab_size)]),
+            logits_processor=LogitsProcessorList([only_tokens]),
         )
+    assert only_tokens.broken_at is not None  # at least one token is generated
+    return output, only_tokens.broken_at
 
 
 def cut_after_eos(ids: list[int], eos_ids: set[int]) -> list[int]:

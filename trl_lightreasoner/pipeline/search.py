@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..contrast import NonFiniteLogitsError
 from ..report.trials import SearchResult, Trial, write_setting
 from ..steps.whole_files import whole_file
 from .folder import TuneFolder
@@ -137,10 +138,14 @@ def search(
             reporter = AccuracyReporter(trial, setting["max_steps"])
             try:
                 train(setting, folder.trial(trial.number), reporter, is_default)
-            except (torch.OutOfMemoryError, FloatingPointError, UnfitSetting) as error:  # concerns only this setting
-                if is_default:
+            except (torch.OutOfMemoryError, FloatingPointError, NonFiniteLogitsError, UnfitSetting) as error:
+                if is_default:  # otherwise it concerns only this setting
                     raise
-                notes = {torch.OutOfMemoryError: "out of memory", FloatingPointError: "gradients were not finite"}
+                notes = {
+                    torch.OutOfMemoryError: "out of memory",
+                    FloatingPointError: "gradients were not finite",
+                    NonFiniteLogitsError: "logits were not finite",
+                }
                 trial.set_user_attr(_NOTE, notes.get(type(error), str(error)))
                 raise optuna.TrialPruned() from error
             assert reporter.accuracy is not None  # the last update is one of the parts

@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config_checks import check_args, check_whole_number
+from ..contrast import NonFiniteLogitsError
 from ..generation.completions import GreedyDecoder, find_batch_size, run_in_batches, share_batches
 from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
@@ -445,7 +446,10 @@ class ContrastiveStepSampler:
         if room is None or self._decode is None:
             completions = rows["completion_ids"]
         else:
-            completions, hidden_states = self._decode(rows["prompt_ids"], room)
+            try:
+                completions, hidden_states = self._decode(rows["prompt_ids"], room)
+            except NonFiniteLogitsError as error:
+                raise NonFiniteLogitsError("expert", error.row, error.place) from None
         trajectories = [Trajectory(*ids) for ids in zip(rows["prompt_ids"], completions, strict=True)]
         settings: dict[str, Any] = {
             **{name: getattr(self.args, name) for name in _LABEL_SETTINGS},
