@@ -518,6 +518,33 @@ def test_training_that_was_stopped_stops_again(expert, steps, tmp_path):
             trainer.train()
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+def test_updates_that_the_gradient_scaler_of_fp16_leaves_out_are_counted(optim, expert, steps, tmp_path, caplog):
+    recorder = Recorder(expert)
+    trainer = Poisoned(expert, config(tmp_path, max_steps=7, optim=optim), train_dataset=steps, callbacks=[recorder])
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**3)  # accelerate makes it for GPUs alone
+    trainer.updates = (0, 1, 2, 3, 5)  # at scales of 8, 4, 2, 1, 1/2
+    with caplog.at_level(logging.WARNING, logger="trl_lightreasoner.training.nonfinite_updates"):
+        trainer.train()
+    assert recorder.moved() == [False, False, False, False, True, False, True]
+    logged = [log["num_nonfinite_updates"] for log in trainer.state.log_history if "loss" in log]
+    assert logged == [1, 2, 3, 4, 4, 5, 5]
+    said = [message[:25] for message in caplog.messages if message.startswith("The gradient of update")]
+    assert said == ["The gradient of update 4 ", "The gradient of update 6 "]  # before, the scale was too high
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+def test_fp16_stops_if_the_gradient_is_not_finite_at_any_scale(optim, expert, steps, tmp_path):
+    before = {name: weight.clone() for name, weight in weights_of(expert).items()}
+    trainer = Poisoned(expert, config(tmp_path, max_steps=9, optim=optim), train_dataset=steps)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**3)
+    trainer.updates = range(9)
+    with pytest.raises(FloatingPointError, match="3 times in a row, so training stopped at update 6"):
+        trainer.train()
+    assert trainer.skip_nonfinite_updates.count == 6
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(expert).items())
+
+
 def test_updates_that_are_not_finite_may_come_again_after_a_good_one(expert, steps, tmp_path):
     trainer = Poisoned(expert, config(tmp_path, max_steps=8), train_dataset=steps)
     trainer.updates = (0, 1, 3, 4, 6, 7)

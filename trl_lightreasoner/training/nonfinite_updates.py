@@ -1,7 +1,8 @@
 """`SkipNonFiniteUpdates`: updates with NaN or Inf gradients are skipped.
 
 PyTorch's fused optimizers skip such an update themselves, on the GPU. The processor then learns of it one update
-later, because asking at once would stall the GPU in every update.
+later, because asking at once would stall the GPU in every update. With fp16 the gradient scaler skips it, and lowers
+its scale, which begins too high.
 """
 
 from typing import Any
@@ -21,7 +22,8 @@ class SkipNonFiniteUpdates(TrainerCallback):
     Args:
         trainer ([`~transformers.Trainer`]): Provides the processes and the gradient scaler.
         patience (`int`, *optional*, defaults to `3`): Number of consecutive skipped updates after which training
-            stops.
+            stops. With fp16, those count for which the scale of the gradients is not to blame, because it is 1 or
+            less.
 
     Raises:
         `FloatingPointError`: At the `patience`-th consecutive skipped update, with the likely causes. The weights are
@@ -34,6 +36,7 @@ class SkipNonFiniteUpdates(TrainerCallback):
         self._count = self._in_a_row = 0
         # Pending facts about the last update: its number, whether it is skipped, and when that is known
         self._unread: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None
+        self._scale = 0.0  # of the last gradients
 
     @property
     def count(self) -> int:
@@ -45,7 +48,8 @@ class SkipNonFiniteUpdates(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer=None, **kwargs
     ):
         accelerator = self.trainer.accelerator
-        if accelerator.scaler is not None:  # fp16: the scaler skips such updates itself and lowers its scale
+        if accelerator.scaler is not None:
+            self._scale = accelerator.scaler.get_scale()
             return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -70,6 +74,14 @@ class SkipNonFiniteUpdates(TrainerCallback):
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         optimizer: Any = self.trainer.optimizer
         vars(getattr(optimizer, "optimizer", optimizer)).pop("found_inf", None)
+        scaler = self.trainer.accelerator.scaler
+        if scaler is None:
+            return
+        is_skipped = scaler.get_scale() < self._scale  # a fused optimizer would not tell
+        if is_skipped and self._scale > 1:
+            self._count += 1
+        else:
+            self._note(state.global_step + 1, is_skipped)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._read()
@@ -80,7 +92,10 @@ class SkipNonFiniteUpdates(TrainerCallback):
         (update, broken, event), self._unread = self._unread, None
         if event is not None:
             event.synchronize()
-        if not broken:
+        self._note(update, bool(broken))
+
+    def _note(self, update: int, is_skipped: bool) -> None:
+        if not is_skipped:
             self._in_a_row = 0
             return
         self._count += 1
