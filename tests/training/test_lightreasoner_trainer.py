@@ -324,6 +324,35 @@ def test_training_on_an_iterable_dataset(named_columns, expert, tokenizer, steps
     assert changed(before, expert) == set(before)
 
 
+@pytest.mark.parametrize("accumulation", [2, 4, 5])
+def test_an_update_that_the_end_of_a_stream_does_not_fill_goes_on_at_its_beginning(
+    accumulation, expert, expert_path, steps, tmp_path
+):
+    rows = steps.select(range(5))
+    shared = {"max_steps": 4, "optim": "sgd", "lr_scheduler_type": "constant"}
+    args = config(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=accumulation, **shared)
+    trainer = LightReasonerTrainer(expert, args, train_dataset=rows.to_iterable_dataset())
+    trainer.train()
+    # The same rows in the same order from a Dataset, an update a batch
+    read = Dataset.from_list((rows.to_list() * 4)[: 4 * accumulation])
+    whole = {"per_device_train_batch_size": accumulation, "train_sampling_strategy": "sequential"}
+    args = config(tmp_path, **whole, **shared)
+    other = LightReasonerTrainer(Qwen2ForCausalLM.from_pretrained(expert_path), args, train_dataset=read)
+    other.train()
+    for name in ("loss", "num_kept_steps"):
+        logged = [[log[name] for log in each.state.log_history if name in log] for each in (trainer, other)]
+        assert logged[0] == pytest.approx(logged[1], rel=1e-5) and len(logged[0]) == 4
+    for weight, expected in zip(trainer.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_stream_shorter_than_an_update_is_refused(expert, steps, tmp_path):
+    args = config(tmp_path, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    trainer = LightReasonerTrainer(expert, args, train_dataset=steps.to_iterable_dataset())
+    with pytest.raises(ValueError, match="^All streamed rows fill 3 of the 4 batches of an update. Lower"):
+        trainer.train()
+
+
 def test_streams_that_processes_would_not_share_evenly_are_refused(expert, steps, tmp_path, monkeypatch):
     monkeypatch.setattr(LightReasonerConfig, "world_size", 2)
     monkeypatch.setattr(LightReasonerConfig, "main_process_first", nullcontext)

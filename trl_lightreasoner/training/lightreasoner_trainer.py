@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -163,6 +164,8 @@ class LightReasonerTrainer(EvaluatingTrainer):
     # `compute_loss` divides by the kept steps of the whole update, so `Trainer` need not scale the loss
     loss_is_scaled_for_ga = True
     _signature_columns: list[str] | None
+    # Batches at the end of a stream, for the first update of its next pass
+    _left_over: list[dict[str, torch.Tensor]]
 
     def __init__(
         self,
@@ -387,7 +390,16 @@ class LightReasonerTrainer(EvaluatingTrainer):
         return total
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        batch_samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = chain(self._left_over, epoch_iterator)
+        batch_samples, num_items = super().get_batch_samples(batches, num_batches, device)
+        self._left_over = batch_samples if len(batch_samples) < num_batches else []
+        if self._left_over:  # at the end of a stream. `Trainer` would add the gradients to those of the next update
+            if self.state.global_step == 0:
+                raise ValueError(
+                    f"All streamed rows fill {len(batch_samples)} of the {num_batches} batches of an update. Lower "
+                    "`gradient_accumulation_steps`, or load them without streaming."
+                )
+            return [], num_items
         for name in self._needed:
             if not all(name in batch for batch in batch_samples):
                 raise ValueError(
@@ -468,6 +480,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         # LoRA layers would cast their inputs to float32, and autocast would cast them back
         autocasts = self.accelerator.native_amp and isinstance(self.model, PeftModel)
+        self._left_over = []
         with disable_input_dtype_casting(self.model, active=autocasts and is_plain_lora(self.model)):
             try:
                 return super().train(resume_from_checkpoint, *args, **kwargs)
