@@ -251,6 +251,15 @@ def test_numbers_of_single_precision_are_the_references_that_were_written(tokeni
     assert as_questions(questions, str)["answer"][:] == [0.1]
 
 
+@pytest.mark.parametrize("number", [0, 2])
+def test_questions_that_are_trained_on_are_told(number, demo_steps, questions, tmp_path, caplog):
+    rows = make_trainer(demo_steps, None, tmp_path).train_dataset
+    trained = [{"prompt": row["prompt"], "answer": "1"} for row in rows.select(range(number))]
+    make_trainer(demo_steps, Dataset.from_list([*questions.to_list(), *trained]), tmp_path)
+    said = f"{number} of {NUM_QUESTIONS + number} prompts of `eval_questions` are also trained on"
+    assert (said in caplog.text) == (number > 0) == ("also trained on" in caplog.text)
+
+
 def test_batches_are_halved_when_memory_runs_out(demo_steps, questions, tmp_path, monkeypatch, caplog):
     trainer = make_trainer(demo_steps, questions, tmp_path)
     expected = trainer.evaluate()["eval_accuracy"]

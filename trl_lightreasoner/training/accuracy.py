@@ -124,6 +124,15 @@ class EvalQuestions:
             )
         self._answering: Answering | None = None
 
+    def warn_of_trained(self, rows: Dataset) -> None:
+        """Warn if some of the questions are prompts of the rows to train on."""
+        trained = {tuple(ids) for ids in rows.with_format(None)["prompt_ids"]}
+        if count := sum(tuple(ids) in trained for ids in self.prompt_ids):
+            logger.warning(
+                f"{count:,} of {len(self.prompt_ids):,} prompts of `eval_questions` are also trained on, so the "
+                "accuracy can be higher than on new questions. Hold them out of the sampling, or ask others."
+            )
+
     @torch.no_grad()
     def measure(self, model: torch.nn.Module, vocabulary: Vocabulary, accelerator: Accelerator) -> dict[str, float]:
         """

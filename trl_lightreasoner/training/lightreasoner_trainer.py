@@ -278,6 +278,8 @@ class LightReasonerTrainer(EvaluatingTrainer):
             self._questions = EvalQuestions(
                 eval_questions, processing_class, config, longest, date, self.prompt_format
             )
+            if isinstance(train_dataset, Dataset):
+                self._questions.warn_of_trained(train_dataset)
             eval_dataset = {} if eval_dataset is None else eval_dataset  # without it `Trainer` has no rows for a loss
 
         # Model
