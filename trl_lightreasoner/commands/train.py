@@ -283,7 +283,8 @@ def main(
         trainer.save_model(training_args.output_dir)
     threshold = f" of {trainer.beta} nats or more" if trainer.beta else ""
     num_steps = f"{count_steps(trainer.train_dataset):,} steps{threshold}"
-    trainer.accelerator.print(f"Trained on {num_steps} for {trainer.state.global_step:,} updates.")
+    updates = f"{trainer.state.global_step:,} updates ({trainer.state.epoch:.3g} epochs)"
+    trainer.accelerator.print(f"Trained on {num_steps} for {updates}.")
     trainer.save_state()  # includes the log that `lightreasoner report` plots
     trainer.accelerator.print(f"The model is in {training_args.output_dir}.")
     flags = ["--model", training_args.output_dir, "--baseline", model_args.model_name_or_path]

@@ -351,7 +351,8 @@ def _setting_rows(trainer: "Trainer", model: Any) -> list[tuple[str, Any]]:
     rows.append(("updates", trainer.state.global_step))
     if trainer.best_update is not None:
         rows.append((f"update of the best {args.metric_for_best_model}, whose weights these are", trainer.best_update))
-    rows.append(("epochs", round(trainer.state.epoch or 0.0, 2)))
+    if isinstance(trainer.train_dataset, Dataset):  # how often a stream was read is not known
+        rows.append(("epochs", round(trainer.state.epoch or 0.0, 2)))
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "none"
     rows.append(("mixed precision", precision))
     described = describe_model(model)
