@@ -266,6 +266,14 @@ def test_a_run_that_was_broken_off_goes_on(
         assert read_answers(Path(args.output_dir), role) == read_answers(Path(left_alone.output_dir), role)
 
 
+def test_an_adapter_whose_steps_were_deleted_is_not_taken_for_that_of_others(finished, settings, tmp_path):
+    folder = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    shutil.rmtree(folder / "steps")
+    with pytest.raises(ValueError, match=f"'{folder / 'adapter'}' was trained on steps that are no longer"):
+        run_pipeline(RunConfig(output_dir=str(folder), **settings))
+    assert (folder / "adapter").exists() and not (folder / "steps").exists()
+
+
 def test_another_setting_in_the_same_folder_is_refused_by_name(finished, settings, capsys):
     folder, _, _ = finished
     assert main(["run", *flags({**settings, "num_prompts": 30}), "--output_dir", str(folder)]) == 2

@@ -1,6 +1,7 @@
 """`tune` and `lightreasoner tune` on the bundled pair, with few questions, updates and settings."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -160,6 +161,13 @@ def test_a_finished_search_does_nothing_again(finished, settings, monkeypatch, c
     assert main(["tune", *flags(settings), "--output_dir", str(folder)]) == 0
     stdout = capsys.readouterr().out
     assert "2 are already done" in stdout and result.sentence in stdout
+
+
+def test_trials_whose_steps_were_deleted_are_not_taken_for_those_of_others(finished, settings, tmp_path):
+    folder = Path(shutil.copytree(finished[0], tmp_path / "tuned"))
+    shutil.rmtree(folder / "steps")
+    with pytest.raises(ValueError, match=f"'{folder / 'study.db'}' was trained on steps that are no longer in"):
+        tune(TuneConfig(output_dir=str(folder), **settings))
 
 
 def test_another_setting_in_the_same_folder_is_refused_by_name_but_more_trials_are_not(finished, settings):

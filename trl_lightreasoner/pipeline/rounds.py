@@ -145,7 +145,7 @@ class Rounds:
             adapter = str(before.adapter)
             self._sampler = make_sampler(self.args, adapter, place.steps, label_expert=self.args.label_expert)
         assert self._sampler is not None
-        sampled = sample_steps(self._sampler, prompts, self.prompt_format)
+        sampled = sample_steps(self._sampler, prompts, self.prompt_format, place.adapter)
         self.expert, self.amateur = self._sampler.expert, self._sampler.amateur
         self._sampler = None  # frees its graphs and caches for training
         if before is not None:

@@ -129,9 +129,20 @@ def check_pair(
 
 
 def sample_steps(
-    sampler: ContrastiveStepSampler, prompts: Dataset, prompt_format: PromptFormat
+    sampler: ContrastiveStepSampler, prompts: Dataset, prompt_format: PromptFormat, trained: Path
 ) -> tuple[Dataset, int, int]:
-    """The Dataset of kept steps, how many steps its completions have, and how many of them are kept."""
+    """
+    The Dataset of kept steps, how many steps its completions have, and how many of them are kept.
+
+    Raises:
+        `ValueError`: If `trained`, which is trained on them, exists without them, or no step is kept.
+    """
+    folder = Path(sampler.args.output_dir)
+    if trained.exists() and not (folder / "run.json").is_file():  # nothing would tell if other steps replaced them
+        raise ValueError(
+            f"{str(trained)!r} was trained on steps that are no longer in {str(folder)!r}. Restore them, choose "
+            "another `output_dir`, or set `overwrite_output_dir=True` to delete the existing files."
+        )
     steps = sampler.sample(prompts, prompt_format)
     num_kept = count_steps(steps)
     if not num_kept:

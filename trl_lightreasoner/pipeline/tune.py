@@ -184,7 +184,7 @@ def tune(args: TuneConfig) -> TuneResult:
         with stages("check", f"Checking the pair on {min(50, len(prompts))} questions"):
             check = check_pair(sampler, prompts, prompt_format, folder.check)
         with stages("sample", f"Expert and amateur read {len(prompts):,} questions"):
-            steps, num_steps, num_kept = sample_steps(sampler, prompts, prompt_format)
+            steps, num_steps, num_kept = sample_steps(sampler, prompts, prompt_format, folder.study)
         expert, amateur = sampler.expert, sampler.amateur
         del sampler  # frees its graphs and caches for training
         clear_device_cache(garbage_collection=True)
