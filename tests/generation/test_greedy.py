@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
 from trl_lightreasoner.contrast import NonFiniteLogitsError
+from trl_lightreasoner.generation.completions import GreedyDecoder
 from trl_lightreasoner.generation.cuda_graphs import complete_in_slots, generate_greedy_by_graph
 from trl_lightreasoner.generation.greedy import find_eos_ids, generate_by_passes, generate_greedy, is_broken
 from trl_lightreasoner.models.loading import load_model
@@ -90,6 +91,17 @@ def test_no_token_is_chosen_from_logits_that_are_not_finite(expert, vocabulary, 
     assert complete(expert, prompts, vocabulary, [token], 10) == ended  # nothing is read behind the end
     with pytest.raises(NonFiniteLogitsError, match="The model's logits at .* of an answer are not finite. Load the"):
         complete(expert, prompts, vocabulary, [], first + 2)
+
+
+def test_vllm_does_not_answer_for_a_model_whose_logits_are_not_finite(expert, vocabulary, naive):
+    prompts = make_prompts()
+    answers = [naive, naive]
+    decode = GreedyDecoder(expert, vocabulary, [], vllm=lambda *args: answers.pop())
+    assert decode(prompts, 10).completions == naive
+    with torch.no_grad():
+        expert.get_input_embeddings().weight[prompts[0][0]] = math.nan
+    with pytest.raises(NonFiniteLogitsError, match="The model's logits at the first token of an answer are not"):
+        GreedyDecoder(expert, vocabulary, [], vllm=lambda *args: answers.pop())(prompts, 10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

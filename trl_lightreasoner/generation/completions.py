@@ -19,12 +19,13 @@ from accelerate.logging import get_logger
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 
-from ..models.forward import rope_switch
+from ..contrast import NonFiniteLogitsError
+from ..models.forward import logits_of_row, rope_switch
 from ..models.weights import get_base_model
 from ..processes import Processes
 from ..vocabulary import Vocabulary
 from .cuda_graphs import Generated, complete_in_slots, generate_greedy_by_graph, why_no_graph
-from .greedy import Alike, generate_by_passes, generate_greedy, length_that_shows, rows_alike
+from .greedy import Alike, generate_by_passes, generate_greedy, is_broken, length_that_shows, rows_alike
 from .row_cache import MAX_ROWS, bytes_of_row, rows_that_fit
 from .vllm import VLLMGeneration
 
@@ -64,6 +65,7 @@ class GreedyDecoder:
 
     def __call__(self, prompt_ids: list[list[int]], max_new_tokens: int) -> Generated:
         if self.vllm is not None:
+            self._look_at_logits(prompt_ids[0])
             return Generated(self.vllm(self.model, prompt_ids, self.vocabulary, self.eos_ids, max_new_tokens), None)
         self._look_at_rows(max(prompt_ids, key=len), max_new_tokens)
         completions: list[list[int]] = [[] for _ in prompt_ids]
@@ -107,6 +109,12 @@ class GreedyDecoder:
             self._go_on_plainly(str(error).splitlines()[0])
             return False
         return True
+
+    def _look_at_logits(self, prompt: list[int]) -> None:
+        """Refuse a model that overflows. vLLM, which does not tell, would choose tokens all the same."""
+        if not self._looked_at and is_broken(self.vocabulary.select(logits_of_row(self.model, prompt, 1))):
+            raise NonFiniteLogitsError("model", 0, "the first token of an answer")
+        self._looked_at = len(prompt)
 
     def _look_at_rows(self, longest: list[int], max_new_tokens: int) -> None:
         """Test which rows can be batched, on some tokens, and again when contexts exceed a window of attention."""
