@@ -345,20 +345,24 @@ def test_it_is_told_if_the_expert_was_better_than_the_best_model(
     assert (said in caplog.text) == is_told == ("Training made the model worse" in caplog.text)
 
 
-def test_the_best_value_of_another_metric_is_not_resumed_from(says, demo_steps, questions, tmp_path):
+def test_the_best_value_of_another_evaluation_is_not_resumed_from(says, demo_steps, questions, tmp_path):
     says(0.5)
     schedule = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 
-    def make(metric: str, max_steps: int) -> LightReasonerTrainer:
+    def resume(checkpoint=None, metric="accuracy", asked=questions, evaluated=demo_steps) -> None:
         settings = {**schedule, "load_best_model_at_end": True, "metric_for_best_model": metric}
-        return make_trainer(demo_steps, questions, tmp_path, eval_dataset=demo_steps, max_steps=max_steps, **settings)
+        settings |= {"eval_dataset": evaluated, "max_steps": 1 if checkpoint is None else 2}
+        make_trainer(demo_steps, asked, tmp_path, **settings).train(resume_from_checkpoint=checkpoint)
 
-    make("accuracy", 1).train()
+    resume()
     checkpoint = str(tmp_path / "checkpoint-1")
-    said = "metric_for_best_model was 'accuracy' and is now 'kl_to_expert'"
-    with pytest.raises(ValueError, match=f"^Training cannot resume from '{checkpoint}': {said}"):
-        make("kl_to_expert", 2).train(resume_from_checkpoint=checkpoint)
-    make("accuracy", 2).train(resume_from_checkpoint=checkpoint)
+    refused = f"^Training cannot resume from '{checkpoint}': "
+    with pytest.raises(ValueError, match=f"{refused}metric_for_best_model was 'accuracy' and is now 'kl_to_expert'"):
+        resume(checkpoint, metric="kl_to_expert")
+    for other in ({"asked": questions.select(range(2))}, {"evaluated": demo_steps.select(range(4))}):
+        with pytest.raises(ValueError, match=f"{refused}the rows or questions of the evaluation have changed"):
+            resume(checkpoint, **other)
+    resume(checkpoint)
 
 
 def test_beside_a_set_of_rows_early_stopping_counts_an_evaluation_once(says, demo_steps, questions, tmp_path):

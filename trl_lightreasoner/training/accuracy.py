@@ -4,6 +4,7 @@ The loss keeps falling, while the accuracy rises and falls. The trained model it
 adapter and in the precision of training. Its weights, its random numbers and the graphs of its updates stay unchanged.
 """
 
+import hashlib
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
@@ -123,6 +124,10 @@ class EvalQuestions:
                 f"are empty or leave no room in the model's context of {context} tokens. They count as wrong."
             )
         self._answering: Answering | None = None
+
+    def checksum(self) -> str:
+        """A checksum of the questions and their answers."""
+        return hashlib.sha256(repr((self.prompt_ids, self.references)).encode()).hexdigest()
 
     def warn_of_trained(self, rows: Dataset) -> None:
         """Warn if some of the questions are prompts of the rows to train on."""

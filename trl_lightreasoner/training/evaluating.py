@@ -36,6 +36,10 @@ class EvaluatingTrainer(_BaseTrainer):
     _attention: Callable[[], AbstractContextManager]
     _questions: EvalQuestions | None = None
 
+    def _describe_evaluation(self) -> dict[str, Any]:
+        questions = {} if self._questions is None else {"questions": self._questions.checksum()}
+        return {**super()._describe_evaluation(), **questions}
+
     def _begin_measuring(self) -> None:
         """Call it once the model is on its training device."""
         device = self.args.device

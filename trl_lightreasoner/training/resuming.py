@@ -49,7 +49,8 @@ _TAKEN = (
 )
 # Settings that change the structure of the optimizer's state, or the meaning of the best metric so far
 _BEST = ("metric_for_best_model", "greater_is_better")
-_FIXED = ("optim", "optim_args", *_BEST)
+_EVALUATED = "evaluated"
+_FIXED = ("optim", "optim_args", *_BEST, _EVALUATED)
 # Fields of an adapter that do not change what it computes in training
 _FREE = ("inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "task_type")
 _ROWS = "rows"
@@ -95,6 +96,8 @@ class ResumableTrainer(Trainer):
             self._base = describe_base(model, self._base_weights)
         memory.training = describe_training(self.args, model, self._source, self.train_dataset)
         memory.training[_BASE] = self._base
+        if self.args.metric_for_best_model is not None:
+            memory.training[_EVALUATED] = self._describe_evaluation()
         if self.optimizer_cls_and_kwargs is not None:
             optimizer, settings = self.optimizer_cls_and_kwargs
             memory.training |= {"optim": optimizer.__name__, "optim_args": str(settings)}
@@ -119,6 +122,11 @@ class ResumableTrainer(Trainer):
                 ) from error
             finally:
                 self.args.eval_on_start = eval_on_start
+
+    def _describe_evaluation(self) -> dict[str, Any]:
+        """Checksums of what an evaluation reads."""
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        return {name: _checksum(rows) for name, rows in sets.items() if isinstance(rows, Dataset)}
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> tuple:
         def plan(args: TrainingArguments) -> tuple:
@@ -296,6 +304,7 @@ def check_training(before: dict[str, Any] | None, now: dict[str, Any], checkpoin
             continue
         said = f"{name} was {old!r} and is now {new!r}"
         said = "the rows of the dataset, or their order, have changed" if name == _ROWS else said
+        said = "the rows or questions of the evaluation have changed" if name == _EVALUATED else said
         said = f"the weights of the base model {now[name]['model']!r} have changed" if name == _BASE else said
         differences[name] = said + (" (the old value is used)" if name in _KEPT else "")
     free = ("peft_config.lora_dropout",)
