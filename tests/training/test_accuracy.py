@@ -345,6 +345,15 @@ def test_it_is_told_if_the_expert_was_better_than_the_best_model(
     assert (said in caplog.text) == is_told == ("Training made the model worse" in caplog.text)
 
 
+def test_that_the_expert_is_closest_to_itself_is_not_told(says, demo_steps, questions, tmp_path, caplog):
+    says(0.5)
+    schedule = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "kl_to_expert"}
+    trainer = make_trainer(demo_steps, questions, tmp_path, eval_dataset=demo_steps, **schedule, **best)
+    trainer.train()
+    assert trainer.best_update is not None and "Training made the model worse" not in caplog.text
+
+
 def test_the_best_value_of_another_evaluation_is_not_resumed_from(says, demo_steps, questions, tmp_path):
     says(0.5)
     schedule = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}

@@ -215,7 +215,9 @@ class ResumableTrainer(Trainer):
         metric = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
         first = next((log[metric] for log in self.state.log_history if metric in log and log["step"] == 0), None)
         best = self.state.best_metric
-        if None not in (first, best) and (first > best if self.args.greater_is_better else first < best):
+        if None in (first, best) or metric.endswith("kl_to_expert"):  # which is 0 before training
+            return
+        if first > best if self.args.greater_is_better else first < best:
             logger.warning(
                 f"Training made the model worse: `{metric}` was {first:.4g} before the first update, and is "
                 f"{best:.4g} in the best checkpoint, which is loaded. Use the model that training started from, or "
