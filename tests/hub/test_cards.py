@@ -166,6 +166,12 @@ def test_numbers_are_written_for_people(card_of):
     assert "| epochs | 0 |" in text
 
 
+@pytest.mark.parametrize(("launched", "written"), [("no", "none"), ("bf16", "bf16")])
+def test_the_precision_is_that_of_the_launcher(launched, written, card_of, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    assert f"| mixed precision | {written} |" in card_of().text
+
+
 def test_rows_of_one_step_are_parts_of_their_trajectories(card_of, steps):
     names = ("step_positions", "label_ids", "label_probs")
     single = Dataset.from_list(

@@ -353,8 +353,7 @@ def _setting_rows(trainer: "Trainer", model: Any) -> list[tuple[str, Any]]:
         rows.append((f"update of the best {args.metric_for_best_model}, whose weights these are", trainer.best_update))
     if isinstance(trainer.train_dataset, Dataset):  # how often a stream was read is not known
         rows.append(("epochs", round(trainer.state.epoch or 0.0, 2)))
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "none"
-    rows.append(("mixed precision", precision))
+    rows.append(("mixed precision", "none" if args.mixed_precision == "no" else args.mixed_precision))
     described = describe_model(model)
     rows.append(("dtype of the base model" if is_peft_model(model) else "dtype", described["dtype"]))
     rows += [(name, described[name]) for name in ("attention", "device")]
