@@ -315,7 +315,7 @@ def test_the_best_model_by_accuracy_is_loaded_at_the_end(says, demo_steps, quest
     ("accuracies", "best"),
     [((0.2, 0.1, 0.3, 0.9, 0.4), 4), ((0.2, 0.9, 0.3, 0.3, 0.3), 2), ((0.2, 0.9, 0.3, 0.3, 0.1), 2)],
 )
-def test_the_best_model_is_the_best_of_the_saved_ones(accuracies, best, says, demo_steps, questions, tmp_path):
+def test_the_best_model_is_the_best_of_the_saved_ones(accuracies, best, says, demo_steps, questions, tmp_path, caplog):
     says(*accuracies)
     schedule = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     trainer = make_trainer(
@@ -327,6 +327,8 @@ def test_the_best_model_is_the_best_of_the_saved_ones(accuracies, best, says, de
     saved = load_file(tmp_path / f"checkpoint-{best}" / "adapter_model.safetensors")
     weights = get_peft_model_state_dict(trainer.model)
     assert saved.keys() == weights.keys() and all(torch.equal(saved[name], weights[name]) for name in saved)
+    said = f"`eval_accuracy` was 0.9 after update {accuracies.index(0.9)}, and is {accuracies[best]} in the best"
+    assert f"A better model was not saved: {said}" in caplog.text and "made the model worse" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -343,6 +345,7 @@ def test_it_is_told_if_the_expert_was_better_than_the_best_model(
     trainer.train()
     said = "`eval_accuracy` was 0.6 before the first update, and is 0.5 in the best checkpoint, which is loaded."
     assert (said in caplog.text) == is_told == ("Training made the model worse" in caplog.text)
+    assert "was not saved" not in caplog.text
 
 
 def test_that_the_expert_is_closest_to_itself_is_not_told(says, demo_steps, questions, tmp_path, caplog):

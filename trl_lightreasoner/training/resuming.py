@@ -208,20 +208,27 @@ class ResumableTrainer(Trainer):
         else:
             super()._load_best_model()
         self.best_update = int(best.rpartition("-")[2])
-        self._compare_with_start()
+        self._compare_with_unsaved()
 
-    def _compare_with_start(self) -> None:
-        """Warn if the best checkpoint is worse than the model that training started from, which is none."""
+    def _compare_with_unsaved(self) -> None:
+        """Warn if the model was better before training, or between two checkpoints, than in the best checkpoint."""
         metric = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
-        first = next((log[metric] for log in self.state.log_history if metric in log and log["step"] == 0), None)
-        best = self.state.best_metric
-        if None in (first, best) or metric.endswith("kl_to_expert"):  # which is 0 before training
+        best, sign = self.state.best_metric, 1 if self.args.greater_is_better else -1
+        if best is None or metric.endswith("kl_to_expert"):  # which is 0 before training
             return
-        if first > best if self.args.greater_is_better else first < best:
+        values = {log["step"]: log[metric] for log in self.state.log_history if metric in log}
+        better = {step: value for step, value in values.items() if sign * value > sign * best}
+        loaded = f"is {best:.4g} in the best checkpoint, which is loaded."
+        if 0 in better:
             logger.warning(
-                f"Training made the model worse: `{metric}` was {first:.4g} before the first update, and is "
-                f"{best:.4g} in the best checkpoint, which is loaded. Use the model that training started from, or "
-                "lower `learning_rate`."
+                f"Training made the model worse: `{metric}` was {better.pop(0):.4g} before the first update, and "
+                f"{loaded} Use the model that training started from, or lower `learning_rate`."
+            )
+        if better:
+            step = max(better, key=lambda step: sign * better[step])
+            logger.warning(
+                f"A better model was not saved: `{metric}` was {better[step]:.4g} after update {step}, and {loaded} "
+                "Train again with a checkpoint at every evaluation (`save_steps` as `eval_steps`)."
             )
 
 
