@@ -51,9 +51,9 @@ class FakeTraining:
 def run(tmp_path, monkeypatch):
     """A search in the same folder, by a training."""
 
-    def run(train, num_trials: int, space=SPACE, default=DEFAULT):
+    def run(train, num_trials: int, space=SPACE, default=DEFAULT, questions="a checksum"):
         with TuneFolder(TuneConfig(str(tmp_path / "a?b#c%20"), "e", "a", "d")) as folder:
-            return search(read_space(space), default, train, folder, num_trials, seed=0)
+            return search(read_space(space), default, train, folder, num_trials, seed=0, questions=questions)
 
     # Without waiting for the disk
     def connect(*args, **kwargs):

@@ -163,6 +163,19 @@ def test_a_finished_search_does_nothing_again(finished, settings, monkeypatch, c
     assert "2 are already done" in stdout and result.sentence in stdout
 
 
+def test_trials_on_other_questions_are_not_compared(finished, settings, tmp_path):
+    folder = Path(shutil.copytree(finished[0], tmp_path / "tuned"))
+    rows = [json.loads(line) for line in Path(settings["dataset_name"]).read_text().splitlines()]
+    rows[-NUM_HELD_OUT - 1]["answer"] += 1  # of a question that chooses
+    write(tmp_path / "q.jsonl", rows)
+    begun = json.loads((folder / "tune.json").read_text())
+    begun["settings"]["dataset_name"] = str(tmp_path / "q.jsonl")  # as if the file had been changed in its place
+    (folder / "tune.json").write_text(json.dumps(begun))
+    args = {**settings, "dataset_name": str(tmp_path / "q.jsonl"), "num_trials": 3}
+    with pytest.raises(ValueError, match="^The validation questions have changed since the search in"):
+        tune(TuneConfig(output_dir=str(folder), **args))
+
+
 def test_trials_whose_steps_were_deleted_are_not_taken_for_those_of_others(finished, settings, tmp_path):
     folder = Path(shutil.copytree(finished[0], tmp_path / "tuned"))
     shutil.rmtree(folder / "steps")

@@ -36,6 +36,7 @@ Setting = dict[str, Any]
 NUM_EVALUATIONS = 3
 # Attributes that Optuna stores for a trial besides its values
 _IS_DEFAULT, _SETTING, _NOTE, _REPEATS = "is_default", "setting", "note", "repeats"
+_QUESTIONS = "questions"  # likewise for the study
 
 
 def import_optuna() -> ModuleType:
@@ -93,6 +94,7 @@ def search(
     folder: TuneFolder,
     num_trials: int,
     seed: int,
+    questions: str,
 ) -> SearchResult:
     """
     Try settings until `num_trials` are finished, including those of an earlier call.
@@ -105,16 +107,25 @@ def search(
         folder ([`TuneFolder`]): Where trials are kept. Only the default and the best trial keep their weights.
         num_trials (`int`): How many.
         seed (`int`): Of the suggestions.
+        questions (`str`): A checksum of the questions that every trial answers.
 
     Returns:
         [`SearchResult`]
 
     Raises:
+        `ValueError`: If the trials of an earlier call answered other questions.
         `OSError`: If the disk is full.
     """
     with _room_for(folder.study):
         optuna = import_optuna()
         study = _open_study(optuna, folder.study)
+        if study.user_attrs.get(_QUESTIONS, questions) != questions:
+            raise ValueError(
+                f"The validation questions have changed since the search in {str(folder.path)!r} was started, so new "
+                "trials could not be compared with the old ones. Restore them, choose another `output_dir`, or set "
+                "`overwrite_output_dir=True` to delete the existing files."
+            )
+        study.set_user_attr(_QUESTIONS, questions)
         _repeat_broken_trials(optuna, study, folder)
         # With the same seed, a resumed search would repeat its first suggestions
         study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))

@@ -23,6 +23,7 @@ from ..report.trials import SearchResult, write_setting
 from ..report.write_report import write_report
 from ..steps.training_rows import choose_beta, reaches
 from ..steps.whole_files import whole_file
+from ..steps.writer import describe_rows
 from ..training.adapters import choose_target_modules
 from .folder import TuneFolder, write_json
 from .questions import prepare_questions
@@ -208,7 +209,8 @@ def tune(args: TuneConfig) -> TuneResult:
             )
 
         with stages("search", f"{args.num_trials} settings learn, and answer {len(validation):,} questions"):
-            result = search(args.parameters, default, train, folder, args.num_trials, args.seed)
+            questions = describe_rows(validation)["rows (SHA-256)"]
+            result = search(args.parameters, default, train, folder, args.num_trials, args.seed, questions)
         best = result.best
         found_by = f"Best of {result.num_settings} settings on {len(validation):,} questions, by `lightreasoner tune`"
         write_setting_file(folder.best, as_fields(best.setting, args), found_by)
