@@ -131,7 +131,7 @@ def test_a_search_goes_on_with_more_room(disk):
             (disk.path / "of another").write_bytes(b"0" * 2**21)  # which fills the disk
 
     def run():
-        return search([], {"max_steps": 3}, train, folder, 1, 0)
+        return search([], {"max_steps": 3}, train, folder, 1, 0, "a checksum")
 
     sentence = r"^Cannot write '.*study.db' \(No space left on device\)\. Finished trials are kept\. Free disk space"
     with pytest.raises(OSError, match=sentence):
