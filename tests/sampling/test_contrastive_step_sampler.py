@@ -1,9 +1,6 @@
-import ast
-import dataclasses
 import hashlib
 import logging
 import math
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -723,40 +720,3 @@ def test_values_at_the_edge_are_accepted(settings):
 def test_keyword_arguments_can_be_json():
     args = ContrastiveSamplingConfig("steps", model_init_kwargs='{"revision": "v1"}')
     assert args.model_init_kwargs == {"revision": "v1"} and args.amateur_model_init_kwargs is None
-
-
-def documented_fields():
-    """From the docstring: name, what stands in the parentheses, and the text of each field."""
-    pattern = r"^ {8}(\w+) \((.+?)\):\n((?: {12}.+\n)+)"
-    docstring = ContrastiveSamplingConfig.__doc__ + "\n"
-    return {name: (kind, text) for name, kind, text in re.findall(pattern, docstring, re.MULTILINE)}
-
-
-def plain(text):
-    """Words without the marks that a docstring and a terminal have for code and links."""
-    return " ".join(re.sub(r"[`\[\]\"']|~transformers\.", "", text).split())
-
-
-FIELDS = dataclasses.fields(ContrastiveSamplingConfig)
-
-
-def test_every_field_is_documented_in_its_order():
-    assert list(documented_fields()) == [field.name for field in FIELDS]
-
-
-@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
-def test_the_documented_default_is_the_default(field):
-    kind, _ = documented_fields()[field.name]
-    default = re.search(r"defaults to `(.+)`", kind)
-    if field.default is dataclasses.MISSING:
-        assert "optional" not in kind
-    elif default is None:
-        assert kind.endswith("*optional*") and field.default is None
-    else:
-        assert ast.literal_eval(default[1]) == field.default
-
-
-@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
-def test_help_says_what_the_docstring_says(field):
-    _, text = documented_fields()[field.name]
-    assert plain(field.metadata["help"]) == plain(text)

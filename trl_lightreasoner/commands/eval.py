@@ -4,6 +4,7 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..config_help import help_from_docstring
 from ..evaluation.evaluation_config import EvaluationConfig
 from .arguments import ArgumentParser, quantization_of
 from .next_command import next_command
@@ -16,6 +17,7 @@ EXAMPLE = r"""example:
 
 
 @dataclass
+@help_from_docstring
 class EvaluationArguments:
     """
     Models of `lightreasoner eval`.
@@ -41,44 +43,15 @@ class EvaluationArguments:
             Token for the upload. If not set, it is the one from `hf auth login`.
     """
 
-    model: str = field(
-        metadata={"help": "Hub id or path of a model or an adapter."},
-    )
-    baseline: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or path of the model to compare it with, problem by problem. For an adapter, usually its "
-            "base model."
-        },
-    )
-    load_in_4bit: bool = field(
-        default=False,
-        metadata={"help": "Whether to load both models in 4 bits."},
-    )
-    load_in_8bit: bool = field(
-        default=False,
-        metadata={"help": "Whether to load both models in 8 bits."},
-    )
-    bnb_4bit_quant_type: str = field(
-        default="nf4",
-        metadata={"help": "Quantization type of models in 4 bits: 'nf4' or 'fp4'.", "choices": ["nf4", "fp4"]},
-    )
-    use_bnb_nested_quant: bool = field(
-        default=False,
-        metadata={"help": "Whether to use nested quantization for models in 4 bits."},
-    )
-    push_to_hub: bool = field(
-        default=False,
-        metadata={"help": "Whether to add the accuracies to the model card on the Hub."},
-    )
-    hub_model_id: str | None = field(
-        default=None,
-        metadata={"help": "Repository of that card, as owner/name. If not set, it is `model`."},
-    )
-    hub_token: str | None = field(
-        default=None,
-        metadata={"help": "Token for the upload. If not set, it is the one from `hf auth login`."},
-    )
+    model: str
+    baseline: str | None = None
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"choices": ["nf4", "fp4"]})
+    use_bnb_nested_quant: bool = False
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_token: str | None = None
 
     def __post_init__(self):
         if self.load_in_4bit and self.load_in_8bit:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config_help import help_from_docstring
 from .arguments import ArgumentParser
 from .next_command import next_command
 from .running_on import announce, dtype_of, tell
@@ -29,6 +30,7 @@ EXAMPLE = r"""example:
 
 
 @dataclass
+@help_from_docstring
 class MergeArguments:
     """
     Settings of `lightreasoner merge`.
@@ -51,38 +53,12 @@ class MergeArguments:
             Whether to allow loading models and tokenizers that ship custom Python code.
     """
 
-    model: str = field(
-        metadata={"help": "Hub id or path of the adapter."},
-    )
-    output_dir: str = field(
-        metadata={"help": "Folder for the model, new or empty."},
-    )
-    base_model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or path of the base model in full precision. If not set, it is the one named in the "
-            "adapter's config."
-        },
-    )
-    model_revision: str | None = field(
-        default=None,
-        metadata={
-            "help": "Branch, tag or commit id of the adapter. The revision of the base model is the one named in the "
-            "adapter's config."
-        },
-    )
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Data type for merging and saving the weights: 'auto' (the base model's own), 'bfloat16', "
-            "'float16' or 'float32'.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
-    )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Whether to allow loading models and tokenizers that ship custom Python code."},
-    )
+    model: str
+    output_dir: str
+    base_model_name_or_path: str | None = None
+    model_revision: str | None = None
+    dtype: str = field(default="auto", metadata={"choices": ["auto", "bfloat16", "float16", "float32"]})
+    trust_remote_code: bool = False
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..config_checks import check_template_kwargs
+from ..config_help import help_from_docstring
 from ..steps.prompt_format import PromptFormat, has_messages, make_prompts, name_prompts, read_template
 from ..steps.switches import put_switches
 from .arguments import quantization_of
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
+@help_from_docstring
 class PairArguments:
     """
     Models and prompts of `lightreasoner sample` and `lightreasoner check`.
@@ -65,87 +67,23 @@ class PairArguments:
             Whether to use nested quantization for models in 4 bits.
     """
 
-    expert: str = field(
-        metadata={"help": "Hub id or path of the stronger model, which will be fine-tuned."},
-    )
-    dataset_name: str = field(
-        metadata={"help": "Dataset of prompts: on the Hub, a folder, or a file (JSON lines, Parquet, CSV)."},
-    )
-    amateur: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or path of the weaker model, which may have any vocabulary. If `None`, the amateur is the "
-            "expert itself, with `amateur_num_skipped_layers`, `amateur_skipped_layers`, `amateur_system_prompt` or "
-            "`amateur_prompt_template`."
-        },
-    )
-    dataset_config: str | None = field(
-        default=None,
-        metadata={"help": "Configuration of the dataset."},
-    )
-    dataset_split: str = field(
-        default="train",
-        metadata={"help": "Split to use, such as 'train[:1000]'."},
-    )
-    prompt_column: str = field(
-        default="prompt",
-        metadata={"help": "Column that holds the prompts, as text or as lists of messages."},
-    )
-    prompt_style: str | None = field(
-        default=None,
-        metadata={
-            "help": "How to prompt with text in `prompt_column`. 'chat': as a user message, in the expert's chat "
-            "template. 'raw': as plain text, in `prompt_template`. If `None`, the text is used as it is.",
-            "choices": ["chat", "raw"],
-        },
-    )
-    conversational: bool = field(
-        default=False,
-        metadata={"help": "Short for `prompt_style` 'chat'."},
-    )
-    system_prompt: str | None = field(
-        default=None,
-        metadata={"help": "System message before each prompt. Implies `conversational`."},
-    )
-    prompt_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Prompt template: text that contains {question}, or a file that holds such text. If `None`, it is "
-            "the prompt alone for 'chat', and for 'raw' it is 'Question: {question}' followed by a line 'Answer:'."
-        },
-    )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Additional keyword arguments for the chat template, such as '{\"enable_thinking\": false}'. For "
-            "text it implies `conversational`. If `None`, they are those of a column `chat_template_kwargs`, if there "
-            "is one."
-        },
-    )
-    load_in_4bit: bool = field(
-        default=False,
-        metadata={"help": "Whether to load the expert in 4 bits."},
-    )
-    load_in_8bit: bool = field(
-        default=False,
-        metadata={"help": "Whether to load the expert in 8 bits."},
-    )
-    amateur_load_in_4bit: bool = field(
-        default=False,
-        metadata={"help": "Whether to load the amateur in 4 bits."},
-    )
-    amateur_load_in_8bit: bool = field(
-        default=False,
-        metadata={"help": "Whether to load the amateur in 8 bits."},
-    )
-    bnb_4bit_quant_type: str = field(
-        default="nf4",
-        metadata={"help": "Quantization type of models in 4 bits: 'nf4' or 'fp4'.", "choices": ["nf4", "fp4"]},
-    )
-    use_bnb_nested_quant: bool = field(
-        default=False,
-        metadata={"help": "Whether to use nested quantization for models in 4 bits."},
-    )
+    expert: str
+    dataset_name: str
+    amateur: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    prompt_column: str = "prompt"
+    prompt_style: str | None = field(default=None, metadata={"choices": ["chat", "raw"]})
+    conversational: bool = False
+    system_prompt: str | None = None
+    prompt_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | str | None = None
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    amateur_load_in_4bit: bool = False
+    amateur_load_in_8bit: bool = False
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"choices": ["nf4", "fp4"]})
+    use_bnb_nested_quant: bool = False
 
     def __post_init__(self):
         for prefix in ("", "amateur_"):

@@ -13,6 +13,7 @@ from transformers.integrations import is_deepspeed_available
 from transformers.utils import is_torch_bf16_gpu_available
 
 from ..config_checks import check_flags, check_json_files, check_numbers, check_whole_numbers
+from ..config_help import help_from_docstring
 
 
 # Of 8 rows each: 1,000 trajectories. More cost accuracy on true weights, however many prompts there were
@@ -22,6 +23,7 @@ _LESS_IS_BETTER = ("kl_to_expert", "accuracy_num_cut", "accuracy_standard_error"
 
 
 @dataclass
+@help_from_docstring
 class LightReasonerConfig(TrainingArguments):
     r"""
     Configuration class for the [`LightReasonerTrainer`].
@@ -140,70 +142,20 @@ class LightReasonerConfig(TrainingArguments):
     )
 
     # Parameters that control the model
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used when the `model` argument of "
-            "the `LightReasonerTrainer` is provided as a string. The `revision` value is also used when loading the "
-            "processing class."
-        },
-    )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Whether to allow loading models and tokenizers that ship custom Python code from the Hub."},
-    )
+    model_init_kwargs: dict[str, Any] | str | None = None
+    trust_remote_code: bool = False
 
     # Parameters that control the data preprocessing
-    max_length: int | None = field(
-        default=1024,
-        metadata={
-            "help": "Maximum number of tokens before a step. Steps beyond it are dropped and counted, and nothing is "
-            "truncated. If `None`, training uses every step."
-        },
-    )
-    beta: float | None = field(
-        default=None,
-        metadata={
-            "help": "Divergence threshold in nats: steps of the dataset below it are excluded. `0` excludes none. If "
-            "`None`, it is 1.6 if v_C prefers a token other than the expert's at a tenth or more of the steps "
-            "of 1.6 nats or more, and otherwise 0.8. If no step of the evaluation rows reaches this default, all of "
-            "their steps are evaluated."
-        },
-    )
-    one_step_per_row: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to train on rows of a single kept step, as in the paper. By default a row is a whole "
-            "trajectory, whose steps share one forward pass."
-        },
-    )
+    max_length: int | None = 1024
+    beta: float | None = None
+    one_step_per_row: bool = False
 
     # Parameters that control the training
-    sft_weight: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the mean cross-entropy over the tokens of the `sft_dataset` of the "
-            "`LightReasonerTrainer`, which is added to the mean over kept steps. If `None`, it is 1.0 if there is "
-            "such a dataset."
-        },
-    )
-    use_cuda_graphs: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to train an adapter with CUDA graphs if possible: on a GPU in half precision, without "
-            "activation checkpointing, `torch_compile`, FSDP or DeepSpeed. Forward hooks of the layers do not run "
-            "with CUDA graphs."
-        },
-    )
+    sft_weight: float | None = None
+    use_cuda_graphs: bool = True
 
     # Parameters that control the evaluation
-    eval_max_new_tokens: int = field(
-        default=512,
-        metadata={
-            "help": "Maximum number of tokens to generate per answer to the `eval_questions` of the "
-            "`LightReasonerTrainer`. Longer answers are cut off, counted, and graded as they stand."
-        },
-    )
+    eval_max_new_tokens: int = 512
 
     def __post_init__(self):
         length = self.max_length
