@@ -3,11 +3,14 @@
 import re
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, IterableDataset
 from peft import AdaLoraModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..generation.completions import evaluating
+from ..models.forward import check_causal
 from ..steps.training_rows import has_corrections
 
 
@@ -41,6 +44,29 @@ def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, revi
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def check_forward(model: torch.nn.Module, ids: list[int]) -> None:
+    """
+    Refuse a model whose forward pass does not give the distribution of each step, or does not run with its adapter.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model with its adapter.
+        ids (`list[int]`): Tokens to test it on.
+
+    Raises:
+        `ValueError`: If so.
+    """
+    try:
+        with evaluating(model):
+            check_causal(model, "model", ids)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        if not isinstance(model, PeftModel) or should_reduce_batch_size(error):
+            raise
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"The model does not run with its adapter: {reason}. Choose other `target_modules`."
+        ) from error
 
 
 def target_modules(names: list[str] | None) -> str | list[str] | None:

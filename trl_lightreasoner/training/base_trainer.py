@@ -81,14 +81,6 @@ class _BaseTrainer(ResumableTrainer):
             rehearse(self._whole_model(), save)
         return super().train(*args, **kwargs)
 
-    @property
-    def _is_split(self) -> bool:
-        """Whether no process holds all weights."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-    def _whole_model(self) -> torch.nn.Module:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir or self.args.output_dir
         model = self._whole_model()

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, IterableDataset
 from peft import AdaLoraModel, PeftConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
@@ -23,9 +22,8 @@ from transformers import (
 )
 
 from ..contrast import ContrastiveLoss, contrastive_loss
-from ..generation.completions import evaluating
 from ..models.adapter_loading import check_adapter, load_adapter_config
-from ..models.forward import accepts_logits_to_keep, attention_backends, check_causal, forward_at, rope_switch
+from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at, rope_switch
 from ..models.loading import add_quantization, hub_kwargs, load_config, load_model, load_tokenizer, resolve_dtype
 from ..models.provenance import warn_of_another_expert
 from ..models.weights import get_base_model, settle_4bit_layers
@@ -36,7 +34,7 @@ from ..steps.prompt_format import format_of_steps
 from ..steps.training_rows import resolve_beta
 from ..vocabulary import model_vocabulary
 from .accuracy import EvalQuestions
-from .adapters import AllocateRanks, is_plain_lora, is_quantized, prepare_adapter
+from .adapters import AllocateRanks, check_forward, is_plain_lora, is_quantized, prepare_adapter
 from .averaging import count_items, count_sft_tokens, mean_loss
 from .base_trainer import check_destinations
 from .combinations import (
@@ -335,23 +333,13 @@ class LightReasonerTrainer(EvaluatingTrainer):
             )
         if not self._is_split:
             row = next(iter(self.train_dataset))
-            try:
-                with evaluating(model):
-                    check_causal(model, "model", [*row["prompt_ids"], *row["completion_ids"]])
-            except (RuntimeError, AttributeError, TypeError) as error:
-                if not isinstance(model, PeftModel) or should_reduce_batch_size(error):
-                    raise
-                reason = " ".join(str(error).split()).rstrip(".")
-                raise ValueError(
-                    f"The model does not run with its adapter: {reason}. Choose other `target_modules`."
-                ) from error
+            check_forward(model, [*row["prompt_ids"], *row["completion_ids"]])
         is_half = args.bf16 or args.fp16 or get_base_model(model).dtype in (torch.bfloat16, torch.float16)
         self._model_config = get_base_model(model).config
         self._packs = args.device.type == "cuda" and is_half and can_pack(model)
         recomputes = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self._graphs: GraphedLayers | None = None
-        if self._packs and args.use_cuda_graphs and not (recomputes or is_sharded or args.torch_compile):
+        if self._packs and args.use_cuda_graphs and not (recomputes or self._is_split or args.torch_compile):
             self._graphs = GraphedLayers(model) if can_capture(model) else None
         if is_quantized(model) and self.accelerator.is_fsdp2:
             # FSDP2 would cast packed 4-bit weights as if they were numbers. Autocast is sufficient
