@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, concatenate_datasets, load_dataset
 
-from ..evaluation.evaluation import Candidate, grade_candidates
+from ..evaluation.candidate import Candidate
+from ..evaluation.evaluation import grade_candidates
 from ..evaluation.evaluation_config import EvaluationConfig
 from ..evaluation.sets import HELD_OUT
 from ..evaluation.statistics import compare
@@ -20,7 +21,8 @@ from ..models.adapter_loading import load_adapter
 from ..processes import Processes
 from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
 from ..steps.prompt_format import PromptFormat
-from .folder import RoundFolder, RunFolder, write_json
+from ..steps.whole_files import write_json
+from .folder import RoundFolder, RunFolder
 from .run_config import RunConfig
 from .stages import Stages, evaluation_config, make_sampler, sample_steps, train_adapter, training_config
 

@@ -22,11 +22,11 @@ from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
 from ..sampling.model_pair import name_skipped_layers
 from ..steps.dataset import count_steps
 from ..steps.prompt_format import PromptFormat
+from ..steps.whole_files import write_json
 from ..training.adapters import choose_target_modules, target_modules
 from ..training.lightreasoner_config import LightReasonerConfig
 from ..training.lightreasoner_trainer import LightReasonerTrainer
 from ..training.log_lines import log_in_lines
-from .folder import write_json
 from .run_config import RunConfig
 
 

@@ -11,7 +11,8 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..evaluation.evaluation import Candidate, grade_candidates
+from ..evaluation.candidate import Candidate
+from ..evaluation.evaluation import grade_candidates
 from ..evaluation.evaluation_config import EvaluationConfig
 from ..evaluation.sets import HELD_OUT
 from ..grading.verdicts import check_math_verify
@@ -21,9 +22,9 @@ from ..processes import Processes
 from ..report.trials import SearchResult, write_setting
 from ..report.write_report import write_report
 from ..steps.training_rows import choose_beta, reaches
-from ..steps.whole_files import whole_file
+from ..steps.whole_files import whole_file, write_json
 from ..training.adapters import choose_target_modules
-from .folder import TuneFolder, write_json
+from .folder import TuneFolder
 from .questions import prepare_questions
 from .search import AccuracyReporter, Setting, UnfitSetting, import_optuna, search
 from .search_space import FIELDS
