@@ -593,7 +593,7 @@ def unloadable(monkeypatch):
         (["--output_dir", "{bad}/empty.txt"], "Cannot write to '{bad}/empty.txt/model/gsm8k'"),
         (["--load_in_4bit", "--load_in_8bit"], "`--load_in_4bit` and `--load_in_8bit` cannot be combined."),
         (["--use_vllm"], "`--use_vllm` needs vLLM: "),
-        (["--model_init_kwargs", "[1]"], "`--model_init_kwargs` must be a JSON object, such as"),
+        (["--model_init_kwargs", "[1]"], "`--model_init_kwargs` must be a dict or a JSON object, such as"),
         (["--max_sample", "1"], "There is no flag `--max_sample`. Did you mean `--max_samples`?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

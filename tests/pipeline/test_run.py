@@ -326,7 +326,7 @@ def test_a_pair_that_does_not_look_promising_is_a_warning(args, capsys):
         ({"prompt_column": "problem"}, "The dataset has no column 'problem'"),
         ({"answer_column": "gold"}, "it has 'question', 'answer'. Name the column of answers with"),
         ({"alpha": 2.0}, "`--alpha` must be in (0, 1]"),
-        ({"beta": -1.0}, "`--beta` must be a finite number of nats"),
+        ({"beta": -1.0}, "`--beta` must be a finite number, 0 or more"),
         ({"beta": 1e6}, "lower it"),
     ],
 )

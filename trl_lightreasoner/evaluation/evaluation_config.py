@@ -15,7 +15,7 @@ from ..config_checks import (
 )
 from ..config_help import help_from_docstring
 from ..steps.prompt_format import STYLES, SYSTEM_PROMPT, PromptFormat, read_template
-from .sets import BENCHMARKS
+from .sets import BENCHMARKS, read_names
 
 
 @dataclass
@@ -135,9 +135,7 @@ class EvaluationConfig:
 
     def __post_init__(self):
         check_init_kwargs(self, ("model_init_kwargs", "baseline_model_init_kwargs"))
-        check_choices(self, ("dtype", "vllm_mode"))
-        if self.prompt_style is not None:
-            check_choices(self, ("prompt_style",))
+        check_choices(self, ("dtype", "vllm_mode"), optional=("prompt_style",))
         check_template_kwargs(self)
         check_output_dir(self)
         check_flags(self, ("overwrite_output_dir", "trust_remote_code", "use_vllm"))
@@ -145,11 +143,7 @@ class EvaluationConfig:
         check_vllm_settings(self)
         check_whole_numbers(self, ("max_new_tokens",), ("max_samples", "per_device_batch_size", "num_workers"))
         names = [name for name in BENCHMARKS if name != "math"] if self.benchmarks is None else self.benchmarks
-        names = [names] if isinstance(names, str) else names
-        self.benchmarks = list(dict.fromkeys(part for name in names for part in name.replace(",", " ").split()))
-        for name in self.benchmarks:
-            if name not in BENCHMARKS:
-                raise ValueError(f"There is no benchmark {name!r}. There are {', '.join(BENCHMARKS)}.")
+        self.benchmarks = read_names(names)
         if not self.benchmarks:
             raise ValueError(f"`benchmarks` names none. There are {', '.join(BENCHMARKS)}.")
         if self.prompt_template is not None:

@@ -13,7 +13,7 @@ written "one | other".
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, NamedTuple
@@ -167,6 +167,29 @@ BENCHMARKS = {
 def title_of(name: str) -> str:
     """Display name of a set of problems."""
     return BENCHMARKS[name].title if name in BENCHMARKS else name.replace("_", " ").capitalize()
+
+
+def read_names(names: str | Iterable[str]) -> list[str]:
+    """
+    Names of benchmarks, each of them once, from texts that separate them by spaces or commas.
+
+    Raises:
+        `ValueError`: If there is no such benchmark.
+
+    Example:
+
+    ```python
+    >>> read_names(["gsm8k,math500", "gsm8k"])
+    ['gsm8k', 'math500']
+
+    ```
+    """
+    texts = [names] if isinstance(names, str) else names
+    found = list(dict.fromkeys(name for text in texts for name in text.replace(",", " ").split()))
+    for name in found:
+        if name not in BENCHMARKS:
+            raise ValueError(f"There is no benchmark {name!r}. There are {', '.join(BENCHMARKS)}.")
+    return found
 
 
 def read_answers(dataset: Dataset, column: str) -> list[Any]:

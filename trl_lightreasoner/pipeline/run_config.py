@@ -13,7 +13,7 @@ from ..config_checks import (
     check_whole_numbers,
 )
 from ..config_help import help_from_docstring
-from ..evaluation.sets import BENCHMARKS
+from ..evaluation.sets import read_names
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from ..steps.prompt_format import STYLES, read_template
 
@@ -202,21 +202,14 @@ class RunConfig:
 
     def __post_init__(self):
         check_output_dir(self)
-        if self.dtype is not None:
-            check_choices(self, ("dtype",))
-        check_choices(self, ("label_expert",))
+        check_choices(self, ("label_expert",), optional=("dtype", "prompt_style"))
         check_flags(self, ("overwrite_output_dir", "keep_earlier_steps"))
         counts = ("num_prompts", "num_rounds", "max_new_tokens", "max_steps", "lora_r", "lora_alpha")
         check_whole_numbers(self, (*counts, "eval_max_new_tokens"), optional=("prompts_per_round",))
-        for name in ("num_held_out", "seed"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"`{name}` must be a whole number, 0 or more, got {value!r}.")
+        check_whole_numbers(self, ("num_held_out", "seed"), least=0)
         check_amateur_settings(self)
         if self.amateur_prompt_template is not None:
             self.amateur_prompt_template = read_template(self.amateur_prompt_template, "amateur_prompt_template")
-        if self.prompt_style is not None:
-            check_choices(self, ("prompt_style",))
         if self.prompt_style == "raw" and self.system_prompt:
             raise ValueError(
                 "`prompt_style='raw'` cannot be combined with `system_prompt`: put its text into the template."
@@ -231,13 +224,7 @@ class RunConfig:
                 f"`beta` must be 0 or at least {ContrastiveSamplingConfig.beta} nats, the sampling threshold, got "
                 f"{self.beta!r}. For a lower one, set it in `sample` and `train`."
             )
-        if isinstance(self.benchmarks, str):
-            self.benchmarks = [self.benchmarks]
-        names = [part for name in self.benchmarks or [] for part in name.replace(",", " ").split()]
-        self.benchmarks = list(dict.fromkeys(names)) or None
-        for name in names:
-            if name not in BENCHMARKS:
-                raise ValueError(f"There is no benchmark {name!r}. There are {', '.join(BENCHMARKS)}.")
+        self.benchmarks = read_names(self.benchmarks or []) or None
 
     @property
     def num_prompts_later(self) -> int:

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import is_deepspeed_available
 from transformers.utils import is_torch_bf16_gpu_available
 
-from ..config_checks import check_flags, check_json_files, check_numbers, check_whole_numbers
+from ..config_checks import check_finite, check_flags, check_init_kwargs, check_json_files, check_whole_numbers
 from ..config_help import help_from_docstring
 
 
@@ -158,22 +157,10 @@ class LightReasonerConfig(TrainingArguments):
     eval_max_new_tokens: int = 512
 
     def __post_init__(self):
-        length = self.max_length
-        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
-            raise ValueError(f"`max_length` must be a whole number, 1 or more, or `None`, got {length!r}.")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise ValueError(f"`{name}` must be a finite number, 0 or more, got {value!r}.")
-        check_whole_numbers(self, ("per_device_train_batch_size", "gradient_accumulation_steps"))
-        if self.beta is not None:
-            check_numbers(self, ("beta",))
-            if not 0 <= self.beta < float("inf"):
-                raise ValueError(f"`beta` must be a finite number of nats, 0 or more, or `None`, got {self.beta}.")
-        if self.sft_weight is not None:
-            check_numbers(self, ("sft_weight",))
-            if not 0 <= self.sft_weight < float("inf"):
-                raise ValueError(f"`sft_weight` must be a finite number, 0 or more, got {self.sft_weight}.")
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_max_new_tokens")
+        check_whole_numbers(self, counts, optional=("max_length",))
+        names = ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps")
+        check_finite(self, names, optional=("beta", "sft_weight", "neftune_noise_alpha"))
         check_json_files(self, ("accelerator_config", "fsdp_config"))
         if self.deepspeed:
             if str(self.deepspeed).endswith(".json"):
@@ -181,7 +168,6 @@ class LightReasonerConfig(TrainingArguments):
             if not is_deepspeed_available():
                 raise ImportError("`deepspeed` needs DeepSpeed: `pip install deepspeed`.")
         check_flags(self, ("one_step_per_row", "use_cuda_graphs", "trust_remote_code"))
-        check_whole_numbers(self, ("eval_max_new_tokens",))
         epochs = self.num_train_epochs
         if epochs is not None and not (isinstance(epochs, int | float) and 0 < epochs < float("inf")):
             raise ValueError(f"`num_train_epochs` must be a finite number above 0, got {epochs!r}.")
@@ -191,9 +177,6 @@ class LightReasonerConfig(TrainingArguments):
         max_steps: Any = self.max_steps  # type: ignore[has-type]  # of `TrainingArguments`
         if not isinstance(max_steps, int) or max_steps < 1 and max_steps != -1:
             raise ValueError(f"`max_steps` must be a whole number, 1 or more, or -1, got {max_steps!r}.")
-        noise = self.neftune_noise_alpha
-        if noise is not None and not (isinstance(noise, int | float) and 0 <= noise < float("inf")):
-            raise ValueError(f"`neftune_noise_alpha` must be a finite number, 0 or more, or `None`, got {noise!r}.")
         for name in ("logging", "save", "eval"):
             steps = getattr(self, f"{name}_steps")
             is_read = getattr(self, f"{name}_strategy") == "steps" and not (name == "eval" and steps is None)
@@ -209,17 +192,7 @@ class LightReasonerConfig(TrainingArguments):
             )
         if self.output_dir == "":
             raise ValueError(f"`output_dir` must name a folder, got {self.output_dir!r}.")
-        if isinstance(self.model_init_kwargs, str):  # JSON on the command line
-            try:
-                self.model_init_kwargs = json.loads(self.model_init_kwargs)
-            except json.JSONDecodeError:
-                pass
-        if not isinstance(self.model_init_kwargs, dict | None):
-            example = '{"attn_implementation": "sdpa"}'
-            raise ValueError(
-                f"`model_init_kwargs` must be a dict or a JSON object, such as '{example}', got "
-                f"{self.model_init_kwargs!r}."
-            )
+        check_init_kwargs(self, ("model_init_kwargs",))
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0  # of which nothing is heard where the number of updates is given
             if max_steps < 0:
