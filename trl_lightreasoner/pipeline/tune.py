@@ -21,7 +21,7 @@ from ..models.loading import load_config
 from ..processes import Processes
 from ..report.trials import SearchResult, write_setting
 from ..report.write_report import write_report
-from ..steps.training_rows import choose_beta, reaches
+from ..steps.beta import choose_beta, reaches
 from ..steps.whole_files import whole_file, write_json
 from ..training.adapters import choose_target_modules
 from .folder import TuneFolder

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..generation.completions import evaluating
 from ..models.forward import check_causal
-from ..steps.training_rows import has_corrections
+from ..steps.beta import has_corrections
 
 
 def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, revision: str | None) -> torch.nn.Module:

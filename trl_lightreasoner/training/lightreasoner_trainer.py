@@ -28,10 +28,10 @@ from ..models.loading import add_quantization, hub_kwargs, load_config, load_mod
 from ..models.provenance import warn_of_another_expert
 from ..models.weights import get_base_model, settle_4bit_layers
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
+from ..steps.beta import resolve_beta
 from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS, printed_date
 from ..steps.messages import prints_date
 from ..steps.prompt_format import format_of_steps
-from ..steps.training_rows import resolve_beta
 from ..vocabulary import model_vocabulary
 from .accuracy import EvalQuestions
 from .adapters import AllocateRanks, check_forward, is_plain_lora, is_quantized, prepare_adapter
