@@ -19,6 +19,8 @@ from ..text import name_columns
 
 
 BINS_PER_DECADE = 1000
+# Bars of a histogram in a decade, each of several bins
+_SHOWN_PER_DECADE = 10
 _LOWEST, _HIGHEST = -10, 3  # decades; what lies outside goes into the first bin and the last
 _NUM_BINS = BINS_PER_DECADE * (_HIGHEST - _LOWEST)
 _NUM_POSITIONS = 40  # groups of positions
@@ -156,12 +158,12 @@ class StepStatistics:
         """A quantile of the divergence in each group of positions, `(G,)`."""
         return np.array([self._value_at(counts, quantile) for counts in self._histogram])
 
-    def histogram(self, bins_per_decade: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    def histogram(self) -> tuple[np.ndarray, np.ndarray]:
         """
         Edges `(N + 1,)` in nats, and how many steps lie between them, `(N,)`, without empty bins at the ends. Beta is
         one of the edges.
         """
-        width = BINS_PER_DECADE // bins_per_decade
+        width = BINS_PER_DECADE // _SHOWN_PER_DECADE
         counts = self._histogram.sum(0).reshape(-1, width).sum(1)
         edges = self._bins.edges(np.arange(len(counts) + 1) * width)
         first, last = counts.nonzero()[0][[0, -1]]
