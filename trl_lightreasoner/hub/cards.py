@@ -118,7 +118,7 @@ def model_card(
         hub_model_id=trainer.hub_model_id or model_name,
         prompt=_example_prompt(trainer),
         switches=show_switches(trainer.prompt_format),
-        paper_id=trainer._paper["id"],
+        paper_id=PAPER_ID,
         sft_weight=trainer.args.sft_weight,
         data=table(["", ""], rows),
         settings=table(["", ""], _setting_rows(trainer, model)),

@@ -63,8 +63,6 @@ class _BaseTrainer(ResumableTrainer):
     """A [`~transformers.Trainer`] whose model cards show the method, the data, the settings and the training curve."""
 
     _tag_names: list[str] = []
-    _name = "Trainer"
-    _paper: dict[str, str] = {}
     # The prompt format of the dataset, which is saved with the model
     prompt_format: PromptFormat | None = None
     _saves_checkpoint = False

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from ..contrast import ContrastiveLoss, contrastive_loss
+from ..hub.card_parts import TAGS
 from ..models.adapter_loading import check_adapter, load_adapter_config
 from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at, rope_switch
 from ..models.loading import add_quantization, hub_kwargs, load_config, load_model, load_tokenizer, resolve_dtype
@@ -150,12 +151,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
     ```
     """
 
-    _tag_names = ["trl", "light-reasoner"]
-    _name = "LightReasoner"
-    _paper = {
-        "title": "LightReasoner: Can Small Language Models Teach Large Language Models Reasoning?",
-        "id": "2510.07962",
-    }
+    _tag_names = TAGS
 
     # `compute_loss` divides by the kept steps of the whole update, so `Trainer` need not scale the loss
     loss_is_scaled_for_ga = True
