@@ -94,8 +94,7 @@ class PairArguments:
         check_template_kwargs(self)
         if self.conversational or self.system_prompt is not None:
             self.prompt_style = "chat"
-        if self.prompt_template is not None:
-            self.prompt_template = read_template(self.prompt_template)
+        self.prompt_template = read_template(self.prompt_template)
 
 
 def load_prompts(args: PairArguments) -> "tuple[Dataset, PromptFormat | None]":

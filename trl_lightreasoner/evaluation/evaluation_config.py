@@ -146,8 +146,7 @@ class EvaluationConfig:
         self.benchmarks = read_names(names)
         if not self.benchmarks:
             raise ValueError(f"`benchmarks` names none. There are {', '.join(BENCHMARKS)}.")
-        if self.prompt_template is not None:
-            self.prompt_template = read_template(self.prompt_template)
+        self.prompt_template = read_template(self.prompt_template)
 
     def prompt_format(self, trained: PromptFormat | None = None) -> PromptFormat:
         """

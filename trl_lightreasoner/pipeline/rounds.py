@@ -24,7 +24,15 @@ from ..steps.prompt_format import PromptFormat
 from ..steps.whole_files import write_json
 from .folder import RoundFolder, RunFolder
 from .run_config import RunConfig
-from .stages import Stages, evaluation_config, make_sampler, sample_steps, train_adapter, training_config
+from .stages import (
+    Stages,
+    answer_with_adapter,
+    evaluation_config,
+    make_sampler,
+    sample_steps,
+    train_adapter,
+    training_config,
+)
 
 
 # If v_C prefers another token at fewer of the kept steps, there is nothing left to correct
@@ -182,9 +190,7 @@ class Rounds:
         candidate = Candidate(
             "model", str(place.adapter), self.tokenizer, None, args, self.problems, Processes(), self._baseline
         )
-        adapted = load_adapter(self.expert, str(place.adapter))
-        candidate.answer(adapted)
-        self.expert = adapted.unload()
+        answer_with_adapter(candidate, self.expert, str(place.adapter))
         assert self._baseline is not None
         return grade_candidates([candidate, self._baseline], args)
 

@@ -208,15 +208,13 @@ class RunConfig:
         check_whole_numbers(self, (*counts, "eval_max_new_tokens"), optional=("prompts_per_round",))
         check_whole_numbers(self, ("num_held_out", "seed"), least=0)
         check_amateur_settings(self)
-        if self.amateur_prompt_template is not None:
-            self.amateur_prompt_template = read_template(self.amateur_prompt_template, "amateur_prompt_template")
+        self.amateur_prompt_template = read_template(self.amateur_prompt_template, "amateur_prompt_template")
         if self.prompt_style == "raw" and self.system_prompt:
             raise ValueError(
                 "`prompt_style='raw'` cannot be combined with `system_prompt`: put its text into the template."
             )
         check_template_kwargs(self)
-        if self.prompt_template is not None:
-            self.prompt_template = read_template(self.prompt_template)
+        self.prompt_template = read_template(self.prompt_template)
         # The other numbers are checked when the settings of the stages are made from them, before any work
         check_numbers(self, ("alpha", "learning_rate"))
         if isinstance(self.beta, int | float) and 0 < self.beta < ContrastiveSamplingConfig.beta:

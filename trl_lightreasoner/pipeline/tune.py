@@ -16,7 +16,6 @@ from ..evaluation.evaluation import grade_candidates
 from ..evaluation.evaluation_config import EvaluationConfig
 from ..evaluation.sets import HELD_OUT
 from ..grading.verdicts import check_math_verify
-from ..models.adapter_loading import load_adapter
 from ..models.loading import load_config
 from ..processes import Processes
 from ..report.trials import SearchResult, write_setting
@@ -30,6 +29,7 @@ from .search import AccuracyReporter, Setting, UnfitSetting, import_optuna, sear
 from .search_space import FIELDS
 from .stages import (
     Stages,
+    answer_with_adapter,
     check_pair,
     evaluation_config,
     open_pair,
@@ -322,11 +322,7 @@ def _confirm(
         # A folder for each, since another trial can be the best when the search is continued
         folder_of_model = (path, baseline.tokenizer, None, args, problems, baseline.processes)
         candidates[number] = Candidate(f"trial_{number}", *folder_of_model, other=baseline)
-        model = load_adapter(expert, path)
-        try:
-            candidates[number].answer(model)
-        finally:
-            model.unload()
+        answer_with_adapter(candidates[number], expert, path)
     best, default = candidates[result.best.number], candidates[result.trials[0].number]
 
     def compare(model: Candidate, other: Candidate) -> dict[str, Any]:

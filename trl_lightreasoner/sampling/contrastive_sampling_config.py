@@ -157,8 +157,7 @@ class ContrastiveSamplingConfig:
         check_output_dir(self)
         check_flags(self, ("overwrite_output_dir", "trust_remote_code", "include_first_step", "use_vllm"))
         check_numbers(self, ("alpha", "beta", "vllm_server_timeout", "vllm_gpu_memory_utilization"))
-        if self.amateur_prompt_template is not None:
-            self.amateur_prompt_template = read_template(self.amateur_prompt_template, "amateur_prompt_template")
+        self.amateur_prompt_template = read_template(self.amateur_prompt_template, "amateur_prompt_template")
         if not 0 < self.alpha <= 1:
             raise ValueError(f"`alpha` must be in (0, 1], got {self.alpha}. The paper uses 0.2.")
         if not 0 <= self.beta < float("inf"):
