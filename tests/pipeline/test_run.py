@@ -23,7 +23,7 @@ from trl_lightreasoner.evaluation.answering import Answering
 from trl_lightreasoner.evaluation.evaluation_config import EvaluationConfig
 from trl_lightreasoner.evaluation.sets import read_problems
 from trl_lightreasoner.evaluation.statistics import compare
-from trl_lightreasoner.generation import completions
+from trl_lightreasoner.generation import batches
 from trl_lightreasoner.models import loading
 from trl_lightreasoner.pipeline import rounds, stages
 from trl_lightreasoner.pipeline import run as pipeline
@@ -221,7 +221,7 @@ def left_alone(tmp_path_factory, short) -> RunResult:
     """What is made of them by a run that nothing breaks off."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trl_lightreasoner.report.write_report.save_pictures", lambda *args: [])
-        patch.setattr(completions, "CPU_ROWS", (16, 16))
+        patch.setattr(batches, "CPU_ROWS", (16, 16))
         return run_pipeline(RunConfig(output_dir=str(tmp_path_factory.mktemp("left alone") / "run"), **short))
 
 
@@ -247,7 +247,7 @@ def test_a_run_that_was_broken_off_goes_on(
     owner, name, call, finished_stages, short, left_alone, tmp_path, monkeypatch
 ):
     args = RunConfig(output_dir=str(tmp_path / "run"), **short)
-    monkeypatch.setattr(completions, "CPU_ROWS", (16, 16))
+    monkeypatch.setattr(batches, "CPU_ROWS", (16, 16))
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, interrupt_at(call, getattr(owner, name)))
         with pytest.raises(KeyboardInterrupt):

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler, sampling_metadata
-from trl_lightreasoner.generation import completions
+from trl_lightreasoner.generation import batches, completions
 from trl_lightreasoner.sampling import family_amateur, model_pair
 
 from ..conftest import QUESTIONS, make_model, make_tokenizer
@@ -393,7 +393,7 @@ def test_out_of_memory_speaks_of_other_processes_if_there_are_any(count):
 
     processes = SimpleNamespace(count=count, is_main=False)
     with pytest.raises(ValueError) as caught:
-        completions.run_in_batches([(0, 8)], 1, run, lambda *args: "", lambda row: 3, processes, "Sampling")
+        batches.run_in_batches([(0, 8)], 1, run, lambda *args: "", lambda row: 3, processes, "Sampling")
     assert ("If processes share this device, start fewer." in str(caught.value)) == (count > 1)
 
 

@@ -43,7 +43,7 @@ def dtype_of(model: str, dtype: str | None, name: str = "model", is_quantized: b
 def prompts_at_a_time(batch_size: int | None) -> str:
     import torch
 
-    from ..generation.completions import CPU_ROWS
+    from ..generation.batches import CPU_ROWS
 
     if batch_size is None and torch.cuda.is_available():
         return "as many prompts at a time as fit in memory"

@@ -11,10 +11,11 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, Value
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..generation.completions import GreedyDecoder, evaluating, run_in_batches, share_batches
+from ..generation.batches import run_in_batches, share_batches
+from ..generation.completions import GreedyDecoder
 from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
-from ..models.forward import context_length
+from ..models.forward import context_length, evaluating
 from ..models.loading import init_kwargs, load_config, load_model, load_tokenizer
 from ..models.weights import describe_loading, describe_model, weight_fingerprint
 from ..processes import Processes

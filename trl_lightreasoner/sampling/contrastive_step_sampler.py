@@ -12,7 +12,8 @@ from datasets import Dataset, IterableDataset
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config_checks import check_whole_number
-from ..generation.completions import GreedyDecoder, find_batch_size, run_in_batches, share_batches
+from ..generation.batches import find_batch_size, run_in_batches, share_batches
+from ..generation.completions import GreedyDecoder
 from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
 from ..models.forward import check_causal, context_length
@@ -128,6 +129,7 @@ class ContrastiveStepSampler:
         self._names: list[Any] = [model if isinstance(model, str) else None for model in (expert, named_amateur)]
         self._checks_in: Path | None = None  # the folder that `check` lends
         self._prompt_format: PromptFormat | None = None
+        self._decode: GreedyDecoder | None = None  # of a run that scores given completions
 
         # Weights are loaded by `sample`, when nothing is left that could be refused before
         expert_config = load_config(expert, "expert", **expert_kwargs)
@@ -283,7 +285,7 @@ class ContrastiveStepSampler:
         with self._pair.as_amateur():
             own = longest.get("amateur_prompt_ids")
             check_causal(self.amateur, "amateur", own or [*longest["prompt_ids"], *completion_ids])
-        self._decode = None  # given completions are scored
+        self._decode = None
         if "completion" not in dataset.column_names:
             # Behind a token that the amateur cannot read, it has nothing to say
             end_ids = [*self.eos_ids, *self.amateur_side.unreadable_ids]

@@ -9,8 +9,7 @@ from peft import AdaLoraModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..generation.completions import evaluating
-from ..models.forward import check_causal
+from ..models.forward import check_causal, evaluating
 from ..steps.beta import has_corrections
 
 
