@@ -8,10 +8,9 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, LargeList, List, Value
 from transformers import logging
 
-from ..text import name_columns
 from ..vocabulary import Vocabulary
 from .caches import map_rows
-from .dataset import PER_STEP_COLUMNS, STEP_COLUMNS, count_steps
+from .dataset import MAKE_STEPS, PER_STEP_COLUMNS, STEP_COLUMNS, check_columns, count_steps
 
 
 logger = logging.get_logger(__name__)
@@ -193,11 +192,8 @@ def prepare_rows(
             the reason.
     """
     columns = dataset.column_names
-    if columns is not None and (missing := [column for column in STEP_COLUMNS if column not in columns]):
-        raise ValueError(
-            f"The {name} dataset has no column {missing[0]!r}; it has {name_columns(columns)}. Make it with "
-            "`ContrastiveStepSampler` or `lightreasoner sample`."
-        )
+    if columns is not None:
+        check_columns(columns, f"{name} dataset")
     features = dataset.features
     for column in () if features is None else _checked(features):
         depth, feature = (2 if column.startswith("label") else 1), features[column]
@@ -206,11 +202,11 @@ def prepare_rows(
         whole = column not in _REAL
         dtypes = ("int", "uint") if whole else ("int", "uint", "float")
         if depth != 0 or not isinstance(feature, Value) or not feature.dtype.startswith(dtypes):
-            remedy = "Make it with `ContrastiveStepSampler` or `lightreasoner sample`"
-            remedy = "Give each kept step a number, or remove the column" if column == "step_weights" else remedy
+            is_weight = column == "step_weights"
+            remedy = "Give each kept step a number, or remove the column." if is_weight else MAKE_STEPS
             raise ValueError(
                 f"The column {column!r} of the {name} dataset must hold lists of {'whole ' if whole else ''}numbers, "
-                f"got {features[column]}. {remedy}."
+                f"got {features[column]}. {remedy}"
             )
     limit, remedy = f"`max_length={max_length}`", "raise it"
     if context is not None and (max_length is None or context < max_length):
