@@ -8,7 +8,7 @@ from ..config_help import help_from_docstring
 from ..steps.prompt_format import PromptFormat, has_messages, make_prompts, name_prompts, read_template
 from ..steps.switches import put_switches
 from .arguments import quantization_of
-from .running_on import announce, dtype_of, prompts_at_a_time
+from .running_on import announce, dtype_of, in_bits, prompts_at_a_time
 from .terminal import hide_file_bars
 
 
@@ -131,7 +131,7 @@ def announce_pair(args: PairArguments, sampling_args: "ContrastiveSamplingConfig
         "trust_remote_code": sampling_args.trust_remote_code,
         **(sampling_args.model_init_kwargs or {}),  # type: ignore[dict-item]  # already parsed
     }
-    bits = next((f" in {bits} bits" for bits in (4, 8) if getattr(args, f"load_in_{bits}bit")), "")
+    bits = in_bits(args)
     own = kwargs.pop("dtype", sampling_args.dtype)
     announce(
         f"expert in {dtype_of(args.expert, own, 'expert', bool(bits), **kwargs)}{bits}",

@@ -11,7 +11,7 @@ from ..config_help import help_from_docstring
 from .arguments import ArgumentParser, quantization_of
 from .late_compiling import compiling_late
 from .next_command import next_command
-from .running_on import announce
+from .running_on import announce, in_bits
 from .terminal import hide_file_bars
 
 
@@ -208,9 +208,8 @@ def main(
         sft_dataset=sft_dataset,
     )
     rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    bits = next((f" in {bits} bits" for bits in (4, 8) if getattr(model_args, f"load_in_{bits}bit")), "")
     announce(
-        f"expert in {str(trainer.model.dtype).removeprefix('torch.')}{bits}",
+        f"expert in {str(trainer.model.dtype).removeprefix('torch.')}{in_bits(model_args)}",
         f"updates of {rows * training_args.world_size} rows",
         cpu=trainer.args.device.type == "cpu",
     )
