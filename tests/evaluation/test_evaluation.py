@@ -684,4 +684,5 @@ def test_what_stands_beside_the_messages_of_a_problem_reaches_the_template(confi
     problems = {"held_out": read_problems(Dataset.from_dict(rows), "question", "answer")}
     args = config(prompt_style="chat")
     candidate = Candidate("model", expert_path, tokenizer, None, args, problems, Processes())
-    assert [text.endswith("NOW") for text in tokenizer.batch_decode(candidate.prompt_ids["held_out"])] == [True, False]
+    texts = tokenizer.batch_decode(candidate.asked["held_out"].prompt_ids)
+    assert [text.endswith("NOW") for text in texts] == [True, False]

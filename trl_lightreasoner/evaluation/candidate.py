@@ -1,10 +1,9 @@
 """`Candidate`: a model that answers benchmarks, from its prompts to the files with its answers."""
 
 import math
-from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelerate.logging import get_logger
 from accelerate.utils.memory import clear_device_cache
@@ -43,6 +42,23 @@ ANSWER_SETTINGS = (
 _ANSWER_FEATURES = {"num_tokens": Value("int32"), "ended": Value("bool")}
 # A few long answers would occupy a GPU with room for hundreds, so those of several batches are continued together
 _BATCHES_TOGETHER = 4
+
+
+class AskedProblems(NamedTuple):
+    """
+    The problems of a benchmark, as a model reads them.
+
+    Attributes:
+        prompt_ids (`list[list[int]]`): Token ids of each prompt, empty for a problem without text.
+        prompts (`list[str]`): Their texts.
+        plan (`list[tuple[int, int]]`): `(row, room)` of those that are answered, as of [`plan_answers`].
+        writer ([`StepWriter`]): The files with the answers.
+    """
+
+    prompt_ids: list[list[int]]
+    prompts: list[str]
+    plan: list[tuple[int, int]]
+    writer: StepWriter
 
 
 class Candidate:
@@ -95,11 +111,7 @@ class Candidate:
         self.vocabulary = model_vocabulary(tokenizer, config.vocab_size, role)
         self.eos_ids = find_eos_ids(model, tokenizer, **self.kwargs)
         context = context_length(config)
-        self.prompt_ids: dict[str, list[list[int]]] = {}
-        self.prompts: dict[str, list[str]] = {}
-        self.plans: dict[str, list[tuple[int, int]]] = {}  # rows and the room for their answers
-        self.writers: dict[str, StepWriter] = {}
-        self.dates: dict[str, datetime] = {}
+        self.asked: dict[str, AskedProblems] = {}  # by benchmark
         for name, dataset in problems.items():
             prompt_format = args.prompt_format()
             beside = beside_messages(dataset).to_list() or [{}] * len(dataset)
@@ -112,30 +124,31 @@ class Candidate:
                 for each, row in zip(dataset["question"], beside, strict=True)
             ]
             folder = str(Path(args.output_dir, role, name))
-            begun = other.dates.get(name) if other is not None else None
+            others = None if other is None else other.asked[name]
+            begun = None if others is None else others.writer.date
             date = processes.on_main(partial(run_date, folder, args.overwrite_output_dir, begun))
-            self.dates[name] = date
-            ids = self.prompt_ids[name] = encode_rows(rows, tokenizer, set(self.eos_ids), date=date)["prompt_ids"]
+            ids = encode_rows(rows, tokenizer, set(self.eos_ids), date=date)["prompt_ids"]
             for row, prompt in enumerate(ids):
                 check_embedded(prompt, tokenizer, config.vocab_size, row, role)
-            plan = self.plans[name] = plan_answers(ids, args.max_new_tokens, context)
+            plan = plan_answers(ids, args.max_new_tokens, context)
             if len(plan) < len(ids):
                 logger.warning(
                     f"{len(ids) - len(plan):,} of {len(ids):,} prompts of {title_of(name)} leave no room in the "
                     f"{role}'s context of {context} tokens. They count as wrong."
                 )
-            prompts = self.prompts[name] = tokenizer.batch_decode(ids)
-            if other is not None and prompts != other.prompts[name]:
+            prompts = tokenizer.batch_decode(ids)
+            if others is not None and prompts != others.prompts:
                 logger.warning(
                     f"The model and the baseline read other prompts ({title_of(name)}), because their chat templates "
                     "or tokenizers differ. The difference between their answers is also that between the prompts."
                 )
             prompted = dataset.add_column("prompt", prompts)
-            self.writers[name] = StepWriter(folder, prompted, args.overwrite_output_dir, _ANSWER_FEATURES, date)
+            writer = StepWriter(folder, prompted, args.overwrite_output_dir, _ANSWER_FEATURES, date)
+            self.asked[name] = AskedProblems(ids, prompts, plan, writer)
 
     def answer(self, loaded: "PreTrainedModel | PeftModel | None" = None) -> None:
         """Generate and save the missing answers, with a model that may be `loaded` already, and release it."""
-        lengths = [len(self.prompt_ids[name][row]) + room for name, plan in self.plans.items() for row, room in plan]
+        lengths = [len(each.prompt_ids[row]) + room for each in self.asked.values() for row, room in each.plan]
         vllm = None
         if self.args.use_vllm and lengths:
             vllm = connect_vllm(self.args, self.model, max(lengths), self.role, **self.kwargs)
@@ -155,16 +168,16 @@ class Candidate:
                 in_pieces=not self.args.use_vllm or self.args.prompt_style == "raw",
             )
             with evaluating(self.model):
-                for name, writer in self.writers.items():
-                    self._answer(name, writer)
+                for name, asked in self.asked.items():
+                    self._answer(name, asked)
         finally:
             if vllm is not None:
                 vllm.close()
         self.model = self.answering = None  # the baseline may need its memory
         clear_device_cache(garbage_collection=True)
 
-    def _answer(self, name: str, writer: StepWriter) -> None:
-        all_prompt_ids, plan = self.prompt_ids[name], self.plans[name]
+    def _answer(self, name: str, asked: AskedProblems) -> None:
+        all_prompt_ids, _, plan, writer = asked
         rooms = dict(plan)
 
         def run(indices: list[int], _: int) -> tuple[list[list[int]], list[bool]]:
@@ -181,7 +194,7 @@ class Candidate:
 
         num_tokens: list[int] = []
         try:
-            done = writer.open_on(self.processes, lambda: (self._identity(name), {"model": self.description}))
+            done = writer.open_on(self.processes, lambda: (self._identity(asked), {"model": self.description}))
             without_room = sorted(set(range(len(all_prompt_ids))) - {row for row, _ in plan} - done)
             if without_room and self.processes.is_main:
                 write(without_room, ([[] for _ in without_room], [False] * len(without_room)))
@@ -194,7 +207,7 @@ class Candidate:
                     f"Resuming: the {self.role} has already answered {share} {len(plan):,} problems "
                     f"({title_of(name)}). These answers are reused."
                 )
-            batch_size = self.processes.on_main(lambda: self._find_batch_size(name, order))
+            batch_size = self.processes.on_main(lambda: self._find_batch_size(all_prompt_ids, order))
             run_in_batches(
                 share_batches(order, batch_size, self.processes),
                 batch_size,
@@ -208,12 +221,12 @@ class Candidate:
         finally:
             writer.close()
 
-    def _find_batch_size(self, name: str, order: list[tuple[int, int]]) -> int:
+    def _find_batch_size(self, prompt_ids: list[list[int]], order: list[tuple[int, int]]) -> int:
         if not order:
             return 1
         row, room = order[0]  # the longest
         count = self.processes.count
-        size = self.answering.rows_together(len(self.prompt_ids[name][row]), room, len(order), count)
+        size = self.answering.rows_together(len(prompt_ids[row]), room, len(order), count)
         if self.args.per_device_batch_size is not None or self.args.use_vllm:
             return size
         return min(_BATCHES_TOGETHER * size, math.ceil(len(order) / count))
@@ -226,7 +239,7 @@ class Candidate:
             "chat_template": None if is_raw else self.tokenizer.get_chat_template(),
         }
 
-    def _identity(self, name: str) -> dict[str, Any]:
+    def _identity(self, asked: AskedProblems) -> dict[str, Any]:
         """Everything that the answers depend on, by the user's names."""
         return {
             **{setting: getattr(self.args, setting) for setting in ANSWER_SETTINGS},
@@ -234,7 +247,7 @@ class Candidate:
             f"{self.role} weights": self.weights,
             **self.loading,
             "EOS tokens": self.eos_ids,
-            "number of problems": len(self.prompt_ids[name]),
-            "prompts (tokens)": hash_ids(self.prompt_ids[name]),
-            **describe_rows(self.writers[name].input),
+            "number of problems": len(asked.prompt_ids),
+            "prompts (tokens)": hash_ids(asked.prompt_ids),
+            **describe_rows(asked.writer.input),
         }

@@ -220,11 +220,11 @@ def _in_the_form_of_training(args: EvaluationConfig, model: "str | PreTrainedMod
 def grade_candidates(candidates: list[Candidate], args: EvaluationConfig) -> dict[str, Any]:
     """Grade the answers and write results.json."""
     benchmarks: dict[str, dict[str, Any]] = {}
-    for name in candidates[0].writers:
+    for name in candidates[0].asked:
         scores = benchmarks[name] = {}
         verdicts = []
         for candidate in candidates:
-            answers = _grade_answers(candidate.writers[name].load(), args)
+            answers = _grade_answers(candidate.asked[name].writer.load(), args)
             path = Path(args.output_dir, candidate.role, f"{name}.parquet")
             path.parent.mkdir(parents=True, exist_ok=True)  # it can differ from the folder of the answers
             with whole_file(path) as temporary:
