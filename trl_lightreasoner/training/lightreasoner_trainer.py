@@ -23,9 +23,9 @@ from transformers import (
 
 from ..contrast import ContrastiveLoss, contrastive_loss
 from ..hub.card_parts import TAGS
-from ..models.adapter_loading import check_adapter, load_adapter_config
+from ..models.adapter_loading import check_adapter
 from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at, rope_switch
-from ..models.loading import add_quantization, hub_kwargs, load_config, load_model, load_tokenizer, resolve_dtype
+from ..models.loading import hub_kwargs, load_model, load_tokenizer
 from ..models.provenance import warn_of_another_expert
 from ..models.weights import get_base_model, settle_4bit_layers
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
@@ -35,13 +35,12 @@ from ..steps.messages import prints_date
 from ..steps.prompt_format import format_of_steps
 from ..vocabulary import model_vocabulary
 from .accuracy import EvalQuestions
-from .adapters import AllocateRanks, check_forward, is_plain_lora, is_quantized, prepare_adapter
+from .adapters import AllocateRanks, check_forward, is_plain_lora, is_quantized, plan_loading, prepare_adapter
 from .averaging import count_items, count_sft_tokens, mean_loss
 from .base_trainer import check_destinations
 from .combinations import (
     check_answers,
     check_arguments,
-    check_combinations,
     check_functions,
     check_metric,
     check_rope,
@@ -206,25 +205,8 @@ class LightReasonerTrainer(EvaluatingTrainer):
         if args.eval_on_start is None:
             args.eval_on_start = eval_questions is not None and args.eval_strategy != "no"
 
-        # Processing class and vocabulary
-        model_init_kwargs = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # no text by now
-        model_init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-        model_init_kwargs = add_quantization(model_init_kwargs, model, quantization_config, "trainer")
-        config = load_config(model, **model_init_kwargs)
-        trains_adapter = (
-            peft_config is not None
-            or not isinstance(model, str)  # the folder may hold one
-            or load_adapter_config(model, **hub_kwargs(model_init_kwargs)) is not None
-        )
-        if isinstance(model, str):
-            # Full training uses fp32 weights. Frozen weights keep the dtype of the sampling
-            dtype = model_init_kwargs.get("dtype", "auto" if trains_adapter else "float32")
-            bits = model_init_kwargs.get("quantization_config")
-            model_init_kwargs["dtype"] = resolve_dtype(dtype, config, args.device.type, bits)
-        quantization = model_init_kwargs.get("quantization_config") if isinstance(model, str) else None
-        quantization = quantization or getattr(config, "quantization_config", None)
-        dtype = model_init_kwargs.get("dtype")
-        check_combinations(args, quantization, config.dtype if dtype == "auto" else dtype, trains_adapter)
+        # How the model is loaded, processing class and vocabulary
+        model_init_kwargs, config, trains_adapter = plan_loading(model, args, quantization_config, peft_config)
         # A subclass or a function may evaluate more
         if compute_metrics is None and type(self).evaluation_loop is LightReasonerTrainer.evaluation_loop:
             sets = eval_dataset if isinstance(eval_dataset, dict) else () if eval_dataset is None else ("",)
