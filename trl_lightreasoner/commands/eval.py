@@ -64,7 +64,6 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 
 def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
     import datasets
-    from trl import ModelConfig
 
     from ..evaluation.evaluation import evaluate
     from ..hub.sharing import open_repo, push_evaluation_to_hub
@@ -81,10 +80,7 @@ def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
     if script_args.push_to_hub and Processes().is_main:  # fail now if the user may not write
         repo_id = open_repo(repo_id, token=script_args.hub_token)
     datasets.disable_progress_bars()  # those of files. The bar of the answers remains
-    names = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
-    quantization = quantization_of(
-        ModelConfig(dtype=args.dtype, **{name: getattr(script_args, name) for name in names})
-    )
+    quantization = quantization_of(script_args, args.dtype)
     kwargs = {
         "trust_remote_code": args.trust_remote_code,
         **(args.model_init_kwargs or {}),  # type: ignore[dict-item]  # already parsed

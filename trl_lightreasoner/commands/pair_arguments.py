@@ -107,21 +107,14 @@ def load_prompts(args: PairArguments) -> "tuple[Dataset, PromptFormat | None]":
 
 def make_sampler(args: PairArguments, sampling_args: "ContrastiveSamplingConfig") -> "ContrastiveStepSampler":
     """Make a sampler of the two models that `args` names, with the quantization set there."""
-    from trl import ModelConfig
-
     from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
-
-    def quantization(prefix: str):
-        bits = {name: getattr(args, prefix + name) for name in ("load_in_4bit", "load_in_8bit")}
-        bnb = {name: getattr(args, name) for name in ("bnb_4bit_quant_type", "use_bnb_nested_quant")}
-        return quantization_of(ModelConfig(dtype=sampling_args.dtype, **bits, **bnb))
 
     return ContrastiveStepSampler(
         args.expert,
         args.amateur,
         sampling_args,
-        quantization_config=quantization(""),
-        amateur_quantization_config=quantization("amateur_"),
+        quantization_config=quantization_of(args, sampling_args.dtype),
+        amateur_quantization_config=quantization_of(args, sampling_args.dtype, "amateur_"),
     )
 
 

@@ -202,7 +202,7 @@ def main(
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        quantization_config=quantization_of(model_args),
+        quantization_config=quantization_of(model_args, model_args.dtype),
         peft_config=None if is_adapter else get_peft_config(model_args),
         eval_questions=eval_questions,
         sft_dataset=sft_dataset,
