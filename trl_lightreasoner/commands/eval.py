@@ -1,14 +1,20 @@
 """`lightreasoner eval`: measure a model's accuracy on seven benchmarks, and compare it with a baseline."""
 
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config_help import help_from_docstring
 from ..evaluation.evaluation_config import EvaluationConfig
 from .arguments import ArgumentParser, quantization_of
 from .next_command import next_command
 from .running_on import announce, dtype_of, prompts_at_a_time
+
+
+if TYPE_CHECKING:
+    from ..evaluation.evaluation import Evaluation
 
 
 EXAMPLE = r"""example:
@@ -97,22 +103,8 @@ def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
     if not Processes().is_main:
         return
     print(f"\n{evaluation.table()}\n")
-    scores = evaluation.results["benchmarks"].values()
-    for role in ("model", "baseline"):
-        of_role = [score[role] | score for score in scores if role in score]
-        num_answers, num_cut, num_undecided = (
-            sum(score[name] for score in of_role) for name in ("num_problems", "num_cut", "num_undecided")
-        )
-        if num_cut:
-            print(
-                f"{num_cut:,} of {num_answers:,} answers of the {role} did not end within {args.max_new_tokens:,} "
-                "tokens or the model's context. They were graded as they stand."
-            )
-        if num_undecided:
-            print(
-                f"{num_undecided:,} of {num_answers:,} answers of the {role} could not be graded and count as wrong. "
-                f"The column `failure` of {Path(args.output_dir, role)} says why."
-            )
+    for remark in remarks(evaluation, args):
+        print(remark)
     print(f"Percent, +- one standard error. Answers and results.json are in {args.output_dir}.")
     if script_args.push_to_hub:
         push_evaluation_to_hub(evaluation, repo_id, script_args.hub_token)
@@ -121,3 +113,23 @@ def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
         print(next_command("merge", "--model", script_args.model, "--output_dir", "MODEL"))
     elif Path(script_args.model).is_dir() and script_args.baseline is not None:
         print(f"Next: {shlex.join(['hf', 'upload', 'OWNER/NAME', script_args.model])}")
+
+
+def remarks(evaluation: "Evaluation", args: EvaluationConfig) -> Iterator[str]:
+    """Sentences about answers that were cut off or could not be graded."""
+    scores = evaluation.results["benchmarks"].values()
+    for role in ("model", "baseline"):
+        of_role = [score[role] | score for score in scores if role in score]
+        num_answers, num_cut, num_undecided = (
+            sum(score[name] for score in of_role) for name in ("num_problems", "num_cut", "num_undecided")
+        )
+        if num_cut:
+            yield (
+                f"{num_cut:,} of {num_answers:,} answers of the {role} did not end within {args.max_new_tokens:,} "
+                "tokens or the model's context. They were graded as they stand."
+            )
+        if num_undecided:
+            yield (
+                f"{num_undecided:,} of {num_answers:,} answers of the {role} could not be graded and count as wrong. "
+                f"The column `failure` of {Path(args.output_dir, role)} says why."
+            )
