@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache
 
 from trl_lightreasoner.evaluation.answering import TOKENS_A_PIECE
 from trl_lightreasoner.generation import cuda_graphs
-from trl_lightreasoner.generation.completions import find_batch_size
+from trl_lightreasoner.generation.batches import find_batch_size
 from trl_lightreasoner.generation.cuda_graphs import complete_in_slots, why_by_mask
 from trl_lightreasoner.generation.row_attention import row_bounds, why_no_row_attention
 from trl_lightreasoner.generation.row_cache import MAX_ROWS, RowLayer, rows_that_fit

@@ -53,7 +53,8 @@ from trl_lightreasoner import (
     PromptFormat,
     count_steps,
 )
-from trl_lightreasoner.evaluation.evaluation import Candidate, grade_candidates
+from trl_lightreasoner.evaluation.candidate import Candidate
+from trl_lightreasoner.evaluation.evaluation import grade_candidates
 from trl_lightreasoner.evaluation.sets import read_problems
 from trl_lightreasoner.evaluation.statistics import Z_95
 from trl_lightreasoner.models.adapter_loading import load_adapter

@@ -48,8 +48,8 @@ from trl_lightreasoner import (
     LightReasonerConfig,
     LightReasonerTrainer,
 )
-from trl_lightreasoner.commands.merge import merge
 from trl_lightreasoner.models.loading import load_model
+from trl_lightreasoner.models.merging import merge
 from trl_lightreasoner.sampling.scoring import Trajectory, score_trajectories
 
 

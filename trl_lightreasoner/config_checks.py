@@ -1,6 +1,7 @@
 """Checks of fields that several configs share. Each refuses a value with a sentence that names the field."""
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -46,11 +47,11 @@ def check_json_files(config: Any, names: Iterable[str]) -> None:
             raise ValueError(f"The file {value!r} of `{name}` must hold a JSON object, got {content!r}.")
 
 
-def check_choices(config: Any, names: Iterable[str]) -> None:
-    for name in names:
-        choices = config.__dataclass_fields__[name].metadata["choices"]
-        if getattr(config, name) not in choices:
-            raise ValueError(f"`{name}` must be one of {choices}, got {getattr(config, name)!r}.")
+def check_choices(config: Any, names: Iterable[str], optional: Iterable[str] = ()) -> None:
+    for name in (*names, *optional):
+        value, choices = getattr(config, name), config.__dataclass_fields__[name].metadata["choices"]
+        if value not in choices and not (value is None and name in optional):
+            raise ValueError(f"`{name}` must be one of {choices}, got {value!r}.")
 
 
 def check_output_dir(config: Any) -> None:
@@ -71,16 +72,24 @@ def check_numbers(config: Any, names: Iterable[str]) -> None:
             raise ValueError(f"`{name}` must be a number, got {getattr(config, name)!r}.")
 
 
-def check_whole_numbers(config: Any, names: Iterable[str], optional: Iterable[str] = ()) -> None:
+def check_finite(config: Any, names: Iterable[str], optional: Iterable[str] = ()) -> None:
+    for name in (*names, *optional):
+        value = getattr(config, name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and 0 <= value < math.inf) and not (value is None and name in optional):
+            raise ValueError(f"`{name}` must be a finite number, 0 or more, got {value!r}.")
+
+
+def check_whole_numbers(config: Any, names: Iterable[str], optional: Iterable[str] = (), least: int = 1) -> None:
     for name in (*names, *optional):
         value = getattr(config, name)
         if value is not None or name not in optional:
-            check_whole_number(name, value)
+            check_whole_number(name, value, least)
 
 
-def check_whole_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be a whole number, 1 or more, got {value!r}.")
+def check_whole_number(name: str, value: Any, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` must be a whole number, {least} or more, got {value!r}.")
 
 
 def check_amateur_settings(config: Any) -> None:
@@ -138,8 +147,6 @@ def _as_dict(name: str, value: Any, example: str) -> dict[str, Any] | None:
             value = json.loads(value)
         except json.JSONDecodeError:
             pass
-        if not isinstance(value, dict):
-            raise ValueError(f"`{name}` must be a JSON object, such as '{example}', got {given!r}.")
     if not isinstance(value, dict | None):
-        raise ValueError(f"`{name}` must be a dict, got {value!r}.")
+        raise ValueError(f"`{name}` must be a dict or a JSON object, such as '{example}', got {given!r}.")
     return value

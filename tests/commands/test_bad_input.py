@@ -324,7 +324,11 @@ SAMPLE = [
         r"driver and the build of PyTorch\.",
     ),
     setting("model_init_kwargs", '{"device_map": {"": "cuda"}}', r"`device_map` asks for a CUDA GPU .*"),
-    setting("model_init_kwargs", "{oops", r"`model_init_kwargs` must be a JSON object, such as '.*', got '{oops'\."),
+    setting(
+        "model_init_kwargs",
+        "{oops",
+        r"`model_init_kwargs` must be a dict or a JSON object, such as '.*', got '{oops'\.",
+    ),
     setting(
         "model_init_kwargs",
         '{"frobnicate": 1}',
@@ -522,7 +526,7 @@ TRAIN = [
     setting("dataset_train_split", "dev", r"The dataset '.*' has no split 'dev': " + SPLITS),
     setting("eval_strategy", "steps", r"The dataset '.*' has no split 'test': " + SPLITS),
     # Settings
-    setting("max_length", "0", r"`max_length` must be a whole number, 1 or more, or `None`, got 0\."),
+    setting("max_length", "0", r"`max_length` must be a whole number, 1 or more, got 0\."),
     setting("learning_rate", "nan", r"`learning_rate` must be a finite number, 0 or more, got nan\."),
     setting("learning_rate", "-1", r"`learning_rate` must be a finite number, 0 or more, got -1\.0\."),
     setting("weight_decay", "nan", r"`weight_decay` must be a finite number, 0 or more, got nan\."),
@@ -830,7 +834,7 @@ def make_args(tmp_path: Path, **kwargs: Any) -> ContrastiveSamplingConfig:
         ({"max_new_tokens": 1.5}, r"`max_new_tokens` must be a whole number, 1 or more, got 1\.5\."),
         ({"max_prompt_length": 0}, r"`max_prompt_length` must be a whole number, 1 or more, got 0\."),
         ({"include_first_step": "no"}, r"`include_first_step` must be true or false, got 'no'\."),
-        ({"model_init_kwargs": [1]}, r"`model_init_kwargs` must be a dict, got \[1\]\."),
+        ({"model_init_kwargs": [1]}, r"`model_init_kwargs` must be a dict or a JSON object, such as .*, got \[1\]\."),
     ],
 )
 def test_wrong_settings_of_sampling(settings, sentence, tmp_path):
@@ -845,10 +849,10 @@ def test_wrong_settings_of_sampling(settings, sentence, tmp_path):
         ({"per_device_train_batch_size": 2.5}, r"`per_device_train_batch_size` must be a whole number, .* got 2\.5\."),
         ({"num_train_epochs": NAN}, r"`num_train_epochs` must be a finite number above 0, got nan\."),
         ({"use_cuda_graphs": "no"}, r"`use_cuda_graphs` must be true or false, got 'no'\."),
-        ({"max_length": "long"}, r"`max_length` must be a whole number, 1 or more, or `None`, got 'long'\."),
+        ({"max_length": "long"}, r"`max_length` must be a whole number, 1 or more, got 'long'\."),
         (
             {"neftune_noise_alpha": NAN},
-            r"`neftune_noise_alpha` must be a finite number, 0 or more, or `None`, got nan\.",
+            r"`neftune_noise_alpha` must be a finite number, 0 or more, got nan\.",
         ),
         ({"warmup_steps": NAN}, r"`warmup_steps` must be a finite number, 0 or more, got nan\."),
         ({"adam_epsilon": NAN}, r"`adam_epsilon` must be a finite number, 0 or more, got nan\."),

@@ -43,9 +43,9 @@ from trl_lightreasoner.commands.train import LightReasonerModelConfig, TrainArgu
 from trl_lightreasoner.commands.train import make_parser as make_train_parser
 from trl_lightreasoner.sampling.pair_check import CAVEAT
 from trl_lightreasoner.steps import splits
+from trl_lightreasoner.steps.beta import choose_beta
 from trl_lightreasoner.steps.prompt_format import PromptFormat
 from trl_lightreasoner.steps.splits import load_split
-from trl_lightreasoner.steps.training_rows import choose_beta
 from trl_lightreasoner.training.adapters import choose_target_modules
 
 from ..conftest import QUESTIONS, make_model

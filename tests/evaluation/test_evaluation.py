@@ -1,5 +1,6 @@
 """From problems to a table. Where it matters what the model says, a decoder stands in that says it."""
 
+import importlib.util
 import json
 import re
 import signal
@@ -15,7 +16,9 @@ from transformers import AutoTokenizer
 
 from trl_lightreasoner import EvaluationConfig, evaluate
 from trl_lightreasoner.commands.cli import main
-from trl_lightreasoner.evaluation import answering, evaluation
+from trl_lightreasoner.evaluation import answering, candidate
+from trl_lightreasoner.evaluation.candidate import Candidate
+from trl_lightreasoner.evaluation.evaluation import Evaluation
 from trl_lightreasoner.evaluation.sets import read_problems
 from trl_lightreasoner.generation import cuda_graphs
 from trl_lightreasoner.generation.cuda_graphs import Generated
@@ -84,7 +87,7 @@ def says(monkeypatch, tokenizer):
                 going.append((context, tokenizer(answer(read[-1]) + after)["input_ids"]))
                 return going[-1][1]
 
-        monkeypatch.setattr(evaluation, "GreedyDecoder", Decoder)
+        monkeypatch.setattr(candidate, "GreedyDecoder", Decoder)
         return read
 
     return use
@@ -210,13 +213,13 @@ def test_a_piece_has_as_many_rows_as_the_memory_holds(config, says, expert, monk
     monkeypatch.setattr(answering, "TOKENS_A_PIECE", 10)
     monkeypatch.setattr(answering, "find_batch_size", lambda model, longest, num_rows, count: 7 if longest < 40 else 3)
     says(lambda prompt: "x" * 45 + f"\\boxed{{{solve(prompt)}}}", after="")
-    sizes, call = [], evaluation.GreedyDecoder.__call__
+    sizes, call = [], candidate.GreedyDecoder.__call__
 
     def counted(self, prompt_ids, max_new_tokens):
         sizes.append((max(map(len, prompt_ids)) + max_new_tokens < 40, len(prompt_ids)))
         return call(self, prompt_ids, max_new_tokens)
 
-    monkeypatch.setattr(evaluation.GreedyDecoder, "__call__", counted)
+    monkeypatch.setattr(candidate.GreedyDecoder, "__call__", counted)
     evaluate(
         expert, config(prompt_style="raw", prompt_template="{question}", max_new_tokens=50, per_device_batch_size=None)
     )
@@ -228,13 +231,13 @@ def test_long_answers_of_several_batches_share_one(config, says, expert, monkeyp
     monkeypatch.setattr(answering, "TOKENS_A_PIECE", 30)
     monkeypatch.setattr(answering, "find_batch_size", lambda model, longest, num_rows, count: 3)
     says(lambda prompt: f"{'x' * 60 * (solve(prompt) % 3 == 0)}\\boxed{{{solve(prompt)}}}")
-    sizes, call = [], evaluation.GreedyDecoder.__call__
+    sizes, call = [], candidate.GreedyDecoder.__call__
 
     def counted(self, prompt_ids, max_new_tokens):
         sizes.append(len(prompt_ids))
         return call(self, prompt_ids, max_new_tokens)
 
-    monkeypatch.setattr(evaluation.GreedyDecoder, "__call__", counted)
+    monkeypatch.setattr(candidate.GreedyDecoder, "__call__", counted)
     made = evaluate(expert, config(max_new_tokens=100, per_device_batch_size=None))
     assert made.results["benchmarks"]["gsm8k"]["model"]["accuracy"] == 1.0
     assert sizes[:4] == [3, 3, 3, 1]  # a first piece of all ten
@@ -542,7 +545,7 @@ def test_a_model_card_takes_the_accuracies(compared):
 )
 def test_the_metadata_tell_if_some_problems_alone_were_answered(max_samples, told, compared):
     settings = {**compared[0].results["settings"], "max_samples": max_samples}
-    (result,) = evaluation.Evaluation({**compared[0].results, "settings": settings}).eval_results()
+    (result,) = Evaluation({**compared[0].results, "settings": settings}).eval_results()
     assert result.metric_name == f"accuracy (zero-shot, greedy, pass@1){told}"
 
 
@@ -581,7 +584,7 @@ def unloadable(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("a model was loaded before the mistake was found")
 
-    monkeypatch.setattr(evaluation, "load_model", fail)
+    monkeypatch.setattr(candidate, "load_model", fail)
 
 
 @pytest.mark.parametrize(
@@ -610,7 +613,7 @@ def unloadable(monkeypatch):
         (["--output_dir", "{bad}/empty.txt"], "Cannot write to '{bad}/empty.txt/model/gsm8k'"),
         (["--load_in_4bit", "--load_in_8bit"], "`--load_in_4bit` and `--load_in_8bit` cannot be combined."),
         (["--use_vllm"], "`--use_vllm` needs vLLM: "),
-        (["--model_init_kwargs", "[1]"], "`--model_init_kwargs` must be a JSON object, such as"),
+        (["--model_init_kwargs", "[1]"], "`--model_init_kwargs` must be a dict or a JSON object, such as"),
         (["--max_sample", "1"], "There is no flag `--max_sample`. Did you mean `--max_samples`?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -631,9 +634,9 @@ def test_what_is_wrong_is_said_before_weights_are_loaded(
 
 
 def test_math_verify_that_is_not_installed_is_named(flags, unloadable, capsys, monkeypatch):
-    find = evaluation.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr(
-        evaluation.importlib.util,
+        importlib.util,
         "find_spec",
         lambda name, *args: None if name == "math_verify" else find(name, *args),
     )
@@ -665,7 +668,7 @@ def test_model_and_baseline_read_the_same_date_whenever_they_are_started(
         files = {role: str(tmp_path / "out" / role / "gsm8k.parquet") for role in ("model", "baseline")}
         return {role: Dataset.from_parquet(file)["prompt"][:] for role, file in files.items()}
 
-    answer = evaluation.Candidate.answer
+    answer = Candidate.answer
 
     def killed_before_the_baseline(candidate):
         if candidate.role == "baseline":
@@ -674,7 +677,7 @@ def test_model_and_baseline_read_the_same_date_whenever_they_are_started(
 
     today(28)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(evaluation.Candidate, "answer", killed_before_the_baseline)
+        patch.setattr(Candidate, "answer", killed_before_the_baseline)
         run()
     assert not (tmp_path / "out" / "baseline" / "gsm8k" / "run.json").exists()
     today(29)
@@ -700,5 +703,6 @@ def test_what_stands_beside_the_messages_of_a_problem_reaches_the_template(confi
     rows = {"question": ["2+2?", "3+3?"], "answer": ["4", "6"], "chat_template_kwargs": [{"shout": "NOW"}, None]}
     problems = {"held_out": read_problems(Dataset.from_dict(rows), "question", "answer")}
     args = config(prompt_style="chat")
-    candidate = evaluation.Candidate("model", expert_path, tokenizer, None, args, problems, Processes())
-    assert [text.endswith("NOW") for text in tokenizer.batch_decode(candidate.prompt_ids["held_out"])] == [True, False]
+    candidate = Candidate("model", expert_path, tokenizer, None, args, problems, Processes())
+    texts = tokenizer.batch_decode(candidate.asked["held_out"].prompt_ids)
+    assert [text.endswith("NOW") for text in texts] == [True, False]

@@ -22,7 +22,7 @@ from transformers import (
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler
 from trl_lightreasoner.generation import cuda_graphs
-from trl_lightreasoner.generation.completions import even_batch_size, find_batch_size
+from trl_lightreasoner.generation.batches import even_batch_size, find_batch_size
 from trl_lightreasoner.generation.cuda_graphs import generate_greedy_by_graph, why_no_graph
 from trl_lightreasoner.generation.row_cache import bytes_of_row
 from trl_lightreasoner.models.forward import has_full_attention, hidden_states_at
@@ -268,11 +268,12 @@ def test_given_completions_are_scored_in_large_batches_on_a_gpu(monkeypatch, exp
     args = ContrastiveSamplingConfig(str(tmp_path / "given"))
     sampler = ContrastiveStepSampler(expert_path, amateur_path, args)
     sampler._pair.expert = SimpleNamespace(device=torch.device("cuda"))
-    monkeypatch.setattr("trl_lightreasoner.generation.completions.rows_that_fit", lambda *args: 7)
+    monkeypatch.setattr("trl_lightreasoner.generation.batches.rows_that_fit", lambda *args: 7)
     encoded = [{"prompt_ids": [1] * 5}]
     order = [(0, 12)] * 2000
-    assert sampler._find_batch_size(encoded, order, scoring_only=True) == 1000
-    assert sampler._find_batch_size(encoded, order[:14], scoring_only=False) == 7
+    assert sampler._find_batch_size(encoded, order) == 1000
+    sampler._decode = lambda *_: None  # whatever completes
+    assert sampler._find_batch_size(encoded, order[:14]) == 7
 
 
 @pytest.mark.parametrize("longest, most", [(None, 16), (10, 64), (200, 50), (500, 20), (1000, 16)])

@@ -22,7 +22,7 @@ from trl_lightreasoner.demo.task import make_problems
 from trl_lightreasoner.evaluation.answering import Answering
 from trl_lightreasoner.evaluation.evaluation_config import EvaluationConfig
 from trl_lightreasoner.evaluation.statistics import compare
-from trl_lightreasoner.generation import completions
+from trl_lightreasoner.generation import batches
 from trl_lightreasoner.models import loading
 from trl_lightreasoner.pipeline import rounds, stages
 from trl_lightreasoner.pipeline import run as pipeline
@@ -225,7 +225,7 @@ def left_alone(tmp_path_factory, short) -> RunResult:
     """What is made of them by a run that nothing breaks off."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trl_lightreasoner.report.write_report.save_pictures", lambda *args: [])
-        patch.setattr(completions, "CPU_ROWS", (16, 16))
+        patch.setattr(batches, "CPU_ROWS", (16, 16))
         return run_pipeline(RunConfig(output_dir=str(tmp_path_factory.mktemp("left alone") / "run"), **short))
 
 
@@ -251,7 +251,7 @@ def test_a_run_that_was_broken_off_goes_on(
     owner, name, call, finished_stages, short, left_alone, tmp_path, monkeypatch
 ):
     args = RunConfig(output_dir=str(tmp_path / "run"), **short)
-    monkeypatch.setattr(completions, "CPU_ROWS", (16, 16))
+    monkeypatch.setattr(batches, "CPU_ROWS", (16, 16))
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, interrupt_at(call, getattr(owner, name)))
         with pytest.raises(KeyboardInterrupt):
@@ -339,7 +339,7 @@ def test_a_pair_that_does_not_look_promising_is_a_warning(args, capsys):
         ({"prompt_column": "problem"}, "The dataset has no column 'problem'"),
         ({"answer_column": "gold"}, "it has 'question', 'answer'. Name the column of answers with"),
         ({"alpha": 2.0}, "`--alpha` must be in (0, 1]"),
-        ({"beta": -1.0}, "`--beta` must be a finite number of nats"),
+        ({"beta": -1.0}, "`--beta` must be a finite number, 0 or more"),
         ({"beta": 1e6}, "lower it"),
     ],
 )

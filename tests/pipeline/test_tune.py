@@ -24,7 +24,7 @@ from trl_lightreasoner.demo.task import make_problems
 from trl_lightreasoner.evaluation.answering import Answering
 from trl_lightreasoner.evaluation.statistics import compare
 from trl_lightreasoner.pipeline import tune as pipeline
-from trl_lightreasoner.steps.training_rows import choose_beta
+from trl_lightreasoner.steps.beta import choose_beta
 from trl_lightreasoner.training.accuracy import EvalQuestions
 
 from ..evaluation.test_sets import write

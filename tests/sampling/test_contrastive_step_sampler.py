@@ -1,10 +1,7 @@
-import ast
-import dataclasses
 import hashlib
 import logging
 import math
 import os
-import re
 import signal
 from types import SimpleNamespace
 
@@ -15,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from trl_lightreasoner import ContrastiveSamplingConfig, ContrastiveStepSampler, sampling_metadata
-from trl_lightreasoner.generation import completions
+from trl_lightreasoner.generation import batches, completions
 from trl_lightreasoner.sampling import family_amateur, model_pair
 
 from ..conftest import QUESTIONS, make_model, make_tokenizer
@@ -398,7 +395,7 @@ def test_out_of_memory_speaks_of_other_processes_if_there_are_any(count):
 
     processes = SimpleNamespace(count=count, is_main=False)
     with pytest.raises(ValueError) as caught:
-        completions.run_in_batches([(0, 8)], 1, run, lambda *args: "", lambda row: 3, processes, "Sampling")
+        batches.run_in_batches([(0, 8)], 1, run, lambda *args: "", lambda row: 3, processes, "Sampling")
     assert ("If processes share this device, start fewer." in str(caught.value)) == (count > 1)
 
 
@@ -416,7 +413,7 @@ def test_a_signal_in_the_last_batch_stops_what_would_follow(number, raised):
 
     processes = SimpleNamespace(count=1, is_main=False)
     with pytest.raises(raised):
-        completions.run_in_batches([(0, 8), (1, 8)], 2, run, write, lambda row: 3, processes, "Sampling")
+        batches.run_in_batches([(0, 8), (1, 8)], 2, run, write, lambda row: 3, processes, "Sampling")
     assert written == [0, 1]
 
 
@@ -743,40 +740,3 @@ def test_values_at_the_edge_are_accepted(settings):
 def test_keyword_arguments_can_be_json():
     args = ContrastiveSamplingConfig("steps", model_init_kwargs='{"revision": "v1"}')
     assert args.model_init_kwargs == {"revision": "v1"} and args.amateur_model_init_kwargs is None
-
-
-def documented_fields():
-    """From the docstring: name, what stands in the parentheses, and the text of each field."""
-    pattern = r"^ {8}(\w+) \((.+?)\):\n((?: {12}.+\n)+)"
-    docstring = ContrastiveSamplingConfig.__doc__ + "\n"
-    return {name: (kind, text) for name, kind, text in re.findall(pattern, docstring, re.MULTILINE)}
-
-
-def plain(text):
-    """Words without the marks that a docstring and a terminal have for code and links."""
-    return " ".join(re.sub(r"[`\[\]\"']|~transformers\.", "", text).split())
-
-
-FIELDS = dataclasses.fields(ContrastiveSamplingConfig)
-
-
-def test_every_field_is_documented_in_its_order():
-    assert list(documented_fields()) == [field.name for field in FIELDS]
-
-
-@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
-def test_the_documented_default_is_the_default(field):
-    kind, _ = documented_fields()[field.name]
-    default = re.search(r"defaults to `(.+)`", kind)
-    if field.default is dataclasses.MISSING:
-        assert "optional" not in kind
-    elif default is None:
-        assert kind.endswith("*optional*") and field.default is None
-    else:
-        assert ast.literal_eval(default[1]) == field.default
-
-
-@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
-def test_help_says_what_the_docstring_says(field):
-    _, text = documented_fields()[field.name]
-    assert plain(field.metadata["help"]) == plain(text)

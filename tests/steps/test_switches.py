@@ -257,7 +257,9 @@ def test_switches_are_given_as_json_or_as_a_dict(make):
 @ALL
 @pytest.mark.parametrize("text", ["[1]", "{oops", "true"])
 def test_a_setting_that_is_no_json_object_is_refused(text, make):
-    with pytest.raises(ValueError, match='`chat_template_kwargs` must be a JSON object, such as .*"enable_thinking"'):
+    with pytest.raises(
+        ValueError, match='`chat_template_kwargs` must be a dict or a JSON object, such as .*"enable_thinking"'
+    ):
         make(chat_template_kwargs=text)
 
 

@@ -262,7 +262,7 @@ def test_fsdp2_does_not_cast_4_bit_weights(tokenizer, steps, tmp_path, monkeypat
 def test_liger_kernels_leave_the_forward_alone(expert, steps, tmp_path, monkeypatch):
     applied = []
     monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda model, config: applied.append(config))
-    monkeypatch.setattr("trl_lightreasoner.training.lightreasoner_trainer.check_combinations", lambda *args: None)
+    monkeypatch.setattr("trl_lightreasoner.training.adapters.check_combinations", lambda *args: None)
     settings = {"use_cpu": True, "max_steps": 1, "use_liger_kernel": True, "liger_kernel_config": {"rope": False}}
     args = LightReasonerConfig(str(tmp_path), report_to="none", **settings)
     LightReasonerTrainer(expert, args, train_dataset=steps).train()

@@ -1,78 +1,13 @@
 import dataclasses
-import json
 import re
 
 import pytest
 from transformers import TrainingArguments
 
-from trl_lightreasoner import ContrastiveSamplingConfig, EvaluationConfig, LightReasonerConfig, RunConfig, TuneConfig
-from trl_lightreasoner.commands.check import CheckArguments, CheckSamplingConfig
-from trl_lightreasoner.commands.eval import EvaluationArguments
-from trl_lightreasoner.commands.merge import MergeArguments
-from trl_lightreasoner.commands.pair_arguments import PairArguments
-from trl_lightreasoner.commands.sample import SampleArguments
-from trl_lightreasoner.commands.train import LightReasonerModelConfig, TrainArguments
+from trl_lightreasoner import LightReasonerConfig
 
 
-CONFIGS = [
-    LightReasonerConfig,
-    ContrastiveSamplingConfig,
-    EvaluationConfig,
-    PairArguments,
-    SampleArguments,
-    CheckArguments,
-    CheckSamplingConfig,
-    LightReasonerModelConfig,
-    TrainArguments,
-    MergeArguments,
-    EvaluationArguments,
-    RunConfig,
-    TuneConfig,
-]
 NAN = float("nan")
-# What this package declares of each, without what is inherited from transformers and TRL
-FIELDS = [
-    (config, field)
-    for config in CONFIGS
-    for field in dataclasses.fields(config)
-    if field.name in config.__dict__["__annotations__"]
-]
-IDS = [f"{config.__name__}.{field.name}" for config, field in FIELDS]
-
-
-def documented(config) -> dict[str, tuple[str, str]]:
-    """`{name: (type and default, description)}` of the parameters of a docstring."""
-    entries = re.findall(r"^ {8}(\w+) \((.+)\):\n((?: {12}.+\n)+)", config.__doc__, flags=re.MULTILINE)
-    return {name: (signature, " ".join(text.split())) for name, signature, text in entries}
-
-
-def plain(text: str) -> str:
-    """Without what only a docstring (links) or only a terminal (other quotes) has."""
-    text = re.sub(r"\[`~?(?:[a-z]\w*\.)*([A-Z][\w.]*)`\]", r"`\1`", text)
-    text = re.sub(r"""`["'](.*?)["']`""", r"'\1'", text)
-    return " ".join(text.split())
-
-
-@pytest.mark.parametrize(("config", "field"), FIELDS, ids=IDS)
-def test_docstring_and_help_say_the_same(config, field):
-    entries = documented(config)
-    if field.name in entries:
-        assert plain(entries[field.name][1]) == plain(field.metadata["help"])
-    else:  # inherited, with another default
-        assert config is LightReasonerConfig
-        assert field.metadata["help"]
-
-
-@pytest.mark.parametrize(("config", "field"), FIELDS, ids=IDS)
-def test_docstring_names_the_default(config, field):
-    signature, _ = documented(config).get(field.name, ("", ""))
-    default = field.default
-    if default is dataclasses.MISSING:
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else None
-    if signature and default is not None:
-        assert f"defaults to `{json.dumps(default) if isinstance(default, str | list) else default}`" in signature
-    elif signature:
-        assert "defaults to" not in signature
 
 
 def test_docstring_names_every_default_that_differs_from_training_arguments():
@@ -103,7 +38,7 @@ def test_a_bad_beta_is_refused(beta, tmp_path):
 
 @pytest.mark.parametrize("value", [0, -1, 3.5, "many", True])
 def test_a_bad_max_length_is_refused(value, tmp_path):
-    with pytest.raises(ValueError, match="`max_length` must be a whole number, 1 or more, or `None`"):
+    with pytest.raises(ValueError, match="`max_length` must be a whole number, 1 or more, got"):
         LightReasonerConfig(str(tmp_path), max_length=value)
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
@@ -19,7 +18,6 @@ from .help_page import HelpFormatter, make_sections, metavar
 
 if TYPE_CHECKING:  # slow to import, and not needed for `--help`
     from transformers import BitsAndBytesConfig
-    from trl import ModelConfig
 
 
 # Short names, as in `--bf16` and `--fp16` of the Trainer
@@ -284,12 +282,22 @@ def _read_config(path: str) -> dict[str, Any]:
     return config
 
 
-def quantization_of(model_args: "ModelConfig") -> "BitsAndBytesConfig | None":
-    """The quantization set by TRL's flags. Without a dtype it computes in bfloat16."""
-    if not (model_args.load_in_4bit or model_args.load_in_8bit):
-        return None
-    from trl import get_quantization_config  # imports all that TRL's trainers need
+def quantization_of(args: Any, dtype: str | None, prefix: str = "") -> "BitsAndBytesConfig | None":
+    """
+    The quantization set by TRL's flags, or `None`.
 
+    Args:
+        args: Arguments with the fields of [`~trl.ModelConfig`], or itself.
+        dtype (`str`, *optional*): Data type of the weights that are not quantized. Without one it computes in
+            bfloat16.
+        prefix (`str`): Prefix of `load_in_4bit` and `load_in_8bit`, such as "amateur_".
+    """
+    bits = {name: getattr(args, prefix + name) for name in ("load_in_4bit", "load_in_8bit")}
+    if not any(bits.values()):
+        return None
+    from trl import ModelConfig, get_quantization_config  # imports all that TRL's trainers need
+
+    names = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+    how = {name: getattr(args, name) for name in names if hasattr(args, name)}
     # TRL also uses the dtype for computing, so it must be explicit
-    dtype = "bfloat16" if model_args.dtype in (None, "auto") else model_args.dtype
-    return get_quantization_config(replace(model_args, dtype=dtype))
+    return get_quantization_config(ModelConfig(dtype="bfloat16" if dtype in (None, "auto") else dtype, **bits, **how))

@@ -1,8 +1,9 @@
 """`lightreasoner check`: judge a pair of models on fifty prompts: one verdict with its reasons. Nothing is saved."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from ..config_help import help_from_docstring
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from .arguments import ArgumentParser
 from .next_command import flags_of, next_command
@@ -15,6 +16,7 @@ EXAMPLE = r"""example:
 
 
 @dataclass
+@help_from_docstring
 class CheckArguments(PairArguments):
     """
     [`PairArguments`], and the settings of `lightreasoner check`.
@@ -24,13 +26,11 @@ class CheckArguments(PairArguments):
             Whether to print one JSON object instead of text.
     """
 
-    json: bool = field(
-        default=False,
-        metadata={"help": "Whether to print one JSON object instead of text."},
-    )
+    json: bool = False
 
 
 @dataclass
+@help_from_docstring
 class CheckSamplingConfig(ContrastiveSamplingConfig):
     """
     [`ContrastiveSamplingConfig`] for a few prompts, which needs no folder.
@@ -44,21 +44,9 @@ class CheckSamplingConfig(ContrastiveSamplingConfig):
             Number of prompts to check, from the start of the dataset.
     """
 
-    output_dir: str = field(
-        default="steps",
-        metadata={
-            "help": "Not used, since nothing is saved. Allowed so that `lightreasoner sample` can share the config "
-            "file."
-        },
-    )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={"help": "Not used, like `output_dir`."},
-    )
-    num_prompts: int = field(
-        default=50,
-        metadata={"help": "Number of prompts to check, from the start of the dataset."},
-    )
+    output_dir: str = "steps"
+    overwrite_output_dir: bool = False
+    num_prompts: int = 50
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:

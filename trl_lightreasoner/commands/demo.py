@@ -4,10 +4,11 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config_help import help_from_docstring
 from ..text import printable
 from .arguments import ArgumentParser
 from .late_compiling import compiling_late
@@ -28,6 +29,7 @@ EXAMPLE = r"""example:
 
 
 @dataclass
+@help_from_docstring
 class DemoArguments:
     """
     Settings of `lightreasoner demo`.
@@ -39,14 +41,8 @@ class DemoArguments:
             Seed of the problems and of the training.
     """
 
-    output_dir: str = field(
-        default="lightreasoner-demo",
-        metadata={"help": "Folder for the Dataset, the adapter and metrics.json."},
-    )
-    seed: int = field(
-        default=0,
-        metadata={"help": "Seed of the problems and of the training."},
-    )
+    output_dir: str = "lightreasoner-demo"
+    seed: int = 0
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:

@@ -1,13 +1,20 @@
 """`lightreasoner eval`: measure a model on benchmarks or your own questions, and compare it with a baseline."""
 
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..config_help import help_from_docstring
 from ..evaluation.evaluation_config import EvaluationConfig
 from .arguments import ArgumentParser, quantization_of
 from .next_command import next_command
 from .running_on import announce, dtype_of, prompts_at_a_time
+
+
+if TYPE_CHECKING:
+    from ..evaluation.evaluation import Evaluation
 
 
 EXAMPLE = r"""example:
@@ -16,6 +23,7 @@ EXAMPLE = r"""example:
 
 
 @dataclass
+@help_from_docstring
 class EvaluationArguments:
     """
     Models of `lightreasoner eval`.
@@ -41,44 +49,15 @@ class EvaluationArguments:
             Token for the upload. If not set, it is the one from `hf auth login`.
     """
 
-    model: str = field(
-        metadata={"help": "Hub id or path of a model or an adapter."},
-    )
-    baseline: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or path of the model to compare it with, problem by problem. For an adapter, usually its "
-            "base model."
-        },
-    )
-    load_in_4bit: bool = field(
-        default=False,
-        metadata={"help": "Whether to load both models in 4 bits."},
-    )
-    load_in_8bit: bool = field(
-        default=False,
-        metadata={"help": "Whether to load both models in 8 bits."},
-    )
-    bnb_4bit_quant_type: str = field(
-        default="nf4",
-        metadata={"help": "Quantization type of models in 4 bits: 'nf4' or 'fp4'.", "choices": ["nf4", "fp4"]},
-    )
-    use_bnb_nested_quant: bool = field(
-        default=False,
-        metadata={"help": "Whether to use nested quantization for models in 4 bits."},
-    )
-    push_to_hub: bool = field(
-        default=False,
-        metadata={"help": "Whether to add the accuracies to the model card on the Hub."},
-    )
-    hub_model_id: str | None = field(
-        default=None,
-        metadata={"help": "Repository of that card, as owner/name. If not set, it is `model`."},
-    )
-    hub_token: str | None = field(
-        default=None,
-        metadata={"help": "Token for the upload. If not set, it is the one from `hf auth login`."},
-    )
+    model: str
+    baseline: str | None = None
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"choices": ["nf4", "fp4"]})
+    use_bnb_nested_quant: bool = False
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_token: str | None = None
 
     def __post_init__(self):
         if self.load_in_4bit and self.load_in_8bit:
@@ -91,7 +70,6 @@ def make_parser(prog: str | None = None) -> ArgumentParser:
 
 def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
     import datasets
-    from trl import ModelConfig
 
     from ..evaluation.evaluation import evaluate
     from ..hub.sharing import open_repo, push_evaluation_to_hub
@@ -108,10 +86,7 @@ def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
     if script_args.push_to_hub and Processes().is_main:  # fail now if the user may not write
         repo_id = open_repo(repo_id, token=script_args.hub_token)
     datasets.disable_progress_bars()  # those of files. The bar of the answers remains
-    names = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
-    quantization = quantization_of(
-        ModelConfig(dtype=args.dtype, **{name: getattr(script_args, name) for name in names})
-    )
+    quantization = quantization_of(script_args, args.dtype)
     kwargs = {
         "trust_remote_code": args.trust_remote_code,
         **(args.model_init_kwargs or {}),  # type: ignore[dict-item]  # already parsed
@@ -128,22 +103,8 @@ def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
     if not Processes().is_main:
         return
     print(f"\n{evaluation.table()}\n")
-    scores = evaluation.results["benchmarks"].values()
-    for role in ("model", "baseline"):
-        of_role = [score[role] | score for score in scores if role in score]
-        num_answers, num_cut, num_undecided = (
-            sum(score[name] for score in of_role) for name in ("num_problems", "num_cut", "num_undecided")
-        )
-        if num_cut:
-            print(
-                f"{num_cut:,} of {num_answers:,} answers of the {role} did not end within {args.max_new_tokens:,} "
-                "tokens or the model's context. They were graded as they stand."
-            )
-        if num_undecided:
-            print(
-                f"{num_undecided:,} of {num_answers:,} answers of the {role} could not be graded and count as wrong. "
-                f"The column `failure` of {Path(args.output_dir, role)} says why."
-            )
+    for remark in remarks(evaluation, args):
+        print(remark)
     print(f"Percent, +- one standard error. Answers and results.json are in {args.output_dir}.")
     if script_args.push_to_hub:
         push_evaluation_to_hub(evaluation, repo_id, script_args.hub_token)
@@ -152,3 +113,23 @@ def main(script_args: EvaluationArguments, args: EvaluationConfig) -> None:
         print(next_command("merge", "--model", script_args.model, "--output_dir", "MODEL"))
     elif Path(script_args.model).is_dir() and script_args.baseline is not None:
         print(f"Next: {shlex.join(['hf', 'upload', 'OWNER/NAME', script_args.model])}")
+
+
+def remarks(evaluation: "Evaluation", args: EvaluationConfig) -> Iterator[str]:
+    """Sentences about answers that were cut off or could not be graded."""
+    scores = evaluation.results["benchmarks"].values()
+    for role in ("model", "baseline"):
+        of_role = [score[role] | score for score in scores if role in score]
+        num_answers, num_cut, num_undecided = (
+            sum(score[name] for score in of_role) for name in ("num_problems", "num_cut", "num_undecided")
+        )
+        if num_cut:
+            yield (
+                f"{num_cut:,} of {num_answers:,} answers of the {role} did not end within {args.max_new_tokens:,} "
+                "tokens or the model's context. They were graded as they stand."
+            )
+        if num_undecided:
+            yield (
+                f"{num_undecided:,} of {num_answers:,} answers of the {role} could not be graded and count as wrong. "
+                f"The column `failure` of {Path(args.output_dir, role)} says why."
+            )

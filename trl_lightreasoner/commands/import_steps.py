@@ -1,7 +1,8 @@
 """`lightreasoner import`: convert the published scripts' JSON lines to a Dataset of kept steps."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from ..config_help import help_from_docstring
 from .arguments import ArgumentParser
 from .next_command import next_command
 from .terminal import hide_file_bars
@@ -12,6 +13,7 @@ EXAMPLE = r"""example:
 
 
 @dataclass
+@help_from_docstring
 class ImportArguments:
     """
     Settings of `lightreasoner import`.
@@ -31,27 +33,12 @@ class ImportArguments:
             Whether to allow loading tokenizers that ship custom Python code.
     """
 
-    file: str = field(
-        metadata={"help": "File of JSON lines that the published scripts have sampled, one step per line."},
-    )
-    output_dir: str = field(
-        metadata={"help": "Folder for the Dataset."},
-    )
-    expert: str = field(
-        metadata={"help": "Hub id or path of the expert that sampled the steps. Its tokenizer reads the text."},
-    )
-    system_prompt: str = field(
-        default="Please reason step by step.",
-        metadata={"help": "System message before each question."},
-    )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={"help": "Whether to delete steps that `output_dir` already holds."},
-    )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Whether to allow loading tokenizers that ship custom Python code."},
-    )
+    file: str
+    output_dir: str
+    expert: str
+    system_prompt: str = "Please reason step by step."
+    overwrite_output_dir: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self):
         if not self.output_dir:

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..config_checks import check_template_kwargs
+from ..config_help import help_from_docstring
 from ..steps.prompt_format import PromptFormat, has_messages, make_prompts, name_prompts, read_template
 from ..steps.switches import put_switches
 from .arguments import quantization_of
-from .running_on import announce, dtype_of, prompts_at_a_time
+from .running_on import announce, dtype_of, in_bits, prompts_at_a_time
 from .terminal import hide_file_bars
 
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
+@help_from_docstring
 class PairArguments:
     """
     Models and prompts of `lightreasoner sample` and `lightreasoner check`.
@@ -65,87 +67,23 @@ class PairArguments:
             Whether to use nested quantization for models in 4 bits.
     """
 
-    expert: str = field(
-        metadata={"help": "Hub id or path of the stronger model, which will be fine-tuned."},
-    )
-    dataset_name: str = field(
-        metadata={"help": "Dataset of prompts: on the Hub, a folder, or a file (JSON lines, Parquet, CSV)."},
-    )
-    amateur: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or path of the weaker model, which may have any vocabulary. If `None`, the amateur is the "
-            "expert itself, with `amateur_num_skipped_layers`, `amateur_skipped_layers`, `amateur_system_prompt` or "
-            "`amateur_prompt_template`."
-        },
-    )
-    dataset_config: str | None = field(
-        default=None,
-        metadata={"help": "Configuration of the dataset."},
-    )
-    dataset_split: str = field(
-        default="train",
-        metadata={"help": "Split to use, such as 'train[:1000]'."},
-    )
-    prompt_column: str = field(
-        default="prompt",
-        metadata={"help": "Column that holds the prompts, as text or as lists of messages."},
-    )
-    prompt_style: str | None = field(
-        default=None,
-        metadata={
-            "help": "How to prompt with text in `prompt_column`. 'chat': as a user message, in the expert's chat "
-            "template. 'raw': as plain text, in `prompt_template`. If `None`, the text is used as it is.",
-            "choices": ["chat", "raw"],
-        },
-    )
-    conversational: bool = field(
-        default=False,
-        metadata={"help": "Short for `prompt_style` 'chat'."},
-    )
-    system_prompt: str | None = field(
-        default=None,
-        metadata={"help": "System message before each prompt. Implies `conversational`."},
-    )
-    prompt_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Prompt template: text that contains {question}, or a file that holds such text. If `None`, it is "
-            "the prompt alone for 'chat', and for 'raw' it is 'Question: {question}' followed by a line 'Answer:'."
-        },
-    )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Additional keyword arguments for the chat template, such as '{\"enable_thinking\": false}'. For "
-            "text it implies `conversational`. If `None`, they are those of a column 'chat_template_kwargs', if there "
-            "is one."
-        },
-    )
-    load_in_4bit: bool = field(
-        default=False,
-        metadata={"help": "Whether to load the expert in 4 bits."},
-    )
-    load_in_8bit: bool = field(
-        default=False,
-        metadata={"help": "Whether to load the expert in 8 bits."},
-    )
-    amateur_load_in_4bit: bool = field(
-        default=False,
-        metadata={"help": "Whether to load the amateur in 4 bits."},
-    )
-    amateur_load_in_8bit: bool = field(
-        default=False,
-        metadata={"help": "Whether to load the amateur in 8 bits."},
-    )
-    bnb_4bit_quant_type: str = field(
-        default="nf4",
-        metadata={"help": "Quantization type of models in 4 bits: 'nf4' or 'fp4'.", "choices": ["nf4", "fp4"]},
-    )
-    use_bnb_nested_quant: bool = field(
-        default=False,
-        metadata={"help": "Whether to use nested quantization for models in 4 bits."},
-    )
+    expert: str
+    dataset_name: str
+    amateur: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    prompt_column: str = "prompt"
+    prompt_style: str | None = field(default=None, metadata={"choices": ["chat", "raw"]})
+    conversational: bool = False
+    system_prompt: str | None = None
+    prompt_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | str | None = None
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    amateur_load_in_4bit: bool = False
+    amateur_load_in_8bit: bool = False
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"choices": ["nf4", "fp4"]})
+    use_bnb_nested_quant: bool = False
 
     def __post_init__(self):
         for prefix in ("", "amateur_"):
@@ -156,8 +94,7 @@ class PairArguments:
         check_template_kwargs(self)
         if self.conversational or self.system_prompt is not None:
             self.prompt_style = "chat"
-        if self.prompt_template is not None:
-            self.prompt_template = read_template(self.prompt_template)
+        self.prompt_template = read_template(self.prompt_template)
 
 
 def load_prompts(args: PairArguments) -> "tuple[Dataset, PromptFormat | None]":
@@ -170,21 +107,14 @@ def load_prompts(args: PairArguments) -> "tuple[Dataset, PromptFormat | None]":
 
 def make_sampler(args: PairArguments, sampling_args: "ContrastiveSamplingConfig") -> "ContrastiveStepSampler":
     """Make a sampler of the two models that `args` names, with the quantization set there."""
-    from trl import ModelConfig
-
     from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
-
-    def quantization(prefix: str):
-        bits = {name: getattr(args, prefix + name) for name in ("load_in_4bit", "load_in_8bit")}
-        bnb = {name: getattr(args, name) for name in ("bnb_4bit_quant_type", "use_bnb_nested_quant")}
-        return quantization_of(ModelConfig(dtype=sampling_args.dtype, **bits, **bnb))
 
     return ContrastiveStepSampler(
         args.expert,
         args.amateur,
         sampling_args,
-        quantization_config=quantization(""),
-        amateur_quantization_config=quantization("amateur_"),
+        quantization_config=quantization_of(args, sampling_args.dtype),
+        amateur_quantization_config=quantization_of(args, sampling_args.dtype, "amateur_"),
     )
 
 
@@ -194,7 +124,7 @@ def announce_pair(args: PairArguments, sampling_args: "ContrastiveSamplingConfig
         "trust_remote_code": sampling_args.trust_remote_code,
         **(sampling_args.model_init_kwargs or {}),  # type: ignore[dict-item]  # already parsed
     }
-    bits = next((f" in {bits} bits" for bits in (4, 8) if getattr(args, f"load_in_{bits}bit")), "")
+    bits = in_bits(args)
     own = kwargs.pop("dtype", sampling_args.dtype)
     announce(
         f"expert in {dtype_of(args.expert, own, 'expert', bool(bits), **kwargs)}{bits}",

@@ -1,10 +1,11 @@
 """`lightreasoner report`: show kept steps as an HTML page, one or two datasets, with the curves of a training."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..config_checks import check_whole_numbers
+from ..config_help import help_from_docstring
 from .arguments import ArgumentParser
 from .next_command import next_command
 from .running_on import announce, tell
@@ -16,6 +17,7 @@ EXAMPLE = r"""example:
 
 
 @dataclass
+@help_from_docstring
 class ReportArguments:
     """
     Settings of `lightreasoner report`.
@@ -50,64 +52,18 @@ class ReportArguments:
             is one.
     """
 
-    dataset_name: list[str] = field(
-        metadata={
-            "help": "One or two datasets of kept steps: on the Hub, a folder, or a file (JSON lines, Parquet). The "
-            "flag itself may be omitted."
-        },
-    )
-    output_dir: str = field(
-        default="report",
-        metadata={"help": "Folder for report.html, the PNG figures and the CSV files."},
-    )
-    training_dir: str | None = field(
-        default=None,
-        metadata={"help": "Output folder of a training, to show its loss, entropy, agreement and divergences."},
-    )
-    dataset_config: str | None = field(
-        default=None,
-        metadata={"help": "Configuration of the dataset."},
-    )
-    dataset_split: str = field(
-        default="train",
-        metadata={"help": "Split to use, such as 'train[:1000]'."},
-    )
-    expert: str | None = field(
-        default=None,
-        metadata={"help": "Hub id or path of the expert. If not set, it is the one named in the dataset."},
-    )
-    amateur: str | None = field(
-        default=None,
-        metadata={"help": "Hub id or path of the amateur. If not set, it is the one named in the dataset."},
-    )
-    model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or path of the trained model or adapter. If not set, it is the one in `training_dir`."
-        },
-    )
-    load_models: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to load the expert, the amateur and the model in `training_dir`, if they are on this "
-            "machine, to show their probabilities at the kept steps."
-        },
-    )
-    num_trajectories: int = field(
-        default=24,
-        metadata={"help": "Number of trajectories to show of each dataset. All statistics cover every row."},
-    )
-    seed: int = field(
-        default=0,
-        metadata={"help": "Random seed for choosing the trajectories."},
-    )
-    answer_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Column that holds the correct answers, to mark rows as right or wrong. If not set, it is "
-            "`answer` if there is one."
-        },
-    )
+    dataset_name: list[str]
+    output_dir: str = "report"
+    training_dir: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    expert: str | None = None
+    amateur: str | None = None
+    model: str | None = None
+    load_models: bool = True
+    num_trajectories: int = 24
+    seed: int = 0
+    answer_column: str | None = None
 
     def __post_init__(self):
         if not 1 <= len(self.dataset_name) <= 2:

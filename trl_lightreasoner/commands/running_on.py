@@ -40,10 +40,15 @@ def dtype_of(model: str, dtype: str | None, name: str = "model", is_quantized: b
     return str(dtype).removeprefix("torch.")
 
 
+def in_bits(args: Any) -> str:
+    """The quantization set by TRL's flags, as words to put behind a data type, or nothing."""
+    return next((f" in {bits} bits" for bits in (4, 8) if getattr(args, f"load_in_{bits}bit")), "")
+
+
 def prompts_at_a_time(batch_size: int | None) -> str:
     import torch
 
-    from ..generation.completions import CPU_ROWS
+    from ..generation.batches import CPU_ROWS
 
     if batch_size is None and torch.cuda.is_available():
         return "as many prompts at a time as fit in memory"

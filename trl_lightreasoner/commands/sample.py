@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..config_help import help_from_docstring
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from .arguments import ArgumentParser
 from .next_command import next_command
@@ -17,6 +18,7 @@ EXAMPLE = r"""example:
 
 
 @dataclass
+@help_from_docstring
 class SampleArguments(PairArguments):
     """
     [`PairArguments`], and the upload of the Dataset of `lightreasoner sample`.
@@ -33,28 +35,11 @@ class SampleArguments(PairArguments):
             Token for the upload. If not set, it is the one from `hf auth login`.
     """
 
-    push_to_hub: bool = field(
-        default=False,
-        metadata={"help": "Whether to upload the Dataset to the Hub, with a card, when it is complete."},
-    )
-    hub_dataset_id: str | None = field(
-        default=None,
-        metadata={"help": "Repository of the Dataset, as owner/name. If not set, it is the name of `output_dir`."},
-    )
-    hub_private_repo: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether to make the repository private. If not set, it is public unless the organization's "
-            "default is private. It has no effect on an existing repository.",
-            # So that a bare `--hub_private_repo` means True
-            "nargs": "?",
-            "const": True,
-        },
-    )
-    hub_token: str | None = field(
-        default=None,
-        metadata={"help": "Token for the upload. If not set, it is the one from `hf auth login`."},
-    )
+    push_to_hub: bool = False
+    hub_dataset_id: str | None = None
+    # So that a bare `--hub_private_repo` means True
+    hub_private_repo: bool | None = field(default=None, metadata={"nargs": "?", "const": True})
+    hub_token: str | None = None
 
 
 def make_parser(prog: str | None = None) -> ArgumentParser:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from trl import ModelConfig, ScriptArguments
 
 from ..config_checks import check_whole_numbers
+from ..config_help import help_from_docstring
 from .arguments import ArgumentParser, quantization_of
 from .late_compiling import compiling_late
 from .next_command import next_command
-from .running_on import announce
+from .running_on import announce, in_bits
 from .terminal import hide_file_bars
 
 
@@ -41,6 +42,7 @@ _RESUMING = "To resume an interrupted training, run the same command with `--res
 
 
 @dataclass
+@help_from_docstring
 class TrainArguments(ScriptArguments):
     """
     [`~trl.ScriptArguments`] with questions to answer during training, and an SFT dataset.
@@ -66,45 +68,16 @@ class TrainArguments(ScriptArguments):
             read. They are used as they are.
     """
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Dataset of kept steps: on the Hub, a folder, or a file (JSON lines, Parquet)."},
-    )
-    dataset_config: str | None = field(
-        default=None,
-        metadata={"help": "Configuration of the dataset."},
-    )
-    dataset_train_split: str = field(
-        default="train",
-        metadata={"help": "Split to use, such as 'train[:1000]'."},
-    )
-    dataset_test_split: str | None = field(
-        default=None,
-        metadata={
-            "help": "Split with held-out kept steps, for `eval_loss`. If not set, it is 'test' if `eval_strategy` is "
-            "set and there are no `eval_questions`."
-        },
-    )
-    eval_questions: str | None = field(
-        default=None,
-        metadata={
-            "help": "Questions that the model answers at every evaluation, for `eval_accuracy`: a file, a folder or a "
-            "dataset on the Hub. The columns `question` or `prompt`, and `answer`, of its split 'train' are read. "
-            "Text is put into the prompt format that the dataset was sampled with. If `eval_strategy` is not set, "
-            "they are answered before training and five times during it."
-        },
-    )
-    sft_dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Demonstrations whose cross-entropy is added to the loss, with the weight `sft_weight`: a file, a "
-            "folder or a dataset on the Hub. The columns `prompt` and `completion`, or `messages`, of its split "
-            "'train' are read. They are used as they are."
-        },
-    )
+    dataset_name: str | None = None
+    dataset_config: str | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str | None = None
+    eval_questions: str | None = None
+    sft_dataset_name: str | None = None
 
 
 @dataclass
+@help_from_docstring
 class LightReasonerModelConfig(ModelConfig):
     """
     [`~trl.ModelConfig`] that trains an adapter by default: LoRA of rank 8.
@@ -129,45 +102,12 @@ class LightReasonerModelConfig(ModelConfig):
             and v_proj. Otherwise all linear layers are used.
     """
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or path of the expert that the dataset was sampled with, or of its adapter, which is "
-            "trained further."
-        },
-    )
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Data type of the model's weights: 'auto' (the checkpoint's own), 'bfloat16', 'float16' or "
-            "'float32'. If not set, it is the checkpoint's own for an adapter, as in sampling, and 'float32' for "
-            "training all weights. The checkpoint's own is float32 if it is float16 and the device is a CPU.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
-    )
-    use_peft: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to train an adapter instead of all weights. An adapter given as the model is trained "
-            "further."
-        },
-    )
-    lora_r: int = field(
-        default=8,
-        metadata={"help": "LoRA R value."},
-    )
-    lora_alpha: int = field(
-        default=16,
-        metadata={"help": "LoRA alpha."},
-    )
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "LoRA target modules. If not set, they depend on the steps of 1.6 nats or more. If v_C prefers a "
-            "token other than the expert's at a tenth or more of them, PEFT's defaults for the architecture are used, "
-            "such as q_proj and v_proj. Otherwise all linear layers are used."
-        },
-    )
+    model_name_or_path: str | None = None
+    dtype: str | None = field(default=None, metadata={"choices": ["auto", "bfloat16", "float16", "float32"]})
+    use_peft: bool = True
+    lora_r: int = 8
+    lora_alpha: int = 16
+    lora_target_modules: list[str] | None = None
 
     def __post_init__(self):
         check_whole_numbers(self, ("lora_r",))
@@ -262,15 +202,14 @@ def main(
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        quantization_config=quantization_of(model_args),
+        quantization_config=quantization_of(model_args, model_args.dtype),
         peft_config=None if is_adapter else get_peft_config(model_args),
         eval_questions=eval_questions,
         sft_dataset=sft_dataset,
     )
     rows = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    bits = next((f" in {bits} bits" for bits in (4, 8) if getattr(model_args, f"load_in_{bits}bit")), "")
     announce(
-        f"expert in {str(trainer.model.dtype).removeprefix('torch.')}{bits}",
+        f"expert in {str(trainer.model.dtype).removeprefix('torch.')}{in_bits(model_args)}",
         f"updates of {rows * training_args.world_size} rows",
         cpu=trainer.args.device.type == "cpu",
     )

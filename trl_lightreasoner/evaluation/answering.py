@@ -16,7 +16,8 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import PreTrainedTokenizerBase, logging
 
-from ..generation.completions import GreedyDecoder, find_batch_size
+from ..generation.batches import find_batch_size
+from ..generation.completions import GreedyDecoder
 from ..generation.cuda_graphs import Generated
 from ..grading.answers import first_answer, has_first_answer
 from ..grading.verdicts import Verdict, grade_all

@@ -13,11 +13,13 @@ from ..config_checks import (
     check_vllm_settings,
     check_whole_numbers,
 )
+from ..config_help import help_from_docstring
 from ..steps.prompt_format import STYLES, SYSTEM_PROMPT, PromptFormat, read_template
 from .sets import BENCHMARKS, name_benchmarks
 
 
 @dataclass
+@help_from_docstring
 class EvaluationConfig:
     r"""
     Configuration class for [`evaluate`]. The defaults are those of Qwen2.5-Math's evaluation: zero-shot, greedy, 2,048
@@ -110,144 +112,31 @@ class EvaluationConfig:
             Number of grading processes. If `None`, the number of processors.
     """
 
-    output_dir: str = field(
-        metadata={
-            "help": "Folder for the answers and results.json. Answers are saved as they are generated, and an "
-            "interrupted run resumes from this folder."
-        },
-    )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to delete the answers in `output_dir`. Otherwise they are kept, and a run resumes only "
-            "with the same models, settings and problems."
-        },
-    )
-    benchmarks: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Benchmarks to answer, separated by spaces or commas: gsm8k, math500, math, svamp, asdiv, "
-            "minerva_math, olympiadbench, mmlu_stem, or a file with the columns question and answer. If `None`, all "
-            "benchmarks except math, which includes math500."
-        },
-    )
-    data_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder that holds the benchmarks' files: NAME.jsonl, benchmarks/NAME.jsonl or NAME/test.jsonl. "
-            "If `None`, they are loaded from the Hub."
-        },
-    )
-    max_samples: int | None = field(
-        default=None,
-        metadata={"help": "Number of problems to use of each benchmark, from its start. If `None`, all of them."},
-    )
-    prompt_style: str | None = field(
-        default=None,
-        metadata={
-            "help": "'chat': each problem is a user message in the tokenizer's chat template. 'raw': plain text, for "
-            "base models, and only the first answer of a completion is graded. If `None`, it is the format in the "
-            "model's prompt_format.json, and without that file 'chat'.",
-            "choices": list(STYLES),
-        },
-    )
-    system_prompt: str | None = field(
-        default=None,
-        metadata={
-            "help": "System message for the style 'chat'. An empty text leaves it out. If `None`, it is the one that "
-            "the model was trained with, or else that of Qwen2.5-Math: Please reason step by step, and put your final "
-            "answer within \\boxed{}."
-        },
-    )
-    prompt_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Prompt template: text that contains {question}, or a file that holds such text. If `None`, it is "
-            "the one that the model was trained with. Without one it is the problem alone for 'chat', and for 'raw' "
-            "it is 'Question: {question}' followed by a line 'Answer:'."
-        },
-    )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Additional keyword arguments for the chat template, such as '{\"enable_thinking\": false}'. An "
-            "empty dict leaves them out. If `None`, they are those that the model was trained with."
-        },
-    )
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Data type of the weights of models given by id or path: 'auto' (the checkpoint's own, but "
-            "float32 for float16 on a CPU), 'bfloat16', 'float16' or 'float32'.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
-    )
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used when the model is given by id "
-            "or path. The `revision` value is also used when loading its tokenizer."
-        },
-    )
-    baseline_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "As `model_init_kwargs`, for the baseline."},
-    )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Whether to allow loading models and tokenizers that ship custom Python code."},
-    )
-    max_new_tokens: int = field(
-        default=2048,
-        metadata={
-            "help": "Maximum number of tokens to generate per answer. Longer answers are cut off, counted, and graded "
-            "as they stand."
-        },
-    )
-    per_device_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of problems whose answers are generated together. If `None`, as many as the memory of a "
-            "CUDA GPU allows, 1,024 at most, and on other devices as many as 1 GiB holds, between 16 and 64. It is "
-            "halved when memory runs out."
-        },
-    )
-    use_vllm: bool = field(
-        default=False,
-        metadata={"help": "Whether vLLM generates the answers. Models must be given by id or path."},
-    )
-    vllm_mode: str = field(
-        default="colocate",
-        metadata={
-            "help": "'colocate': vLLM runs on this machine, together with the model, and needs the `vllm` package. "
-            "'server': answers come from a running server (`vllm serve`), local or remote.",
-            "choices": ["colocate", "server"],
-        },
-    )
-    vllm_server_base_url: str = field(
-        default="http://localhost:8000",
-        metadata={"help": "Base URL of the vLLM server."},
-    )
-    vllm_server_timeout: float = field(
-        default=240.0,
-        metadata={"help": "Number of seconds to wait for the vLLM server to be up."},
-    )
-    vllm_gpu_memory_utilization: float = field(
-        default=0.3,
-        metadata={
-            "help": "Fraction of the GPU's memory that vLLM uses in mode 'colocate', including its copy of the model."
-        },
-    )
-    num_workers: int | None = field(
-        default=None,
-        metadata={"help": "Number of grading processes. If `None`, the number of processors."},
-    )
+    output_dir: str
+    overwrite_output_dir: bool = False
+    benchmarks: list[str] | None = None
+    data_dir: str | None = None
+    max_samples: int | None = None
+    prompt_style: str | None = field(default=None, metadata={"choices": list(STYLES)})
+    system_prompt: str | None = None
+    prompt_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | str | None = None
+    dtype: str = field(default="auto", metadata={"choices": ["auto", "bfloat16", "float16", "float32"]})
+    model_init_kwargs: dict[str, Any] | str | None = None
+    baseline_model_init_kwargs: dict[str, Any] | str | None = None
+    trust_remote_code: bool = False
+    max_new_tokens: int = 2048
+    per_device_batch_size: int | None = None
+    use_vllm: bool = False
+    vllm_mode: str = field(default="colocate", metadata={"choices": ["colocate", "server"]})
+    vllm_server_base_url: str = "http://localhost:8000"
+    vllm_server_timeout: float = 240.0
+    vllm_gpu_memory_utilization: float = 0.3
+    num_workers: int | None = None
 
     def __post_init__(self):
         check_init_kwargs(self, ("model_init_kwargs", "baseline_model_init_kwargs"))
-        check_choices(self, ("dtype", "vllm_mode"))
-        if self.prompt_style is not None:
-            check_choices(self, ("prompt_style",))
+        check_choices(self, ("dtype", "vllm_mode"), optional=("prompt_style",))
         check_template_kwargs(self)
         check_output_dir(self)
         check_flags(self, ("overwrite_output_dir", "trust_remote_code", "use_vllm"))
@@ -258,8 +147,7 @@ class EvaluationConfig:
         self.benchmarks = name_benchmarks(names)
         if not self.benchmarks:
             raise ValueError(f"`benchmarks` names none. There are {', '.join(BENCHMARKS)}.")
-        if self.prompt_template is not None:
-            self.prompt_template = read_template(self.prompt_template)
+        self.prompt_template = read_template(self.prompt_template)
 
     def prompt_format(self, trained: PromptFormat | None = None) -> PromptFormat:
         """

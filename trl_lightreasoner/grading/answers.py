@@ -61,6 +61,8 @@ _LIST = re.compile(r"[* ]*\n[*\s]*+1[.)][* ]+\S|(?<![a-z] )1[.)][* ]+\S[^\n]{0,1
 # What may become such a list when the text goes on
 _BEGUN_LIST = re.compile(r"(?<![a-z] )1[.)][* ]+\S[^\n]{0,1000}\n*[* ]*(?:2[.)]?)?\Z")
 _NO_VALUE = re.compile(r"\W*(?:not|wrong|incorrect|correct|right|unclear|as follows|given|found|obtained)\b", re.I)
+# Of multiple-choice answers
+_LETTERS = "ABCDEFGHIJ"
 # Another sentence may follow without a space, "5 feet.A train"
 _SENTENCE = r"(?:[A-Z][a-z]+[ ,:]|[AI] [a-z]|\*\*[A-Z])"
 _SENTENCE_END = re.compile(
@@ -217,7 +219,7 @@ def has_first_answer(completion: str) -> bool:
     return len(following) >= _LENGTH_WITHDRAWN and not is_begun_list
 
 
-def find_letter(completion: str, letters: str = "ABCDEFGHIJ") -> str | None:
+def find_letter(completion: str) -> str | None:
     r"""Extract the letter of a multiple-choice answer. Several letters are joined by commas.
 
     Of what is marked as an answer, the first in the order of this module that begins with a letter counts: a box may
@@ -238,18 +240,18 @@ def find_letter(completion: str, letters: str = "ABCDEFGHIJ") -> str | None:
     is_marked = _find_boxes(completion)[1] is not None
     for marked in _marked_answers(completion):
         is_marked = True
-        if found := _leading_letters(marked, letters):
+        if found := _leading_letters(marked):
             return found
     if is_marked:
         return None
     text = completion.replace("**", "").strip()
     # A completion that is a letter, or starts with one: "B", "(B) because", "B. The rate"
-    first = re.match(rf"\(?([{letters}])(?:[).:]|\s*$|\s*\n)", text)
+    first = re.match(rf"\(?([{_LETTERS}])(?:[).:]|\s*$|\s*\n)", text)
     if first:
-        return _leading_letters(text.split("\n")[0], letters)
+        return _leading_letters(text.split("\n")[0])
     named = re.findall(
-        rf"\((?=[{letters}]\))([{letters}])\)|\b(?:[Oo]ption|[Cc]hoice)(?: is)?:? \(?([{letters}])\b"
-        rf"|\b([{letters}]) is (?:the )?(?:correct|right|best)\b",
+        rf"\((?=[{_LETTERS}]\))([{_LETTERS}])\)|\b(?:[Oo]ption|[Cc]hoice)(?: is)?:? \(?([{_LETTERS}])\b"
+        rf"|\b([{_LETTERS}]) is (?:the )?(?:correct|right|best)\b",
         text,
     )
     return next(filter(None, named[-1])) if named else None
@@ -384,19 +386,19 @@ def _sentence_ends(text: str) -> Callable[[int], int]:
     return sentence_end
 
 
-def _leading_letters(text: str, letters: str) -> str | None:
+def _leading_letters(text: str) -> str | None:
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname)\s*\{|[${}*\"“”]|\\[()]|\\left|\\right", "", text)
     text = re.sub(
         r"^\W*(?:(?:the )?(?:correct )?(?:option|choice|answer)s?\b(?: is)?:?\s*|both |either )+", "", text, flags=re.I
     ).strip()
-    if re.fullmatch(rf"[{letters.lower()}]", text):
+    if re.fullmatch(rf"[{_LETTERS.lower()}]", text):
         return text.upper()
-    first = re.match(rf"\(?([{letters}])(?![\w'])\)?", text)
+    first = re.match(rf"\(?([{_LETTERS}])(?![\w'])\)?", text)
     if not first:
-        together = re.fullmatch(rf"[{letters}]{{2,}}", text)  # "AC"
+        together = re.fullmatch(rf"[{_LETTERS}]{{2,}}", text)  # "AC"
         return ",".join(text) if together else None
     found, rest = [first[1]], text[first.end() :]
-    while more := re.match(rf"[\s,;/&+]*(?:(?:and|or)\s+)?\(?([{letters}])(?![\w'])\)?(?!\s+[a-z])", rest):
+    while more := re.match(rf"[\s,;/&+]*(?:(?:and|or)\s+)?\(?([{_LETTERS}])(?![\w'])\)?(?!\s+[a-z])", rest):
         if not re.match(r"[\s,;/&+]*(?:and|or)\b|\s*[,;/&+]|\s*\(", rest):
             break
         found.append(more[1])

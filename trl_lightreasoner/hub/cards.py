@@ -22,11 +22,11 @@ from huggingface_hub.repocard import metadata_load
 from ..models.hub_access import cache_if_unreachable
 from ..models.provenance import describe_quantization, hub_id, public_name
 from ..models.weights import describe_model, get_base_model, is_peft_model
+from ..steps.beta import has_corrections
 from ..steps.columns import count_trajectories
 from ..steps.dataset import count_steps, read_samplings
 from ..steps.prompt_format import PromptFormat
 from ..steps.switches import without_nulls
-from ..steps.training_rows import has_corrections
 from ..text import printable
 from .card_parts import (
     CITATION,
@@ -118,7 +118,7 @@ def model_card(
         hub_model_id=trainer.hub_model_id or model_name,
         prompt=_example_prompt(trainer),
         switches=show_switches(trainer.prompt_format),
-        paper_id=trainer._paper["id"],
+        paper_id=PAPER_ID,
         sft_weight=trainer.args.sft_weight,
         data=table(["", ""], rows),
         settings=table(["", ""], _setting_rows(trainer, model)),

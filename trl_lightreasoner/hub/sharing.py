@@ -14,8 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from ..models.provenance import public_name
 from ..steps.caches import map_rows
-from ..steps.dataset import STEP_COLUMNS
-from ..text import name_columns
+from ..steps.dataset import check_columns
 from .cards import add_evaluation, dataset_card
 
 
@@ -60,11 +59,7 @@ def push_dataset_to_hub(
     """
     splits = dict(dataset) if isinstance(dataset, DatasetDict) else {str(dataset.split or "train"): dataset}
     for name, split in splits.items():
-        if missing := [column for column in STEP_COLUMNS if column not in split.column_names]:
-            raise ValueError(
-                f"The {name} split has no column {missing[0]!r}; it has {name_columns(split.column_names)}. Make it "
-                "with `ContrastiveStepSampler` or `lightreasoner sample`."
-            )
+        check_columns(split.column_names, f"{name} split")
     repo_id = open_repo(repo_id, "dataset", private, token)
     splits = {name.partition("[")[0]: _without_paths(split.with_format(None)) for name, split in splits.items()}
     with hub_errors("Nothing is lost. Push it again, all splits as a `DatasetDict` if their columns have changed."):

@@ -20,6 +20,19 @@ _PROBED_LENGTH = 32
 _HEAD_MAKES_LOGITS: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
 
+@contextmanager
+def evaluating(*models: torch.nn.Module) -> Iterator[None]:
+    """A context without dropout."""
+    was_training = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+
+
 def accepts_logits_to_keep(model: torch.nn.Module) -> bool:
     """Whether the forward can skip the logits of positions that are not needed."""
     return "logits_to_keep" in inspect.signature(get_base_model(model).forward).parameters

@@ -142,9 +142,8 @@ def hub_id(name: str | None) -> str | None:
     ```
     """
     name = name or ""
-    parts = name.replace("\\", "/").split("/")
-    if len(parts) > 2 and parts[-2] == "snapshots":  # the Hub's cache: models--owner--name/snapshots/commit
-        return "/".join(parts[-3].split("--")[1:])
+    if (cached := _id_in_cache(name)) is not None:
+        return cached
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -156,6 +155,12 @@ def hub_id(name: str | None) -> str | None:
 def public_name(name: str | None) -> str | None:
     """A name that reveals nothing about this machine: the id on the Hub, or the last part of a path."""
     return hub_id(name) or (name or "").replace("\\", "/").rstrip("/").rpartition("/")[2] or None
+
+
+def _id_in_cache(name: str) -> str | None:
+    """The id of a model whose folder is in the Hub's cache, models--owner--name/snapshots/commit."""
+    parts = name.replace("\\", "/").rstrip("/").split("/")
+    return "/".join(parts[-3].split("--")[1:]) if len(parts) > 2 and parts[-2] == "snapshots" else None
 
 
 def _read_sampling(text: str | None) -> dict[str, Any]:
@@ -172,9 +177,8 @@ def _differ(one: Any, other: Any) -> bool:
 
 
 def _last_part(name: str | None) -> str | None:
-    parts = [part for part in (name or "").replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    if len(parts) > 2 and parts[-2] == "snapshots":  # the Hub's cache: models--owner--name/snapshots/commit
-        return parts[-3].split("--")[-1].lower()
+    name = _id_in_cache(name or "") or name or ""
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
     return parts[-1].lower() if parts else None
 
 

@@ -24,11 +24,10 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..steps.whole_files import whole_file
+from ..steps.whole_files import write_json
 from ..steps.writer import check_folder
 from ..training.checkpoints import last_checkpoint
 from .run_config import RunConfig
@@ -185,9 +184,3 @@ class TuneFolder(Folder):
     def trial(self, number: int) -> Path:
         """The folder of a trial."""
         return self.trials / str(number)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file atomically."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

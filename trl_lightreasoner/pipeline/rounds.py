@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, concatenate_datasets, load_dataset
 
-from ..evaluation.evaluation import Candidate, grade_candidates
+from ..evaluation.candidate import Candidate
+from ..evaluation.evaluation import grade_candidates
 from ..evaluation.evaluation_config import EvaluationConfig
 from ..evaluation.sets import HELD_OUT
 from ..evaluation.statistics import compare
@@ -20,9 +21,18 @@ from ..models.adapter_loading import load_adapter
 from ..processes import Processes
 from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
 from ..steps.prompt_format import PromptFormat
-from .folder import RoundFolder, RunFolder, write_json
+from ..steps.whole_files import write_json
+from .folder import RoundFolder, RunFolder
 from .run_config import RunConfig
-from .stages import Stages, evaluation_config, make_sampler, sample_steps, train_adapter, training_config
+from .stages import (
+    Stages,
+    answer_with_adapter,
+    evaluation_config,
+    make_sampler,
+    sample_steps,
+    train_adapter,
+    training_config,
+)
 
 
 # If v_C prefers another token at fewer of the kept steps, there is nothing left to correct
@@ -180,9 +190,7 @@ class Rounds:
         candidate = Candidate(
             "model", str(place.adapter), self.tokenizer, None, args, self.problems, Processes(), self._baseline
         )
-        adapted = load_adapter(self.expert, str(place.adapter))
-        candidate.answer(adapted)
-        self.expert = adapted.unload()
+        answer_with_adapter(candidate, self.expert, str(place.adapter))
         assert self._baseline is not None
         return grade_candidates([candidate, self._baseline], args)
 

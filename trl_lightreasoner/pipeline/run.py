@@ -10,7 +10,8 @@ from ..config_checks import check_args
 from ..evaluation.evaluation import Evaluation
 from ..grading.verdicts import check_math_verify, start_grader
 from ..report.write_report import write_report
-from .folder import RunFolder, write_json
+from ..steps.whole_files import write_json
+from .folder import RunFolder
 from .questions import prepare_questions
 from .rounds import Rounds, choose_round, split_prompts, why_stop
 from .run_config import RunConfig

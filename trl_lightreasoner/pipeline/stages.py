@@ -13,8 +13,9 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
+from ..evaluation.candidate import Candidate
 from ..evaluation.evaluation_config import EvaluationConfig
-from ..models.adapter_loading import load_adapter_config
+from ..models.adapter_loading import load_adapter, load_adapter_config
 from ..models.loading import load_config
 from ..processes import Processes
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
@@ -22,11 +23,11 @@ from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
 from ..sampling.model_pair import name_skipped_layers
 from ..steps.dataset import count_steps
 from ..steps.prompt_format import PromptFormat
+from ..steps.whole_files import write_json
 from ..training.adapters import choose_target_modules, target_modules
 from ..training.lightreasoner_config import LightReasonerConfig
 from ..training.lightreasoner_trainer import LightReasonerTrainer
 from ..training.log_lines import log_in_lines
-from .folder import write_json
 from .run_config import RunConfig
 
 
@@ -159,6 +160,15 @@ def evaluation_config(args: RunConfig, path: Path, prompt_format: PromptFormat) 
         data_dir=args.data_dir,
         **prompt_format.to_dict(),
     )
+
+
+def answer_with_adapter(candidate: Candidate, expert: PreTrainedModel, adapter: str) -> None:
+    """Let a candidate answer as the expert with the adapter in a folder, and leave the expert without it."""
+    adapted = load_adapter(expert, adapter)
+    try:
+        candidate.answer(adapted)
+    finally:
+        adapted.unload()
 
 
 def training_config(args: RunConfig, output_dir: Path, **kwargs: Any) -> LightReasonerConfig:

@@ -12,25 +12,26 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..config_checks import check_args
-from ..evaluation.evaluation import Candidate, grade_candidates
+from ..evaluation.candidate import Candidate
+from ..evaluation.evaluation import grade_candidates
 from ..evaluation.evaluation_config import EvaluationConfig
 from ..evaluation.sets import HELD_OUT
 from ..grading.verdicts import check_math_verify
-from ..models.adapter_loading import load_adapter
 from ..models.loading import load_config
 from ..processes import Processes
 from ..report.trials import SearchResult, write_setting
 from ..report.write_report import write_report
-from ..steps.training_rows import choose_beta, reaches
-from ..steps.whole_files import whole_file
+from ..steps.beta import choose_beta, reaches
+from ..steps.whole_files import whole_file, write_json
 from ..steps.writer import describe_rows
 from ..training.adapters import choose_target_modules
-from .folder import TuneFolder, write_json
+from .folder import TuneFolder
 from .questions import prepare_questions
 from .search import AccuracyReporter, Setting, UnfitSetting, import_optuna, search
 from .search_space import FIELDS
 from .stages import (
     Stages,
+    answer_with_adapter,
     check_pair,
     evaluation_config,
     open_pair,
@@ -325,11 +326,7 @@ def _confirm(
         # A folder for each, since another trial can be the best when the search is continued
         folder_of_model = (path, baseline.tokenizer, None, args, problems, baseline.processes)
         candidates[number] = Candidate(f"trial_{number}", *folder_of_model, other=baseline)
-        model = load_adapter(expert, path)
-        try:
-            candidates[number].answer(model)
-        finally:
-            model.unload()
+        answer_with_adapter(candidates[number], expert, path)
     best, default = candidates[result.best.number], candidates[result.trials[0].number]
 
     def compare(model: Candidate, other: Candidate) -> dict[str, Any]:

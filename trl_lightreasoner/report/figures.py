@@ -75,14 +75,15 @@ def _styles(datasets: list[ReportedDataset]) -> list[tuple[str, ReportedDataset]
     return [(f"s{i}", each) for i, each in enumerate(datasets)]
 
 
-def _mark_betas(chart: Chart, datasets: list[ReportedDataset], draw: str = "mark") -> None:
+def _mark_betas(chart: Chart, datasets: list[ReportedDataset], across: bool = False) -> None:
+    draw = chart.level if across else chart.mark
     betas = [each.statistics.beta for each in datasets]
     if len(set(betas)) == 1:
         datasets = datasets[:1]
     for i, each in enumerate(datasets):
         if each.statistics.beta:
             style = f"s{i}" if len(datasets) > 1 else ""
-            getattr(chart, draw)(each.statistics.beta, f"β = {write_number(each.statistics.beta)}", style)
+            draw(each.statistics.beta, f"β = {write_number(each.statistics.beta)}", style)
 
 
 def _sentences(datasets: list[ReportedDataset], say: Callable[[StepStatistics], str]) -> str:
@@ -178,7 +179,7 @@ def _kl_by_position(datasets: list[ReportedDataset]) -> str:
         edges = each.statistics.position_edges
         for q, line in lines.items():
             chart.line((edges[:-1] + edges[1:]) / 2, line, f"{style} q{round(100 * q)}")
-    _mark_betas(chart, datasets, "level")
+    _mark_betas(chart, datasets, across=True)
     others = "90th and 99th" if len(quantiles) > 2 else "90th"
     text = f"Median (thin) and {others} percentile (thicker) over all trajectories."
     head = ["Tokens"]

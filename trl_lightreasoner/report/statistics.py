@@ -13,12 +13,13 @@ import numpy as np
 from datasets import Dataset
 
 from ..sampling.model_pair import AMATEUR_SETTINGS
-from ..steps.columns import StepColumns, Trajectories, count_changes, longest_completion, read_columns
-from ..steps.dataset import STEP_COLUMNS, read_samplings, sampling_metadata
-from ..text import name_columns
+from ..steps.columns import StepColumns, Trajectories, check_sampled, count_changes, longest_completion, read_columns
+from ..steps.dataset import read_samplings, sampling_metadata
 
 
 BINS_PER_DECADE = 1000
+# Bars of a histogram in a decade, each of several bins
+_SHOWN_PER_DECADE = 10
 _LOWEST, _HIGHEST = -10, 3  # decades; what lies outside goes into the first bin and the last
 _NUM_BINS = BINS_PER_DECADE * (_HIGHEST - _LOWEST)
 _NUM_POSITIONS = 40  # groups of positions
@@ -80,7 +81,12 @@ class StepStatistics:
     """
 
     def __init__(self, dataset: Dataset, name: str = "dataset"):
-        check_columns(dataset, name)
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"The {name} must be a `datasets.Dataset`, got `{type(dataset).__name__}`. Choose one split of it, or "
+                "load it without streaming."
+            )
+        check_sampled(dataset, name)
         settings = [each["settings"] for each in all_made_with(dataset)] or [{}]
         self.alpha, self.beta = (_if_one({each.get(key) for each in settings}) for key in ("alpha", "beta"))
         self.label_power = _if_one(
@@ -156,12 +162,12 @@ class StepStatistics:
         """A quantile of the divergence in each group of positions, `(G,)`."""
         return np.array([self._value_at(counts, quantile) for counts in self._histogram])
 
-    def histogram(self, bins_per_decade: int = 10) -> tuple[np.ndarray, np.ndarray]:
+    def histogram(self) -> tuple[np.ndarray, np.ndarray]:
         """
         Edges `(N + 1,)` in nats, and how many steps lie between them, `(N,)`, without empty bins at the ends. Beta is
         one of the edges.
         """
-        width = BINS_PER_DECADE // bins_per_decade
+        width = BINS_PER_DECADE // _SHOWN_PER_DECADE
         counts = self._histogram.sum(0).reshape(-1, width).sum(1)
         edges = self._bins.edges(np.arange(len(counts) + 1) * width)
         first, last = counts.nonzero()[0][[0, -1]]
@@ -245,20 +251,3 @@ def _parts_of(metadata: dict[str, Any]) -> dict[str, Any]:
         if type(value) in (int, float) or (name in (*AMATEUR_SETTINGS, "label_expert") and value is not None)
     }
     return parts
-
-
-def check_columns(dataset: Dataset, name: str) -> None:
-    """Refuse what has not the columns of a Dataset of kept steps, or no row."""
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"The {name} must be a `datasets.Dataset`, got `{type(dataset).__name__}`. Choose one split of it, or "
-            "load it without streaming."
-        )
-    remedy = "Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
-    for column in (*STEP_COLUMNS, "kl_divergence"):
-        if column not in dataset.column_names:
-            raise ValueError(
-                f"The {name} has no column {column!r}; it has {name_columns(dataset.column_names)}. {remedy}"
-            )
-    if len(dataset) == 0:
-        raise ValueError(f"The {name} has no row. {remedy}")

@@ -109,14 +109,8 @@ def write_report(
         metadata, samplings, several = made_with(each), all_made_with(each), name_samplings(each)
         notes: list[str] = []
         tokenizer: PreTrainedTokenizerBase | str | None = processing_class
-        if (
-            tokenizer is None
-            and expert is None
-            and len({made.get("expert", {}).get("model") for made in samplings}) > 1
-        ):
-            tokenizer = "the rows come from several experts"
-        elif tokenizer is None:
-            tokenizer = find_tokenizer(metadata, expert)
+        if tokenizer is None:
+            tokenizer = _find_tokenizer(metadata, samplings, expert)
         trajectories = load_trajectories(each, chosen)
         if isinstance(tokenizer, str):
             notes.append(f"Tokens are shown by number: {tokenizer}. Name the expert with --expert.")
@@ -147,13 +141,7 @@ def write_report(
             answers = None
             notes.append(f"The correctness of the rows' answers is not shown. {error}")
         notes = [_without_paths(note, metadata) for note in notes]
-        # An amateur with another tokenizer leaves some steps unread
-        is_known = numbers.num_known == numbers.num_steps or (
-            bool(samplings) and all("amateur_reading" in made for made in samplings)
-        )
-        # With answers of a trained model, labels of the expert say little about the pair
-        is_of_pair = all(made["settings"].get("label_expert") != "base" for made in samplings)
-        check = check_steps(each, tokenizer) if is_known and is_of_pair else None
+        check = check_steps(each, tokenizer) if _can_be_judged(numbers, samplings) else None
         texts, index = TokenTexts(tokenizer), index_rows(each, answers)
         if several and check is None:
             notes.append(say_several(several))
@@ -174,6 +162,27 @@ def write_report(
     with whole_file(path) as temporary:  # last, as the mark of a whole report
         temporary.write_text(page, encoding="utf-8")
     return path
+
+
+def _find_tokenizer(
+    metadata: dict[str, Any],
+    samplings: list[dict[str, Any]],
+    expert: "str | PreTrainedModel | PeftModel | None",
+) -> PreTrainedTokenizerBase | str:
+    """The tokenizer of the expert of all rows, or why there is none."""
+    if expert is None and len({made.get("expert", {}).get("model") for made in samplings}) > 1:
+        return "the rows come from several experts"
+    return find_tokenizer(metadata, expert)
+
+
+def _can_be_judged(numbers: StepStatistics, samplings: list[dict[str, Any]]) -> bool:
+    """Whether the steps tell how well a pair fits."""
+    # An amateur with another tokenizer leaves some steps unread
+    is_known = numbers.num_known == numbers.num_steps or (
+        bool(samplings) and all("amateur_reading" in made for made in samplings)
+    )
+    # With answers of a trained model, labels of the expert say little about the pair
+    return is_known and all(made["settings"].get("label_expert") != "base" for made in samplings)
 
 
 def _find_trained(training_dir: str | None) -> str | None:

@@ -14,10 +14,12 @@ from ..config_checks import (
     check_vllm_settings,
     check_whole_numbers,
 )
+from ..config_help import help_from_docstring
 from ..steps.prompt_format import read_template
 
 
 @dataclass
+@help_from_docstring
 class ContrastiveSamplingConfig:
     r"""
     Configuration class for the [`ContrastiveStepSampler`]. The defaults are the paper's (arXiv 2510.07962) where it
@@ -121,177 +123,32 @@ class ContrastiveSamplingConfig:
             Fraction of the GPU's memory that vLLM uses in mode `"colocate"`, including its copy of the expert.
     """
 
-    output_dir: str = field(
-        metadata={
-            "help": "Folder for the Dataset. Rows are saved as they are sampled, and an interrupted run resumes from "
-            "this folder."
-        },
-    )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to delete the sampled steps in `output_dir`. Otherwise they are kept, and a run resumes "
-            "only with the same models, settings and prompts."
-        },
-    )
-    num_prompts: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of prompts to sample, from the start of the dataset. If `None`, all of them. Must be set "
-            "for a streamed dataset."
-        },
-    )
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Data type of the weights of models given by id or path: 'auto' (the checkpoint's own, but "
-            "float32 for float16 on a CPU), 'bfloat16', 'float16' or 'float32'.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
-    )
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used when the expert is given by "
-            "id or path. The `revision` value is also used when loading its tokenizer."
-        },
-    )
-    amateur_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "As `model_init_kwargs`, for the amateur."},
-    )
-    amateur_chat_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Chat template of an amateur whose tokenizer differs from the expert's: Jinja text, a file that "
-            "holds it, or 'plain' for the bare text of the messages, each followed by an empty line. If `None`, the "
-            "amateur's own template is used."
-        },
-    )
-    amateur_skipped_layers: list[int] | None = field(
-        default=None,
-        metadata={"help": "Indices, from 0, of the decoder layers that the amateur skips."},
-    )
-    amateur_num_skipped_layers: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of decoder layers in the middle of the model that the amateur skips, instead of "
-            "`amateur_skipped_layers`. Of L layers, n are skipped from index (L - n) // 2 on: 3 of 28 are 12, 13 and "
-            "14."
-        },
-    )
-    amateur_system_prompt: str | None = field(
-        default=None,
-        metadata={
-            "help": "System message of the amateur's prompt. An empty text leaves it out. If `None`, it is the "
-            "expert's."
-        },
-    )
-    amateur_prompt_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Prompt template of the amateur: text that contains {question}, or a file that holds such text. "
-            "If `None`, it is the expert's."
-        },
-    )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Whether to allow loading models and tokenizers that ship custom Python code."},
-    )
-    alpha: float = field(
-        default=0.2,
-        metadata={
-            "help": "Plausibility threshold in (0, 1]: a token is plausible if its expert probability is at least "
-            "`alpha` times that of the expert's most probable token. Only plausible tokens are in a label."
-        },
-    )
-    beta: float = field(
-        default=0.4,
-        metadata={
-            "help": "Informativeness threshold in nats: a step is kept if the expert's distribution diverges from the "
-            "amateur's by at least this much."
-        },
-    )
-    contrast_strength: float = field(
-        default=1.0,
-        metadata={
-            "help": "Exponent gamma of the contrast in the label, from 0 to 100. The label is pi_E^lambda (pi_E / "
-            "pi_A)^gamma over the plausible tokens, normalized. pi_E and pi_A are the probabilities that expert and "
-            "amateur give a token. The paper uses 1. At 0 the amateur only selects the steps."
-        },
-    )
-    expert_anchor: float = field(
-        default=0.0,
-        metadata={
-            "help": "Exponent lambda of the expert's own probability in the label (see `contrast_strength`), from 0 "
-            "to 100. The paper uses 0. At 1 the label starts from the expert's distribution, as in contrastive "
-            "decoding with a `contrast_strength` of 0.5."
-        },
-    )
-    label_expert: str = field(
-        default="live",
-        metadata={
-            "help": "For an expert with an adapter, the model to contrast with the amateur. 'live': the expert with "
-            "its adapter. 'base': the expert without its adapter, so that in later rounds the labels stay those of "
-            "the original expert.",
-            "choices": ["live", "base"],
-        },
-    )
-    include_first_step: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether the first token of a completion can be a kept step. The published scripts skip it, and "
-            "with a plain prompt its label costs accuracy."
-        },
-    )
-    max_new_tokens: int = field(
-        default=128,
-        metadata={
-            "help": "Maximum number of tokens to generate per completion. Ignored for datasets with a `completion` "
-            "column."
-        },
-    )
-    max_prompt_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Maximum number of tokens per prompt. Longer prompts are skipped and counted, never truncated. If "
-            "`None`, only prompts that leave no room in the models' context are skipped."
-        },
-    )
-    per_device_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of prompts processed together. If `None`, as many as the memory of a CUDA GPU allows, "
-            "1,024 at most, and on other devices as many as 1 GiB holds, between 16 and 64. It is halved when "
-            "memory runs out."
-        },
-    )
-    use_vllm: bool = field(
-        default=False,
-        metadata={"help": "Whether vLLM generates the completions. The expert must be given by id or path."},
-    )
-    vllm_mode: str = field(
-        default="colocate",
-        metadata={
-            "help": "'colocate': vLLM runs on this machine, together with the models, and needs the `vllm` package. "
-            "'server': completions come from a running server (`vllm serve`), local or remote.",
-            "choices": ["colocate", "server"],
-        },
-    )
-    vllm_server_base_url: str = field(
-        default="http://localhost:8000",
-        metadata={"help": "Base URL of the vLLM server."},
-    )
-    vllm_server_timeout: float = field(
-        default=240.0,
-        metadata={"help": "Number of seconds to wait for the vLLM server to be up."},
-    )
-    vllm_gpu_memory_utilization: float = field(
-        default=0.3,
-        metadata={
-            "help": "Fraction of the GPU's memory that vLLM uses in mode 'colocate', including its copy of the expert."
-        },
-    )
+    output_dir: str
+    overwrite_output_dir: bool = False
+    num_prompts: int | None = None
+    dtype: str = field(default="auto", metadata={"choices": ["auto", "bfloat16", "float16", "float32"]})
+    model_init_kwargs: dict[str, Any] | str | None = None
+    amateur_model_init_kwargs: dict[str, Any] | str | None = None
+    amateur_chat_template: str | None = None
+    amateur_skipped_layers: list[int] | None = None
+    amateur_num_skipped_layers: int | None = None
+    amateur_system_prompt: str | None = None
+    amateur_prompt_template: str | None = None
+    trust_remote_code: bool = False
+    alpha: float = 0.2
+    beta: float = 0.4
+    contrast_strength: float = 1.0
+    expert_anchor: float = 0.0
+    label_expert: str = field(default="live", metadata={"choices": ["live", "base"]})
+    include_first_step: bool = False
+    max_new_tokens: int = 128
+    max_prompt_length: int | None = None
+    per_device_batch_size: int | None = None
+    use_vllm: bool = False
+    vllm_mode: str = field(default="colocate", metadata={"choices": ["colocate", "server"]})
+    vllm_server_base_url: str = "http://localhost:8000"
+    vllm_server_timeout: float = 240.0
+    vllm_gpu_memory_utilization: float = 0.3
 
     def __post_init__(self):
         check_init_kwargs(self, ("model_init_kwargs", "amateur_model_init_kwargs"))
@@ -300,8 +157,7 @@ class ContrastiveSamplingConfig:
         check_output_dir(self)
         check_flags(self, ("overwrite_output_dir", "trust_remote_code", "include_first_step", "use_vllm"))
         check_numbers(self, ("alpha", "beta", "vllm_server_timeout", "vllm_gpu_memory_utilization"))
-        if self.amateur_prompt_template is not None:
-            self.amateur_prompt_template = read_template(self.amateur_prompt_template, "amateur_prompt_template")
+        self.amateur_prompt_template = read_template(self.amateur_prompt_template, "amateur_prompt_template")
         if not 0 < self.alpha <= 1:
             raise ValueError(f"`alpha` must be in (0, 1], got {self.alpha}. The paper uses 0.2.")
         if not 0 <= self.beta < float("inf"):

@@ -13,7 +13,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 
 from ..config_checks import check_args, check_whole_number
 from ..contrast import NonFiniteLogitsError
-from ..generation.completions import GreedyDecoder, find_batch_size, run_in_batches, share_batches
+from ..generation.batches import find_batch_size, run_in_batches, share_batches
+from ..generation.completions import GreedyDecoder
 from ..generation.greedy import find_eos_ids
 from ..generation.vllm import check_vllm, connect_vllm
 from ..models.equal_tokenizers import have_equal_tokenizers
@@ -131,6 +132,7 @@ class ContrastiveStepSampler:
         self._names: list[Any] = [model if isinstance(model, str) else None for model in (expert, named_amateur)]
         self._checks_in: Path | None = None  # the folder that `check` lends
         self._prompt_format: PromptFormat | None = None
+        self._decode: GreedyDecoder | None = None  # of a run that scores given completions
 
         # Weights are loaded by `sample`, when nothing is left that could be refused before
         expert_config = load_config(expert, "expert", **expert_kwargs)
@@ -290,12 +292,11 @@ class ContrastiveStepSampler:
             own = longest.get("amateur_prompt_ids")
             check_causal(self.amateur, "amateur", own or [*longest["prompt_ids"], *completion_ids])
         self._decode = None
-        scoring_only = "completion" in dataset.column_names
-        if not scoring_only:
+        if "completion" not in dataset.column_names:
             # Behind a token that the amateur cannot read, it has nothing to say
             end_ids = [*self.eos_ids, *self.amateur_side.unreadable_ids]
             self._decode = GreedyDecoder(self.expert, self.expert_vocabulary, end_ids, self._vllm)
-        self.batch_size = self.processes.on_main(lambda: self._find_batch_size(encoded, plan, scoring_only))
+        self.batch_size = self.processes.on_main(lambda: self._find_batch_size(encoded, plan))
         try:
 
             def describe() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -307,7 +308,7 @@ class ContrastiveStepSampler:
             if len(order) < len(plan):
                 share = f"{len(plan) - len(order):,} of" if order else "all"
                 logger.warning(f"Resuming: {share} {len(plan):,} prompts are already sampled. Their steps are reused.")
-            self._sample(encoded, share_batches(order, self.batch_size, self.processes), writer, scoring_only)
+            self._sample(encoded, share_batches(order, self.batch_size, self.processes), writer)
             self.processes.on_main(lambda: writer.finish({index for index, _ in plan}))
             return writer.load(None if self._checks_in is None else str(self._checks_in / "cache"))
         finally:
@@ -390,25 +391,25 @@ class ContrastiveStepSampler:
     def _as_texts(self, completion_ids: list[list[int]]) -> list[str]:
         return self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
 
-    def _find_batch_size(self, encoded: Dataset, order: list[tuple[int, int]], scoring_only: bool) -> int:
+    def _find_batch_size(self, encoded: Dataset, order: list[tuple[int, int]]) -> int:
         if self.args.per_device_batch_size is not None or not order:
             return self.args.per_device_batch_size or 1
         longest = None
-        if not scoring_only:
+        if self._decode is not None:
             index, room = order[0]  # the longest
             longest = len(encoded[index]["prompt_ids"]) + room
         return find_batch_size(self.expert, longest, len(order), self.processes.count)
 
-    def _sample(self, encoded: Dataset, order: list[tuple[int, int]], writer: StepWriter, scoring_only: bool) -> None:
+    def _sample(self, encoded: Dataset, order: list[tuple[int, int]], writer: StepWriter) -> None:
         num_steps = num_kept = 0
 
         def run(indices: list[int], room: int) -> tuple[list[Trajectory], list[TrajectoryScores]]:
-            return self._run(indices, encoded[indices], None if scoring_only else room)
+            return self._run(indices, encoded[indices], room)
 
         def write(indices: list[int], result: tuple[list[Trajectory], list[TrajectoryScores]]) -> str:
             nonlocal num_steps, num_kept
             trajectories, scores = result
-            writer.write(indices, self._columns(trajectories, scores, scoring_only))
+            writer.write(indices, self._columns(trajectories, scores))
             num_steps += sum(len(score.kl_divergence) for score in scores)
             num_kept += sum(len(score.step_positions) for score in scores)
             return f"{num_kept:,} of {num_steps:,} steps kept"
@@ -440,10 +441,10 @@ class ContrastiveStepSampler:
         return self.amateur_side.room(row, index)
 
     def _run(
-        self, indices: list[int], rows: dict[str, list], room: int | None
+        self, indices: list[int], rows: dict[str, list], room: int
     ) -> tuple[list[Trajectory], list[TrajectoryScores]]:
         hidden_states = None
-        if room is None or self._decode is None:
+        if self._decode is None:
             completions = rows["completion_ids"]
         else:
             try:
@@ -462,15 +463,13 @@ class ContrastiveStepSampler:
         prompts = rows.get("amateur_prompt_ids")
         return trajectories, self.amateur_side.score(self.expert, self.amateur, trajectories, prompts, **settings)
 
-    def _columns(
-        self, trajectories: list[Trajectory], scores: list[TrajectoryScores], scoring_only: bool
-    ) -> dict[str, list]:
+    def _columns(self, trajectories: list[Trajectory], scores: list[TrajectoryScores]) -> dict[str, list]:
         columns = {
             "prompt_ids": [trajectory.prompt_ids for trajectory in trajectories],
             "completion_ids": [trajectory.completion_ids for trajectory in trajectories],
             **{field: [getattr(score, field) for score in scores] for field in TrajectoryScores._fields},
         }
-        if not scoring_only:
+        if self._decode is not None:
             columns["completion"] = self._as_texts(columns["completion_ids"])
         return columns
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
 
-from ..generation.completions import evaluating
 from ..models.adapter_loading import load_adapter, load_adapter_config
+from ..models.forward import evaluating
 from ..models.guises import decoder_layers, is_same_model, skip_layers, switch_adapter, which_is_adapter
 from ..models.loading import hub_kwargs, load_model
 from ..models.weights import get_base_model, is_peft_model, leaves_base

@@ -10,10 +10,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..models.token_text import TokenTexts, label_of, spell_out
-from ..steps.columns import Trajectories, count_changes, longest_completion, read_columns
-from ..steps.dataset import STEP_COLUMNS, check_dataset, name_samplings, parse_metadata
+from ..steps.columns import Trajectories, check_sampled, count_changes, longest_completion, read_columns
+from ..steps.dataset import check_dataset, name_samplings, parse_metadata
 from ..steps.prompt_format import has_messages
-from ..text import name_columns
 from .pair_verdict import (
     JUDGED_AT,
     MAX_KEPT,
@@ -338,14 +337,7 @@ class _MadeWith(NamedTuple):
 def _made_with(dataset: Dataset) -> list[_MadeWith]:
     """For each row of a Dataset of kept steps, how it was made."""
     check_dataset(dataset)
-    remedy = "Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
-    for column in (*STEP_COLUMNS, "kl_divergence"):
-        if column not in dataset.column_names:
-            raise ValueError(
-                f"The dataset has no column {column!r}; it has {name_columns(dataset.column_names)}. {remedy}"
-            )
-    if len(dataset) == 0:
-        raise ValueError(f"The dataset has no row. {remedy}")
+    check_sampled(dataset)
     if "sampling_metadata" not in dataset.column_names:
         return [_parse({})] * len(dataset)
     known = {text: _parse(parse_metadata(text)) for text in dataset.unique("sampling_metadata")}

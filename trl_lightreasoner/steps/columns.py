@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from .dataset import MAKE_STEPS, STEP_COLUMNS, check_columns
 from .training_rows import SUM_TOLERANCE, check_row
 
 
@@ -116,6 +117,18 @@ class Trajectories:
         return most > copies or not positions
 
 
+def check_sampled(dataset: Dataset, name: str = "dataset") -> None:
+    """
+    Refuse a Dataset that [`read_columns`] cannot read, by its columns alone.
+
+    Raises:
+        `ValueError`: If it has no row, or lacks a column. The message names it.
+    """
+    check_columns(dataset.column_names, name, (*STEP_COLUMNS, "kl_divergence"))
+    if len(dataset) == 0:
+        raise ValueError(f"The {name} has no row. {MAKE_STEPS}")
+
+
 def read_columns(dataset: Dataset, name: str = "dataset") -> Iterator[StepColumns]:
     """
     Read and check the rows of a Dataset of kept steps, 200 at a time.
@@ -184,7 +197,7 @@ def _cast(batch: pa.Table, name: str) -> pa.Table:
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             raise ValueError(
                 f"The column {column!r} of the {name} must hold lists of numbers, got "
-                f"{batch.schema.field(column).type}. Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
+                f"{batch.schema.field(column).type}. {MAKE_STEPS}"
             ) from None
     return batch
 

@@ -14,13 +14,14 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import datetime
 from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, List, Value
 
+from ..text import name_columns
 from .caches import map_rows
 
 
@@ -33,6 +34,8 @@ STEP_FEATURES = {
     "label_probs": List(List(Value("float32"))),
     "sampling_metadata": Value("string"),
 }
+# What to do about rows that are no kept steps
+MAKE_STEPS = "Make it with `ContrastiveStepSampler` or `lightreasoner sample`."
 # The columns that training needs
 STEP_COLUMNS = ("prompt_ids", "completion_ids", "step_positions", "label_ids", "label_probs")
 # The same columns of the SFT row that is batched with a row
@@ -159,6 +162,22 @@ def check_dataset(dataset: Any) -> None:
     if not isinstance(dataset, Dataset):
         hint = " Choose a split, such as `dataset['train']`." if hasattr(dataset, "keys") else ""
         raise TypeError(f"`dataset` must be a `datasets.Dataset`, got `{type(dataset).__name__}`.{hint}")
+
+
+def check_columns(columns: Collection[str], name: str, needed: Iterable[str] = STEP_COLUMNS) -> None:
+    """
+    Refuse rows without a column of kept steps.
+
+    Args:
+        columns (`Collection[str]`): The columns that there are.
+        name (`str`): What to call the rows in a message.
+        needed (`Iterable[str]`, *optional*): The columns that there must be, by default those of training.
+
+    Raises:
+        `ValueError`: If one is missing. The message names it.
+    """
+    if missing := [column for column in needed if column not in columns]:
+        raise ValueError(f"The {name} has no column {missing[0]!r}; it has {name_columns(columns)}. {MAKE_STEPS}")
 
 
 def count_steps(dataset: Dataset) -> int:

@@ -39,39 +39,13 @@ def render_row(
     Raises:
         `ValueError`: If the row breaks TRL's conventions, or the template omits part of it.
     """
-    prompt, completion = row["prompt"], row.get("completion")
-    if not isinstance(prompt, str | list):
-        raise ValueError(
-            f"`prompt` must be text or a list of messages, got {shown_value(prompt)}. Filter such rows out, or "
-            "convert them."
-        )
-    if "completion" in row and not isinstance(completion, str | list):
-        raise ValueError(
-            f"`completion` must be text or a list of one message, got {shown_value(completion)}. Filter such rows "
-            "out, or remove the column to let the expert answer."
-        )
+    _check_types(row)
+    prompt = row["prompt"]
     if len(prompt) == 0:
         return {"prompt": ""}
-    keys = [key for key in ("prompt", "completion", "chat_template_kwargs") if row.get(key) is not None]
-    text = {key: row[key] for key in keys}
-    conversational = is_conversational({"prompt": prompt}) and isinstance(completion, list | None)
-    if not conversational and not (isinstance(prompt, str) and isinstance(completion, str | None)):
-        raise ValueError(
-            "`prompt` and `completion` must both be text or both be lists of messages with `role` and `content`, got "
-            f"{shown_value(prompt)}" + (f" and {shown_value(completion)}." if "completion" in row else ".")
-        )
-    if not conversational:
+    text = {key: row[key] for key in ("prompt", "completion", "chat_template_kwargs") if row.get(key) is not None}
+    if isinstance(prompt, str):
         return text
-    if completion is not None and len(completion) != 1:
-        raise ValueError(f"`completion` must be one assistant message, got {len(completion)} of them.")
-    if completion and isinstance(completion[0], dict) and completion[0].get("role") not in ("assistant", None):
-        raise ValueError(
-            f"`completion` must be one assistant message, got {shown_value(completion[0])}. Filter such rows out."
-        )
-    if not isinstance(text.get("chat_template_kwargs", {}), dict):
-        raise ValueError(
-            f"`chat_template_kwargs` must be a dict, got {shown_value(text['chat_template_kwargs'])}. Convert it."
-        )
     # Arrow fills in nulls if the rows of a dataset have different keys
     for key, value in text.items():
         plain = value if key == "chat_template_kwargs" else [_as_plain_message(message, key) for message in value]
@@ -94,6 +68,40 @@ def render_row(
                     "`chat_template`, give the row as text, or remove the omitted part."
                 )
     return rendered
+
+
+def _check_types(row: dict[str, Any]) -> None:
+    """Refuse a row whose prompt, completion and switches are not of TRL's types, or do not fit together."""
+    prompt, completion = row["prompt"], row.get("completion")
+    if not isinstance(prompt, str | list):
+        raise ValueError(
+            f"`prompt` must be text or a list of messages, got {shown_value(prompt)}. Filter such rows out, or "
+            "convert them."
+        )
+    if "completion" in row and not isinstance(completion, str | list):
+        raise ValueError(
+            f"`completion` must be text or a list of one message, got {shown_value(completion)}. Filter such rows "
+            "out, or remove the column to let the expert answer."
+        )
+    if len(prompt) == 0:
+        return
+    conversational = is_conversational({"prompt": prompt}) and isinstance(completion, list | None)
+    if not conversational and not (isinstance(prompt, str) and isinstance(completion, str | None)):
+        raise ValueError(
+            "`prompt` and `completion` must both be text or both be lists of messages with `role` and `content`, got "
+            f"{shown_value(prompt)}" + (f" and {shown_value(completion)}." if "completion" in row else ".")
+        )
+    if not conversational:
+        return
+    if completion is not None and len(completion) != 1:
+        raise ValueError(f"`completion` must be one assistant message, got {len(completion)} of them.")
+    if completion and isinstance(completion[0], dict) and completion[0].get("role") not in ("assistant", None):
+        raise ValueError(
+            f"`completion` must be one assistant message, got {shown_value(completion[0])}. Filter such rows out."
+        )
+    switches = row.get("chat_template_kwargs")
+    if not isinstance(switches, dict | None):
+        raise ValueError(f"`chat_template_kwargs` must be a dict, got {shown_value(switches)}. Convert it.")
 
 
 def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -129,14 +129,14 @@ class PromptFormat:
         Path(folder, FILE_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-def read_template(template: str, name: str = "prompt_template") -> str:
+def read_template(template: str | None, name: str = "prompt_template") -> str | None:
     """
-    Read a prompt template, given as text or as a file that holds it. `name` is the name of the setting.
+    Read a prompt template, given as text or as a file that holds it, or `None`. `name` is the name of the setting.
 
     Raises:
         `ValueError`: If it does not contain {question}.
     """
-    if "{question}" in template:
+    if template is None or "{question}" in template:
         return template
     if not Path(template).is_file():
         raise ValueError(f"`{name}` must be text with {{question}} in it, or a file with such text, got {template!r}.")

@@ -18,9 +18,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, logging
 from ..evaluation.answering import Answering, grade_answers, plan_answers
 from ..evaluation.sets import read_answers, read_gold
 from ..evaluation.statistics import standard_error
-from ..generation.completions import GreedyDecoder, batches_that_fit, evaluating
+from ..generation.batches import batches_that_fit
+from ..generation.completions import GreedyDecoder
 from ..generation.greedy import find_eos_ids
-from ..models.forward import context_length
+from ..models.forward import context_length, evaluating
 from ..steps.prompt_format import PromptFormat, has_messages
 from ..steps.prompt_sources import BESIDE_MESSAGES, beside_messages
 from ..steps.prompts import encode_rows

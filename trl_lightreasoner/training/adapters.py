@@ -1,14 +1,67 @@
 """From a model and the user's `peft_config` to the model to train, or a refusal."""
 
 import re
+from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, IterableDataset
 from peft import AdaLoraModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from ..steps.training_rows import has_corrections
+from ..models.adapter_loading import load_adapter_config
+from ..models.forward import check_causal, evaluating
+from ..models.loading import add_quantization, hub_kwargs, load_config, resolve_dtype
+from ..steps.beta import has_corrections
+from .combinations import check_combinations
+from .lightreasoner_config import LightReasonerConfig
+
+
+def plan_loading(
+    model: str | PreTrainedModel | PeftModel,
+    args: LightReasonerConfig,
+    quantization_config: BitsAndBytesConfig | None,
+    peft_config: PeftConfig | None,
+) -> tuple[dict[str, Any], PretrainedConfig, bool]:
+    """
+    How the model of a trainer is loaded. The arguments are the trainer's.
+
+    Returns:
+        The arguments of [`~trl_lightreasoner.models.loading.load_model`], the model's config, and whether an adapter
+        is trained, and not all weights.
+
+    Raises:
+        `ValueError`: If the model cannot be used, or its quantization or dtype not be trained.
+    """
+    kwargs = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # no text by now
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    kwargs = add_quantization(kwargs, model, quantization_config, "trainer")
+    config = load_config(model, **kwargs)
+    trains_adapter = (
+        peft_config is not None
+        or not isinstance(model, str)  # the folder may hold one
+        or load_adapter_config(model, **hub_kwargs(kwargs)) is not None
+    )
+    quantization = None
+    if isinstance(model, str):
+        quantization = kwargs.get("quantization_config")
+        # Full training uses fp32 weights. Frozen weights keep the dtype of the sampling
+        dtype = kwargs.get("dtype", "auto" if trains_adapter else "float32")
+        kwargs["dtype"] = resolve_dtype(dtype, config, args.device.type, quantization)
+    dtype = config.dtype if kwargs.get("dtype") == "auto" else kwargs.get("dtype")
+    quantization = quantization or getattr(config, "quantization_config", None)
+    check_combinations(args, quantization, dtype, trains_adapter)
+    return kwargs, config, trains_adapter
 
 
 def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, revision: str | None) -> torch.nn.Module:
@@ -41,6 +94,29 @@ def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig | None, revi
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def check_forward(model: torch.nn.Module, ids: list[int]) -> None:
+    """
+    Refuse a model whose forward pass does not give the distribution of each step, or does not run with its adapter.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model with its adapter.
+        ids (`list[int]`): Tokens to test it on.
+
+    Raises:
+        `ValueError`: If so.
+    """
+    try:
+        with evaluating(model):
+            check_causal(model, "model", ids)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        if not isinstance(model, PeftModel) or should_reduce_batch_size(error):
+            raise
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"The model does not run with its adapter: {reason}. Choose other `target_modules`."
+        ) from error
 
 
 def target_modules(names: list[str] | None) -> str | list[str] | None:

@@ -63,8 +63,6 @@ class _BaseTrainer(ResumableTrainer):
     """A [`~transformers.Trainer`] whose model cards show the method, the data, the settings and the training curve."""
 
     _tag_names: list[str] = []
-    _name = "Trainer"
-    _paper: dict[str, str] = {}
     # The prompt format of the dataset, which is saved with the model
     prompt_format: PromptFormat | None = None
     _saves_checkpoint = False
@@ -80,14 +78,6 @@ class _BaseTrainer(ResumableTrainer):
         if self.is_world_process_zero() and not self._is_split:
             rehearse(self._whole_model(), save)
         return super().train(*args, **kwargs)
-
-    @property
-    def _is_split(self) -> bool:
-        """Whether no process holds all weights."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-    def _whole_model(self) -> torch.nn.Module:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = output_dir or self.args.output_dir

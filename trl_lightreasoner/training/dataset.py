@@ -13,10 +13,11 @@ from ..models.forward import context_length
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
 from ..sampling.metadata import hash_template
+from ..steps.beta import check_beta, reaches
 from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS, read_samplings, sampled_beta
 from ..steps.prompt_format import has_messages
 from ..steps.sft_rows import encode_sft_rows
-from ..steps.training_rows import check_beta, prepare_rows, reaches
+from ..steps.training_rows import prepare_rows
 from ..vocabulary import Vocabulary
 from .lightreasoner_config import LightReasonerConfig
 

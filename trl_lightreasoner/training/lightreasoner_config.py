@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,8 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import is_deepspeed_available
 from transformers.utils import is_torch_bf16_gpu_available
 
-from ..config_checks import check_flags, check_json_files, check_numbers, check_whole_numbers
+from ..config_checks import check_finite, check_flags, check_init_kwargs, check_json_files, check_whole_numbers
+from ..config_help import help_from_docstring
 
 
 # Of 8 rows each: 1,000 trajectories. More cost accuracy on true weights, however many prompts there were
@@ -22,6 +22,7 @@ _LESS_IS_BETTER = ("kl_to_expert", "accuracy_num_cut", "accuracy_standard_error"
 
 
 @dataclass
+@help_from_docstring
 class LightReasonerConfig(TrainingArguments):
     r"""
     Configuration class for the [`LightReasonerTrainer`].
@@ -140,88 +141,26 @@ class LightReasonerConfig(TrainingArguments):
     )
 
     # Parameters that control the model
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments for `AutoModelForCausalLM.from_pretrained`, used when the `model` argument of "
-            "the `LightReasonerTrainer` is provided as a string. The `revision` value is also used when loading the "
-            "processing class."
-        },
-    )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Whether to allow loading models and tokenizers that ship custom Python code from the Hub."},
-    )
+    model_init_kwargs: dict[str, Any] | str | None = None
+    trust_remote_code: bool = False
 
     # Parameters that control the data preprocessing
-    max_length: int | None = field(
-        default=1024,
-        metadata={
-            "help": "Maximum number of tokens before a step. Steps beyond it are dropped and counted, and nothing is "
-            "truncated. If `None`, training uses every step."
-        },
-    )
-    beta: float | None = field(
-        default=None,
-        metadata={
-            "help": "Divergence threshold in nats: steps of the dataset below it are excluded. `0` excludes none. If "
-            "`None`, it is 1.6 if v_C prefers a token other than the expert's at a tenth or more of the steps "
-            "of 1.6 nats or more, and otherwise 0.8. If no step of the evaluation rows reaches this default, all of "
-            "their steps are evaluated."
-        },
-    )
-    one_step_per_row: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether to train on rows of a single kept step, as in the paper. By default a row is a whole "
-            "trajectory, whose steps share one forward pass."
-        },
-    )
+    max_length: int | None = 1024
+    beta: float | None = None
+    one_step_per_row: bool = False
 
     # Parameters that control the training
-    sft_weight: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the mean cross-entropy over the tokens of the `sft_dataset` of the "
-            "`LightReasonerTrainer`, which is added to the mean over kept steps. If `None`, it is 1.0 if there is "
-            "such a dataset."
-        },
-    )
-    use_cuda_graphs: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether to train an adapter with CUDA graphs if possible: on a GPU in half precision, without "
-            "activation checkpointing, `torch_compile`, FSDP or DeepSpeed. Forward hooks of the layers do not run "
-            "with CUDA graphs."
-        },
-    )
+    sft_weight: float | None = None
+    use_cuda_graphs: bool = True
 
     # Parameters that control the evaluation
-    eval_max_new_tokens: int = field(
-        default=512,
-        metadata={
-            "help": "Maximum number of tokens to generate per answer to the `eval_questions` of the "
-            "`LightReasonerTrainer`. Longer answers are cut off, counted, and graded as they stand."
-        },
-    )
+    eval_max_new_tokens: int = 512
 
     def __post_init__(self):
-        length = self.max_length
-        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
-            raise ValueError(f"`max_length` must be a whole number, 1 or more, or `None`, got {length!r}.")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise ValueError(f"`{name}` must be a finite number, 0 or more, got {value!r}.")
-        check_whole_numbers(self, ("per_device_train_batch_size", "gradient_accumulation_steps"))
-        if self.beta is not None:
-            check_numbers(self, ("beta",))
-            if not 0 <= self.beta < float("inf"):
-                raise ValueError(f"`beta` must be a finite number of nats, 0 or more, or `None`, got {self.beta}.")
-        if self.sft_weight is not None:
-            check_numbers(self, ("sft_weight",))
-            if not 0 <= self.sft_weight < float("inf"):
-                raise ValueError(f"`sft_weight` must be a finite number, 0 or more, got {self.sft_weight}.")
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_max_new_tokens")
+        check_whole_numbers(self, counts, optional=("max_length",))
+        names = ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps")
+        check_finite(self, names, optional=("beta", "sft_weight", "neftune_noise_alpha"))
         check_json_files(self, ("accelerator_config", "fsdp_config"))
         if self.deepspeed:
             if str(self.deepspeed).endswith(".json"):
@@ -229,7 +168,6 @@ class LightReasonerConfig(TrainingArguments):
             if not is_deepspeed_available():
                 raise ImportError("`deepspeed` needs DeepSpeed: `pip install deepspeed`.")
         check_flags(self, ("one_step_per_row", "use_cuda_graphs", "trust_remote_code"))
-        check_whole_numbers(self, ("eval_max_new_tokens",))
         epochs = self.num_train_epochs
         if epochs is not None and not (isinstance(epochs, int | float) and 0 < epochs < float("inf")):
             raise ValueError(f"`num_train_epochs` must be a finite number above 0, got {epochs!r}.")
@@ -239,9 +177,6 @@ class LightReasonerConfig(TrainingArguments):
         max_steps: Any = self.max_steps  # type: ignore[has-type]  # of `TrainingArguments`
         if not isinstance(max_steps, int) or max_steps < 1 and max_steps != -1:
             raise ValueError(f"`max_steps` must be a whole number, 1 or more, or -1, got {max_steps!r}.")
-        noise = self.neftune_noise_alpha
-        if noise is not None and not (isinstance(noise, int | float) and 0 <= noise < float("inf")):
-            raise ValueError(f"`neftune_noise_alpha` must be a finite number, 0 or more, or `None`, got {noise!r}.")
         for name in ("logging", "save", "eval"):
             steps = getattr(self, f"{name}_steps")
             is_read = getattr(self, f"{name}_strategy") == "steps" and not (name == "eval" and steps is None)
@@ -257,17 +192,7 @@ class LightReasonerConfig(TrainingArguments):
             )
         if self.output_dir == "":
             raise ValueError(f"`output_dir` must name a folder, got {self.output_dir!r}.")
-        if isinstance(self.model_init_kwargs, str):  # JSON on the command line
-            try:
-                self.model_init_kwargs = json.loads(self.model_init_kwargs)
-            except json.JSONDecodeError:
-                pass
-        if not isinstance(self.model_init_kwargs, dict | None):
-            example = '{"attn_implementation": "sdpa"}'
-            raise ValueError(
-                f"`model_init_kwargs` must be a dict or a JSON object, such as '{example}', got "
-                f"{self.model_init_kwargs!r}."
-            )
+        check_init_kwargs(self, ("model_init_kwargs",))
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0  # of which nothing is heard where the number of updates is given
             if max_steps < 0:

@@ -7,7 +7,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, IterableDataset
 from peft import AdaLoraModel, PeftConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
@@ -25,26 +24,25 @@ from transformers import (
 from transformers.training_args import ParallelMode
 
 from ..contrast import ContrastiveLoss, contrastive_loss
-from ..generation.completions import evaluating
-from ..models.adapter_loading import check_adapter, load_adapter_config
-from ..models.forward import accepts_logits_to_keep, attention_backends, check_causal, forward_at, rope_switch
-from ..models.loading import add_quantization, hub_kwargs, load_config, load_model, load_tokenizer, resolve_dtype
+from ..hub.card_parts import TAGS
+from ..models.adapter_loading import check_adapter
+from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at, rope_switch
+from ..models.loading import hub_kwargs, load_model, load_tokenizer
 from ..models.provenance import warn_of_another_expert
 from ..models.weights import get_base_model, settle_4bit_layers
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
+from ..steps.beta import resolve_beta
 from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS, printed_date
 from ..steps.messages import prints_date
 from ..steps.prompt_format import format_of_steps
-from ..steps.training_rows import resolve_beta
 from ..vocabulary import model_vocabulary
 from .accuracy import EvalQuestions
-from .adapters import AllocateRanks, is_plain_lora, is_quantized, prepare_adapter
+from .adapters import AllocateRanks, check_forward, is_plain_lora, is_quantized, plan_loading, prepare_adapter
 from .averaging import count_items, count_sft_tokens, mean_loss
 from .base_trainer import check_destinations
 from .combinations import (
     check_answers,
     check_arguments,
-    check_combinations,
     check_functions,
     check_metric,
     check_rope,
@@ -154,12 +152,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
     ```
     """
 
-    _tag_names = ["trl", "light-reasoner"]
-    _name = "LightReasoner"
-    _paper = {
-        "title": "LightReasoner: Can Small Language Models Teach Large Language Models Reasoning?",
-        "id": "2510.07962",
-    }
+    _tag_names = TAGS
 
     # `compute_loss` divides by the kept steps of the whole update, so `Trainer` need not scale the loss
     loss_is_scaled_for_ga = True
@@ -216,25 +209,8 @@ class LightReasonerTrainer(EvaluatingTrainer):
         if args.eval_on_start is None:
             args.eval_on_start = eval_questions is not None and args.eval_strategy != "no"
 
-        # Processing class and vocabulary
-        model_init_kwargs = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # no text by now
-        model_init_kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-        model_init_kwargs = add_quantization(model_init_kwargs, model, quantization_config, "trainer")
-        config = load_config(model, **model_init_kwargs)
-        trains_adapter = (
-            peft_config is not None
-            or not isinstance(model, str)  # the folder may hold one
-            or load_adapter_config(model, **hub_kwargs(model_init_kwargs)) is not None
-        )
-        if isinstance(model, str):
-            # Full training uses fp32 weights. Frozen weights keep the dtype of the sampling
-            dtype = model_init_kwargs.get("dtype", "auto" if trains_adapter else "float32")
-            bits = model_init_kwargs.get("quantization_config")
-            model_init_kwargs["dtype"] = resolve_dtype(dtype, config, args.device.type, bits)
-        quantization = model_init_kwargs.get("quantization_config") if isinstance(model, str) else None
-        quantization = quantization or getattr(config, "quantization_config", None)
-        dtype = model_init_kwargs.get("dtype")
-        check_combinations(args, quantization, config.dtype if dtype == "auto" else dtype, trains_adapter)
+        # How the model is loaded, processing class and vocabulary
+        model_init_kwargs, config, trains_adapter = plan_loading(model, args, quantization_config, peft_config)
         # A subclass or a function may evaluate more
         if compute_metrics is None and type(self).evaluation_loop is LightReasonerTrainer.evaluation_loop:
             sets = eval_dataset if isinstance(eval_dataset, dict) else () if eval_dataset is None else ("",)
@@ -343,23 +319,13 @@ class LightReasonerTrainer(EvaluatingTrainer):
             )
         if not self._is_split:
             row = next(iter(self.train_dataset))
-            try:
-                with evaluating(model):
-                    check_causal(model, "model", [*row["prompt_ids"], *row["completion_ids"]])
-            except (RuntimeError, AttributeError, TypeError) as error:
-                if not isinstance(model, PeftModel) or should_reduce_batch_size(error):
-                    raise
-                reason = " ".join(str(error).split()).rstrip(".")
-                raise ValueError(
-                    f"The model does not run with its adapter: {reason}. Choose other `target_modules`."
-                ) from error
+            check_forward(model, [*row["prompt_ids"], *row["completion_ids"]])
         is_half = args.bf16 or args.fp16 or get_base_model(model).dtype in (torch.bfloat16, torch.float16)
         self._model_config = get_base_model(model).config
         self._packs = args.device.type == "cuda" and is_half and can_pack(model)
         recomputes = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self._graphs: GraphedLayers | None = None
-        if self._packs and args.use_cuda_graphs and not (recomputes or is_sharded or args.torch_compile):
+        if self._packs and args.use_cuda_graphs and not (recomputes or self._is_split or args.torch_compile):
             self._graphs = GraphedLayers(model) if can_capture(model) else None
         if is_quantized(model) and self.accelerator.is_fsdp2:
             # FSDP2 would cast packed 4-bit weights as if they were numbers. Autocast is sufficient

@@ -14,6 +14,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 logger = logging.get_logger(__name__)
 
+# Consecutive skipped updates after which training stops. With fp16, those count for which the scale of the gradients
+# is not to blame, because it is 1 or less
+_MAX_IN_A_ROW = 3
+
 
 class SkipNonFiniteUpdates(TrainerCallback):
     """
@@ -21,18 +25,14 @@ class SkipNonFiniteUpdates(TrainerCallback):
 
     Args:
         trainer ([`~transformers.Trainer`]): Provides the processes and the gradient scaler.
-        patience (`int`, *optional*, defaults to `3`): Number of consecutive skipped updates after which training
-            stops. With fp16, those count for which the scale of the gradients is not to blame, because it is 1 or
-            less.
 
     Raises:
-        `FloatingPointError`: At the `patience`-th consecutive skipped update, with the likely causes. The weights are
-            those before the first of them.
+        `FloatingPointError`: At the third consecutive skipped update, with the likely causes. The weights are those
+            before the first of them.
     """
 
-    def __init__(self, trainer: Trainer, patience: int = 3):
+    def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self.patience = patience
         self._count = self._in_a_row = 0
         # Pending facts about the last update: its number, whether it is skipped, and when that is known
         self._unread: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None
@@ -101,9 +101,9 @@ class SkipNonFiniteUpdates(TrainerCallback):
         self._count += 1
         self._in_a_row += 1
         logger.warning(f"The gradient of update {update} is not finite. The update is skipped ({self._count} so far).")
-        if self._in_a_row >= self.patience:
+        if self._in_a_row >= _MAX_IN_A_ROW:
             raise FloatingPointError(
-                f"The gradient was not finite {self.patience} times in a row, so training stopped at update {update}. "
+                f"The gradient was not finite {_MAX_IN_A_ROW} times in a row, so training stopped at update {update}. "
                 "None of these updates was applied. The likely causes are NaN in the base model's weights, float16 "
                 "where bfloat16 or float32 is needed, or a learning rate that is too high "
                 f"({self.trainer.args.learning_rate:g})."

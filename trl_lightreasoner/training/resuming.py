@@ -88,10 +88,19 @@ class ResumableTrainer(Trainer):
     # Number of the update whose weights the model has, if it is not the last one
     best_update: int | None = None
 
+    @property
+    def _is_split(self) -> bool:
+        """Whether no process holds all weights."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _whole_model(self) -> torch.nn.Module:
+        """The model without what accelerate and `torch.compile` wrap around it."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
         (memory,) = (each for each in self.callback_handler.callbacks if isinstance(each, RememberTraining))
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self._whole_model()
         if self._base is None:
             self._base = describe_base(model, self._base_weights)
         memory.training = describe_training(self.args, model, self._source, self.train_dataset)
@@ -169,11 +178,10 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # trainer_state.json must be the last file
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         name = self.model.active_adapters[0] if isinstance(self.model, PeftModel) else None
         weights = "model.safetensors*" if name is None else "adapter_model.*"
         folder = Path(resume_from_checkpoint, name if name not in (None, "default") else "")
-        if not is_sharded and not any(folder.glob(weights)):
+        if not self._is_split and not any(folder.glob(weights)):
             what = "weights of the whole model" if name is None else f"weights of an adapter named {name!r}"
             raise ValueError(f"Training cannot resume from {resume_from_checkpoint!r}: it holds no {what}.")
         with _reading(resume_from_checkpoint):
@@ -203,7 +211,7 @@ class ResumableTrainer(Trainer):
         name = model.active_adapters[0] if isinstance(model, PeftModel) else "default"
         # PEFT saves an adapter with another name here, where `Trainer` does not look
         folder = os.path.join(best, name)
-        if os.path.isdir(folder) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if os.path.isdir(folder) and not self._is_split:
             model.load_adapter(folder, name, is_trainable=True)
         else:
             super()._load_best_model()

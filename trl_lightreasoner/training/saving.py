@@ -13,8 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, logging
 
-from ..generation.completions import evaluating
-from ..models.forward import divergence, next_token_log_probs
+from ..models.forward import divergence, evaluating, next_token_log_probs
 from ..models.loading import left_out, load_model, name_parts
 from ..models.weights import get_base_model, lies_beside
 from .adapters import is_quantized
