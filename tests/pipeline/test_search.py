@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 
 optuna = pytest.importorskip("optuna")
@@ -21,6 +20,7 @@ from trl_lightreasoner.pipeline.folder import TuneFolder
 from trl_lightreasoner.pipeline.search import AccuracyReporter, UnfitSetting, search
 from trl_lightreasoner.pipeline.search_space import read_space
 from trl_lightreasoner.report.trials import trial_figures
+from trl_lightreasoner.training.memory import TrainingMemoryError
 
 
 DEFAULT = {"beta": 0.8, "learning_rate": 1e-4, "max_steps": 9, "lora_target_modules": "all-linear"}
@@ -166,7 +166,7 @@ def test_trials_that_are_worse_than_the_others_are_broken_off_and_reported(run):
 @pytest.mark.parametrize(
     ("error", "note"),
     [
-        (torch.OutOfMemoryError("no room"), "out of memory"),
+        (TrainingMemoryError(SimpleNamespace(per_device_train_batch_size=1)), "out of memory"),
         (FloatingPointError("NaN"), "gradients were not finite"),
         (NonFiniteLogitsError("model", 0), "logits were not finite"),
         (UnfitSetting("no step reaches its beta"), "no step reaches its beta"),

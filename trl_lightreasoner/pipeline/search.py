@@ -15,12 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..contrast import NonFiniteLogitsError
 from ..report.trials import SearchResult, Trial, write_setting
 from ..steps.whole_files import whole_file
+from ..training.memory import TrainingMemoryError
 from .folder import TuneFolder
 from .search_space import Parameter
 
@@ -149,11 +149,11 @@ def search(
             reporter = AccuracyReporter(trial, setting["max_steps"])
             try:
                 train(setting, folder.trial(trial.number), reporter, is_default)
-            except (torch.OutOfMemoryError, FloatingPointError, NonFiniteLogitsError, UnfitSetting) as error:
+            except (TrainingMemoryError, FloatingPointError, NonFiniteLogitsError, UnfitSetting) as error:
                 if is_default:  # otherwise it concerns only this setting
                     raise
                 notes = {
-                    torch.OutOfMemoryError: "out of memory",
+                    TrainingMemoryError: "out of memory",
                     FloatingPointError: "gradients were not finite",
                     NonFiniteLogitsError: "logits were not finite",
                 }

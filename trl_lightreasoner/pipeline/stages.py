@@ -11,7 +11,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, logging
 
 from ..evaluation.candidate import Candidate
 from ..evaluation.evaluation_config import EvaluationConfig
@@ -28,8 +28,11 @@ from ..training.adapters import choose_target_modules, target_modules
 from ..training.lightreasoner_config import LightReasonerConfig
 from ..training.lightreasoner_trainer import LightReasonerTrainer
 from ..training.log_lines import log_in_lines
+from ..training.memory import TrainingMemoryError, halve_batches
 from .run_config import RunConfig
 
+
+logger = logging.get_logger(__name__)
 
 AnyRunConfig = TypeVar("AnyRunConfig", bound=RunConfig)
 
@@ -197,8 +200,38 @@ def train_adapter(
 ) -> None:
     """
     Train and save an adapter, the expert's own if it has one, and leave the expert without an adapter. If `measured`
-    rows are given, warnings.json next to the adapter names the warnings.
+    rows are given, warnings.json next to the adapter names the warnings. If memory runs out, the training begins again
+    with half as many trajectories at a time, and the same updates.
     """
+    while True:
+        try:
+            return _train_adapter(
+                expert, tokenizer, steps, training_args, args, checkpoint, eval_questions, callback, measured
+            )
+        except TrainingMemoryError:
+            halved = halve_batches(training_args)
+            if halved is None:
+                raise
+        # Not before the error is gone, which holds the memory of the training
+        training_args = halved
+        logger.warning(
+            f"Memory ran out. Training begins again with {training_args.per_device_train_batch_size} trajectories at "
+            "a time, and the same updates."
+        )
+
+
+def _train_adapter(
+    expert: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    steps: Dataset,
+    training_args: LightReasonerConfig,
+    args: RunConfig,
+    checkpoint: str | None,
+    eval_questions: Dataset | None,
+    callback: TrainerCallback | None,
+    measured: Dataset | None,
+) -> None:
+    """[`train_adapter`], once."""
     peft_config = None
     if not isinstance(expert, PeftModel):
         layers = args.lora_target_modules or choose_target_modules(steps, expert.config.model_type)

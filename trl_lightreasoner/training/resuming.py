@@ -30,6 +30,7 @@ from ..models.weights import describe_model
 from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS
 from ..steps.whole_files import whole_file
 from .checkpoints import find_checkpoint, one_training, saving, saving_model
+from .memory import TrainingMemoryError
 
 
 logger = logging.get_logger(__name__)
@@ -124,11 +125,7 @@ class ResumableTrainer(Trainer):
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
-                raise ValueError(
-                    f"Memory ran out with {self.args.per_device_train_batch_size} rows per batch. Lower "
-                    "`per_device_train_batch_size` and raise `gradient_accumulation_steps` by the same factor for "
-                    "equal updates, lower `max_length`, or set `activation_checkpointing`."
-                ) from error
+                raise TrainingMemoryError(self.args) from error
             finally:
                 self.args.eval_on_start = eval_on_start
 
