@@ -36,7 +36,7 @@ class DemoArguments:
 
     Parameters:
         output_dir (`str`, *optional*, defaults to `"lightreasoner-demo"`):
-            Folder for the Dataset, the adapter and metrics.json.
+            Folder for the Dataset, the adapter, metrics.json, and questions.jsonl with the problems and their answers.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the problems and of the training.
     """
@@ -132,7 +132,17 @@ def main(args: DemoArguments) -> dict[str, float]:
         "seconds": time.perf_counter() - start,
     }
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    rows = [{name: problem[name] for name in ("question", "answer")} for problem in (*unlabelled, *test)]
+    questions = folder / "questions.jsonl"
+    questions.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     print(report(test, before, after, metrics, folder))
+    flags = {
+        **{"expert": PAIR / "expert", "amateur": PAIR / "amateur", "dataset_name": questions, "system_prompt": ""},
+        **{"num_prompts": NUM_UNLABELLED, "output_dir": folder / "run"},
+        "num_held_out": min(NUM_TEST, len(rows) // 2),  # `run` holds out half at most
+    }
+    parts = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    print(next_command("run", *parts, label="The same by one command, with the defaults and a verdict"))
     return metrics
 
 
