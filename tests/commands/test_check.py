@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -56,6 +57,16 @@ def test_a_promising_pair_is_status_0_and_the_text_says_why(bundled, capsys):
     assert stdout.startswith("50 prompts, 955 steps, 80 of them kept\n")
     assert "This pair is promising." in stdout and "␣#### -> ␣" in stdout
     assert stdout.count("\n  amateur  OK, ") == 3
+
+
+def test_before_the_work_it_is_said_that_plain_prompts_are_not_in_the_chat_template(bundled, tmp_path, capsys):
+    main([*bundled, "--num_prompts", "1"])
+    hint = r"prompts as plain text \(`--conversational` puts them in the chat template\)\."
+    assert re.search(rf"^Running on: .*, {hint}$", capsys.readouterr().err, re.MULTILINE)
+    expert = shutil.copytree(PAIR / "expert", tmp_path / "expert")
+    (expert / "chat_template.jinja").unlink()
+    main([each.replace(str(PAIR / "expert"), str(expert)) for each in bundled] + ["--num_prompts", "1"])
+    assert re.search(r"^Running on: .*, prompts as plain text\.$", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_the_command_that_comes_next_samples_what_was_checked(bundled, tmp_path, capsys):

@@ -57,7 +57,7 @@ def main(args: CheckArguments, sampling_args: CheckSamplingConfig) -> int:
     """Print the check, and return the exit status: 0 if the pair is promising, 1 if not."""
     sampler = make_sampler(args, sampling_args)
     prompts, prompt_format = load_prompts(args)
-    announce_pair(args, sampling_args, prompts)
+    announce_pair(args, sampler, prompts)
     check = sampler.check(prompts, sampling_args.num_prompts, prompt_format)
     if not sampler.processes.is_main:
         pass

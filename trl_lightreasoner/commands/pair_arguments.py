@@ -118,18 +118,23 @@ def make_sampler(args: PairArguments, sampling_args: "ContrastiveSamplingConfig"
     )
 
 
-def announce_pair(args: PairArguments, sampling_args: "ContrastiveSamplingConfig", prompts: "Dataset") -> None:
+def announce_pair(args: PairArguments, sampler: "ContrastiveStepSampler", prompts: "Dataset") -> None:
     """Print what sampling runs on."""
+    sampling_args = sampler.args
     kwargs = {
         "trust_remote_code": sampling_args.trust_remote_code,
-        **(sampling_args.model_init_kwargs or {}),  # type: ignore[dict-item]  # already parsed
+        **(sampling_args.model_init_kwargs or {}),
     }
     bits = in_bits(args)
     own = kwargs.pop("dtype", sampling_args.dtype)
+    form = "prompts in the expert's chat template"
+    if not has_messages(prompts):
+        ignored = sampler.processing_class.chat_template is not None
+        form = "prompts as plain text" + (" (`--conversational` puts them in the chat template)" if ignored else "")
     announce(
         f"expert in {dtype_of(args.expert, own, 'expert', bool(bits), **kwargs)}{bits}",
         prompts_at_a_time(sampling_args.per_device_batch_size),
-        "prompts in the expert's chat template" if has_messages(prompts) else "prompts as plain text",
+        form,
     )
 
 

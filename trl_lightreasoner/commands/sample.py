@@ -59,7 +59,7 @@ def main(script_args: SampleArguments, sampling_args: ContrastiveSamplingConfig)
         name = script_args.hub_dataset_id or Path(sampling_args.output_dir).absolute().name
         repo_id = open_repo(name, "dataset", **hub)
     sampler = make_sampler(script_args, sampling_args)
-    announce_pair(script_args, sampling_args, prompts)
+    announce_pair(script_args, sampler, prompts)
     dataset = sampler.sample(prompts, prompt_format)
     if not sampler.processes.is_main:
         return
