@@ -16,8 +16,10 @@ def test_the_gpu_starts_in_a_thread_that_ends(driver, command):
     assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("argv", [["sample", "--help"], ["train", "-h"], ["train", "--use_cpu", "true"], ["report"]])
-def test_nothing_starts_for_a_command_that_needs_no_gpu(driver, argv):
+@pytest.mark.parametrize(
+    "argv", [["sample", "--help"], ["train", "-h"], ["train", "--use_cpu", "true"], ["eval", "--use_vllm"], ["report"]]
+)
+def test_nothing_starts_for_a_command_that_must_not_use_the_gpu(driver, argv):
     assert early_gpu.start_gpu(argv) is None
 
 

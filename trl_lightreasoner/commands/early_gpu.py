@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 
 _COMMANDS = ("check", "eval", "run", "sample", "train", "tune")
+# vLLM starts processes of its own, best before this one has used the GPU
+_NOT_WITH = ("-h", "--use_cpu", "--use-cpu", "--use_vllm", "--use-vllm")
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # the second under Windows
 
 
@@ -21,10 +23,10 @@ def start_gpu(argv: Sequence[str]) -> threading.Thread | None:
         argv (`Sequence[str]`): Name of a command and its flags.
 
     Returns:
-        [`threading.Thread`], or `None` if the command needs no GPU or there is none.
+        [`threading.Thread`], or `None` if the command needs no GPU, must not use it yet, or there is none.
     """
-    needs_none = any(flag in ("-h", "--use_cpu", "--use-cpu") or flag.startswith("--help") for flag in argv)
-    if argv[0] not in _COMMANDS or needs_none or not any(map(os.path.exists, _DRIVERS)):
+    is_excluded = any(flag in _NOT_WITH or flag.startswith("--help") for flag in argv)
+    if argv[0] not in _COMMANDS or is_excluded or not any(map(os.path.exists, _DRIVERS)):
         return None
     thread = threading.Thread(target=_run_first_kernels)
     thread.start()
