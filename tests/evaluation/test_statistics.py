@@ -79,3 +79,12 @@ def test_mcnemar_of_thousands():
 def test_pairs_are_of_the_same_problems():
     with pytest.raises(ValueError):
         compare([True], [True, False])
+
+
+@pytest.mark.parametrize("count", [1, 40, 500])
+def test_equal_verdicts_leave_the_difference_that_they_would_hardly_hide(count):
+    made = compare([True] * count, [True] * count)
+    assert made.difference == 0 and made.low == -made.high and made.p_value == 1
+    # The chance that as many problems show no disagreement, if the two disagree on this share
+    assert (1 - made.high) ** count == pytest.approx(0.05)
+    assert made.standard_error == pytest.approx(made.high / 1.96, rel=1e-3)

@@ -16,7 +16,7 @@ def difference(gained: int, lost: int, count: int) -> dict:
     [
         (40, 10, 500, "better", "+6.0 points (3.3 to 8.7) on them: keep it for questions like these."),
         (12, 10, 500, "not significant", "+0.4 points (-1.4 to 2.2) on them: not significantly different from 0. Ask"),
-        (0, 0, 500, "not significant", "+0.0 points (0.0 to 0.0) on them: not significantly different from 0."),
+        (0, 0, 500, "not significant", "+0.0 points (-0.6 to 0.6) on them: not significantly different from 0."),
         (10, 40, 500, "worse", "-6.0 points (-8.7 to -3.3) on them: worse. Do not use this adapter."),
         # The interval of so few says too much
         (3, 0, 3, "not significant", "+100.0 points (100.0 to 100.0) on them: not significantly different from 0."),

@@ -14,8 +14,9 @@ class PairedDifference(NamedTuple):
 
     Attributes:
         difference (`float`): Accuracy of the model minus that of the baseline.
-        standard_error (`float`): Standard error of the difference.
-        low, high (`float`): Its 95 % interval, by the normal approximation.
+        standard_error (`float`): Standard error of the difference, or what the interval would make of it.
+        low, high (`float`): Its 95 % interval, by the normal approximation. It is exact if both solve the same
+            problems.
         gained (`int`): Number of problems that only the model solves.
         lost (`int`): Number of problems that only the baseline solves.
         p_value (`float`): McNemar's, see [`mcnemar`].
@@ -80,5 +81,7 @@ def compare(correct: list[bool], baseline_correct: list[bool]) -> PairedDifferen
     difference = (gained - lost) / len(pairs)
     # A pair counts 1, 0 or -1, so the mean of the squares is the fraction of pairs that disagree
     error = math.sqrt(((gained + lost) / len(pairs) - difference**2) / len(pairs))
+    if gained + lost == 0:  # exact: if they disagreed on more, that they agree on all of these had a chance below 5 %
+        error = (1 - 0.05 ** (1 / len(pairs))) / Z_95
     interval = (difference - Z_95 * error, difference + Z_95 * error)
     return PairedDifference(difference, error, *interval, gained, lost, mcnemar(gained, lost))
