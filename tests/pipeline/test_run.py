@@ -274,6 +274,18 @@ def test_an_adapter_whose_steps_were_deleted_is_not_taken_for_that_of_others(fin
     assert (folder / "adapter").exists() and not (folder / "steps").exists()
 
 
+def test_a_check_is_not_reused_before_the_sampling_knows_its_models(short, tmp_path, monkeypatch):
+    args = RunConfig(output_dir=str(tmp_path / "run"), **short)
+    with monkeypatch.context() as patch:
+        patch.setattr(rounds, "sample_steps", interrupt_at(1, rounds.sample_steps))
+        with pytest.raises(KeyboardInterrupt):
+            run_pipeline(args)
+    check = tmp_path / "run" / "check.json"
+    other = {**json.loads(check.read_text()), "verdict": "swapped"}  # as of an amateur that has been replaced since
+    check.write_text(json.dumps(other))
+    assert run_pipeline(args).pair == json.loads(check.read_text())["verdict"] != "swapped"
+
+
 def test_another_setting_in_the_same_folder_is_refused_by_name(finished, settings, capsys):
     folder, _, _ = finished
     assert main(["run", *flags({**settings, "num_prompts": 30}), "--output_dir", str(folder)]) == 2

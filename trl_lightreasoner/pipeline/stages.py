@@ -123,7 +123,9 @@ def check_pair(
     sampler: ContrastiveStepSampler, prompts: Dataset, prompt_format: PromptFormat, path: Path
 ) -> dict[str, Any]:
     """Check the pair, save the result to a file, and warn if the pair is not promising."""
-    if not path.is_file():
+    # Once sampling has begun, it refuses other models in this folder
+    is_of_pair = path.is_file() and Path(sampler.args.output_dir, "run.json").is_file()
+    if not is_of_pair:
         check = sampler.check(prompts, prompt_format=prompt_format)
         write_json(path, {"headline": check.headline, **check.to_dict()})
     check = json.loads(path.read_text(encoding="utf-8"))
