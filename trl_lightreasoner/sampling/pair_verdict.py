@@ -67,7 +67,8 @@ def judge(check: "PairCheck", plain: bool, labels_from: float) -> tuple[str, lis
             ]
         return "doubtful", [
             f"The amateur has as many parameters as the expert ({amateur:,}). Choose a smaller model. Amateurs made "
-            "from a real expert, by rounding its weights or with an adapter, gained nothing or lost 9 points."
+            "from a real expert, by rounding its weights or with an adapter, gained nothing or lost 9 points (with "
+            "first steps)."
         ]
     return verdict, reasons
 
@@ -97,8 +98,9 @@ def _judge_numbers(check: "PairCheck", plain: bool, labels_from: float) -> tuple
             ]
         return "unskilled", [
             f"{kept_text} (KL at 50 %: {kl:.3g}). With amateurs that merely lack skill it was 45 to 53 % (0.3 to "
-            "0.7). Tiny pairs gained nothing. A real expert lost 2 points with its chat template, and gained 6 with "
-            "a raw prompt. Choose a better trained amateur that lacks the behaviour that you want."
+            "0.7). Tiny pairs gained nothing. A real expert lost 2.1 points with its chat template, and gained 6.5 "
+            "with a raw prompt. Choose a better trained amateur that lacks the behaviour that you want, or let "
+            "`lightreasoner run` decide on held-out questions."
         ]
     if kept < MIN_KEPT:
         return "too close", [
