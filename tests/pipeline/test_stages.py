@@ -18,11 +18,11 @@ LORA = SimpleNamespace(lora_r=4, lora_alpha=8, lora_target_modules=["q_proj", "v
 
 @pytest.fixture
 def train(expert_path, tokenizer, steps, tmp_path):
-    def run(name: str, **settings) -> dict[str, torch.Tensor]:
+    def run(name: str, earlier=None, **settings) -> dict[str, torch.Tensor]:
         args = LightReasonerConfig(
             str(tmp_path / name), max_steps=3, beta=0.0, learning_rate=1e-2, use_cpu=True, report_to="none", **settings
         )
-        train_adapter(load_model(expert_path), tokenizer, steps, args, LORA)
+        train_adapter(load_model(expert_path), tokenizer, steps, args, LORA, earlier=earlier and tmp_path / earlier)
         return load_file(tmp_path / name / "adapter_model.safetensors")
 
     return run
@@ -56,6 +56,15 @@ def test_a_training_that_runs_out_of_memory_takes_fewer_rows_at_a_time(train, ro
     state = json.loads((tmp_path / "eight" / "trainer_state.json").read_text())
     assert state["global_step"] == 3
     assert "Training begins again with 2 trajectories at a time" in caplog.text
+
+
+def test_an_adapter_that_is_trained_further_begins_again_as_it_was(train, room):
+    train("before", per_device_train_batch_size=4)
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    expected = train("two", "before", **halves)
+    room(2)
+    adapter = train("four", "before", per_device_train_batch_size=4)
+    assert all(torch.equal(adapter[name], each) for name, each in expected.items())
 
 
 def test_a_training_without_room_for_a_row_says_what_needs_less(train, room):

@@ -17,7 +17,6 @@ from ..evaluation.evaluation import grade_candidates
 from ..evaluation.evaluation_config import EvaluationConfig
 from ..evaluation.sets import HELD_OUT
 from ..evaluation.statistics import compare
-from ..models.adapter_loading import load_adapter
 from ..processes import Processes
 from ..sampling.contrastive_step_sampler import ContrastiveStepSampler
 from ..steps.prompt_format import PromptFormat
@@ -166,18 +165,16 @@ class Rounds:
     def _train(self, place: RoundFolder, before: RoundFolder | None) -> None:
         if place.is_trained:
             return
-        model = self.expert
-        if before is not None:
-            model = load_adapter(model, str(before.adapter), is_trainable=True)
         steps = concatenate_datasets(self.sampled if self.args.keep_earlier_steps else self.sampled[-1:])
         train_adapter(
-            model,
+            self.expert,
             self.tokenizer,
             steps,
             training_config(self.args, place.adapter),
             self.args,
             place.find_checkpoint(),
             measured=rows_to_measure(steps, self.args.beta) if self._is_one_of_several else None,
+            earlier=None if before is None else before.adapter,
         )
 
     @property

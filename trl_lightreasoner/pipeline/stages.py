@@ -190,7 +190,7 @@ def training_config(args: RunConfig, output_dir: Path, **kwargs: Any) -> LightRe
 
 
 def train_adapter(
-    expert: PreTrainedModel | PeftModel,
+    expert: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     steps: Dataset,
     training_args: LightReasonerConfig,
@@ -199,16 +199,17 @@ def train_adapter(
     eval_questions: Dataset | None = None,
     callback: TrainerCallback | None = None,
     measured: Dataset | None = None,
+    earlier: Path | None = None,
 ) -> None:
     """
-    Train and save an adapter, the expert's own if it has one, and leave the expert without an adapter. If `measured`
-    rows are given, warnings.json next to the adapter names the warnings. If memory runs out, the training begins again
-    with half as many trajectories at a time, and the same updates.
+    Train and save an adapter, a new one or the one in the folder `earlier`, and leave the expert without an adapter.
+    If `measured` rows are given, warnings.json next to the adapter names the warnings. If memory runs out, the
+    training begins again with half as many trajectories at a time, and the same updates.
     """
     while True:
         try:
             return _train_adapter(
-                expert, tokenizer, steps, training_args, args, checkpoint, eval_questions, callback, measured
+                expert, tokenizer, steps, training_args, args, checkpoint, eval_questions, callback, measured, earlier
             )
         except TrainingMemoryError:
             halved = halve_batches(training_args)
@@ -223,7 +224,7 @@ def train_adapter(
 
 
 def _train_adapter(
-    expert: PreTrainedModel | PeftModel,
+    expert: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     steps: Dataset,
     training_args: LightReasonerConfig,
@@ -232,10 +233,14 @@ def _train_adapter(
     eval_questions: Dataset | None,
     callback: TrainerCallback | None,
     measured: Dataset | None,
+    earlier: Path | None,
 ) -> None:
     """[`train_adapter`], once."""
+    model: PreTrainedModel | PeftModel = expert
     peft_config = None
-    if not isinstance(expert, PeftModel):
+    if earlier is not None:
+        model = load_adapter(expert, str(earlier), is_trainable=True)
+    else:
         layers = args.lora_target_modules or choose_target_modules(steps, expert.config.model_type)
         peft_config = LoraConfig(
             r=args.lora_r,
@@ -245,7 +250,7 @@ def _train_adapter(
             task_type="CAUSAL_LM",
         )
     trainer = LightReasonerTrainer(
-        expert,
+        model,
         training_args,
         train_dataset=steps,
         processing_class=tokenizer,
