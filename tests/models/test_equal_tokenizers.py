@@ -49,8 +49,15 @@ def test_a_difference_in_the_files_is_found(copied, name, function):
     assert not are_equal(copied)
 
 
-def test_an_added_token_in_a_file_of_its_own_is_found(copied):
-    (copied / "added_tokens.json").write_text('{"<added>": 50}')
+@pytest.mark.parametrize("name", ["added_tokens.json", "special_tokens_map.json"])
+def test_tokens_in_a_file_of_their_own_are_found(copied, name):
+    (copied / name).write_text('{"<added>": 50}')
+    assert not are_equal(copied)
+
+
+def test_an_adapter_tells_nothing(copied):
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": EXPERT}
+    (copied / "adapter_config.json").write_text(json.dumps(adapter))
     assert not are_equal(copied)
 
 
@@ -68,6 +75,21 @@ def test_a_missing_file_tells_nothing(copied, name):
 def test_a_sampler_loads_equal_tokenizers_once(copied, tmp_path):
     sampler = ContrastiveStepSampler(EXPERT, str(copied), ContrastiveSamplingConfig(str(tmp_path / "steps")))
     assert sampler.amateur_processing_class is sampler.processing_class
+
+
+def test_a_model_of_another_architecture_loads_its_own_tokenizer(copied, tmp_path):
+    change(
+        copied / "config.json", lambda config: config.update(model_type="llama", architectures=["LlamaForCausalLM"])
+    )
+    sampler = ContrastiveStepSampler(EXPERT, str(copied), ContrastiveSamplingConfig(str(tmp_path / "steps")))
+    assert sampler.amateur_processing_class is not sampler.processing_class
+
+
+def test_the_users_tokenizer_of_the_amateur_is_kept(copied, tmp_path):
+    tokenizer = load_tokenizer(str(copied))
+    args = ContrastiveSamplingConfig(str(tmp_path / "steps"))
+    sampler = ContrastiveStepSampler(EXPERT, str(copied), args, amateur_processing_class=tokenizer)
+    assert sampler.amateur_processing_class is tokenizer
 
 
 def test_the_users_tokenizer_is_not_taken_for_the_amateurs(copied, tmp_path):

@@ -305,6 +305,14 @@ def test_the_fingerprint_sees_one_changed_value(dtype, index):
     assert weight_fingerprint(model) != before
 
 
+def test_the_fingerprint_sees_the_end_of_a_tensor_of_several_blocks():
+    model = torch.nn.Linear(2**20, 5, bias=False)  # 2.5 of them
+    before = weight_fingerprint(model)
+    with torch.no_grad():
+        model.weight[-1, -1] += 1
+    assert weight_fingerprint(model) != before
+
+
 def test_the_fingerprint_sees_two_values_that_change_places():
     model = torch.nn.Linear(1, 8, bias=False)
     before = weight_fingerprint(model)

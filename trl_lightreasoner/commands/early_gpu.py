@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 _COMMANDS = ("check", "eval", "run", "sample", "train", "tune")
 # vLLM starts processes of its own, best before this one has used the GPU
-_NOT_WITH = ("-h", "--use_cpu", "--use-cpu", "--use_vllm", "--use-vllm")
+_NOT_WITH = ("-h", "--help", "--help-all", "--use_cpu", "--use-cpu", "--use_vllm", "--use-vllm")
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # the second under Windows
 
 
@@ -25,8 +25,8 @@ def start_gpu(argv: Sequence[str]) -> threading.Thread | None:
     Returns:
         [`threading.Thread`], or `None` if the command needs no GPU, must not use it yet, or there is none.
     """
-    is_excluded = any(flag in _NOT_WITH or flag.startswith("--help") for flag in argv)
-    if argv[0] not in _COMMANDS or is_excluded or not any(map(os.path.exists, _DRIVERS)):
+    flags = {each.partition("=")[0] for each in argv}
+    if argv[0] not in _COMMANDS or not flags.isdisjoint(_NOT_WITH) or not any(map(os.path.exists, _DRIVERS)):
         return None
     thread = threading.Thread(target=_run_first_kernels)
     thread.start()
