@@ -272,6 +272,12 @@ def test_a_benchmark_without_an_answer_in_a_column_of_numbers_is_refused(tmp_pat
         load_benchmark("svamp", str(tmp_path))
 
 
+@pytest.mark.parametrize("answer", ["word " * 41, "There are 20.\nTwo are gone."])
+def test_a_solution_without_a_marked_answer_is_refused(answer):
+    with pytest.raises(ValueError, match="^Row 0 of the dataset has no answer to grade by in its column 'answer': "):
+        read_problems(Dataset.from_dict({"question": ["What?"], "answer": [answer]}), "question", "answer")
+
+
 def test_answers_that_are_sentences_are_counted_with_an_example(caplog):
     answers = ["It is 18 apples.", "Ben is taller than Ann.", "#### 3", "Ann", "The third one is right."]
     problems = read_problems(Dataset.from_dict({"question": ["What?"] * 5, "answer": answers}), "question", "answer")

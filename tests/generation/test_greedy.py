@@ -9,7 +9,14 @@ from transformers import GenerationConfig, Qwen2ForCausalLM
 from trl_lightreasoner.contrast import NonFiniteLogitsError
 from trl_lightreasoner.generation.completions import GreedyDecoder
 from trl_lightreasoner.generation.cuda_graphs import complete_in_slots, generate_greedy_by_graph
-from trl_lightreasoner.generation.greedy import find_eos_ids, generate_by_passes, generate_greedy, is_broken
+from trl_lightreasoner.generation.greedy import (
+    OnlyTokens,
+    find_eos_ids,
+    generate_by_passes,
+    generate_greedy,
+    is_broken,
+    rows_alike,
+)
 from trl_lightreasoner.models.loading import load_model
 from trl_lightreasoner.vocabulary import Vocabulary, model_vocabulary
 
@@ -91,6 +98,23 @@ def test_no_token_is_chosen_from_logits_that_are_not_finite(expert, vocabulary, 
     assert complete(expert, prompts, vocabulary, [token], 10) == ended  # nothing is read behind the end
     with pytest.raises(NonFiniteLogitsError, match="The model's logits at .* of an answer are not finite. Load the"):
         complete(expert, prompts, vocabulary, [], first + 2)
+
+
+def test_the_first_context_with_broken_logits_is_noted_for_each_row(vocabulary):
+    only_tokens = OnlyTokens(vocabulary, 320)
+    for length, broken in ((5, []), (6, [1]), (7, [0, 1]), (8, [])):
+        scores = torch.zeros(3, 320)
+        scores[broken, 7] = math.nan
+        only_tokens(torch.zeros(3, length, dtype=torch.long), scores)
+    assert only_tokens.broken_at.tolist() == [7, 6, torch.iinfo(torch.long).max]
+
+
+def test_no_way_of_generating_is_chosen_by_logits_that_are_not_finite(expert, vocabulary):
+    ids = make_prompts()[2]
+    with torch.no_grad():
+        expert.get_input_embeddings().weight[ids[0]] = math.nan
+    with pytest.raises(NonFiniteLogitsError, match="The model's logits at the first tokens of an answer are not"):
+        rows_alike(expert, ids, vocabulary)
 
 
 def test_vllm_does_not_answer_for_a_model_whose_logits_are_not_finite(expert, vocabulary, naive):

@@ -458,6 +458,7 @@ def test_a_sentence_as_reference_is_graded_by_its_number_and_unit(text, answer, 
         ("It is 3:30 p.m.", True),
         ("Yes, because it is even", True),
         ("Because every number in this list can be halved without rest it works", True),
+        ("Seven apples and then two pears beside the old green house", True),  # no verb, but long
         ("Mrs. Hilt", False),
         ("Ben and Ann", False),
         ("Yes", False),

@@ -348,6 +348,15 @@ def test_it_is_told_if_the_expert_was_better_than_the_best_model(
     assert "was not saved" not in caplog.text
 
 
+def test_the_better_of_two_values_is_the_lower_one_if_less_is_better(says, demo_steps, questions, tmp_path, caplog):
+    says(0.2, 0.5, 0.4)
+    schedule = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "greater_is_better": False}
+    make_trainer(demo_steps, questions, tmp_path, **schedule, **best).train()
+    assert "`eval_accuracy` was 0.2 before the first update, and is 0.4 in the best checkpoint" in caplog.text
+    assert "was not saved" not in caplog.text
+
+
 def test_that_the_expert_is_closest_to_itself_is_not_told(says, demo_steps, questions, tmp_path, caplog):
     says(0.5)
     schedule = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
@@ -371,7 +380,8 @@ def test_the_best_value_of_another_evaluation_is_not_resumed_from(says, demo_ste
     refused = f"^Training cannot resume from '{checkpoint}': "
     with pytest.raises(ValueError, match=f"{refused}metric_for_best_model was 'accuracy' and is now 'kl_to_expert'"):
         resume(checkpoint, metric="kl_to_expert")
-    for other in ({"asked": questions.select(range(2))}, {"evaluated": demo_steps.select(range(4))}):
+    others = [questions.select(range(2)), questions.map(lambda row: {"answer": f"{row['answer']}0"})]
+    for other in (*({"asked": each} for each in others), {"evaluated": demo_steps.select(range(4))}):
         with pytest.raises(ValueError, match=f"{refused}the rows or questions of the evaluation have changed"):
             resume(checkpoint, **other)
     resume(checkpoint)
