@@ -98,3 +98,8 @@ def test_the_users_tokenizer_is_not_taken_for_the_amateurs(copied, tmp_path):
     sampler = ContrastiveStepSampler(EXPERT, str(copied), args, processing_class=tokenizer)
     assert sampler.processing_class is tokenizer
     assert sampler.amateur_processing_class is not tokenizer
+
+
+def test_settings_that_are_no_object_are_left_to_the_loading(copied):
+    (copied / "tokenizer_config.json").write_text("[]")
+    assert not are_equal(copied)

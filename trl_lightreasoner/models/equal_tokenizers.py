@@ -42,7 +42,7 @@ def _read_files(model: str, **kwargs: Any) -> list[Any] | None:
         settings = json.loads(Path(config).read_text(encoding="utf-8"))
     except ValueError:  # which loading will explain
         return None
-    if "auto_map" in settings:
+    if not isinstance(settings, dict) or "auto_map" in settings:
         return None
     settings.pop("chat_template", None)
     return [settings, *(path and Path(path).read_bytes() for path in paths)]

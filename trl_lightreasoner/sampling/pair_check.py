@@ -35,8 +35,8 @@ CAVEAT = (
 )
 RESTS_ON = (
     "The verdict is based on three tiny pairs: with 50 prompts it was right on 20 of 21 amateurs of known gain, which "
-    "also chose its limits. On one real pair it was right with both prompts, and on three amateurs made from its "
-    "expert, one of them by its size alone."
+    "also chose its limits. With a raw prompt it did not predict the gain of one real expert: a promising amateur, an "
+    "unskilled one and a doubtful one all helped."
 )
 _NUM_CORRECTIONS = 10
 _MAX_ANSWER = 400  # characters
