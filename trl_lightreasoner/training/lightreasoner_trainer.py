@@ -465,6 +465,11 @@ class LightReasonerTrainer(EvaluatingTrainer):
             loss = torch.where(loss.isfinite(), loss, usual)
         return loss
 
+    def _save_checkpoint(self, *args, **kwargs):
+        super()._save_checkpoint(*args, **kwargs)
+        if self._graphs is not None:
+            self._graphs.choose_anew()
+
     def _attention(self) -> AbstractContextManager:
         # Also around the backward pass, in which activation checkpointing calls the layers again
         return packed_attention(self._model_config) if self._packs else nullcontext()
