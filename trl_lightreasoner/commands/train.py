@@ -1,5 +1,6 @@
 """`lightreasoner train`: train an adapter on a Dataset of kept steps."""
 
+import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -152,6 +153,7 @@ def main(
     from ..training.lightreasoner_trainer import LightReasonerTrainer
     from ..training.log_lines import log_in_lines
 
+    gc.freeze()  # the libraries' objects stay, and training would begin with looking for garbage among them
     hide_file_bars()
     if model_args.model_name_or_path is None:
         raise ValueError("`--expert` is required: the expert that the dataset was sampled with.")

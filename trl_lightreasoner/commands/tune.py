@@ -1,5 +1,7 @@
 """`lightreasoner tune`: try twenty settings on one sampling, and confirm the best one, in one process."""
 
+import gc
+
 from ..pipeline.tune_config import TuneConfig
 from .arguments import ArgumentParser
 from .late_compiling import compiling_late
@@ -21,6 +23,7 @@ def main(args: TuneConfig) -> None:
     with compiling_late():
         from ..pipeline.tune import tune
 
+    gc.freeze()  # the libraries' objects stay, and each training would look for garbage among them
     announce_stages(args)
     datasets.disable_progress_bars()  # those of files. The bars of the stages remain
     print(f"\n{tune(args).summary()}")

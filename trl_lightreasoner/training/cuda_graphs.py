@@ -30,7 +30,8 @@ _LONGEST = 512
 # Rows for the padding, none of which may be longer than the limit
 _PADDING_ROWS = 4
 # What a capture costs, as a number of tokens to train times the number of weights: on an H200, 0.2 s, in which 1.5
-# billion weights train 16,000 tokens
+# billion weights train 16,000 tokens. In simulated epochs on GSM8K half or twice as much was as good within 4 percent
+# of the time for 8 rows or more, and first captures that were rounded up gained nothing
 _CAPTURE = 25e12
 # Arguments of a packed batch
 _PACKED = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
