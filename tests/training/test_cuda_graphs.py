@@ -127,11 +127,13 @@ def test_a_batch_that_fits_no_graph_gets_its_own(choose, batch):
     assert [choose(2000), choose(1500, **batch)] == [2048, 1536]
 
 
-def test_sizes_chosen_anew_forget_the_padding_before(choose, trainers):
-    for _ in range(2):
-        assert [choose(2000), *(choose(1700) for _ in range(3))] == [2048] * 4
-        trainers[1]._graphs.choose_anew()
-    assert choose(1500) == 1536
+def test_saved_sizes_lead_to_the_same_choices(choose, trainers, tmp_path):
+    assert [choose(2000), *(choose(1700) for _ in range(2))] == [2048] * 3
+    trainers[1]._graphs.save_sizes(tmp_path / "sizes.json")
+    choices = [choose(num_tokens) for num_tokens in (1700, 1700, 1500)]
+    assert choices == [2048, 1792, 1792]
+    trainers[1]._graphs.load_sizes(tmp_path / "sizes.json")
+    assert [choose(num_tokens) for num_tokens in (1700, 1700, 1500)] == choices
 
 
 def test_gradients_of_several_batches_add_up(trainers, steps):

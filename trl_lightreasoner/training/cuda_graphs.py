@@ -6,9 +6,11 @@ batch is copied into buffers of a round number of tokens, and the rest of a buff
 Everything after the layers, from the output head to the optimizer, is not captured.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from transformers import PreTrainedModel, logging
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..models.weights import get_base_model
+from ..steps.whole_files import write_json
 
 
 logger = logging.get_logger(__name__)
@@ -121,16 +124,18 @@ class GraphedLayers:
 
     def clear(self) -> None:
         """Release all graphs and their memory."""
-        self.choose_anew()
         self._captured.clear()
         self._state, self._memory = (), None
 
-    def choose_anew(self) -> None:
-        """
-        Choose sizes as if there were no graphs yet, as in a training that resumes here. Dropout depends on the size.
-        """
-        self._sizes.clear()
-        self._padding.clear()
+    def save_sizes(self, path: Path) -> None:
+        """Write a file from which a resumed training chooses the same sizes. Dropout depends on them."""
+        write_json(path, {"sizes": sorted(self._sizes), "padding": sorted(self._padding.items())})
+
+    def load_sizes(self, path: Path) -> None:
+        """Read what `save_sizes` wrote."""
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        self._sizes = {GraphSize(*size) for size in saved["sizes"]}
+        self._padding = Counter({GraphSize(*size): padding for size, padding in saved["padding"]})
 
     @contextmanager
     def once(self) -> Iterator[None]:
@@ -284,7 +289,7 @@ class _CapturedLayers:
 
     def _capture(self, device: torch.device, memory: _Memory | None) -> tuple[Callable[[], None], Callable[[], None]]:
         if memory is None:  # without a GPU the layers run again
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 self._run_forward()
             self.output_gradient = torch.zeros_like(self.output)
             return self._with_gradients, self._run_backward
