@@ -861,7 +861,7 @@ def test_wrong_settings_of_sampling(settings, sentence, tmp_path):
         ({"max_steps": 0}, r"`max_steps` must be a whole number, 1 or more, or -1, got 0\."),
         ({"max_steps": -5}, r"`max_steps` must be a whole number, 1 or more, or -1, got -5\."),
         ({"logging_steps": NAN}, r"`logging_steps` must be a finite number above 0, got nan\."),
-        ({"save_steps": 0}, r"`save_steps` must be a finite number above 0, got 0\."),
+        ({"save_steps": -1}, r"`save_steps` must be a finite number, 0 or more, got -1\."),
         ({"eval_steps": -1, "eval_strategy": "steps"}, r"`eval_steps` must be a finite number above 0, got -1\."),
         ({"lr_scheduler_kwargs": {"x": 1}}, r"`lr_scheduler_kwargs` cannot be {'x': 1} with `lr_scheduler_type` 'l.*"),
         (

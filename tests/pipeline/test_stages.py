@@ -55,7 +55,21 @@ def test_a_training_that_runs_out_of_memory_takes_fewer_rows_at_a_time(train, ro
     assert all(torch.equal(adapter[name], each) for name, each in expected.items())
     state = json.loads((tmp_path / "eight" / "trainer_state.json").read_text())
     assert state["global_step"] == 3
-    assert "Training begins again with 2 trajectories at a time" in caplog.text
+    assert "from its last checkpoint, if it has one, with 2 trajectories at a time" in caplog.text
+
+
+def test_a_training_that_runs_out_of_memory_keeps_the_updates_of_its_last_checkpoint(train, monkeypatch):
+    step, updates = LightReasonerTrainer.training_step, []
+
+    def training_step(self, model, inputs, *args):
+        updates.append(self.state.global_step)
+        if len(updates) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(self, model, inputs, *args)
+
+    monkeypatch.setattr(LightReasonerTrainer, "training_step", training_step)
+    train("out", per_device_train_batch_size=8, save_steps=1)
+    assert updates == [0, 1, 2, 2, 2]  # the last one with two batches
 
 
 def test_an_adapter_that_is_trained_further_begins_again_as_it_was(train, room):

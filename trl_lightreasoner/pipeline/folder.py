@@ -29,7 +29,6 @@ from filelock import FileLock, Timeout
 
 from ..steps.whole_files import write_json
 from ..steps.writer import check_folder
-from ..training.checkpoints import last_checkpoint
 from .run_config import RunConfig
 
 
@@ -130,10 +129,6 @@ class RoundFolder:
     def is_trained(self) -> bool:
         """Whether the adapter is complete. The log is written last."""
         return all((self.adapter / name).is_file() for name in ("adapter_model.safetensors", "trainer_state.json"))
-
-    def find_checkpoint(self) -> str | None:
-        """The last complete checkpoint of an interrupted training, or `None`."""
-        return last_checkpoint(str(self.adapter))
 
 
 class RunFolder(Folder):

@@ -172,7 +172,6 @@ class Rounds:
             steps,
             training_config(self.args, place.adapter),
             self.args,
-            place.find_checkpoint(),
             measured=rows_to_measure(steps, self.args.beta) if self._is_one_of_several else None,
             earlier=None if before is None else before.adapter,
         )

@@ -25,6 +25,7 @@ from ..steps.dataset import count_steps
 from ..steps.prompt_format import PromptFormat
 from ..steps.whole_files import write_json
 from ..training.adapters import choose_target_modules, target_modules
+from ..training.checkpoints import last_checkpoint
 from ..training.lightreasoner_config import LightReasonerConfig
 from ..training.lightreasoner_trainer import LightReasonerTrainer
 from ..training.log_lines import log_in_lines
@@ -195,7 +196,6 @@ def train_adapter(
     steps: Dataset,
     training_args: LightReasonerConfig,
     args: RunConfig,
-    checkpoint: str | None = None,
     eval_questions: Dataset | None = None,
     callback: TrainerCallback | None = None,
     measured: Dataset | None = None,
@@ -203,13 +203,14 @@ def train_adapter(
 ) -> None:
     """
     Train and save an adapter, a new one or the one in the folder `earlier`, and leave the expert without an adapter.
-    If `measured` rows are given, warnings.json next to the adapter names the warnings. If memory runs out, the
-    training begins again with half as many trajectories at a time, and the same updates.
+    If `measured` rows are given, warnings.json next to the adapter names the warnings. An interrupted training resumes
+    from its last checkpoint. So does one whose memory runs out, with half as many trajectories at a time and the same
+    updates; without a checkpoint it begins again.
     """
     while True:
         try:
             return _train_adapter(
-                expert, tokenizer, steps, training_args, args, checkpoint, eval_questions, callback, measured, earlier
+                expert, tokenizer, steps, training_args, args, eval_questions, callback, measured, earlier
             )
         except TrainingMemoryError:
             halved = halve_batches(training_args)
@@ -218,8 +219,8 @@ def train_adapter(
         # Not before the error is gone, which holds the memory of the training
         training_args = halved
         logger.warning(
-            f"Memory ran out. Training begins again with {training_args.per_device_train_batch_size} trajectories at "
-            "a time, and the same updates."
+            f"Memory ran out. Training begins again from its last checkpoint, if it has one, with "
+            f"{training_args.per_device_train_batch_size} trajectories at a time, and the same updates."
         )
 
 
@@ -229,7 +230,6 @@ def _train_adapter(
     steps: Dataset,
     training_args: LightReasonerConfig,
     args: RunConfig,
-    checkpoint: str | None,
     eval_questions: Dataset | None,
     callback: TrainerCallback | None,
     measured: Dataset | None,
@@ -262,7 +262,7 @@ def _train_adapter(
         if training_args.disable_tqdm:
             trainer.remove_callback(PrinterCallback)
         log_in_lines(trainer)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir))
         trainer.save_model()
         if measured is not None:
             trainer.evaluate(measured)

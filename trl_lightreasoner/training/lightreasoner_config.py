@@ -82,6 +82,9 @@ class LightReasonerConfig(TrainingArguments):
     >   125 updates, however many rows there are.
     > - `bf16`: Defaults to `None` instead of `False`: `True` on an accelerator that has it, unless `fp16` is set.
     > - `logging_steps`: Defaults to `10` instead of `500`.
+    > - `save_steps`: Defaults to `0` instead of `500`: a checkpoint is saved when five minutes have passed since the
+    >   last one, and at the end of training. The two newest are kept, or `save_total_limit`. With
+    >   `load_best_model_at_end`, it defaults to `eval_steps`.
     > - `ddp_find_unused_parameters`: Defaults to `False` instead of `None`: every trained weight of a causal model is
     >   used in every pass.
     > - `eval_on_start`: Defaults to `None` instead of `False`: `True` where `eval_questions` are evaluated while
@@ -117,6 +120,15 @@ class LightReasonerConfig(TrainingArguments):
         metadata={
             "help": "Log every X updates steps. Should be an integer or a float in range `[0,1)`. If smaller than 1, "
             "will be interpreted as ratio of total training steps."
+        },
+    )
+    save_steps: float = field(
+        default=0,
+        metadata={
+            "help": "Save a checkpoint every X updates, or after this ratio of all updates if smaller than 1. If 0, "
+            "one is saved when five minutes have passed since the last one, and at the end of training. The two "
+            "newest are then kept, unless `save_total_limit` is set. With `load_best_model_at_end`, 0 stands for "
+            "`eval_steps`."
         },
     )
     eval_on_start: bool | None = field(
@@ -180,8 +192,10 @@ class LightReasonerConfig(TrainingArguments):
         for name in ("logging", "save", "eval"):
             steps = getattr(self, f"{name}_steps")
             is_read = getattr(self, f"{name}_strategy") == "steps" and not (name == "eval" and steps is None)
+            is_read = is_read and not (name == "save" and steps == 0)
             if is_read and not (isinstance(steps, int | float) and 0 < steps < float("inf")):
-                raise ValueError(f"`{name}_steps` must be a finite number above 0, got {steps!r}.")
+                least = ", 0 or more" if name == "save" else " above 0"
+                raise ValueError(f"`{name}_steps` must be a finite number{least}, got {steps!r}.")
         if self.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` cannot be used with labels that are distributions. Remove it.")
         if self.auto_find_batch_size:
@@ -208,6 +222,8 @@ class LightReasonerConfig(TrainingArguments):
             if not isinstance(self.accelerator_config, dict):
                 raise
             raise ValueError(f"`accelerator_config` cannot be used: {error}.") from error
+        if self.load_best_model_at_end and self.save_strategy == "steps" and self.save_steps == 0:
+            self.save_steps = self.eval_steps  # the best one must not depend on the clock
         check_optimizer(self)
         # `checkpoint` takes any, and gives those that it does not know to the layer
         known = {*inspect.signature(checkpoint).parameters, "preserve_rng_state", "every_n_layers", "offload"}

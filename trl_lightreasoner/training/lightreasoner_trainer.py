@@ -59,6 +59,7 @@ from .own_config import own_config
 from .packed_attention import can_pack, is_packed, pack, packed_attention
 from .resuming import RememberTraining
 from .saving import warn_of_left_out
+from .timed_checkpoints import TimedCheckpoints, is_timed
 
 
 logger = logging.get_logger(__name__)
@@ -209,6 +210,8 @@ class LightReasonerTrainer(EvaluatingTrainer):
             check_answers(args, has_rows=eval_dataset is not None)
         if args.eval_on_start is None:
             args.eval_on_start = eval_questions is not None and args.eval_strategy != "no"
+        if is_timed(args) and args.save_total_limit is None:
+            args.save_total_limit = 2
 
         # How the model is loaded, processing class and vocabulary
         model_init_kwargs, config, trains_adapter = plan_loading(model, args, quantization_config, peft_config)
@@ -334,6 +337,8 @@ class LightReasonerTrainer(EvaluatingTrainer):
         self.skip_nonfinite_updates = SkipNonFiniteUpdates(self)
         self.add_callback(self.skip_nonfinite_updates)
         self.add_callback(RememberTraining())
+        if is_timed(args):
+            self.add_callback(TimedCheckpoints())
         if isinstance(model, PeftModel) and isinstance(model.base_model, AdaLoraModel):
             self.add_callback(AllocateRanks(self))
         self._source = name

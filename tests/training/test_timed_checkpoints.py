@@ -1,0 +1,173 @@
+"""Checkpoints by the clock, which a test sets."""
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
+from trl_lightreasoner.commands.cli import main
+from trl_lightreasoner.training import timed_checkpoints
+
+
+LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def config(folder, **kwargs) -> LightReasonerConfig:
+    kwargs = {"max_steps": 12, "learning_rate": 1e-2, "gradient_accumulation_steps": 1, **kwargs}
+    return LightReasonerConfig(str(folder), use_cpu=True, disable_tqdm=True, report_to="none", **kwargs)
+
+
+class Clock(TrainerCallback):
+    """A clock that an update, an evaluation and a saving move on by some seconds. It notes the updates saved."""
+
+    def __init__(self, update: float = 0.0, evaluation: float = 0.0, saving: float = 0.0):
+        self.now, self.update, self.evaluation, self.saving = 0.0, update, evaluation, saving
+        self.saved: list[int] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def on_step_begin(self, *args, **kwargs):
+        self.now += self.update
+
+    def on_evaluate(self, *args, **kwargs):
+        self.now += self.evaluation
+
+    def on_save(self, args, state, control, **kwargs):
+        self.now += self.saving
+        self.saved.append(state.global_step)
+
+
+@pytest.fixture
+def train(expert_path, steps, tmp_path, monkeypatch):
+    def run(clock: Clock, eval_dataset=None, **settings) -> list[int]:
+        """The updates whose checkpoints are saved."""
+        monkeypatch.setattr(timed_checkpoints, "time", clock)
+        LightReasonerTrainer(
+            expert_path,
+            config(tmp_path / "out", **settings),
+            train_dataset=steps,
+            eval_dataset=eval_dataset,
+            peft_config=copy.copy(LORA),
+            callbacks=[clock],
+        ).train()
+        return clock.saved
+
+    return run
+
+
+def kept(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "saved"),
+    [(0.05, [12]), (60, [5, 10, 12]), (299, [2, 4, 6, 8, 10, 12]), (3600, [*range(1, 13)])],
+)
+def test_a_checkpoint_is_saved_when_five_minutes_have_passed_and_at_the_end(seconds, saved, train):
+    assert train(Clock(seconds)) == saved
+
+
+@pytest.mark.parametrize(("limit", "count"), [(None, 2), (1, 1), (4, 4), (0, 12)])
+def test_the_newest_are_kept(limit, count, train, tmp_path):
+    train(Clock(3600), save_total_limit=limit)
+    assert kept(tmp_path / "out") == [*range(1, 13)][-count:]
+
+
+def test_where_saving_is_slow_it_takes_a_twentieth_of_the_time(train):
+    # The first one at 300 seconds, and the next not before 300 + 100 + 20 * 100
+    assert train(Clock(update=300, saving=100)) == [1, 8, 12]
+
+
+def test_an_evaluation_before_a_saving_is_not_taken_for_it(train, steps):
+    # Updates end 300, 1700, 3000 and 4300 seconds after the start. The first checkpoint is saved in 100, at 1400
+    clock = Clock(update=300, evaluation=1000, saving=100)
+    assert train(clock, steps, eval_strategy="steps", eval_steps=1, max_steps=5) == [1, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("settings", "saved"),
+    [
+        ({"save_strategy": "no"}, []),
+        ({"save_steps": 5}, [5, 10, 12]),
+        ({"save_steps": 0.5}, [6, 12]),
+        ({"save_strategy": "epoch", "per_device_train_batch_size": 4}, [2, 4, 6, 8, 10, 12]),
+    ],
+)
+def test_the_time_that_the_user_chose_is_kept_and_so_are_all_checkpoints(settings, saved, train, tmp_path):
+    assert train(Clock(3600), **settings) == saved == kept(tmp_path / "out")
+
+
+def test_the_best_model_is_chosen_among_all_that_are_evaluated(train, steps, tmp_path):
+    evaluated = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "max_steps": 6}
+    assert train(Clock(3600), steps, **evaluated) == [3, 6] == kept(tmp_path / "out")
+
+
+@pytest.mark.parametrize("eval_steps", [0.25, 3, None])
+def test_with_the_best_model_every_evaluation_has_a_checkpoint(eval_steps, tmp_path):
+    args = config(tmp_path, eval_strategy="steps", eval_steps=eval_steps, load_best_model_at_end=True)
+    assert args.save_steps == args.eval_steps == (eval_steps or args.logging_steps)
+
+
+def test_an_interrupted_command_says_how_to_resume_and_ends_with_the_weights_of_an_uninterrupted_one(
+    expert_path, steps, tmp_path, monkeypatch, capsys
+):
+    def command(folder: str, *flags: str) -> int:
+        argv = ["train", "--expert", expert_path, "--dataset_name", str(tmp_path / "steps.parquet"), "--use_cpu"]
+        argv += ["--output_dir", str(tmp_path / folder), "--max_steps", "4", "--gradient_accumulation_steps", "1"]
+        return main([*argv, "--report_to", "none", "--disable_tqdm", "true", *flags])
+
+    def break_off(trainer, *args, **kwargs):
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        return training_step(trainer, *args, **kwargs)
+
+    steps.to_parquet(tmp_path / "steps.parquet")
+    assert command("straight") == 0
+    training_step = LightReasonerTrainer.training_step
+    monkeypatch.setattr(timed_checkpoints, "_SECONDS", 0.0)
+    monkeypatch.setattr(timed_checkpoints, "_TIMES_SAVING", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(LightReasonerTrainer, "training_step", break_off)
+        assert command("out") == 130
+    remedy = "Rerun the same command with `--resume_from_checkpoint true` to resume from the last checkpoint."
+    assert capsys.readouterr().err.splitlines()[-1].endswith(remedy)
+    assert command("out") == 2
+    assert "Set `--resume_from_checkpoint true` to resume it" in capsys.readouterr().err
+    assert command("out", "--resume_from_checkpoint", "true") == 0
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert kept(tmp_path / "out") == [3, 4] and log[-1]["step"] == 4
+    resumed, straight = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "straight"))
+    assert all(torch.equal(resumed[name], weight) for name, weight in straight.items())
+
+
+def train_by_own_clock(rank: int, clocks: list[float], rows: str, model: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    clock = Clock(clocks[rank])
+    timed_checkpoints.time = SimpleNamespace(monotonic=clock.monotonic)
+    LightReasonerTrainer(
+        model,
+        config(folder, dataloader_pin_memory=False),
+        train_dataset=Dataset.from_parquet(rows),
+        peft_config=copy.copy(LORA),
+        callbacks=[clock],
+    ).train()
+    Path(folder, f"saved_by_{rank}.json").write_text(json.dumps(clock.saved))
+
+
+@pytest.mark.parametrize(("clocks", "saved"), [([3600.0, 0.0], [10, 12]), ([0.0, 3600.0], [12])])
+def test_several_processes_save_together_by_the_clock_of_the_first(
+    clocks, saved, in_group, expert_path, steps, tmp_path
+):
+    steps.to_parquet(tmp_path / "steps.parquet")
+    in_group(2, train_by_own_clock, clocks, str(tmp_path / "steps.parquet"), expert_path, str(tmp_path / "out"))
+    for rank in range(2):
+        assert json.loads((tmp_path / "out" / f"saved_by_{rank}.json").read_text()) == saved
