@@ -388,7 +388,7 @@ SAMPLE = [
     ),
     model(
         "nan",
-        r"The expert's logits at the first tokens of an answer are not finite\. Load the expert in .* for NaN\.",
+        r"The expert's logits at the first tokens of an answer to row \d are not finite\. Load the expert in .* NaN\.",
         loads=True,
     ),
     model("nan", r"The amateur's logits at step 0 of row 1 are not finite\. .*", "amateur", loads=True),
@@ -953,7 +953,7 @@ def test_a_model_that_returns_no_logits(expert_path, amateur_path, tmp_path, ste
 
 
 def test_a_model_with_nan_in_its_weights(expert, amateur_path, tmp_path, prompts):
-    with pytest.raises(ValueError, match="^The expert's logits at the first tokens of an answer are not finite."):
+    with pytest.raises(ValueError, match=r"^The expert's logits at the first tokens of an answer to row \d are not"):
         ContrastiveStepSampler(poison(expert), amateur_path, make_args(tmp_path)).sample(prompts)
 
 

@@ -388,6 +388,22 @@ def test_out_of_memory_with_one_prompt_is_an_error(sample, prompts, loaded_token
         sample(prompts)
 
 
+# A batch is read longest first, and with "length" only rows of equal length are completed together
+@pytest.mark.parametrize("batch_size", [1, 6])
+@pytest.mark.parametrize("alike", ["any", "length"])
+def test_an_answer_with_logits_that_are_not_finite_names_its_row(
+    alike, batch_size, sample, prompts, expert, loaded_tokenizer, monkeypatch
+):
+    of_others = sample(prompts)["completion_ids"][:]
+    token = of_others.pop(1)[4]
+    assert not any(token in ids for ids in of_others)
+    monkeypatch.setattr(completions, "rows_alike", lambda *args: alike)
+    with torch.no_grad():
+        expert.get_input_embeddings().weight[token] = math.nan
+    with pytest.raises(ValueError, match="^The expert's logits at token 5 of an answer to row 1 are not finite"):
+        sample(prompts, expert, tokenizers=(loaded_tokenizer, None), per_device_batch_size=batch_size)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_out_of_memory_speaks_of_other_processes_if_there_are_any(count):
     def run(indices, room):
@@ -429,7 +445,7 @@ def test_another_error_is_not_taken_for_one_of_memory(sample, prompts, monkeypat
 def test_logits_of_an_answer_that_are_not_finite_are_refused(sample, prompts, expert):
     with torch.no_grad():
         expert.lm_head.weight[7] = math.nan
-    with pytest.raises(ValueError, match="The expert's logits at the first tokens of an answer are not finite"):
+    with pytest.raises(ValueError, match="The expert's logits at the first tokens of an answer to row 5 are"):
         sample(prompts, expert=expert)
 
 

@@ -55,7 +55,10 @@ class GreedyDecoder:
             kind = max(kinds.values())
             rows = [row for row in sorted(going) if kinds[row] == kind]
             room = min(self._room([contexts[row] for row in rows]), max_new_tokens - len(completions[rows[0]]))
-            made = self._decode([contexts[row] for row in rows], room)
+            try:
+                made = self._decode([contexts[row] for row in rows], room)
+            except NonFiniteLogitsError as error:
+                raise NonFiniteLogitsError(error.model, rows[error.row], error.place) from None
             if len(rows) == len(prompt_ids) and room == max_new_tokens:
                 return made
             for row, ids in zip(rows, made.completions, strict=True):

@@ -175,7 +175,7 @@ def _generates_rightly(model: torch.nn.Module, rows: list[list[int]], vocabulary
         made = output.sequences[i, -_PROBED_TOKENS:].tolist()
         expected = vocabulary.select(logits_of_row(model, ids + made[:-1], _PROBED_TOKENS))
         if is_broken(expected).any():
-            raise NonFiniteLogitsError("model", i, "the first tokens of an answer")
+            raise NonFiniteLogitsError("model", 0, "the first tokens of an answer")
         logits = vocabulary.select(torch.stack([step[i] for step in output.logits]))
         if not same_logits(model, logits, expected):
             return False

@@ -450,7 +450,9 @@ class ContrastiveStepSampler:
             try:
                 completions, hidden_states = self._decode(rows["prompt_ids"], room)
             except NonFiniteLogitsError as error:
-                raise NonFiniteLogitsError("expert", error.row, error.place) from None
+                # What `GreedyDecoder` looks at beforehand is of the longest prompt, the first one
+                row = indices[error.row]
+                raise NonFiniteLogitsError("expert", row, f"{error.place} to row {row}") from None
         trajectories = [Trajectory(*ids) for ids in zip(rows["prompt_ids"], completions, strict=True)]
         settings: dict[str, Any] = {
             **{name: getattr(self.args, name) for name in _LABEL_SETTINGS},
