@@ -134,6 +134,15 @@ def test_what_goes_together_is_not_refused(settings, variables, quantization, dt
 LORA = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 
 
+def test_several_processes_must_make_equal_numbers_of_batches(tmp_path, monkeypatch):
+    args = LightReasonerConfig(str(tmp_path), use_cpu=True, accelerator_config={"even_batches": False})
+    check_combinations(args, None, None, adapter=True)
+    monkeypatch.setattr(LightReasonerConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="^`accelerator_config` cannot have `even_batches: false` with several proc"):
+        check_combinations(args, None, None, adapter=True)
+    check_combinations(LightReasonerConfig(str(tmp_path), use_cpu=True), None, None, adapter=True)
+
+
 @pytest.mark.parametrize(
     ("adapter", "weight"),
     [

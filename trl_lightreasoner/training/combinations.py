@@ -70,6 +70,11 @@ def check_combinations(
     Raises:
         `ValueError`: If two settings conflict. The message names them and says what to do.
     """
+    if args.world_size > 1 and not args.accelerator_config.even_batches:
+        raise ValueError(
+            "`accelerator_config` cannot have `even_batches: false` with several processes: one with fewer batches "
+            "would take part in no more updates or means, and the others would wait for it. Remove it."
+        )
     quantization = quantization if isinstance(quantization, dict | None) else quantization.to_dict()
     bits = next((bits for bits in (4, 8) if (quantization or {}).get(f"load_in_{bits}bit")), None)
     if bits is not None and not adapter:
