@@ -2,13 +2,17 @@
 
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 
 _COMMANDS = ("check", "eval", "run", "sample", "train", "tune")
 # vLLM starts processes of its own, best before this one has used the GPU
 _NOT_WITH = ("-h", "--help", "--help-all", "--use_cpu", "--use-cpu", "--use_vllm", "--use-vllm")
+# The same in the file of `--config`. Only a hint: YAML has more ways to write it, which are slow to read
+_IN_FILE = re.compile(r"^use_(cpu|vllm) *:", re.MULTILINE)
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # the second under Windows
 
 
@@ -28,9 +32,20 @@ def start_gpu(argv: Sequence[str]) -> threading.Thread | None:
     flags = {each.partition("=")[0] for each in argv}
     if argv[0] not in _COMMANDS or not flags.isdisjoint(_NOT_WITH) or not any(map(os.path.exists, _DRIVERS)):
         return None
+    if _IN_FILE.search(_read_config(argv)):
+        return None
     thread = threading.Thread(target=_run_first_kernels)
     thread.start()
     return thread
+
+
+def _read_config(argv: Sequence[str]) -> str:
+    """The text of the file of `--config`, empty without one. Whatever is wrong with it, the command will say."""
+    parts = [part for each in argv for part in each.split("=", 1)]
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        path = Path(parts[parts.index("--config") + 1])
+        return path.read_text(encoding="utf-8-sig") if path.is_file() else ""  # a pipe can be read once
+    return ""
 
 
 def _run_first_kernels() -> None:
