@@ -169,47 +169,16 @@ class LightReasonerConfig(TrainingArguments):
     eval_max_new_tokens: int = 512
 
     def __post_init__(self):
-        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_max_new_tokens")
-        check_whole_numbers(self, counts, optional=("max_length",))
-        names = ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps")
-        check_finite(self, names, optional=("beta", "sft_weight", "neftune_noise_alpha"))
+        self._check_numbers()
+        self._check_support()
         check_json_files(self, ("accelerator_config", "fsdp_config"))
-        if self.deepspeed:
-            if str(self.deepspeed).endswith(".json"):
-                check_json_files(self, ("deepspeed",))
-            if not is_deepspeed_available():
-                raise ImportError("`deepspeed` needs DeepSpeed: `pip install deepspeed`.")
         check_flags(self, ("one_step_per_row", "use_cuda_graphs", "trust_remote_code"))
-        epochs = self.num_train_epochs
-        if epochs is not None and not (isinstance(epochs, int | float) and 0 < epochs < float("inf")):
-            raise ValueError(f"`num_train_epochs` must be a finite number above 0, got {epochs!r}.")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not isinstance(value := getattr(self, name), int | float) or not 0 <= value < 1:
-                raise ValueError(f"`{name}` must be a number in [0, 1), got {value!r}.")
-        max_steps: Any = self.max_steps  # type: ignore[has-type]  # of `TrainingArguments`
-        if not isinstance(max_steps, int) or max_steps < 1 and max_steps != -1:
-            raise ValueError(f"`max_steps` must be a whole number, 1 or more, or -1, got {max_steps!r}.")
-        for name in ("logging", "save", "eval"):
-            steps = getattr(self, f"{name}_steps")
-            is_read = getattr(self, f"{name}_strategy") == "steps" and not (name == "eval" and steps is None)
-            is_read = is_read and not (name == "save" and steps == 0)
-            if is_read and not (isinstance(steps, int | float) and 0 < steps < float("inf")):
-                least = ", 0 or more" if name == "save" else " above 0"
-                raise ValueError(f"`{name}_steps` must be a finite number{least}, got {steps!r}.")
-        if self.label_smoothing_factor:
-            raise ValueError("`label_smoothing_factor` cannot be used with labels that are distributions. Remove it.")
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "`auto_find_batch_size` cannot be used: when memory runs out, training would begin again with fewer "
-                "rows per update, but with the weights that it has changed. Lower `per_device_train_batch_size` and "
-                "raise `gradient_accumulation_steps` by the same factor for equal updates."
-            )
         if self.output_dir == "":
             raise ValueError(f"`output_dir` must name a folder, got {self.output_dir!r}.")
         check_init_kwargs(self, ("model_init_kwargs",))
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0  # of which nothing is heard where the number of updates is given
-            if max_steps < 0:
+            if self.max_steps < 0:  # type: ignore[has-type]  # of `TrainingArguments`
                 self.max_steps = _DEFAULT_UPDATES
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
@@ -231,6 +200,44 @@ class LightReasonerConfig(TrainingArguments):
             raise ValueError(
                 f"`activation_checkpointing_kwargs` does not support {unknown[0]!r}, only `use_reentrant`."
             )
+
+    def _check_numbers(self) -> None:
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_max_new_tokens")
+        check_whole_numbers(self, counts, optional=("max_length",))
+        names = ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps")
+        check_finite(self, names, optional=("beta", "sft_weight", "neftune_noise_alpha"))
+        epochs = self.num_train_epochs
+        if epochs is not None and not (isinstance(epochs, int | float) and 0 < epochs < float("inf")):
+            raise ValueError(f"`num_train_epochs` must be a finite number above 0, got {epochs!r}.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not isinstance(value := getattr(self, name), int | float) or not 0 <= value < 1:
+                raise ValueError(f"`{name}` must be a number in [0, 1), got {value!r}.")
+        max_steps: Any = self.max_steps
+        if not isinstance(max_steps, int) or max_steps < 1 and max_steps != -1:
+            raise ValueError(f"`max_steps` must be a whole number, 1 or more, or -1, got {max_steps!r}.")
+        for name, unset in (("logging", ()), ("save", (0,)), ("eval", (None,))):
+            strategy, steps = getattr(self, f"{name}_strategy"), getattr(self, f"{name}_steps")
+            if strategy != "steps" or steps in unset:
+                continue
+            if not (isinstance(steps, int | float) and 0 < steps < float("inf")):
+                least = ", 0 or more" if 0 in unset else " above 0"
+                raise ValueError(f"`{name}_steps` must be a finite number{least}, got {steps!r}.")
+
+    def _check_support(self) -> None:
+        """Refuse settings of `Trainer` that would be wrong here, and those that something is missing for."""
+        if self.label_smoothing_factor:
+            raise ValueError("`label_smoothing_factor` cannot be used with labels that are distributions. Remove it.")
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size` cannot be used: when memory runs out, training would begin again with fewer "
+                "rows per update, but with the weights that it has changed. Lower `per_device_train_batch_size` and "
+                "raise `gradient_accumulation_steps` by the same factor for equal updates."
+            )
+        if self.deepspeed:
+            if str(self.deepspeed).endswith(".json"):
+                check_json_files(self, ("deepspeed",))
+            if not is_deepspeed_available():
+                raise ImportError("`deepspeed` needs DeepSpeed: `pip install deepspeed`.")
 
     def __getstate__(self) -> dict[str, Any]:
         # `Trainer` leaves its arguments beside the model, as training_args.bin, and uploads them with it
