@@ -48,7 +48,7 @@ class Clock(TrainerCallback):
 
 @pytest.fixture
 def train(expert_path, steps, tmp_path, monkeypatch):
-    def run(clock: Clock, eval_dataset=None, **settings) -> list[int]:
+    def run(clock: Clock, eval_dataset=None, resume_from_checkpoint=None, **settings) -> list[int]:
         """The updates whose checkpoints are saved."""
         monkeypatch.setattr(timed_checkpoints, "time", clock)
         LightReasonerTrainer(
@@ -58,7 +58,7 @@ def train(expert_path, steps, tmp_path, monkeypatch):
             eval_dataset=eval_dataset,
             peft_config=copy.copy(LORA),
             callbacks=[clock],
-        ).train()
+        ).train(resume_from_checkpoint)
         return clock.saved
 
     return run
@@ -80,6 +80,13 @@ def test_a_checkpoint_is_saved_when_five_minutes_have_passed_and_at_the_end(seco
 def test_the_newest_are_kept(limit, count, train, tmp_path):
     train(Clock(3600), save_total_limit=limit)
     assert kept(tmp_path / "out") == [*range(1, 13)][-count:]
+
+
+def test_the_checkpoints_of_an_earlier_part_stay(train, tmp_path):
+    """Of a training that resumes without the `save_steps` that it began with."""
+    train(Clock(), save_steps=2, max_steps=6)
+    train(Clock(3600), max_steps=7, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-6"))
+    assert kept(tmp_path / "out") == [4, 6, 7]
 
 
 def test_where_saving_is_slow_it_takes_a_twentieth_of_the_time(train):

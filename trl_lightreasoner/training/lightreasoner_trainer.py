@@ -210,8 +210,6 @@ class LightReasonerTrainer(EvaluatingTrainer):
             check_answers(args, has_rows=eval_dataset is not None)
         if args.eval_on_start is None:
             args.eval_on_start = eval_questions is not None and args.eval_strategy != "no"
-        if is_timed(args) and args.save_total_limit is None:
-            args.save_total_limit = 2
 
         # How the model is loaded, processing class and vocabulary
         model_init_kwargs, config, trains_adapter = plan_loading(model, args, quantization_config, peft_config)

@@ -11,12 +11,16 @@ from accelerate.utils import broadcast
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from .checkpoints import list_checkpoints
+
 
 _SECONDS = 300.0
 # Where saving is slow, it takes no more than a twentieth of the time
 _TIMES_SAVING = 20
 # Asking another process would stall the GPU in every update. At these, the default logs, and waits for the GPU anyway
 _UPDATES = 10
+# Of the newest checkpoints
+_KEPT = 2
 
 
 def is_timed(args: TrainingArguments) -> bool:
@@ -27,11 +31,14 @@ def is_timed(args: TrainingArguments) -> bool:
 class TimedCheckpoints(TrainerCallback):
     """
     Saves a checkpoint after the first update that ends five minutes or more after the last one. Several processes go
-    by the clock of the first, and look at it after every tenth update.
+    by the clock of the first, and look at it after every tenth update. The two newest checkpoints are kept, or as many
+    as the folder had before.
     """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._due = time.monotonic() + _SECONDS
+        if args.save_total_limit is None:  # one that resumes keeps its earlier ones
+            args.save_total_limit = max(_KEPT, len(list_checkpoints(args.output_dir)))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._began = time.monotonic()
