@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import threading
 import time
 
@@ -135,21 +134,3 @@ def test_a_batch_that_cannot_be_written_after_a_signal_is_not_passed_over(caplog
     with pytest.raises(OSError, match="the disk is full"):
         run_rows(6, run, write)
     assert "Interrupted" not in caplog.text
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_interpreter_switches_between_threads_as_before_when_the_batches_are_done(fails):
-    before = sys.getswitchinterval()
-    within = []
-
-    def run(indices):
-        within.append(sys.getswitchinterval())
-        assert not fails
-        return indices
-
-    try:
-        run_rows(2, run, Written())
-    except AssertionError:
-        assert fails
-    assert within[0] < before
-    assert sys.getswitchinterval() == before

@@ -8,7 +8,6 @@ all rows of a batch.
 
 import math
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,8 +31,6 @@ T = TypeVar("T")
 # `generate` goes on with those that have ended
 _CPU_MEMORY = 2**30
 CPU_ROWS = (16, 64)
-# Seconds after which the writing thread lets the next kernel be launched. After Python's 0.005 the GPU would be idle
-_SWITCH_INTERVAL = 0.0005
 
 
 def find_batch_size(model: torch.nn.Module, longest: int | None, num_rows: int, num_processes: int) -> int:
@@ -144,7 +141,7 @@ def run_in_batches(
     with (
         _stop_between_batches() as received,
         tqdm(total=len(order), desc=desc, unit="prompt", disable=not processes.is_main or not order) as progress,
-        _writing_thread() as thread,
+        ThreadPoolExecutor(1) as thread,  # its work is finished at the end, also after an error
     ):
 
         def save(indices: list[int], result: T) -> None:
@@ -167,18 +164,6 @@ def run_in_batches(
                     main_process_only=False,
                 )
             raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
-
-
-@contextmanager
-def _writing_thread() -> Iterator[ThreadPoolExecutor]:
-    """A thread for short work beside the launches of kernels. At the end it finishes its work, also after an error."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH_INTERVAL)
-    try:
-        with ThreadPoolExecutor(1) as thread:
-            yield thread
-    finally:
-        sys.setswitchinterval(interval)
 
 
 @contextmanager
