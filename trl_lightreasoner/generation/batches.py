@@ -1,16 +1,14 @@
 """Work that is done batch by batch, for sampling and evaluation.
 
 A batch that does not fit in memory is halved, and the current batch is finished when the process is told to stop. A
-thread writes each batch while the next one is computed. A work order is a list of `(row, room)` with the longest
-prompts first, so that a too large batch fails at once. Room is the maximum number of tokens to generate, the same for
-all rows of a batch.
+work order is a list of `(row, room)` with the longest prompts first, so that a too large batch fails at once. Room is
+the maximum number of tokens to generate, the same for all rows of a batch.
 """
 
 import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -123,47 +121,33 @@ def run_in_batches(
 
     Args:
         order, batch_size, run, lengths: As for [`batches_that_fit`].
-        write (`Callable`): Saves the result of rows, and returns the text for the progress bar. It is called for one
-            batch after the other, in a thread.
+        write (`Callable`): Saves the result of rows, and returns the text for the progress bar.
         processes ([`Processes`]): The processes that share the work.
         desc (`str`): Name of the progress bar.
 
     Raises:
         `ValueError`: If a single row does not fit in memory.
-        `KeyboardInterrupt` or `SystemExit`: After a signal, when the current batch is written.
-        An error of `write`, when the next batch is computed. Nothing is written after it.
+        `KeyboardInterrupt` or `SystemExit`: After a signal, when the current batch is finished.
     """
     remedy = "Lower `max_new_tokens` or `max_prompt_length`, or load the models in a smaller `dtype`."
     if processes.count > 1:
         remedy += " If processes share this device, start fewer."
     to_go = len(order)
-    writing: Future | None = None
     with (
         _stop_between_batches() as received,
         tqdm(total=len(order), desc=desc, unit="prompt", disable=not processes.is_main or not order) as progress,
-        ThreadPoolExecutor(1) as thread,  # its work is finished at the end, also after an error
     ):
-
-        def save(indices: list[int], result: T) -> None:
+        for indices, result in batches_that_fit(order, batch_size, run, lengths, remedy):
             progress.set_postfix_str(write(indices, result), refresh=False)
             progress.update(len(indices))
-
-        for indices, result in batches_that_fit(order, batch_size, run, lengths, remedy):
-            if writing is not None:
-                writing.result()
-            writing = thread.submit(save, indices, result)
             to_go -= len(indices)
-            if received:
-                break
-        if writing is not None:
-            writing.result()
-        if received:  # also in the last batch: what would follow is not wanted either
-            if to_go:
-                logger.warning(
-                    f"Interrupted with {to_go:,} prompts left. Rerun the same command to resume.",
-                    main_process_only=False,
-                )
-            raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
+            if received:  # also in the last batch: what would follow is not wanted either
+                if to_go:
+                    logger.warning(
+                        f"Interrupted with {to_go:,} prompts left. Rerun the same command to resume.",
+                        main_process_only=False,
+                    )
+                raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(128 + received[0])
 
 
 @contextmanager
