@@ -88,19 +88,6 @@ def make_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_rows(lengths: list[int]) -> list[dict]:
-    """Rows of two kept steps that are trained with these numbers of tokens."""
-    rows = []
-    for length in lengths:
-        ids, last = [(7 * i + length) % 290 + 5 for i in range(length + 1)], length - length // 2
-        labels = {"label_ids": [[8, 3], ids[-2:]], "label_probs": [[0.75, 0.25], [0.5, 0.5]]}
-        prompt_ids, completion_ids = ids[: -last - 1], ids[-last - 1 :]
-        rows.append(
-            {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "step_positions": [0, last], **labels}
-        )
-    return rows
-
-
 def make_model(
     tokenizer: PreTrainedTokenizerFast, seed: int = 0, hidden_size: int = 32, padding: int = 12, **kwargs
 ) -> Qwen2ForCausalLM:

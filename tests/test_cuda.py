@@ -27,10 +27,9 @@ from trl_lightreasoner.generation.greedy import cut_after_eos, generate_greedy
 from trl_lightreasoner.generation.row_attention import row_attention_forward, row_bounds, why_no_row_attention
 from trl_lightreasoner.generation.row_cache import rows_that_fit
 from trl_lightreasoner.models.loading import load_model
-from trl_lightreasoner.training import cuda_graphs as training_graphs
 from trl_lightreasoner.vocabulary import model_vocabulary
 
-from .conftest import QUESTIONS, make_model, make_rows, make_tokenizer
+from .conftest import QUESTIONS, make_model, make_tokenizer
 from .generation.test_greedy import make_prompts
 
 
@@ -188,8 +187,8 @@ def adapted(model, tokenizer, steps, tmp_path, dropout=0.0):
     return trainer, trainer.accelerator.prepare_model(trainer.model)
 
 
-def step(trainer, model, rows):
-    batch = DataCollatorForLightReasoner()(rows)
+def step(trainer, model, steps, rows):
+    batch = DataCollatorForLightReasoner()(list(steps.select(rows)))
     batch = {name: tensor.cuda() for name, tensor in batch.items()}
     return trainer.training_step(model, batch, batch["step_mask"].sum())
 
@@ -199,52 +198,23 @@ def trained(trainer):
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "nf4"])
-def test_a_graph_trains_an_adapter_as_its_kernels_do_one_by_one(
-    weights, model, big_tokenizer, steps, tmp_path, monkeypatch
-):
+def test_a_graph_trains_an_adapter_as_its_kernels_do_one_by_one(weights, model, big_tokenizer, steps, tmp_path):
     if weights == "nf4":
         pytest.importorskip("bitsandbytes")
     model = quantized(tmp_path, model) if weights == "nf4" else model.to(getattr(torch, weights))
     trainer, model = adapted(model, big_tokenizer, steps, tmp_path)
-    monkeypatch.setattr(training_graphs, "_TOKENS", 64)
-    # Two sizes, one of them twice, with another number of rows; gradients add up
-    check_graphs(trainer, model, [[44, 42, 20], [39, 19, 44, 42], [19, 44, 42, 20]], num_graphs=2)
-
-
-def check_graphs(trainer, model, batches, num_graphs):
-    """Compare gradients by graphs and kernel by kernel, added up over batches whose rows have these lengths."""
     graphs = trainer._graphs
     results = []
     for trainer._graphs in (None, graphs):
         trainer.model.zero_grad()
-        for lengths in batches:
-            loss = step(trainer, model, make_rows(lengths))
+        for rows in (range(4), range(2, 5), range(1, 5)):  # two sizes, one of them twice; gradients add up
+            loss = step(trainer, model, steps, rows)
         results.append((loss, torch.cat([parameter.grad.flatten().float() for parameter in trained(trainer)])))
-    assert not graphs.failed and len(graphs._captured) == num_graphs
+    assert not graphs.failed and len(graphs._captured) == 2
     (loss, gradient), (graphed_loss, graphed_gradient) = results
     torch.testing.assert_close(loss, graphed_loss, rtol=1e-2, atol=1e-2)
     assert torch.nn.functional.cosine_similarity(gradient, graphed_gradient, dim=0) > 0.999
     torch.testing.assert_close(gradient.norm(), graphed_gradient.norm(), rtol=2e-2, atol=0)
-
-
-# `(multiple, numbers of tokens of the rows of each batch)`
-PADDINGS = {
-    "none, in rows of no token": (102, [[39, 19, 44]]),
-    "2 tokens, in 4 rows": (52, [[39, 19, 44]]),
-    "175 tokens, in 9 rows": (16, [[39, 19, 44, 42, 20, 49], [49]]),
-    "38 tokens, in 4 rows": (16, [[42, 49], [39, 19]]),
-    "18 tokens, in 3 rows, and more rows than at first": (16, [[42, 49], [39, 19, 20]]),
-}
-
-
-@pytest.mark.parametrize("multiple, batches", PADDINGS.values(), ids=PADDINGS.keys())
-def test_rows_of_padding_change_no_gradient_of_a_graph(
-    multiple, batches, model, big_tokenizer, steps, tmp_path, monkeypatch
-):
-    trainer, model = adapted(model.bfloat16(), big_tokenizer, steps, tmp_path)
-    for name, value in {"_TOKENS": multiple, "_LONGEST": 64}.items():
-        monkeypatch.setattr(training_graphs, name, value)
-    check_graphs(trainer, model, batches, num_graphs=1)
 
 
 def test_every_replay_has_a_dropout_of_its_own(model, big_tokenizer, steps, tmp_path):
@@ -252,7 +222,7 @@ def test_every_replay_has_a_dropout_of_its_own(model, big_tokenizer, steps, tmp_
 
     def losses():
         torch.cuda.manual_seed(0)
-        return [step(trainer, model, list(steps.select(range(4)))).item() for _ in range(4)]
+        return [step(trainer, model, steps, range(4)).item() for _ in range(4)]
 
     first, again = losses(), losses()
     assert len(set(first)) == 4 and first == again
@@ -262,7 +232,7 @@ def test_parameters_that_autograd_knows_from_another_stream_are_captured(model, 
     """As under DDP, which holds what adds up the gradient of each parameter."""
     trainer, model = adapted(model, big_tokenizer, steps, tmp_path)
     held = [parameter.expand_as(parameter).grad_fn.next_functions[0][0] for parameter in trained(trainer)]
-    step(trainer, model, list(steps.select(range(4))))
+    step(trainer, model, steps, range(4))
     assert held and not trainer._graphs.failed and trainer._graphs._captured
 
 
@@ -277,7 +247,7 @@ def test_training_goes_on_after_a_capture_that_broke_off(model, big_tokenizer, s
 
     layer.register_forward_hook(synchronize)
     with caplog.at_level("WARNING", logger="trl_lightreasoner.training.cuda_graphs"):
-        losses = [step(trainer, model, list(steps.select(range(4)))).item() for _ in range(3)]
+        losses = [step(trainer, model, steps, range(4)).item() for _ in range(3)]
     assert trainer._graphs.failed and len(set(losses)) == 3
     assert any("not permitted when stream is capturing" in message for message in caplog.messages)
     # The allocator must not believe that it goes on either: then it would keep all that it has

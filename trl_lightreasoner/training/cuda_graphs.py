@@ -2,16 +2,13 @@
 
 An update consists of thousands of small kernels. Launching them one by one takes a processor longer than a GPU needs
 to run them, many times as long in small updates. A graph launches them all at once. It has fixed shapes: a packed
-batch is copied into buffers of a round number of tokens, and the rest of a buffer is rows of unused padding.
+batch is copied into buffers of a round number of tokens, and the rest of a buffer is a row of unused padding.
 Everything after the layers, from the output head to the optimizer, is not captured.
 """
 
-import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -21,21 +18,12 @@ from transformers import PreTrainedModel, logging
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..models.weights import get_base_model
-from ..steps.whole_files import write_json
 
 
 logger = logging.get_logger(__name__)
 
 # The smallest number that a batch's number of tokens is rounded up to
 _TOKENS = 256
-# The smallest limit of a row's length. Attention ends at once beyond a row, so a limit that fits more rows is cheap
-_LONGEST = 512
-# Rows for the padding, none of which may be longer than the limit
-_PADDING_ROWS = 4
-# What a capture costs, as a number of tokens to train times the number of weights: on an H200, 0.2 s, in which 1.5
-# billion weights train 16,000 tokens. In simulated epochs of GSM8K's rows, with 8 or 32 an update, half or twice as
-# much was as good within 4 percent of the time, and rounding the sizes of captures further up gained nothing
-_CAPTURE = 25e12
 # Arguments of a packed batch
 _PACKED = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
@@ -52,52 +40,6 @@ def _adapter(model: PeftModel) -> BaseTunerLayer | None:
     return next((module for module in layers.modules() if isinstance(module, BaseTunerLayer)), None)
 
 
-def round_up(num_tokens: int) -> tuple[int, int]:
-    """
-    The number of tokens of the graph for a batch of `num_tokens`, and the multiple to which it is rounded. For large
-    batches it is at most an eighth more.
-
-    Example:
-
-    ```python
-    >>> round_up(300), round_up(14_000)
-    ((512, 256), (14336, 1024))
-
-    ```
-    """
-    step = max(_TOKENS, 2 ** (num_tokens.bit_length() - 4))
-    return -(-num_tokens // step) * step, step
-
-
-class GraphSize(NamedTuple):
-    """The shapes of a graph: its tokens, the limit of a row's length, and its rows, padding included."""
-
-    num_tokens: int
-    longest: int
-    num_rows: int
-
-    @classmethod
-    def of(cls, num_tokens: int, longest: int, num_rows: int) -> "GraphSize":
-        """
-        The size for a batch of `num_rows` rows with `num_tokens` tokens, of which the longest row has `longest`.
-
-        Example:
-
-        ```python
-        >>> GraphSize.of(300, longest=160, num_rows=2), GraphSize.of(14_000, longest=700, num_rows=32)
-        (GraphSize(num_tokens=512, longest=512, num_rows=6), GraphSize(num_tokens=14336, longest=1024, num_rows=36))
-
-        ```
-        """
-        rounded, step = round_up(num_tokens)
-        return cls(rounded, 2 ** (max(longest, step, _LONGEST) - 1).bit_length(), num_rows + _PADDING_ROWS)
-
-    def holds(self, num_tokens: int, longest: int, num_rows: int) -> bool:
-        """Whether a batch fits, and the padding into the rows that are left."""
-        padding, rows = self.num_tokens - num_tokens, self.num_rows - num_rows
-        return longest <= self.longest and 0 <= padding <= rows * self.longest
-
-
 class GraphedLayers:
     """
     The layers of a model with an adapter, run with CUDA graphs if batches are packed and the adapter is trained.
@@ -110,14 +52,10 @@ class GraphedLayers:
         self.layers = get_base_model(model).get_decoder()
         self.adapter: Any = _adapter(model)
         self.failed = False
-        self._captured: dict[GraphSize, _CapturedLayers] = {}
-        # The sizes to choose from, and how many tokens of padding a graph of its own would have saved each other size
-        self._sizes: set[GraphSize] = set()
-        self._padding: Counter[GraphSize] = Counter()
+        self._captured: dict[tuple, _CapturedLayers] = {}
         # What the graphs depend on: the adapter, the addresses of the weights, and which of them are trained
         self._state: tuple = ()
         self._parameters: list[torch.nn.Parameter] = []
-        self._num_weights = 0
         self._plain: Callable = self.layers.forward
         self._left = 0
         self._memory: _Memory | None = None
@@ -126,16 +64,6 @@ class GraphedLayers:
         """Release all graphs and their memory."""
         self._captured.clear()
         self._state, self._memory = (), None
-
-    def save_sizes(self, path: Path) -> None:
-        """Write a file from which a resumed training chooses the same sizes. Dropout depends on them."""
-        write_json(path, {"sizes": sorted(self._sizes), "padding": sorted(self._padding.items())})
-
-    def load_sizes(self, path: Path) -> None:
-        """Read what `save_sizes` wrote."""
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        self._sizes = {GraphSize(*size) for size in saved["sizes"]}
-        self._padding = Counter({GraphSize(*size): padding for size, padding in saved["padding"]})
 
     @contextmanager
     def once(self) -> Iterator[None]:
@@ -180,32 +108,37 @@ class GraphedLayers:
         if self._find_state() != self._state:
             self.clear()
             self._parameters = list(self.layers.parameters())
-            self._num_weights = sum(each.numel() for each in self._parameters)
             self._state = self._find_state()
-        size = self._choose(input_ids.shape[1], longest, len(begins) - 1)
-        if size not in self._captured:
+        num_tokens, step = round_up(input_ids.shape[1])
+        longest = 2 ** (max(longest, step) - 1).bit_length()
+        key = num_tokens, longest, len(begins)
+        if key not in self._captured:
             if self._memory is None and input_ids.is_cuda:
                 self._memory = _Memory(input_ids.device)
             layers, batch = _Layers(self.layers, self._plain), (input_ids, position_ids, begins)
-            self._captured[size] = _CapturedLayers(layers, size, batch, self._memory)
-        return self._captured[size]
-
-    def _choose(self, num_tokens: int, longest: int, num_rows: int) -> GraphSize:
-        """
-        The smallest known size that holds a batch, until the padding that the batch's own size would have saved costs
-        as much as a capture. So a rare size is never captured, and a frequent one costs at most twice what it must.
-        """
-        own = GraphSize.of(num_tokens, longest, num_rows)
-        size = min((size for size in self._sizes if size.holds(num_tokens, longest, num_rows)), default=own)
-        self._padding[own] += size.num_tokens - own.num_tokens
-        if self._padding[own] * self._num_weights > _CAPTURE:
-            size = own
-        self._sizes.add(size)
-        return size
+            self._captured[key] = _CapturedLayers(layers, num_tokens, longest, batch, self._memory)
+        return self._captured[key]
 
     def _find_state(self) -> tuple:
         weights = tuple((each.data_ptr(), each.requires_grad) for each in self._parameters)
         return *self.adapter.active_adapters, *weights
+
+
+def round_up(num_tokens: int) -> tuple[int, int]:
+    """
+    The number of tokens of the graph for a batch of `num_tokens`, and the multiple to which it is rounded. For large
+    batches it is at most an eighth more.
+
+    Example:
+
+    ```python
+    >>> round_up(300), round_up(14_000)
+    ((512, 256), (14336, 1024))
+
+    ```
+    """
+    step = max(_TOKENS, 2 ** (num_tokens.bit_length() - 4))
+    return -(-num_tokens // step) * step, step
 
 
 class _Memory:
@@ -235,19 +168,21 @@ class _CapturedLayers:
     def __init__(
         self,
         layers: _Layers,
-        size: GraphSize,
+        num_tokens: int,
+        longest: int,
         batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         memory: _Memory | None,
     ):
-        self.layers, self.size = layers, size
+        self.layers, self.longest = layers, longest
         trained = {name: parameter for name, parameter in layers.named_parameters() if parameter.requires_grad}
         self.parameters = list(trained.values())
         # The same memory under another name. What autograd keeps of a parameter itself belongs to the stream on which
         # it was first used, which DDP does, and a capture must not wait for that
         self.aliases = {name: parameter.detach().requires_grad_() for name, parameter in trained.items()}
         input_ids, position_ids, begins = batch
-        self.input_ids, self.position_ids = (each.new_zeros(1, size.num_tokens) for each in (input_ids, position_ids))
-        self.begins = begins.new_empty(size.num_rows + 1)
+        self.input_ids, self.position_ids = input_ids.new_zeros(1, num_tokens), position_ids.new_zeros(1, num_tokens)
+        # One additional row for the padding
+        self.begins = begins.new_full((len(begins) + 1,), num_tokens)
         self.fill(*batch)
         self.output: torch.Tensor
         self.output_gradient: torch.Tensor
@@ -259,11 +194,7 @@ class _CapturedLayers:
         num_tokens = input_ids.shape[1]
         self.input_ids[:, :num_tokens] = input_ids
         self.position_ids[:, :num_tokens] = position_ids
-        num_rows = len(begins) - 1
-        self.begins[:num_rows] = begins[:-1]
-        # The padding, in rows of equal length
-        num_begins, like = len(self.begins) - num_rows, {"dtype": begins.dtype, "device": begins.device}
-        self.begins[num_rows:] = torch.linspace(num_tokens, self.size.num_tokens, num_begins, **like)
+        self.begins[:-1] = begins
 
     def _run_forward(self) -> None:
         device = self.input_ids.device.type
@@ -276,8 +207,8 @@ class _CapturedLayers:
                 "position_ids": self.position_ids,
                 "cu_seq_lens_q": self.begins,
                 "cu_seq_lens_k": self.begins,
-                "max_length_q": self.size.longest,
-                "max_length_k": self.size.longest,
+                "max_length_q": self.longest,
+                "max_length_k": self.longest,
                 "use_cache": False,
             }
             self.output = functional_call(self.layers, self.aliases, kwargs=batch).last_hidden_state
@@ -289,7 +220,7 @@ class _CapturedLayers:
 
     def _capture(self, device: torch.device, memory: _Memory | None) -> tuple[Callable[[], None], Callable[[], None]]:
         if memory is None:  # without a GPU the layers run again
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with torch.no_grad():
                 self._run_forward()
             self.output_gradient = torch.zeros_like(self.output)
             return self._with_gradients, self._run_backward

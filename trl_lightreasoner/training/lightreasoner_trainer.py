@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -468,20 +467,6 @@ class LightReasonerTrainer(EvaluatingTrainer):
             usual = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
             loss = torch.where(loss.isfinite(), loss, usual)
         return loss
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        if self._graphs is not None:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)  # a process can be the first
-            self._graphs.save_sizes(self._graph_sizes(output_dir))
-        super()._save_rng_state(output_dir)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if self._graphs is not None and checkpoint and self._graph_sizes(checkpoint).is_file():
-            self._graphs.load_sizes(self._graph_sizes(checkpoint))
-
-    def _graph_sizes(self, checkpoint: str) -> Path:
-        return Path(checkpoint, f"graph_sizes_{self.args.process_index}.json")
 
     def _attention(self) -> AbstractContextManager:
         # Also around the backward pass, in which activation checkpointing calls the layers again
