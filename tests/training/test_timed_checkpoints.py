@@ -89,6 +89,12 @@ def test_the_checkpoints_of_an_earlier_part_stay(train, tmp_path):
     assert kept(tmp_path / "out") == [4, 6, 7]
 
 
+def test_a_resumed_training_saves_at_the_times_that_are_chosen_now(train, tmp_path):
+    train(Clock(), max_steps=4)
+    checkpoint = str(tmp_path / "out" / "checkpoint-4")
+    assert train(Clock(), max_steps=9, save_steps=2, resume_from_checkpoint=checkpoint) == [6, 8, 9]
+
+
 def test_where_saving_is_slow_it_takes_a_twentieth_of_the_time(train):
     # The first one at 300 seconds, and the next not before 300 + 100 + 20 * 100
     assert train(Clock(update=300, saving=100)) == [1, 8, 12]

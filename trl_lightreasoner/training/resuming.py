@@ -146,6 +146,12 @@ class ResumableTrainer(Trainer):
             )
         return plan(args) if self._resumed is None else plan_training(plan, args, dataloader, self._resumed)
 
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        position = super()._init_training_state(max_steps, *args, **kwargs)
+        # `Trainer` would go on with the intervals of the checkpoint, whatever the arguments are now
+        self.state.compute_steps(self.args, max_steps)
+        return position
+
     def _check_random_state(self, checkpoint: str) -> None:
         index = self.args.process_index
         name = "rng_state.pth" if self.args.world_size <= 1 else f"rng_state_{index}.pth"
