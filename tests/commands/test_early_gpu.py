@@ -34,7 +34,7 @@ def test_nothing_starts_for_a_command_that_must_not_use_the_gpu(driver, argv):
     assert early_gpu.start_gpu(argv) is None
 
 
-@pytest.mark.parametrize("setting", ["use_cpu: true", "use_vllm : true"])
+@pytest.mark.parametrize("setting", ["use_cpu: true", "use_vllm : true", "env: {CUDA_VISIBLE_DEVICES: '1'}"])
 @pytest.mark.parametrize("flag", [["--config", "{}"], ["--config={}"]])
 def test_nothing_starts_if_the_config_file_says_so(driver, flag, setting, tmp_path):
     path = tmp_path / "config.yaml"

@@ -11,8 +11,9 @@ from pathlib import Path
 _COMMANDS = ("check", "eval", "run", "sample", "train", "tune")
 # vLLM starts processes of its own, best before this one has used the GPU
 _NOT_WITH = ("-h", "--help", "--help-all", "--use_cpu", "--use-cpu", "--use_vllm", "--use-vllm")
-# The same in the file of `--config`. Only a hint: YAML has more ways to write it, which are slow to read
-_IN_FILE = re.compile(r"^use_(cpu|vllm) *:", re.MULTILINE)
+# The same in the file of `--config`, and its `env`, which may choose the GPU. Only a hint: YAML has more ways to write
+# it, which are slow to read
+_IN_FILE = re.compile(r"^(env|use_(cpu|vllm)) *:", re.MULTILINE)
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # the second under Windows
 
 
