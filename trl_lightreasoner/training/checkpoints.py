@@ -45,7 +45,7 @@ def find_checkpoint(asked: str | bool | None, output_dir: str) -> str | None:
     last = last_checkpoint(output_dir)
     if last is None:
         # A checkpoint that was saved completely, but from which training cannot resume exactly, gets its reason
-        for folder in reversed(list_checkpoints(output_dir)):
+        for folder in reversed(_checkpoints(output_dir)):
             if (folder / _STATE).is_file():
                 _check(folder, output_dir)
         raise ValueError(
@@ -58,7 +58,7 @@ def find_checkpoint(asked: str | bool | None, output_dir: str) -> str | None:
 def last_checkpoint(output_dir: str) -> str | None:
     """The newest complete checkpoint in a folder, or `None`. A warning names every newer one that is skipped."""
     left_out = []
-    for folder in reversed(list_checkpoints(output_dir)):
+    for folder in reversed(_checkpoints(output_dir)):
         try:
             _check(folder, output_dir)
         except ValueError as error:
@@ -70,7 +70,7 @@ def last_checkpoint(output_dir: str) -> str | None:
     return None
 
 
-def list_checkpoints(output_dir: str) -> list[Path]:
+def _checkpoints(output_dir: str) -> list[Path]:
     """All checkpoints in a folder, complete or not, ordered by their updates."""
     matches = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")}
     numbers = {path: int(match[1]) for path, match in matches.items() if match and path.is_dir()}
@@ -136,7 +136,7 @@ def saving(folder: Path) -> Iterator[None]:
         (folder / _STATE).unlink(missing_ok=True)
         # `Trainer` finds the oldest checkpoint by date, so the new one must not be dated earlier than now
         now = time.time()
-        for age, path in enumerate(reversed(list_checkpoints(str(folder.parent)))):
+        for age, path in enumerate(reversed(_checkpoints(str(folder.parent)))):
             if path.stat().st_mtime > now:
                 os.utime(path, (now - 1 - age, now - 1 - age))
         yield
@@ -147,7 +147,7 @@ def saving(folder: Path) -> Iterator[None]:
             raise
         shutil.rmtree(folder, ignore_errors=True)
         remedy = "Free disk space or fix the permissions, and train again."
-        if list_checkpoints(str(folder.parent)):
+        if _checkpoints(str(folder.parent)):
             remedy = (
                 "Earlier checkpoints are kept. Free disk space or fix the permissions, and resume from the last one."
             )

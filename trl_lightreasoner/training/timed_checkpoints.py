@@ -4,14 +4,14 @@ transformers' `enable_jit_checkpoint` saves at SIGTERM alone: a killed process c
 another signal.
 """
 
+import shutil
 import time
+from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
-
-from .checkpoints import list_checkpoints
 
 
 _SECONDS = 300.0
@@ -19,7 +19,7 @@ _SECONDS = 300.0
 _TIMES_SAVING = 20
 # Asking another process would stall the GPU in every update. At these, the default logs, and waits for the GPU anyway
 _UPDATES = 10
-# Of the newest checkpoints
+# The newest ones
 _KEPT = 2
 
 
@@ -31,14 +31,13 @@ def is_timed(args: TrainingArguments) -> bool:
 class TimedCheckpoints(TrainerCallback):
     """
     Saves a checkpoint after the first update that ends five minutes or more after the last one. Several processes go
-    by the clock of the first, and look at it after every tenth update. The two newest checkpoints are kept, or as many
-    as the folder had before.
+    by the clock of the first, and look at it after every tenth update. Of those that it saved, the two newest are kept
+    if there is no `save_total_limit`.
     """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._due = time.monotonic() + _SECONDS
-        if args.save_total_limit is None:  # one that resumes keeps its earlier ones
-            args.save_total_limit = max(_KEPT, len(list_checkpoints(args.output_dir)))
+        self._saved: list[Path] = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._began = time.monotonic()
@@ -55,3 +54,7 @@ class TimedCheckpoints(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         now = time.monotonic()
         self._due = now + max(_SECONDS, _TIMES_SAVING * (now - self._began))
+        # `save_total_limit` would also delete those of an earlier training
+        self._saved.append(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+        if args.save_total_limit is None and args.should_save and len(self._saved) > _KEPT:
+            shutil.rmtree(self._saved[-1 - _KEPT], ignore_errors=True)
