@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from trl_lightreasoner import LightReasonerConfig
 from trl_lightreasoner.commands import cli
 from trl_lightreasoner.commands.cli import main
 from trl_lightreasoner.commands.terminal import hide_file_bars
@@ -108,6 +109,17 @@ def test_ctrl_c_says_how_to_resume(prog, file, overwrite, sentence, tmp_path, ca
 
     assert cli.run(prog, lambda prog: Parser(Settings(tmp_path, overwrite)), command, []) == 130
     assert capsys.readouterr().err == f"{prog}: interrupted.{sentence}\n"
+
+
+def test_ctrl_c_does_not_advise_to_resume_from_a_model_alone(tmp_path, capsys):
+    def command(settings):
+        (tmp_path / "checkpoint-5").mkdir()
+        (tmp_path / "checkpoint-5" / "trainer_state.json").touch()
+        raise KeyboardInterrupt
+
+    settings = LightReasonerConfig(str(tmp_path), save_only_model=True, use_cpu=True)
+    assert cli.run("lightreasoner train", lambda prog: Parser(settings), command, []) == 130
+    assert capsys.readouterr().err == "lightreasoner train: interrupted.\n"
 
 
 # What leaves for the terminal and for cards

@@ -82,6 +82,12 @@ def test_the_newest_are_kept(limit, count, train, tmp_path):
     assert kept(tmp_path / "out") == [*range(1, 13)][-count:]
 
 
+def test_the_best_is_kept_too(train, steps, tmp_path):
+    best = {"metric_for_best_model": "loss", "greater_is_better": True}  # which falls: the best one is the first
+    train(Clock(3600), steps, eval_strategy="steps", eval_steps=1, max_steps=5, **best)
+    assert kept(tmp_path / "out") == [1, 4, 5]
+
+
 def test_the_checkpoints_of_an_earlier_part_stay(train, tmp_path):
     """Of a training that resumes without the `save_steps` that it began with."""
     train(Clock(), save_steps=2, max_steps=6)

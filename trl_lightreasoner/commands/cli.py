@@ -117,7 +117,8 @@ def _how_to_resume(prog: str, args: tuple) -> str:
         if name in _RESUMABLE and begun and hasattr(each, "overwrite_output_dir"):
             without = " without `--overwrite_output_dir`" if each.overwrite_output_dir else ""
             return f"Rerun the same command{without} to resume."
-        if name == "train" and any(folder.glob("checkpoint-*/trainer_state.json")):
+        is_whole = not getattr(each, "save_only_model", False)
+        if name == "train" and is_whole and any(folder.glob("checkpoint-*/trainer_state.json")):
             return "Rerun the same command with `--resume_from_checkpoint true` to resume from the last checkpoint."
     return ""
 

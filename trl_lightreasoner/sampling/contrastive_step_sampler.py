@@ -185,10 +185,8 @@ class ContrastiveStepSampler:
         self.expert_vocabulary = self.shared_vocabulary  # the usual case
         if len(self.shared_vocabulary) != len(processing_class):
             self.expert_vocabulary = model_vocabulary(processing_class, widths[0], "expert")
-        self.max_length = min((context for context in contexts if context is not None), default=None)
-        self.amateur_side = FamilyAmateur(
-            processing_class, self.shared_vocabulary, self.expert_vocabulary, widths, self.max_length
-        )
+        family = FamilyAmateur(processing_class, self.shared_vocabulary, self.expert_vocabulary, widths, contexts)
+        self.amateur_side, self.max_length = family, family.max_length
 
     @property
     def expert(self) -> Any:
@@ -450,8 +448,7 @@ class ContrastiveStepSampler:
             try:
                 completions, hidden_states = self._decode(rows["prompt_ids"], room)
             except NonFiniteLogitsError as error:
-                # What `GreedyDecoder` looks at beforehand is of the longest prompt, the first one
-                row = indices[error.row]
+                row = indices[error.row]  # the first, longest one if `GreedyDecoder` found them beforehand
                 raise NonFiniteLogitsError("expert", row, f"{error.place} to row {row}") from None
         trajectories = [Trajectory(*ids) for ids in zip(rows["prompt_ids"], completions, strict=True)]
         settings: dict[str, Any] = {

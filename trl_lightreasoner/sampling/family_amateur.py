@@ -1,5 +1,6 @@
 """An amateur of the expert's family, which has the same tokens: what it can read, and its part in the sampling."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ class FamilyAmateur:
         vocabulary ([`Vocabulary`]): The tokens that the two models share.
         expert_vocabulary ([`Vocabulary`]): The expert's.
         widths (`tuple[int, int]`): Numbers of columns of the two models' logits.
-        max_length (`int`, *optional*): Maximum number of tokens that both models read.
+        contexts (`Sequence[int]`): Maximum number of tokens that each model reads, `None` for any.
 
     Attributes:
+        max_length (`int`, *optional*): Maximum number of tokens that both read.
         unreadable_ids (`list[int]`): Tokens of the expert without an embedding in the amateur.
     """
 
@@ -31,10 +33,11 @@ class FamilyAmateur:
         vocabulary: Vocabulary,
         expert_vocabulary: Vocabulary,
         widths: tuple[int, int],
-        max_length: int | None,
+        contexts: Sequence[int | None],
     ):
-        self.tokenizer, self.vocabulary, self.max_length, self._width = tokenizer, vocabulary, max_length, widths[0]
-        self.context = f"the models' context is {max_length} tokens"
+        self.tokenizer, self.vocabulary, self._width = tokenizer, vocabulary, widths[0]
+        self.max_length = min((context for context in contexts if context is not None), default=None)
+        self.context = f"the models' context is {self.max_length} tokens"
         ids = expert_vocabulary.ids
         self.unreadable_ids: list[int] = ids[ids >= widths[1]].tolist()
 

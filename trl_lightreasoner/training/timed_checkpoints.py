@@ -31,8 +31,8 @@ def is_timed(args: TrainingArguments) -> bool:
 class TimedCheckpoints(TrainerCallback):
     """
     Saves a checkpoint after the first update that ends five minutes or more after the last one. Several processes go
-    by the clock of the first, and look at it after every tenth update. Of those that it saved, the two newest are kept
-    if there is no `save_total_limit`.
+    by the clock of the first, and look at it after every tenth update. Of those that it saved, the two newest and the
+    best are kept if there is no `save_total_limit`.
     """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -56,5 +56,7 @@ class TimedCheckpoints(TrainerCallback):
         self._due = now + max(_SECONDS, _TIMES_SAVING * (now - self._began))
         # `save_total_limit` would also delete those of an earlier training
         self._saved.append(Path(args.output_dir, f"checkpoint-{state.global_step}"))
-        if args.save_total_limit is None and args.should_save and len(self._saved) > _KEPT:
-            shutil.rmtree(self._saved[-1 - _KEPT], ignore_errors=True)
+        if args.save_total_limit is None and args.should_save:
+            for path in self._saved[:-_KEPT]:
+                if str(path) != state.best_model_checkpoint:
+                    shutil.rmtree(path, ignore_errors=True)
