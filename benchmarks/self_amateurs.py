@@ -3,8 +3,10 @@ What does an amateur bring that is made of the expert? For each of some amateurs
 defaults, answer questions that were held back before and after, and a table of the paired differences.
 
 An amateur is a line of JSON: `name`, and the settings of `RunConfig` that make it. Without `--amateurs` they are the
-expert without a tenth of its layers (early, middle, late ones), the expert behind a careless prompt, and the
-`--amateur`, if there is one, for comparison. Without `--expert` it is the bundled pair and its problems.
+expert without a tenth of its layers (early, middle, late ones), and the expert behind a careless prompt. If there is
+an `--amateur`, it comes first, for comparison. Then come the expert with the adapter that this brought, and the two
+the other way round: the trained model as the expert, and the first expert as its amateur. Without `--expert` it is the
+bundled pair and its problems.
 
 ```bash
 python benchmarks/self_amateurs.py --output_dir self_amateurs
@@ -20,23 +22,35 @@ import transformers
 from transformers import AutoConfig
 
 from trl_lightreasoner import RunConfig, RunResult, run_pipeline
+from trl_lightreasoner.commands import merge
 from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR
 from trl_lightreasoner.demo.task import make_problems
 
 
+SECOND = "a second model"
 CARELESS = "Answer at once with the final number in \\boxed{}, without any steps."
 
 
-def default_amateurs(expert: str, amateur: str | None) -> list[dict]:
+def default_amateurs(expert: str, amateur: str | None, output_dir: Path) -> list[dict]:
     count = AutoConfig.from_pretrained(expert).get_text_config().num_hidden_layers
     tenth = max(1, round(count / 10))
     firsts = {"early": 1, "middle": (count - tenth) // 2, "late": count - tenth}
-    amateurs = [{"name": "a second model", "amateur": amateur}] if amateur else []
+    amateurs = []
+    if amateur:
+        amateurs = [
+            {"name": SECOND, "amateur": amateur},
+            {"name": "an adapter of the expert", "amateur": str(output_dir / folder_of(SECOND) / "adapter")},
+            {"name": "the expert, of its adapter", "expert": str(output_dir / "merged"), "amateur": expert},
+        ]
     amateurs += [
         {"name": f"{name} layers left out", "amateur_skipped_layers": list(range(first, first + tenth))}
         for name, first in firsts.items()
     ]
     return [*amateurs, {"name": "a careless prompt", "amateur_system_prompt": CARELESS}]
+
+
+def folder_of(name: str) -> str:
+    return name.replace(" ", "_")
 
 
 def write_problems(path: Path, count: int, seed: int) -> str:
@@ -89,7 +103,7 @@ def main(argv: list[str] | None = None) -> str:
         "seed",
     )
     settings = {name: getattr(args, name) for name in names}
-    amateurs = default_amateurs(args.expert, args.amateur)
+    amateurs = default_amateurs(args.expert, args.amateur, args.output_dir)
     if args.amateurs is not None:
         amateurs = [json.loads(line) for line in args.amateurs.read_text().splitlines() if line.strip()]
     lines = [
@@ -98,11 +112,13 @@ def main(argv: list[str] | None = None) -> str:
     ]
     for amateur in amateurs:
         name = amateur.pop("name")
-        folder = args.output_dir / name.replace(" ", "_")
+        folder = args.output_dir / folder_of(name)
         try:
-            lines.append(row(name, run_pipeline(RunConfig(str(folder), **settings, **amateur))))
+            lines.append(row(name, run_pipeline(RunConfig(str(folder), **{**settings, **amateur}))))
         except ValueError as error:
             lines.append(f"| {name} | | {error} | | | |")
+        if name == SECOND:
+            merge.main(merge.MergeArguments(str(folder / "adapter"), str(args.output_dir / "merged")))
         (args.output_dir / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     return "\n".join(lines)

@@ -291,6 +291,34 @@ def test_an_amateur_that_is_made_of_the_expert_is_doubtful_and_said_to_be(amateu
     assert check.reasons[0].startswith("The amateur is made from the expert") == is_of_expert
 
 
+def with_adapters(expert: str | None, amateur: str | None) -> dict:
+    model = {"model": "a", "revision": None, "num_parameters": 1500}
+    return {"expert": {**model, "adapter": expert}, "amateur": {**model, "adapter": amateur}}
+
+
+@pytest.mark.parametrize(
+    ("expert", "amateur", "label_expert", "differ"),
+    [
+        (None, "own/adapter", "live", True),
+        ("own/adapter", None, "live", True),
+        ("own/adapter", "own/earlier", "live", True),
+        ("own/adapter", None, "base", False),
+        (None, None, "live", False),
+        ("own/adapter", "own/adapter", "live", False),
+    ],
+)
+def test_two_models_that_differ_by_an_adapter_are_doubtful_and_said_to_be(expert, amateur, label_expert, differ):
+    made = with_adapters(expert, amateur) | {"settings": {"beta": 0.4, "label_expert": label_expert}}
+    check = check_steps(pair(0.1, 0.3, **made))
+    assert (check.verdict, check.differ_by_adapter) == ("doubtful", differ)
+    assert check.reasons[0].startswith("The two models differ by an adapter") == differ
+
+
+def test_an_adapter_leaves_a_worse_verdict():
+    check = check_steps(pair(0.01, 0.3, **with_adapters(None, "own/adapter")))
+    assert check.verdict == "too close" and len(check.reasons) == 2
+
+
 @pytest.mark.parametrize(
     ("prompt", "template", "kept", "verdict", "warned"),
     [

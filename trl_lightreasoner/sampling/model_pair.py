@@ -23,9 +23,8 @@ if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
 AMATEUR_SETTINGS = ("amateur_skipped_layers", "amateur_system_prompt", "amateur_prompt_template")
 SAME_READING = (
     "The amateur is the expert itself and reads the same prompts, so they never diverge. Choose a weaker model as "
-    "`amateur`, the base model of the expert's adapter, or an adapter of the expert. Or make one of the expert: set "
-    "`amateur_num_skipped_layers` (3 of 28, for example), `amateur_skipped_layers`, `amateur_system_prompt` or "
-    "`amateur_prompt_template`."
+    "`amateur`. Or make one of the expert: set `amateur_num_skipped_layers` (3 of 28, for example), "
+    "`amateur_skipped_layers`, `amateur_system_prompt` or `amateur_prompt_template`."
 )
 
 

@@ -92,6 +92,8 @@ class PairCheck:
             Number of the amateur's parameters.
         is_of_expert (`bool`):
             Whether both are the same base model, with different adapters, layers or prompts.
+        differ_by_adapter (`bool`):
+            Whether they are the same base model and only one has an adapter, or each its own.
         samplings (`list[str]`):
             What the rows were sampled with, if they come from several pairs or settings. There is no parameter count
             then unless all have the same.
@@ -124,6 +126,7 @@ class PairCheck:
     expert_parameters: int | None = None
     amateur_parameters: int | None = None
     is_of_expert: bool = False
+    differ_by_adapter: bool = False
     samplings: list[str] = field(default_factory=list)
     verdict: str = "doubtful"
     reasons: list[str] = field(default_factory=list)
@@ -311,6 +314,7 @@ def check_steps(
         expert_parameters=_if_one({each.expert_parameters for each in made}),
         amateur_parameters=_if_one({each.amateur_parameters for each in made}),
         is_of_expert=any(each.is_of_expert for each in made),
+        differ_by_adapter=any(each.differ_by_adapter for each in made),
         samplings=name_samplings(dataset),
     )
     plain = all(each.has_template for each in made) and _is_plain(dataset, tokenizer)
@@ -332,6 +336,7 @@ class _MadeWith(NamedTuple):
     expert_parameters: int | None
     amateur_parameters: int | None
     is_of_expert: bool
+    differ_by_adapter: bool
 
 
 def _made_with(dataset: Dataset) -> list[_MadeWith]:
@@ -354,6 +359,11 @@ def _parse(metadata: Any) -> _MadeWith:
         value = holder.get(name) if isinstance(holder, dict) else None
         return value if isinstance(value, kind) else None  # it can be somebody else's column
 
+    is_of_expert = get("expert", "model", str) is not None and all(
+        get("expert", name, str) == get("amateur", name, str) for name in ("model", "revision")
+    )
+    # Labels of a fixed labeller are made without the expert's adapter
+    expert_adapter = None if get("settings", "label_expert", str) == "base" else get("expert", "adapter", str)
     return _MadeWith(
         beta=get("settings", "beta", (int, float)),
         include_first_step=get("settings", "include_first_step", bool) is not False,
@@ -362,8 +372,8 @@ def _parse(metadata: Any) -> _MadeWith:
         is_read_across=get("", "amateur_reading", dict) is not None,
         expert_parameters=get("expert", "num_parameters", int),
         amateur_parameters=get("amateur", "num_parameters", int),
-        is_of_expert=get("expert", "model", str) is not None
-        and all(get("expert", name, str) == get("amateur", name, str) for name in ("model", "revision")),
+        is_of_expert=is_of_expert,
+        differ_by_adapter=is_of_expert and expert_adapter != get("amateur", "adapter", str),
     )
 
 
