@@ -11,7 +11,7 @@ import torch
 from accelerate import state
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -112,3 +112,57 @@ def test_the_files_hold_what_the_processes_trained_and_damage_is_refused(
     for name, each in gathered.items():
         place = re.sub(r"(?<=magnitude_vector)\.default\.weight|\.modules_to_save|\.default", "", name)
         torch.testing.assert_close(saved[place] - 1, each, rtol=1e-5, atol=1e-5)
+
+
+def train_and_evaluate(rank: int, model: str, rows: str, folder: str) -> None:
+    split_on_a_cpu()
+    made = LightReasonerTrainer(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        LightReasonerConfig(
+            folder,
+            beta=0.0,
+            max_steps=4,
+            learning_rate=0.5,
+            optim="sgd",
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            per_device_train_batch_size=2,
+            per_device_eval_batch_size=3,
+        ),
+        train_dataset=Dataset.from_parquet(rows),
+        eval_dataset=Dataset.from_parquet(rows).select(range(5)),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"]),
+    )
+    made.train()
+    metrics = made.evaluate()
+    made.save_model()
+    if rank == 0:
+        Path(folder, "metrics.json").write_text(json.dumps(metrics))
+
+
+@torch.no_grad()
+def test_held_out_rows_are_scored_as_in_a_loop(in_group, expert_path, tokenizer, steps, tmp_path):
+    rows = str(tmp_path / "rows.parquet")
+    steps.to_parquet(rows)
+    in_group(2, train_and_evaluate, expert_path, rows, str(tmp_path))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    expert, other = (AutoModelForCausalLM.from_pretrained(expert_path, dtype=torch.float32) for _ in range(2))
+    trained = PeftModel.from_pretrained(other, tmp_path).eval()
+    losses, drifts = [], []
+    for row in steps.select(range(5)):
+        ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
+        log_pi, log_pi_expert = (
+            model(ids).logits[0, :, : len(tokenizer)].double().log_softmax(-1) for model in (trained, expert)
+        )
+        for t, tokens, probs in zip(row["step_positions"], row["label_ids"], row["label_probs"], strict=True):
+            at = len(row["prompt_ids"]) + t - 1
+            label = torch.tensor(probs, dtype=torch.float64)
+            losses.append((label * (label.log() - log_pi[at, tokens])).sum().item())
+            drifts.append((log_pi[at].exp() * (log_pi[at] - log_pi_expert[at])).sum().item())
+    assert sum(drifts) / len(drifts) > 0.01  # the adapter has learned something
+    assert metrics["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert metrics["eval_kl_to_expert"] == pytest.approx(sum(drifts) / len(drifts), rel=1e-4)
