@@ -33,7 +33,7 @@ CARELESS = "Answer at once with the final number in \\boxed{}, without any steps
 
 def default_amateurs(expert: str, amateur: str | None, output_dir: Path) -> list[dict]:
     count = AutoConfig.from_pretrained(expert).get_text_config().num_hidden_layers
-    tenth = max(1, round(count / 10))
+    tenth = -(-count // 10)  # rounded up
     firsts = {"early": 1, "middle": (count - tenth) // 2, "late": count - tenth}
     amateurs = []
     if amateur:

@@ -116,5 +116,8 @@ def test_help_speaks_of_flags_instead_of_python(capsys):
     with pytest.raises(SystemExit):
         main(["check", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "If not set, the amateur is the expert itself, with `--amateur_num_skipped_layers`" in shown
+    assert (
+        "If not set, the amateur is the expert without a tenth of its layers, or as `--amateur_num_skipped_layers`"
+        in shown
+    )
     assert "(default: false)" in shown and "None" not in shown

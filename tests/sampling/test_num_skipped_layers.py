@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from accelerate import PartialState
 from transformers import GPT2Config
 
 from trl_lightreasoner import (
@@ -19,6 +20,7 @@ from trl_lightreasoner.demo.bundled_pair import PAIR
 from trl_lightreasoner.hub.cards import dataset_card
 from trl_lightreasoner.pipeline import run
 from trl_lightreasoner.pipeline import tune as search
+from trl_lightreasoner.sampling import model_pair
 from trl_lightreasoner.sampling.model_pair import name_skipped_layers
 
 
@@ -46,6 +48,38 @@ def test_the_layers_are_those_in_the_middle(count, number):
 def test_3_of_28_layers_are_those_that_the_help_names():
     named = name_skipped_layers(RunConfig("run", "e", "d", amateur_num_skipped_layers=3), GPT2Config(n_layer=28))
     assert named.amateur_skipped_layers == [12, 13, 14]
+
+
+@pytest.mark.parametrize(
+    ("count", "layers"), [(2, [0]), (4, [1]), (10, [4]), (11, [4, 5]), (24, [10, 11, 12]), (28, [12, 13, 14])]
+)
+def test_an_expert_alone_is_its_own_amateur_without_a_tenth_of_its_layers(count, layers):
+    config, args = GPT2Config(n_layer=count), ContrastiveSamplingConfig("steps", alpha=0.3)
+    PartialState()  # of whose main process the message is
+    named = name_skipped_layers(args, config, is_own=True)
+    assert named == ContrastiveSamplingConfig("steps", amateur_skipped_layers=layers, alpha=0.3)
+    assert name_skipped_layers(args, config) == args
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"amateur_skipped_layers": [1]}, {"amateur_system_prompt": ""}, {"amateur_prompt_template": "{question}!"}],
+)
+def test_whoever_says_how_the_amateur_differs_keeps_all_other_layers(settings):
+    args = ContrastiveSamplingConfig("steps", **settings)
+    assert name_skipped_layers(args, GPT2Config(n_layer=28), is_own=True) == args
+
+
+def test_without_an_amateur_a_tenth_is_left_out_and_said(prompts, tmp_path, caplog):
+    def sample(folder, **skipped):
+        args = ContrastiveSamplingConfig(str(tmp_path / folder), max_new_tokens=8, beta=0.0, **skipped)
+        return ContrastiveStepSampler(EXPERT, None, args).sample(prompts)
+
+    model_pair.logger.warning_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        made = sample("made")
+    assert "it is the expert without 1 of its 6 layers (from 0: 2)." in caplog.text
+    assert made.to_list() == sample("listed", amateur_skipped_layers=[2]).to_list()
 
 
 @pytest.mark.parametrize(("amateur", "layers"), [(None, [2, 3]), (AMATEUR, [0, 1])], ids=["the expert", "a second"])

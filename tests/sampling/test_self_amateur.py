@@ -376,13 +376,8 @@ def test_the_check_asks_the_amateur_what_the_expert_was_asked(make_sampler, expe
         assert getattr(checks[0], name) == getattr(checks[1], name)
 
 
-NOTHING_DIFFERS = "so they never diverge. Choose a weaker model as `amateur`.* `amateur_num_skipped_layers` "
-
-
 def test_an_expert_that_is_its_own_amateur_without_a_difference_is_refused(make_sampler, expert_path):
-    with pytest.raises(ValueError, match=NOTHING_DIFFERS):
-        make_sampler(expert_path)
-    with pytest.raises(ValueError, match=NOTHING_DIFFERS):
+    with pytest.raises(ValueError, match="so they never diverge. Choose a weaker model as `amateur`"):
         make_sampler(expert_path, amateur_system_prompt="Think.").sample(MESSAGES)  # which is the expert's
 
 

@@ -30,8 +30,8 @@ class PairArguments:
             Hub id or path of the stronger model, which will be fine-tuned.
         amateur (`str`, *optional*):
             Hub id or path of the weaker model, which may have any vocabulary. If `None`, the amateur is the expert
-            itself, with `amateur_num_skipped_layers`, `amateur_skipped_layers`, `amateur_system_prompt` or
-            `amateur_prompt_template`.
+            without a tenth of its layers, or as `amateur_num_skipped_layers`, `amateur_skipped_layers`,
+            `amateur_system_prompt` and `amateur_prompt_template` say.
         dataset_name (`str`):
             Dataset of prompts: on the Hub, a folder, or a file (JSON lines, Parquet, CSV).
         dataset_config (`str`, *optional*):

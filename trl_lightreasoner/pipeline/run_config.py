@@ -40,8 +40,8 @@ class RunConfig:
             Hub id or path of the stronger model, which is fine-tuned.
         amateur (`str`, *optional*):
             Hub id or path of the weaker model, which may have any vocabulary. If `None`, the amateur is the expert
-            itself, with `amateur_num_skipped_layers`, `amateur_skipped_layers`, `amateur_system_prompt` or
-            `amateur_prompt_template`.
+            without a tenth of its layers, or as `amateur_num_skipped_layers`, `amateur_skipped_layers`,
+            `amateur_system_prompt` and `amateur_prompt_template` say.
         amateur_chat_template (`str`, *optional*):
             Chat template of an amateur whose tokenizer differs from the expert's: Jinja text, a file that holds it, or
             `"plain"` for the bare text of the messages, each followed by an empty line. If `None`, the amateur's own

@@ -73,9 +73,10 @@ class ContrastiveStepSampler:
             are loaded on their base model.
         amateur (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
             The weaker model. If its tokenizer differs from the expert's, its probabilities are converted to the
-            expert's tokens by a covering over bytes. If `None`, the amateur is the expert itself, with
-            `args.amateur_num_skipped_layers`, `args.amateur_skipped_layers`, `args.amateur_system_prompt` or
-            `args.amateur_prompt_template`. A base model and its adapter, in either order, are loaded as one model.
+            expert's tokens by a covering over bytes. If `None`, the amateur is the expert without a tenth of
+            its layers, or as `args.amateur_num_skipped_layers`, `args.amateur_skipped_layers`,
+            `args.amateur_system_prompt` and `args.amateur_prompt_template` say. A base model and its adapter, in
+            either order, are loaded as one model.
         args ([`ContrastiveSamplingConfig`], *optional*):
             Settings. If `None`, a default configuration is used, and the Dataset is saved in a folder named after the
             expert, such as `Qwen2.5-Math-1.5B-LightReasoner-steps`.
@@ -90,7 +91,7 @@ class ContrastiveStepSampler:
             The same for the amateur.
 
     Raises:
-        `ValueError`: If the amateur is the expert itself without any difference, the bytes of two different
+        `ValueError`: If the amateur is the expert itself and given settings of its own, the bytes of two different
             tokenizers' tokens cannot be determined, or a model has no next-token distribution.
         `ImportError`: If loading in 4 or 8 bits needs bitsandbytes, or generating with vLLM needs vLLM, and it is not
             installed.
@@ -137,7 +138,7 @@ class ContrastiveStepSampler:
         # Weights are loaded by `sample`, when nothing is left that could be refused before
         expert_config = load_config(expert, "expert", **expert_kwargs)
         amateur_config = load_config(named_amateur, "amateur", **amateur_kwargs)
-        self.args = args = name_skipped_layers(args, amateur_config)
+        self.args = args = name_skipped_layers(args, amateur_config, is_own=amateur is None)
         if amateur is None:
             check_own_amateur(args, amateur_processing_class, amateur_quantization_config)
         self._pair = ModelPair(

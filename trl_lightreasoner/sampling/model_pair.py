@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from accelerate.logging import get_logger
 from transformers import PretrainedConfig
 
 from ..models.adapter_loading import load_adapter, load_adapter_config
@@ -19,6 +20,8 @@ if TYPE_CHECKING:  # slow to import, and a run without an adapter does without
     from peft import PeftConfig
 
 
+logger = get_logger(__name__)
+
 # In which an amateur can differ from the expert, beside its weights
 AMATEUR_SETTINGS = ("amateur_skipped_layers", "amateur_system_prompt", "amateur_prompt_template")
 SAME_READING = (
@@ -28,13 +31,15 @@ SAME_READING = (
 )
 
 
-def name_skipped_layers(args: Any, config: PretrainedConfig) -> Any:
+def name_skipped_layers(args: Any, config: PretrainedConfig, is_own: bool = False) -> Any:
     """
     Replace the number of layers that the amateur skips by their indices, and refuse layers that it does not have.
 
     Args:
         args ([`ContrastiveSamplingConfig`] or `RunConfig`): Settings. Without a number they are returned as they are.
         config ([`~transformers.PretrainedConfig`]): The amateur's.
+        is_own (`bool`): Whether the amateur is the expert itself. It skips a tenth of its layers, rounded up, if the
+            settings leave open how it differs (docs/when_it_works.md, "On real weights").
 
     Raises:
         `ValueError`: If a layer does not exist, or no layer would be left.
@@ -48,17 +53,26 @@ def name_skipped_layers(args: Any, config: PretrainedConfig) -> Any:
         )
     if len(layers) == count:
         raise ValueError(f"`amateur_skipped_layers` names all of the amateur's {count} layers. Keep at least one.")
+    is_open = is_own and number is None and all(getattr(args, name) is None for name in AMATEUR_SETTINGS)
+    if is_open:
+        number = -(-count // 10)
     if number is None:
         return args
     if number >= count:
         raise ValueError(f"`amateur_num_skipped_layers` must be less than the amateur's {count} layers, got {number}.")
     first = (count - number) // 2
-    return replace(args, amateur_num_skipped_layers=None, amateur_skipped_layers=[*range(first, first + number)])
+    skipped = [*range(first, first + number)]
+    if is_open:
+        logger.warning_once(
+            f"No amateur was given, so it is the expert without {number} of its {count} layers (from 0: "
+            f"{', '.join(map(str, skipped))}). To contrast with a weaker model, name it as `amateur`."
+        )
+    return replace(args, amateur_num_skipped_layers=None, amateur_skipped_layers=skipped)
 
 
 def check_own_amateur(args: ContrastiveSamplingConfig, *of_amateur: Any) -> None:
     """
-    Refuse an expert as its own amateur if nothing makes them differ, or if the settings are for another model.
+    Refuse settings of another model if the amateur is the expert itself.
 
     Args:
         args ([`ContrastiveSamplingConfig`]): Settings. of_amateur: Other arguments of the amateur that the user
@@ -67,8 +81,6 @@ def check_own_amateur(args: ContrastiveSamplingConfig, *of_amateur: Any) -> None
     Raises:
         `ValueError`
     """
-    if all(getattr(args, name) is None for name in AMATEUR_SETTINGS):
-        raise ValueError(SAME_READING)
     if any(each is not None for each in (*of_amateur, args.amateur_model_init_kwargs)):
         raise ValueError(
             "The amateur is the expert itself, which is loaded once, as the expert. Remove "

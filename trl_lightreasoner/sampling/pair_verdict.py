@@ -60,8 +60,8 @@ def judge(check: "PairCheck", plain: bool, labels_from: float) -> tuple[str, lis
     if check.differ_by_adapter:
         first = (
             "The two models differ by an adapter. If this method has trained it, the label leads back to the amateur "
-            "of that training: on the amateur, such an adapter cost a real expert 8.7 points and tiny ones 29 or "
-            "more. On the expert, it gained nothing, or lost 20 points. Choose a weaker model as the amateur, or set "
+            "of that training: on the amateur, such an adapter cost a real expert 8.7 points and tiny ones up to "
+            "29. On the expert, it gained nothing or lost up to 21. Choose a weaker model as the amateur, or set "
             "`amateur_num_skipped_layers` instead."
         )
         return "doubtful" if verdict == "promising" else verdict, [first, *reasons]
