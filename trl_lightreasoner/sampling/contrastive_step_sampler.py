@@ -91,8 +91,8 @@ class ContrastiveStepSampler:
             The same for the amateur.
 
     Raises:
-        `ValueError`: If the amateur is the expert itself and given settings of its own, the bytes of two different
-            tokenizers' tokens cannot be determined, or a model has no next-token distribution.
+        `ValueError`: If the amateur is the expert itself but gets settings of another model, the bytes of two
+            different tokenizers' tokens cannot be determined, or a model has no next-token distribution.
         `ImportError`: If loading in 4 or 8 bits needs bitsandbytes, or generating with vLLM needs vLLM, and it is not
             installed.
 

@@ -24,15 +24,15 @@ MAX_KL_90 = 1.1
 SWAPPED_CHANGED = 0.5
 # Incoherent ones: 5 and more
 INCOHERENT_KL_50 = 2.0
-# Amateurs made of the real expert: 0.1 to 1.5 % kept. As careful ones of the study: 1 to 9 %, at 6 % of them another
+# Amateurs made of the real expert: 0.1 to 2 % kept. As careful ones of the study: 1 to 9 %, at 6 % of them another
 # token, as with unskilled ones
 MIN_KEPT = 0.03
 MIN_CHANGED, REPEATS_CHANGED = 0.15, 0.1
 # At fewer steps a share of some per cent is a matter of luck
 MIN_STEPS = 200
-# Models are of one size if the sizes differ by less, as by an adapter that one of them carries. The real expert looks
-# good in all of these numbers without three layers and rounded to 3 bits. The first brought as much as a second model,
-# the other lost 9 points
+# Models are of one size if the sizes differ by less, as by an adapter that one of them carries. As amateurs, the real
+# expert without three layers and the one rounded to 3 bits look good in all of these numbers. The first brought as
+# much as a second model, the other lost 9 points
 SAME_SIZE = 0.9
 # With a raw prompt, where first steps did harm, they were 5 % of the kept steps; with the chat template 0.1 %
 MANY_FIRST_STEPS = 0.02
@@ -60,9 +60,9 @@ def judge(check: "PairCheck", plain: bool, labels_from: float) -> tuple[str, lis
     if check.differ_by_adapter:
         first = (
             "The two models differ by an adapter. If this method has trained it, the label leads back to the amateur "
-            "of that training: on the amateur, such an adapter cost a real expert 8.7 points and tiny ones up to "
-            "29. On the expert, it gained nothing or lost up to 21. Choose a weaker model as the amateur, or set "
-            "`amateur_num_skipped_layers` instead."
+            "of that training. Such an adapter on the amateur cost a real expert 8.7 points with a raw prompt, and "
+            "tiny ones up to 29. On the expert, it gained nothing or lost up to 21. Choose a weaker model as the "
+            "amateur, or set `amateur_num_skipped_layers` instead."
         )
         return "doubtful" if verdict == "promising" else verdict, [first, *reasons]
     if verdict == "promising" and amateur > SAME_SIZE * expert:
