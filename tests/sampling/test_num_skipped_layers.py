@@ -100,8 +100,16 @@ def test_a_number_samples_what_the_list_samples(amateur, layers, prompts, tmp_pa
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize(("amateur", "layers"), [(None, [2, 3]), (AMATEUR, [0, 1])], ids=["the expert", "a second"])
-def test_a_folder_knows_the_layers_and_takes_either(command, amateur, layers, prompts, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("amateur", "same", "layers"),
+    [
+        (None, ({"amateur_num_skipped_layers": 2}, {"amateur_skipped_layers": [3, 2]}), [2, 3]),
+        (AMATEUR, ({"amateur_num_skipped_layers": 2}, {"amateur_skipped_layers": [1, 0]}), [0, 1]),
+        (None, ({}, {"amateur_skipped_layers": [2]}), [2]),
+    ],
+    ids=["the expert", "a second", "by default"],
+)
+def test_a_folder_knows_the_layers_and_takes_either(command, amateur, same, layers, prompts, tmp_path, monkeypatch):
     pytest.importorskip("math_verify")
     pytest.importorskip("optuna")
     module, config, start = COMMANDS[command]
@@ -112,13 +120,13 @@ def test_a_folder_knows_the_layers_and_takes_either(command, amateur, layers, pr
         questions = {"dataset_name": str(tmp_path / "questions.jsonl"), "num_held_out": 1, "num_prompts": 2}
         start(config(str(tmp_path / command), EXPERT, amateur=amateur, **questions, **skipped))
 
-    for skipped in ({"amateur_num_skipped_layers": 2}, {"amateur_skipped_layers": layers[::-1]}):
+    for skipped in same:
         with pytest.raises(ZeroDivisionError):
             begin(**skipped)
         settings = json.loads((tmp_path / command / f"{command}.json").read_text(encoding="utf-8"))["settings"]
         assert (settings["amateur_skipped_layers"], settings["amateur_num_skipped_layers"]) == (layers, None)
     with pytest.raises(ValueError, match="was started with amateur_skipped_layers = "):
-        begin(amateur_num_skipped_layers=1)
+        begin(amateur_skipped_layers=[0])
 
 
 @pytest.mark.parametrize("number", [2, 9])

@@ -59,11 +59,13 @@ class Stages:
 
 
 def with_layers(args: AnyRunConfig) -> AnyRunConfig:
-    """The settings, with the layers that the amateur skips instead of their number, as folders compare them."""
-    if args.amateur_num_skipped_layers is None:
+    """The settings with the indices of the layers that the amateur skips, as folders compare them."""
+    is_own = args.amateur is None
+    if not is_own and args.amateur_num_skipped_layers is None:
         return args
-    model, role = (args.expert, "expert") if args.amateur is None else (args.amateur, "amateur")
-    return name_skipped_layers(args, load_config(model, role))
+    Processes()  # of which the main one may say that layers are left out
+    model, role = (args.expert, "expert") if is_own else (args.amateur, "amateur")
+    return name_skipped_layers(args, load_config(model, role), is_own)
 
 
 def open_pair(args: RunConfig, path: Path, command: str) -> ContrastiveStepSampler:
