@@ -370,6 +370,16 @@ def test_an_adapter_of_tied_embeddings_is_refused(config, names, tokenizer, refu
     assert message.startswith(f"The adapter changes {names}, and the base model ties its input and output embeddings")
 
 
+@pytest.mark.parametrize("tokens", [{"lm_head": [200]}, {"embed_tokens": [200, 250], "lm_head": [260]}], ids=str)
+def test_tokens_trained_in_one_of_two_tied_embeddings_are_refused(tokens, tokenizer, refused, tmp_path):
+    make_model(tokenizer, tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    tokenizer.save_pretrained(tmp_path / "tied")
+    config = LoraConfig(target_modules=TARGETS, trainable_token_indices=tokens)
+    message = refused(adapter=save_adapter(tmp_path / "tied", tmp_path / "tied_adapter", config))
+    places = "model.embed_tokens.weight and lm_head.weight"
+    assert message.startswith(f"The adapter changes a weight that the base model uses in several places ({places}).")
+
+
 @pytest.mark.parametrize(
     ("config", "kind"),
     [

@@ -1,5 +1,6 @@
 """What merging an adapter into its base model needs, and which adapters no plain model can replace."""
 
+import re
 from typing import Any
 
 import torch
@@ -174,18 +175,25 @@ def load_fitting(model: PreTrainedModel, name: str, revision: str | None = None)
         adapted = load_adapter(model, name, revision=revision)
     except ValueError as error:
         raise ValueError(f"{error} Name it with `base_model_name_or_path`.") from error
+    parameters = dict(adapted.get_base_model().named_parameters(remove_duplicate=False))
     names: dict[int, list[str]] = {}
-    for place, parameter in adapted.get_base_model().named_parameters(remove_duplicate=False):
+    for place, parameter in parameters.items():
         names.setdefault(id(parameter), []).append(place)
     for shared in names.values():
-        adapted_names = [each for each in shared if ".base_layer." in each and ".token_adapter." not in each]
-        if len(shared) > 1 and adapted_names:  # trained tokens stay tied
-            where = " and ".join(each.replace(".base_layer.", ".") for each in shared[:2])
+        is_adapted = any(".base_layer." in each for each in shared)
+        if len(shared) > 1 and is_adapted and not _tokens_stay_tied(shared, parameters):
+            where = " and ".join(re.sub(r"\.(token_adapter\.)?base_layer\.", ".", each) for each in shared[:2])
             raise ValueError(
                 f"The adapter changes a weight that the base model uses in several places ({where}). Merging it into "
                 "one would change the others. Load the adapter with PEFT instead."
             )
     return adapted
+
+
+def _tokens_stay_tied(places: list[str], parameters: dict[str, torch.nn.Parameter]) -> bool:
+    """Whether the same trained tokens, and nothing else, change a weight at all of its places."""
+    trained = [parameters.get(each.replace("base_layer.weight", "trainable_tokens_delta.default")) for each in places]
+    return all(".token_adapter." in each for each in places) and len({id(each) for each in trained}) == 1
 
 
 def merge(adapted: PeftModel) -> PreTrainedModel:
