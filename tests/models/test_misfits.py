@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, VBLoRAConfig, get_peft_model
+from peft import LoraConfig, PeftModel, VBLoRAConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     BitsAndBytesConfig,
@@ -189,3 +189,60 @@ def test_weights_that_an_adapter_keeps_in_one_place_are_no_misfit(expert, expert
     config = VBLoRAConfig(target_modules=["q_proj"], vector_length=8, num_vectors=16)
     get_peft_model(expert, config).save_pretrained(tmp_path)
     assert load_adapter(load_model(expert_path), str(tmp_path)).peft_config["default"].num_vectors == 16
+
+
+def change_embeddings(model: PreTrainedModel, config: LoraConfig, rows: int, folder: Path) -> PeftModel:
+    """Give a model another number of embeddings and an adapter that changes what it says, and save the adapter."""
+    model.resize_token_embeddings(rows)
+    torch.manual_seed(3)
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(folder)
+    return adapted.eval()
+
+
+@pytest.mark.parametrize("rows", [305, 350])
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "trained",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_token_indices": [5, 304]},
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    ],
+    ids=lambda trained: next(iter(trained)),
+)
+def test_an_adapter_of_embeddings_is_loaded_onto_as_many_as_it_was_trained_on(
+    trained, is_tied, rows, tokenizer, tmp_path
+):
+    make_model(tokenizer, tie_word_embeddings=is_tied).save_pretrained(tmp_path / "base")
+    base = load_model(str(tmp_path / "base"))
+    config = LoraConfig(**{"target_modules": ["q_proj"], **trained})
+    expected = change_embeddings(base, config, rows, tmp_path / "adapter")
+    ids = torch.arange(270, 300)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(str(tmp_path / "adapter"))(ids).logits, expected(ids).logits)
+
+
+def test_an_adapter_that_lacks_added_embeddings_is_refused(expert, expert_path, tmp_path):
+    config = LoraConfig(target_modules=["q_proj", "embed_tokens"])
+    change_embeddings(expert, config, 305, tmp_path / "fewer")
+    assert load_model(str(tmp_path / "fewer")).get_output_embeddings().weight.shape[0] == 305
+    change_embeddings(load_model(expert_path), config, 350, tmp_path / "more")
+    sentence = (
+        f"holds 350 embeddings of 'embed_tokens' alone, and its base model '{expert_path}' has 312, so the others"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        load_model(str(tmp_path / "more"))
+
+
+def test_tokens_that_the_base_model_lacks_are_refused(expert, expert_path, tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5])
+    get_peft_model(expert, config).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "trainable_token_indices": [900]}))
+    with pytest.raises(ValueError, match="does not fit .*: beyond the vocabulary: trainable_token_indices. It must"):
+        load_model(str(tmp_path))

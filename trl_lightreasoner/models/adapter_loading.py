@@ -18,8 +18,10 @@ if TYPE_CHECKING:  # slow to import, and not needed without an adapter
 
 _FORWARD_TYPES = ("aLoRA", "POLY", "SHADOW", "XLORA")
 _SAVED_EMBEDDINGS = re.compile(
-    r"\.(embed_tokens|embed_in|embed_out|lm_head|word_embeddings|wte)\.(base_layer\.)?weight$"
+    r"\.(embed_tokens|embed_in|embed_out|lm_head|word_embeddings|wte)\.(token_adapter\.)?(base_layer\.)?weight$"
 )
+# Second names under which PEFT saves trained embeddings and tokens of a resized vocabulary
+_SECOND_NAMES = (".modules_to_save.weight", ".token_adapter.trainable_tokens_delta")
 _MAX_NAMED = 3  # number of tensors named in a message
 
 
@@ -90,8 +92,16 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
 
     kwargs.pop("trust_remote_code", None)  # an adapter has no code of its own
     repository = {**kwargs}
-    rows = count_saved_embeddings(adapter, **repository)
-    if rows not in (None, model.get_input_embeddings().weight.shape[0]):  # the size that it was trained on
+    saved = _saved_embeddings(adapter, **repository)
+    rows, base_rows = next(iter(saved.values()), None), model.get_input_embeddings().weight.shape[0]
+    if rows not in (None, base_rows):  # the size that it was trained on
+        is_tied = model.get_input_embeddings().weight is getattr(model.get_output_embeddings(), "weight", None)
+        if rows > base_rows and not is_tied and len(saved) == 1:  # PEFT saves those of one layer if it is a target
+            raise ValueError(
+                f"The adapter {adapter!r} holds {rows:,} embeddings of {next(iter(saved))!r} alone, and its base "
+                f"model {model.config._name_or_path!r} has {base_rows:,}, so the others that were added are lost. "
+                "Save the base model with all its embeddings, and train the adapter on that one."
+            )
         model.resize_token_embeddings(rows, mean_resizing=False)
     else:
         warn_of_another_base(adapter, model, **kwargs)
@@ -105,13 +115,15 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
         if not getattr(adapted.active_peft_config, "rank_pattern", None) or adapted.peft_type != PeftType.ADALORA:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
             result = adapted.load_adapter(adapter, "default", key_mapping=key_mapping, **kwargs)
-            misfits["unexpected"] = set(result.unexpected_keys)
+            misfits["unexpected"] = _unknown(result.unexpected_keys, adapted)
     except UserWarning as warning:
         misfits["missing"] = set(re.findall(r"'(\S+)'", str(warning)))
     except RuntimeError as error:
         misfits["of another shape"] = set(re.findall(r"size mismatch for (\S+):", str(error)))
         if not misfits["of another shape"]:
             raise
+    except IndexError:
+        misfits["beyond the vocabulary"] = {"trainable_token_indices"}
     if any(misfits.values()):
         raise ValueError(
             f"The adapter {adapter!r} does not fit its base model {model.config._name_or_path!r}: "
@@ -122,14 +134,25 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
     return adapted
 
 
+def _unknown(names: list[str], adapted: "PeftModel") -> set[str]:
+    """Those of the unexpected tensors that the model does not have under another name."""
+    modules = dict(adapted.named_modules())
+    return {name for name in names if not (name.endswith(_SECOND_NAMES) and name.rpartition(".")[0] in modules)}
+
+
 def count_saved_embeddings(adapter: str, **kwargs: Any) -> int | None:
     """Number of embeddings that an adapter holds, if its model's vocabulary was resized. `kwargs` as above."""
+    return next(iter(_saved_embeddings(adapter, **kwargs).values()), None)
+
+
+def _saved_embeddings(adapter: str, **kwargs: Any) -> dict[str, int]:
+    """Number of embeddings that an adapter holds of each layer, such as `{"embed_tokens": 152}`."""
     path = find_file(adapter, "adapter_model.safetensors", **kwargs)
     if path is None:
-        return None
+        return {}
     with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if _SAVED_EMBEDDINGS.search(name)]  # noqa: SIM118
-        return file.get_slice(names[0]).get_shape()[0] if names else None
+        found = [_SAVED_EMBEDDINGS.search(name) for name in file.keys()]  # noqa: SIM118
+        return {each[1]: file.get_slice(each.string).get_shape()[0] for each in found if each}
 
 
 @from_cache_if_unreachable
