@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from trl_lightreasoner.contrast import NonFiniteLogitsError
 from trl_lightreasoner.evaluation import answering
 from trl_lightreasoner.evaluation.answering import Answering
 from trl_lightreasoner.generation.cuda_graphs import Generated
@@ -65,6 +66,19 @@ def test_answers_with_different_room_share_a_batch(monkeypatch):
     assert completions == [answer_to(prompt)[:room] for prompt, room in zip(PROMPTS, rooms, strict=True)]
     assert ended == [prompt[0] <= room for prompt, room in zip(PROMPTS, rooms, strict=True)]
     assert len(decode.calls[0]) == 8
+
+
+def test_logits_that_are_not_finite_in_a_later_piece_are_those_of_their_prompt(monkeypatch):
+    class Broken(Memory):
+        def __call__(self, contexts: list[list[int]], max_new_tokens: int) -> Generated:
+            broken = [row for row, context in enumerate(contexts) if context[0] == 7 and len(context) > 1]
+            if broken:
+                raise NonFiniteLogitsError("model", broken[0], "token 1 of an answer")
+            return super().__call__(contexts, max_new_tokens)
+
+    with pytest.raises(NonFiniteLogitsError, match="at a token after the first 4 of an answer are not") as error:
+        answers(Broken(most=8, length=1), monkeypatch)
+    assert PROMPTS[error.value.row] == [7]
 
 
 def test_memory_that_does_not_hold_one_row_is_told_on(monkeypatch):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from trl_lightreasoner.generation.cuda_graphs import Generated
 from trl_lightreasoner.generation.greedy import find_eos_ids, generate_greedy
 from trl_lightreasoner.grading.verdicts import Verdict
 from trl_lightreasoner.processes import Processes
-from trl_lightreasoner.steps.prompt_format import SYSTEM_PROMPT
+from trl_lightreasoner.steps.prompt_format import SYSTEM_PROMPT, PromptFormat
 from trl_lightreasoner.vocabulary import model_vocabulary
 
 from ..conftest import die_at_call, find_port, join_group, make_model
@@ -133,6 +134,18 @@ def test_a_model_whose_numbers_overflow_has_no_accuracy(role, config, expert, to
     models = {"model": expert, "baseline": make_model(tokenizer, seed=1), role: broken}
     with pytest.raises(ValueError, match=f"^The {role}'s logits at .* are not finite. Load the {role} in bfloat16"):
         evaluate(models["model"], config(prompt_style="raw"), models["baseline"], **kwargs)
+
+
+def test_logits_that_are_not_finite_are_told_with_the_question(config, tokenizer, tmp_path):
+    broken = make_model(tokenizer)
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("~")] = float("nan")
+    questions = [f"What is {i}+{i}?{'~' * (i == 5)}{' Say.' * i}" for i in range(8)]
+    write(tmp_path / "own.jsonl", [{"question": question, "answer": "7"} for question in questions])
+    own = config(benchmarks=[str(tmp_path / "own.jsonl")], prompt_style="raw")
+    message = r"^The model's logits at token 0 of an answer to problem 5 of Own, 'What is 5\+5\?~.*', are not finite\."
+    with pytest.raises(ValueError, match=message):
+        evaluate(broken, own, processing_class=tokenizer)
 
 
 def test_an_answer_that_is_right_counts(config, says, expert):
@@ -695,6 +708,37 @@ def test_a_baseline_with_another_chat_template_is_told(is_other, config, expert_
         tokenizers[1].chat_template = "Be brief." + tokenizers[1].chat_template
     evaluate(expert_path, config(max_samples=1), expert_path, *tokenizers)
     assert ("The model and the baseline read other prompts (GSM8K)" in caplog.text) == is_other
+
+
+@pytest.mark.parametrize("style", ["chat", "raw"])
+def test_a_baseline_that_was_trained_in_another_prompt_format_is_told(style, config, expert_path, tmp_path, caplog):
+    baseline = shutil.copytree(expert_path, tmp_path / "baseline")
+    PromptFormat(style, system_prompt=SYSTEM_PROMPT if style == "chat" else "").save(baseline)
+    evaluate(expert_path, config(max_samples=1), baseline=str(baseline))
+    said = (
+        "The baseline was trained on prompts with plain text 'Question: {question}\\nAnswer:', but is evaluated with"
+    )
+    assert (said in caplog.text) == (style == "raw")
+
+
+@pytest.fixture
+def messages(tmp_path) -> str:
+    """A file of two questions that are messages, one of them with the system prompt."""
+    system, user = {"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": "What is 3+4?"}
+    write(tmp_path / "own.jsonl", [{"prompt": each, "answer": "7"} for each in ([system, user], [user])])
+    return str(tmp_path / "own.jsonl")
+
+
+def test_questions_that_are_messages_are_not_graded_as_plain_text(messages, config, expert, unloadable):
+    with pytest.raises(ValueError, match="^The questions of Own are messages, .* or set `prompt_style='chat'`.$"):
+        evaluate(expert, config(benchmarks=[messages], prompt_style="raw"))
+
+
+@pytest.mark.parametrize(("system_prompt", "number"), [(None, 1), ("Be brief.", 2), ("", 0)])
+def test_messages_without_the_system_prompt_are_counted(system_prompt, number, messages, config, expert, caplog):
+    evaluate(expert, config(benchmarks=[messages], system_prompt=system_prompt))
+    assert caplog.text.count("questions of Own are messages without the system prompt") == (number > 0)
+    assert (f"{number} of 2 questions of Own" in caplog.text) == (number > 0)
 
 
 def test_what_stands_beside_the_messages_of_a_problem_reaches_the_template(config, expert_path):

@@ -318,6 +318,24 @@ def test_the_problems_of_a_file_are_its_rows(column, tmp_path):
     assert problems[1]["gold"][:] == [["1"], ["2"], ["3"]]
 
 
+@pytest.mark.parametrize(
+    ("question", "sentence"),
+    [
+        (" \n", "Row 1 of the dataset is empty in its column 'question'."),
+        (5, "Row 1 of the dataset must have text or messages in its column 'question', got 5. Convert it."),
+        (
+            {"text": "2+2?"},
+            "Row 1 of the dataset must have text or messages in its column 'question', got {\"text\": ",
+        ),
+    ],
+    ids=str,
+)
+def test_a_question_that_is_none_is_told(question, sentence):
+    dataset = Dataset.from_dict({"question": [question], "answer": ["4"]})
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+        read_problems(dataset, "question", "answer", [1])
+
+
 @pytest.mark.parametrize("name", ["gsm8k.jsonl", "held_out.jsonl", "other/own.jsonl"])
 def test_a_file_named_as_something_else_is_refused(name, tmp_path):
     files = [tmp_path / "own.jsonl", tmp_path / name]

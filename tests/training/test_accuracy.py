@@ -16,6 +16,7 @@ from trl_lightreasoner import (
     LightReasonerTrainer,
     grade,
 )
+from trl_lightreasoner.contrast import NonFiniteLogitsError
 from trl_lightreasoner.demo.bundled_pair import KIND_SHARES, PAIR, as_prompt
 from trl_lightreasoner.demo.task import make_problems
 from trl_lightreasoner.evaluation import answering
@@ -283,6 +284,18 @@ def test_a_question_without_room_counts_as_wrong_with_a_warning(demo_steps, ques
     metrics = make_trainer(demo_steps, rows, tmp_path).evaluate()
     assert "1 of 7 prompts of `eval_questions` are empty or leave no room in the model's context" in caplog.text
     assert metrics["eval_accuracy"] == pytest.approx(expected * 6 / 7)
+
+
+def test_logits_that_are_not_finite_are_told_with_their_row(demo_steps, questions, tmp_path, monkeypatch):
+    def overflow(self, prompt_ids, room):
+        longest = max(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]))
+        raise NonFiniteLogitsError("model", longest, "token 0 of an answer")
+
+    monkeypatch.setattr(answering.Answering, "complete", overflow)
+    trainer = make_trainer(demo_steps, questions, tmp_path)
+    longest = max(range(len(questions)), key=lambda row: len(questions[row]["prompt"][-1]["content"]))
+    with pytest.raises(NonFiniteLogitsError, match=f"answer to row {longest} of `eval_questions` are not finite"):
+        trainer.evaluate()
 
 
 # What can be done by it

@@ -16,6 +16,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import PreTrainedTokenizerBase, logging
 
+from ..contrast import NonFiniteLogitsError
 from ..generation.batches import find_batch_size
 from ..generation.completions import GreedyDecoder
 from ..generation.cuda_graphs import Generated
@@ -90,6 +91,9 @@ class Answering:
         """
         The completion of each prompt, of at most as many tokens as its room, and whether it is finished. When the
         memory does not hold the rows together, half as many are from there on.
+
+        Raises:
+            [`NonFiniteLogitsError`]: If logits are NaN or infinite. Its row is that of the prompt.
         """
         if isinstance(self.decode, GreedyDecoder) and self.decode.has_slots:
             answers = self._complete_in_slots(self.decode, prompt_ids, rooms)
@@ -110,6 +114,8 @@ class Answering:
                 rows = going[:size]
                 try:
                     made = self.decode([contexts[i] for i in rows], length).completions
+                except NonFiniteLogitsError as error:
+                    raise _of_row(error, rows[error.row], completions) from None
                 except RuntimeError as error:
                     # What is written so far is kept: only these rows and those that follow are fewer together
                     self._reduce(len(rows), error)
@@ -148,6 +154,8 @@ class Answering:
             try:
                 if not decode.in_slots(contexts, left, size, made, ask):
                     return None
+            except NonFiniteLogitsError as error:
+                raise _of_row(error, going[error.row], completions) from None
             except RuntimeError as error:
                 self._reduce(size, error)
                 is_all = False
@@ -185,6 +193,13 @@ class Answering:
             return False
         (text,) = self.texts([completion_ids])
         return has_first_answer(text)
+
+
+def _of_row(error: NonFiniteLogitsError, row: int, completions: list[list[int]]) -> NonFiniteLogitsError:
+    """The error of a piece of an answer, as that of the row whose answer it continues."""
+    written = len(completions[row])
+    place = f"a token after the first {written} of an answer" if written else error.place
+    return NonFiniteLogitsError(error.model, row, place)
 
 
 def grade_answers(

@@ -19,14 +19,17 @@ from ..models.forward import context_length, evaluating
 from ..models.loading import init_kwargs, load_config, load_model, load_tokenizer
 from ..models.weights import describe_loading, describe_model, weight_fingerprint
 from ..processes import Processes
+from ..steps.prompt_format import PromptFormat
 from ..steps.prompt_sources import beside_messages
 from ..steps.prompts import encode_rows
 from ..steps.run_file import run_date
+from ..steps.switches import without_nulls
 from ..steps.writer import StepWriter, describe_rows, hash_ids
+from ..text import shown_value
 from ..vocabulary import check_embedded, model_vocabulary
 from .answering import Answering, plan_answers
 from .evaluation_config import EvaluationConfig
-from .sets import title_of
+from .sets import HELD_OUT, title_of
 
 
 if TYPE_CHECKING:  # slow to import, and not needed without an adapter
@@ -60,6 +63,29 @@ class AskedProblems(NamedTuple):
     prompts: list[str]
     plan: list[tuple[int, int]]
     writer: StepWriter
+
+
+def check_messages(questions: list[Any], prompt_format: PromptFormat, title: str) -> None:
+    """
+    Refuse questions that are messages if the others are plain text, as which all would be graded. Warn of those that
+    lack the system prompt: messages are asked as they are.
+
+    Raises:
+        `ValueError`: If there are messages and the style is `"raw"`.
+    """
+    messages = [question for question in questions if isinstance(question, list)]
+    if messages and prompt_format.prompt_style == "raw":
+        raise ValueError(
+            f"The questions of {title} are messages, which need a chat template, but `prompt_style` is 'raw', so "
+            "only their first answer would be graded. Give them as text, or set `prompt_style='chat'`."
+        )
+    system = {"role": "system", "content": prompt_format.system_prompt}
+    lacking = sum(without_nulls(question[:1]) != [system] for question in messages) if system["content"] else 0
+    if lacking:
+        logger.warning(
+            f"{lacking:,} of {len(questions):,} questions of {title} are messages without the system prompt "
+            f"{system['content']!r}. They are asked as they are. Put it into them, or give them as text."
+        )
 
 
 class Candidate:
@@ -115,6 +141,8 @@ class Candidate:
         self.asked: dict[str, AskedProblems] = {}  # by benchmark
         for name, dataset in problems.items():
             prompt_format = args.prompt_format()
+            if other is None and name != HELD_OUT:  # those of `run`, in whose format it asks
+                check_messages(dataset["question"], prompt_format, title_of(name))
             beside = beside_messages(dataset).to_list() or [{}] * len(dataset)
             rows = [
                 {
@@ -186,7 +214,10 @@ class Candidate:
             try:
                 return self.answering.complete(prompt_ids, [rooms[index] for index in indices])
             except NonFiniteLogitsError as error:
-                raise NonFiniteLogitsError(self.role, error.row, error.place) from None
+                row = indices[error.row]
+                question = shown_value(writer.input.with_format(None)[row]["question"])
+                place = f"{error.place} to problem {row} of {title_of(name)}, {question},"
+                raise NonFiniteLogitsError(self.role, row, place) from None
 
         def write(indices: list[int], result: tuple[list[list[int]], list[bool]]) -> str:
             completion_ids, ended = result

@@ -184,6 +184,7 @@ def evaluate(
     start_grader()  # ready when the tokenizers are
     processes = Processes()  # which the warnings need
     args = _in_the_form_of_training(args, model)
+    _warn_of_another_form(args, baseline)
     problems = load_problems(args.benchmarks or [], args.data_dir, args.max_samples)
     candidates = [Candidate("model", model, processing_class, quantization_config, args, problems, processes)]
     if baseline is not None:
@@ -217,6 +218,20 @@ def _in_the_form_of_training(args: EvaluationConfig, model: "str | PreTrainedMod
             "format."
         )
     return dataclasses.replace(args, **chosen.to_dict())
+
+
+def _warn_of_another_form(args: EvaluationConfig, baseline: "str | PreTrainedModel | PeftModel | None") -> None:
+    """Warn if the baseline was trained in a different prompt format. Both get the prompts of the model."""
+    kwargs: Any = args.baseline_model_init_kwargs or {}
+    trained = load_prompt_format(baseline, **hub_kwargs(kwargs)) if isinstance(baseline, str) else None
+    asked = args.prompt_format()
+    if trained is not None and trained.chat_template_kwargs is None:
+        trained = dataclasses.replace(trained, chat_template_kwargs=asked.chat_template_kwargs)
+    if trained is not None and trained != asked:
+        logger.warning(
+            f"The baseline was trained on prompts with {trained}, but is evaluated with {asked}, as the model is. A "
+            "part of the difference can be due to that. Evaluate each in its own format to compare the two."
+        )
 
 
 def grade_candidates(candidates: list[Candidate], args: EvaluationConfig) -> dict[str, Any]:

@@ -253,13 +253,19 @@ def read_problems(
         unchanged.
 
     Raises:
-        `ValueError`: If a row has no question, or no answer to grade by. The message names the row.
+        `ValueError`: If a row has no question that is text or messages, or no answer to grade by. The message names
+            the row.
     """
     rows = []
     pairs = zip(dataset[question_column], read_gold(dataset, answer_column, "the dataset", numbers), strict=True)
     for number, (question, references) in zip(numbers or range(len(dataset)), pairs, strict=True):
-        if not question:
+        if not question or isinstance(question, str) and not question.strip():
             raise ValueError(f"Row {number} of the dataset is empty in its column {question_column!r}.")
+        if not isinstance(question, str | list):
+            raise ValueError(
+                f"Row {number} of the dataset must have text or messages in its column {question_column!r}, got "
+                f"{shown_value(question)}. Convert it."
+            )
         rows.append({"question": question, "gold": references, "kind": "math", "tolerance": None, "unit": None})
     features = Features({**ROW_FEATURES, "question": dataset.features[question_column]})
     problems = Dataset.from_list(rows, features=features)

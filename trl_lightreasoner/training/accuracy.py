@@ -15,6 +15,7 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, concatenate_datasets
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, logging
 
+from ..contrast import NonFiniteLogitsError
 from ..evaluation.answering import Answering, grade_answers, plan_answers
 from ..evaluation.sets import read_answers, read_gold
 from ..evaluation.statistics import standard_error
@@ -193,7 +194,12 @@ class EvalQuestions:
         rooms = dict(order)
 
         def run(rows: list[int], _: int) -> tuple[list[list[int]], list[bool]]:
-            return answering.complete([self.prompt_ids[row] for row in rows], [rooms[row] for row in rows])
+            try:
+                return answering.complete([self.prompt_ids[row] for row in rows], [rooms[row] for row in rows])
+            except NonFiniteLogitsError as error:
+                row = rows[error.row]
+                place = f"{error.place} to row {row} of `eval_questions`"
+                raise NonFiniteLogitsError(error.model, row, place) from None
 
         if not order:
             return iter(())
