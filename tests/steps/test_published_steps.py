@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer, import_published_steps, sampling_metadata
 from trl_lightreasoner.commands.cli import main
+from trl_lightreasoner.steps.columns import read_columns
 from trl_lightreasoner.steps.dataset import STEP_FEATURES, count_steps, raise_beta
+from trl_lightreasoner.steps.prompt_format import PromptFormat
 from trl_lightreasoner.steps.splits import load_split
 
 
@@ -157,6 +159,25 @@ def test_other_answers_to_a_question_are_other_rows(golden, expert_golden, tmp_p
     assert dataset["completion"][:] == [golden[2]["prefix"], "1+1=2"]
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf, 1e39])
+def test_a_divergence_that_is_not_finite_is_unknown(number, golden, expert_golden, tmp_path, caplog):
+    lines = [{**golden[0], "kl_divergence": number}, golden[1]]
+    file = write_lines(tmp_path / "inf.jsonl", lines)
+    dataset = import_published_steps(file, str(tmp_path / "steps"), expert_golden)
+    known = [dataset[0]["kl_divergence"][line["step"]] for line in lines]
+    assert known == [None, pytest.approx(golden[1]["kl_divergence"])]
+    assert "1 of 2 divergences are not finite" in caplog.text
+    assert [len(columns.positions) for columns in read_columns(dataset)] == [2]  # as a report reads them
+
+
+@pytest.mark.parametrize("system_prompt", ["", "Think."])
+def test_prompts_are_those_of_the_stored_format(system_prompt, golden, expert_golden, tmp_path):
+    file = write_lines(tmp_path / "one.jsonl", golden[:1])
+    dataset = import_published_steps(file, str(tmp_path / "steps"), expert_golden, system_prompt=system_prompt)
+    prompt_format = PromptFormat(**sampling_metadata(dataset)["prompt_format"])
+    assert dataset["prompt"][0] == prompt_format.make_prompt(golden[0]["prompt_id"])
+
+
 LINE = {"prompt_id": "Why?", "step": 2, "prefix": "G0", "tokens": ["C", "a"], "token_ids": [38, 68]}
 LINE |= {"weights": [0.75, 0.25], "kl_divergence": 0.5}
 
@@ -176,6 +197,10 @@ BAD_LINES = {
     "too few": (changed(weights=[1.0]), "it has 2 `tokens` and 1 `weights`"),
     "sum": (changed(weights=[0.5, 0.4]), "the label at step 2 sums to 0.9, not to 1"),
     "negative": (changed(weights=[-0.5, 1.5]), "the label at step 2 has a probability that is negative"),
+    "huge": (changed(weights=[10**400, 0.25]), "`weights` must be a list of numbers, got [1000"),
+    "negative divergence": (changed(kl_divergence=-0.5), "`kl_divergence` must be a number, 0 or more, got -0.5"),
+    "half a character": (changed(prefix="G\ud800"), "`prefix` must be the text before the step, got 'G\\ud800'"),
+    "deep": (lambda line: "[" * 100_000, "it is not JSON (maximum recursion depth exceeded"),
     "twice": (changed(tokens=["C", "C"], token_ids=[38, 38]), "the label at step 2 names a token twice: [38, 38]"),
     "out of range": (changed(tokens=..., token_ids=[38, 5000]), "label id 5000 at step 2 is outside the model's"),
     "another tokenizer": (

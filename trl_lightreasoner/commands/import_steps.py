@@ -26,7 +26,7 @@ class ImportArguments:
         expert (`str`):
             Hub id or path of the expert that sampled the steps. Its tokenizer reads the text.
         system_prompt (`str`, *optional*, defaults to `"Please reason step by step."`):
-            System message before each question.
+            System message before each question. An empty text leaves it out.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether to delete steps that `output_dir` already holds.
         trust_remote_code (`bool`, *optional*, defaults to `False`):

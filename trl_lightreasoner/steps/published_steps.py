@@ -11,12 +11,12 @@ token takes its place, after every context, so that nothing reads it.
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, logging
@@ -36,6 +36,7 @@ from .writer import StepWriter, hash_ids
 logger = logging.get_logger(__name__)
 
 SYSTEM_PROMPT = "Please reason step by step."
+_LARGEST = float(np.finfo(np.float32).max)  # divergence that a Dataset holds
 
 
 def import_published_steps(
@@ -56,7 +57,8 @@ def import_published_steps(
         expert (`str`): Id or path of the expert that sampled the steps. Its config and tokenizer are read.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The expert's tokenizer. If `None`, it is loaded from the expert's folder or repository.
-        system_prompt (`str`, *optional*): System message before each question; the published scripts' by default.
+        system_prompt (`str`, *optional*): System message before each question; the published scripts' by default. An
+            empty text leaves it out.
         overwrite_output_dir (`bool`): Whether to delete steps that `output_dir` already holds.
         trust_remote_code (`bool`): Whether to allow loading a tokenizer that ships custom Python code.
 
@@ -156,7 +158,7 @@ class _Reader:
     ):
         self.date = date
         self.path, self.tokenizer, self.vocabulary, self.width = path, tokenizer, vocabulary, width
-        self.system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        self.system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self._texts: dict[int, tuple[str, str]] = {}
         self._ids: dict[str, list[int]] = {}
 
@@ -164,7 +166,7 @@ class _Reader:
         """Rows, without `sampling_metadata`."""
         prompts: dict[str, tuple[list, str, list[int]]] = {}
         trajectories: dict[str, list[_Trajectory]] = {}
-        num_steps = num_other_lengths = 0
+        num_steps = num_other_lengths = num_not_finite = 0
         for number, line in self._lines():
             try:
                 step = _parse(line)
@@ -177,6 +179,9 @@ class _Reader:
                     prompts[question] = (messages, text, ids)
                 _, text, prompt_ids = prompts[question]
                 prefix_ids = encode_continuation(text, prompt_ids, prefix, self.tokenizer)
+                if step["kl_divergence"] is not None and not step["kl_divergence"] <= _LARGEST:
+                    step["kl_divergence"] = None
+                    num_not_finite += 1
                 made = _Trajectory()
                 made.ids, made.text = prefix_ids, prefix
                 made.steps[len(prefix_ids)] = (*map(list, zip(*label, strict=True)), step["kl_divergence"])
@@ -196,6 +201,11 @@ class _Reader:
                 trajectory.ids, trajectory.text = prefix_ids, prefix
         if not num_steps:
             raise ValueError(f"{str(self.path)!r} holds no step. Name the output of the published sampling script.")
+        if num_not_finite:
+            logger.warning(
+                f"{num_not_finite:,} of {num_steps:,} divergences are not finite, as half precision makes them. They "
+                "are unknown in the Dataset, which can be trained on with all of its steps only."
+            )
         if num_other_lengths:
             logger.warning(
                 f"{num_other_lengths:,} of {num_steps:,} prefixes have a different number of tokens than when they "
@@ -254,18 +264,18 @@ class _Reader:
 def _parse(line: bytes) -> dict[str, Any]:
     try:
         step = json.loads(line)
-    except ValueError as error:  # in the JSON or in its encoding
+    except (ValueError, RecursionError) as error:  # in the JSON or in its encoding
         raise ValueError(f"it is not JSON ({error})") from None
     if not isinstance(step, dict):
         raise ValueError("it is not a JSON object")
     checks = {
-        "prompt_id": (lambda value: isinstance(value, str) and value != "", "the text of the question"),
+        "prompt_id": (lambda value: _is_text(value) and value != "", "the text of the question"),
         "prefix": (_is_text, "the text before the step"),
         "weights": (lambda value: _is_list(value, _is_number), "a list of numbers"),
         "tokens": (lambda value: value is None or _is_list(value, _is_text), "a list of texts"),
         "token_ids": (lambda value: value is None or _is_list(value, _is_id), "a list of token ids"),
         "step": (lambda value: value is None or _is_id(value), "a whole number"),
-        "kl_divergence": (lambda value: value is None or _is_number(value), "a number"),
+        "kl_divergence": (lambda value: value is None or _is_number(value) and not value < 0, "a number, 0 or more"),
     }
     step = {name: step.get(name) for name in checks}
     for name, (is_right, what) in checks.items():
@@ -279,8 +289,6 @@ def _parse(line: bytes) -> dict[str, Any]:
     for name in ("tokens", "token_ids"):
         if step[name] is not None and len(step[name]) != len(step["weights"]):
             raise ValueError(f"it has {len(step[name])} `{name}` and {len(step['weights'])} `weights`")
-    if step["kl_divergence"] is not None and math.isnan(step["kl_divergence"]):
-        step["kl_divergence"] = None
     return step
 
 
@@ -289,11 +297,18 @@ def _is_list(value: Any, is_right: Callable[[Any], bool]) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    """Whether a value is text that has an encoding, unlike half of a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and float(value) is not None
+    except OverflowError:  # JSON has whole numbers of any size
+        return False
 
 
 def _is_id(value: Any) -> bool:
