@@ -152,6 +152,13 @@ def test_rows_of_two_thresholds_are_judged_from_the_higher_one(order):
     assert check.num_kept == sum(value >= 1.0 for value in divergences)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_steps_below_the_threshold_of_the_sampling_are_not_counted_as_kept(beta):
+    dataset = concatenate_datasets([as_dataset(random_rows(beta=each), each) for each in (0.1, 0.4)])
+    with pytest.raises(ValueError, match=f"sampled with beta = 0.4, so steps between {beta:g} and that have no label"):
+        check_steps(dataset, beta=beta)
+
+
 def test_rows_of_several_samplings_are_said_to_be():
     """What is told of each pair by itself is not told of their mixture."""
     parts = [pair(0.1, 0.3, amateur={"model": "private/a/weak"}), pair(0.1, 0.3, amateur={"model": "strong"})]

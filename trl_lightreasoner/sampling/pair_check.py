@@ -229,14 +229,14 @@ def check_steps(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): The expert's, for the text of tokens.
             Without it, token ids are shown.
         beta (`float`, *optional*): Count steps of at least this many nats as kept. If `None`, it is the Dataset's own
-            threshold.
+            threshold, which is the lowest.
 
     Returns:
         [`PairCheck`], without the models' answers.
 
     Raises:
-        `ValueError`: If it is not a Dataset of kept steps, a row does not add up, it has no step, or lacks the
-            divergence of a step.
+        `ValueError`: If it is not a Dataset of kept steps, a row does not add up, it has no step, lacks the
+            divergence of a step, or was sampled with a higher `beta`.
         `TypeError`: If it is not a [`~datasets.Dataset`].
 
     Example:
@@ -253,6 +253,11 @@ def check_steps(
     longest_completion(dataset)  # refuses what has no step
     # From the highest threshold of the rows on, every step has its label
     sampled_with = max((each.beta for each in made if each.beta is not None), default=None)
+    if beta is not None and beta < (sampled_with or 0.0):
+        raise ValueError(
+            f"The dataset was sampled with beta = {sampled_with:g}, so steps between {beta:g} and that have no label "
+            "and cannot be counted as kept. Raise `beta`, or sample again with a lower one."
+        )
     beta = sampled_with if beta is None else beta
     judged_at = max(JUDGED_AT, sampled_with or 0.0)
     counts: Counter[str] = Counter()
