@@ -398,6 +398,15 @@ def test_raising_beta_is_told_by_the_metadata(made):
     assert sampling_metadata(raise_beta(made, 0.6))["settings"]["beta"] == 0.6
 
 
+@pytest.mark.parametrize("metadata", ["{}", "[]", '{"settings": null}', '{"settings": {"beta": "low"}}'])
+def test_raising_beta_leaves_other_metadata_alone(metadata, made):
+    other = made.remove_columns("sampling_metadata").add_column("sampling_metadata", [metadata] * len(made))
+    raised = raise_beta(other, 0.6)
+    assert raised["step_positions"][:] == raise_beta(made, 0.6)["step_positions"][:]
+    if "beta" not in str(metadata):
+        assert raised["sampling_metadata"][:] == [metadata] * len(made)
+
+
 def test_a_higher_threshold_keeps_the_weights_of_its_steps(made):
     weights = [[float(t) for t in positions] for positions in made["step_positions"]]
     raised = raise_beta(made.add_column("step_weights", weights), 0.6)

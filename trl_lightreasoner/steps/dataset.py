@@ -228,11 +228,9 @@ def raise_beta(dataset: Dataset, beta: float) -> Dataset:
     ```
     """
     check_dataset(dataset)
-    metadata = sampling_metadata(dataset)
-    # A Dataset can hold rows of several samplings
-    made_with = [] if metadata is None else map(parse_metadata, dataset.unique("sampling_metadata"))
-    betas = [each["settings"]["beta"] for each in made_with]
-    sampled_with = max((each for each in betas if each is not None), default=beta)
+    for text in dataset.unique("sampling_metadata") if "sampling_metadata" in dataset.column_names else []:
+        parse_metadata(text)  # whose threshold is not known if it is damaged
+    sampled_with = sampled_beta(dataset)
     if beta < sampled_with:
         raise ValueError(
             f"The dataset was sampled with beta = {sampled_with}; steps below it have no label. Sample again to lower "
@@ -247,10 +245,10 @@ def raise_beta(dataset: Dataset, beta: float) -> Dataset:
             )
         kept = [k for k, t in enumerate(row["step_positions"]) if row["kl_divergence"][t] >= beta]
         row.update({name: [row[name][k] for k in kept] for name in PER_STEP_COLUMNS if name in row})
-        if metadata is not None:
-            made = json.loads(row["sampling_metadata"])
-            made["settings"]["beta"] = beta
-            row["sampling_metadata"] = json.dumps(made)
+        for made in _parse_samplings([row["sampling_metadata"]] if "sampling_metadata" in row else []):
+            if isinstance(made.get("settings"), dict):  # otherwise it is somebody else's column
+                made["settings"]["beta"] = beta
+                row["sampling_metadata"] = json.dumps(made)
         return row
 
     desc = f"Keeping steps of {beta} nats or more"
