@@ -166,7 +166,7 @@ def test_numbers_are_written_for_people(card_of):
     assert "| epochs | 0 |" in text
 
 
-@pytest.mark.parametrize(("launched", "written"), [("no", "none"), ("bf16", "bf16")])
+@pytest.mark.parametrize(("launched", "written"), [("no", "none"), ("bf16", "bf16"), ("fp16", "none")])
 def test_the_precision_is_that_of_the_launcher(launched, written, card_of, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     assert f"| mixed precision | {written} |" in card_of().text

@@ -49,6 +49,7 @@ def test_messages_are_rendered_by_the_template_and_the_last_is_the_completion(ro
         ({"messages": MESSAGES[:3]}, "Row 1: `messages` must end with a message of the assistant"),
         ({"messages": []}, "Row 1: `messages` must end with a message of the assistant"),
         ({"messages": MESSAGES[1:2]}, "Row 1: the prompt is empty"),
+        ({"messages": [MESSAGES[0], {"role": "assistant", "content": " "}]}, "Row 1: the completion is empty"),
     ],
 )
 def test_conversations_without_an_answer_are_refused_by_row(row, sentence, tokenizer):
@@ -62,6 +63,7 @@ def test_conversations_without_an_answer_are_refused_by_row(row, sentence, token
         ({"prompt": "", "completion": "4"}, "Row 1: the prompt is empty"),
         ({"prompt": None, "completion": "4"}, "Row 1: `prompt` must be text or a list of messages"),
         ({"prompt": "2+2=", "completion": None}, "Row 1: `completion` must be text or a list"),
+        ({"prompt": "2+2=", "completion": "\n"}, "Row 1: the completion is empty"),
         ({"prompt": "2+2=", "completion": "4<|im_end|>5"}, "Row 1: `completion` continues after the token"),
     ],
 )

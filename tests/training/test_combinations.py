@@ -134,6 +134,13 @@ def test_what_goes_together_is_not_refused(settings, variables, quantization, dt
 LORA = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_fp16_without_a_gpu_is_told(precision, tmp_path, caplog, propagated_logs):
+    args = LightReasonerConfig(str(tmp_path), use_cpu=True, **{precision: True})
+    check_combinations(args, None, None, adapter=True)
+    assert ("`fp16` needs a GPU" in caplog.text) == (precision == "fp16")
+
+
 def test_several_processes_must_make_equal_numbers_of_batches(tmp_path, monkeypatch):
     args = LightReasonerConfig(str(tmp_path), use_cpu=True, accelerator_config={"even_batches": False})
     check_combinations(args, None, None, adapter=True)

@@ -353,7 +353,8 @@ def _setting_rows(trainer: "Trainer", model: Any) -> list[tuple[str, Any]]:
         rows.append((f"update of the best {args.metric_for_best_model}, whose weights these are", trainer.best_update))
     if isinstance(trainer.train_dataset, Dataset):  # how often a stream was read is not known
         rows.append(("epochs", round(trainer.state.epoch or 0.0, 2)))
-    rows.append(("mixed precision", "none" if args.mixed_precision == "no" else args.mixed_precision))
+    is_full = args.mixed_precision == "no" or args.mixed_precision == "fp16" and args.device.type == "cpu"
+    rows.append(("mixed precision", "none" if is_full else args.mixed_precision))
     described = describe_model(model)
     rows.append(("dtype of the base model" if is_peft_model(model) else "dtype", described["dtype"]))
     rows += [(name, described[name]) for name in ("attention", "device")]

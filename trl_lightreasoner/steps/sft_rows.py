@@ -15,6 +15,7 @@ from .caches import map_rows
 from .dataset import STEP_COLUMNS, STEP_FEATURES
 from .prompt_format import has_messages
 from .prompts import encode_rows, end_of_turn
+from .switches import without_nulls
 
 
 def encode_sft_rows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, date: datetime | None = None) -> Dataset:
@@ -104,6 +105,16 @@ def _demonstration(row: dict[str, Any], number: int, tokenizer: PreTrainedTokeni
     if row["prompt"] in ("", []):
         raise ValueError(f"Row {number}: the prompt is empty, so the completion has no context. Filter such rows out.")
     completion, eos = row["completion"], tokenizer.eos_token
+    if _is_blank(completion):
+        raise ValueError(f"Row {number}: the completion is empty, so it teaches to say nothing. Filter such rows out.")
     if isinstance(completion, str) and eos is not None and not completion.endswith(eos):
         row = {**row, "completion": completion + eos}
     return row
+
+
+def _is_blank(completion: Any) -> bool:
+    """Whether a completion, text or one message, says nothing. A message with other keys than its text does."""
+    if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
+        message = without_nulls(completion[0])
+        completion = message.get("content") if message.keys() <= {"role", "content"} else None
+    return isinstance(completion, str) and not completion.strip()

@@ -8,10 +8,12 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
-from transformers import TrainingArguments
+from transformers import TrainingArguments, logging
 
 from ..grading.verdicts import check_math_verify
 
+
+logger = logging.get_logger(__name__)
 
 _SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
 _METRICS = ("loss", "entropy", "mean_token_accuracy", *_SPEEDS)
@@ -59,7 +61,7 @@ def check_combinations(
     args: TrainingArguments, quantization: Any, dtype: str | torch.dtype | None, adapter: bool
 ) -> None:
     """
-    Refuse settings that cannot work together.
+    Refuse settings that cannot work together, and warn of `fp16` on a CPU.
 
     Args:
         args ([`~transformers.TrainingArguments`]): Settings of the training.
@@ -89,6 +91,10 @@ def check_combinations(
         raise ValueError(
             f"`fp16` cannot be combined with `load_in_{bits}bit`, whose adapter is trained in bfloat16. Set `bf16` "
             "instead."
+        )
+    if scales and args.device.type == "cpu":  # accelerate ignores it without a word
+        logger.warning(
+            "`fp16` needs a GPU, so this CPU computes as without it. Set `bf16` for half precision here."
         )
     dtype = str(dtype).removeprefix("torch.")
     if scales and not adapter and dtype in ("float16", "bfloat16"):
