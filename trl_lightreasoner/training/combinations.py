@@ -93,9 +93,7 @@ def check_combinations(
             "instead."
         )
     if scales and args.device.type == "cpu":  # accelerate ignores it without a word
-        logger.warning(
-            "`fp16` needs a GPU, so this CPU computes as without it. Set `bf16` for half precision here."
-        )
+        logger.warning("`fp16` needs a GPU, so this CPU computes as without it. Set `bf16` for half precision here.")
     dtype = str(dtype).removeprefix("torch.")
     if scales and not adapter and dtype in ("float16", "bfloat16"):
         raise ValueError(
