@@ -74,6 +74,18 @@ def test_a_stream_without_a_limit_is_refused():
         read(stream({"prompt": "one"}))
 
 
+def test_a_stream_without_a_row_is_refused():
+    with pytest.raises(ValueError, match="^The stream is empty: there is no prompt to sample"):
+        read(stream(), 2)
+
+
+def test_a_stream_of_texts_and_conversations_is_refused():
+    with pytest.raises(
+        ValueError, match="^The values of a column of the streamed rows are not of one type: .* Convert"
+    ):
+        read(stream({"prompt": "one"}, {"prompt": [{"role": "user", "content": "two"}]}), 2)
+
+
 def test_a_column_of_a_stream_may_begin_later():
     rows = read(stream({"prompt": "one"}, {"prompt": "two", "answer": "2"}), 2).to_list()
     assert rows == [{"prompt": "one", "answer": None}, {"prompt": "two", "answer": "2"}]

@@ -114,9 +114,18 @@ def source_of(dataset: Dataset) -> dict[str, Any] | None:
 
 def _read_stream(dataset: IterableDataset, num_prompts: int) -> Dataset:
     rows = [dict(row) for row in islice(dataset.with_format(None), num_prompts)]
+    if not rows:
+        raise ValueError("The stream is empty: there is no prompt to sample.")
     # Without features, the first rows may lack a column
     names = dataset.features or dict.fromkeys(name for row in rows for name in row)
-    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}, features=dataset.features)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    try:
+        return Dataset.from_dict(columns, features=dataset.features)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"The values of a column of the streamed rows are not of one type: {reason}. Convert them."
+        ) from error
 
 
 def _as_dataset(prompts: list[Any]) -> Dataset:
