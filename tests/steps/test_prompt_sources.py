@@ -80,9 +80,7 @@ def test_a_stream_without_a_row_is_refused():
 
 
 def test_a_stream_of_texts_and_conversations_is_refused():
-    with pytest.raises(
-        ValueError, match="^The values of a column of the streamed rows are not of one type: .* Convert"
-    ):
+    with pytest.raises(ValueError, match="^A column of the streamed rows holds values of several types: .* Convert"):
         read(stream({"prompt": "one"}, {"prompt": [{"role": "user", "content": "two"}]}), 2)
 
 

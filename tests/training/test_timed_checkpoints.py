@@ -53,7 +53,7 @@ def train(expert_path, steps, tmp_path, monkeypatch):
         monkeypatch.setattr(timed_checkpoints, "time", clock)
         LightReasonerTrainer(
             expert_path,
-            config(tmp_path / "out", **settings),
+            config(settings.pop("output_dir", tmp_path / "out"), **settings),
             train_dataset=steps,
             eval_dataset=eval_dataset,
             peft_config=copy.copy(LORA),
@@ -82,9 +82,11 @@ def test_the_newest_are_kept(limit, count, train, tmp_path):
     assert kept(tmp_path / "out") == [*range(1, 13)][-count:]
 
 
-def test_the_best_is_kept_too(train, steps, tmp_path):
+@pytest.mark.parametrize("out", ["out", "./out", "out/"])
+def test_the_best_is_kept_too(out, train, steps, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     best = {"metric_for_best_model": "loss", "greater_is_better": True}  # which falls: the best one is the first
-    train(Clock(3600), steps, eval_strategy="steps", eval_steps=1, max_steps=5, **best)
+    train(Clock(3600), steps, eval_strategy="steps", eval_steps=1, max_steps=5, output_dir=out, **best)
     assert kept(tmp_path / "out") == [1, 4, 5]
 
 

@@ -114,7 +114,7 @@ def source_of(dataset: Dataset) -> dict[str, Any] | None:
 
 def _read_stream(dataset: IterableDataset, num_prompts: int) -> Dataset:
     rows = [dict(row) for row in islice(dataset.with_format(None), num_prompts)]
-    if not rows:
+    if not rows and not dataset.features:
         raise ValueError("The stream is empty: there is no prompt to sample.")
     # Without features, the first rows may lack a column
     names = dataset.features or dict.fromkeys(name for row in rows for name in row)

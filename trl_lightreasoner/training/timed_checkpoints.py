@@ -57,6 +57,7 @@ class TimedCheckpoints(TrainerCallback):
         # `save_total_limit` would also delete those of an earlier training
         self._saved.append(Path(args.output_dir, f"checkpoint-{state.global_step}"))
         if args.save_total_limit is None and args.should_save:
+            best = Path(state.best_model_checkpoint or args.output_dir)
             for path in self._saved[:-_KEPT]:
-                if str(path) != state.best_model_checkpoint:
+                if path != best:
                     shutil.rmtree(path, ignore_errors=True)
