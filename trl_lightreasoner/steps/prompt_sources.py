@@ -124,7 +124,7 @@ def _read_stream(dataset: IterableDataset, num_prompts: int) -> Dataset:
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(
-            f"The values of a column of the streamed rows are not of one type: {reason}. Convert them."
+            f"A column of the streamed rows holds values of several types: {reason}. Convert it."
         ) from error
 
 
