@@ -2,6 +2,7 @@
 
 import copy
 import json
+from concurrent import futures
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.utils.hub import PushInProgress
 
 from trl_lightreasoner import LightReasonerConfig, LightReasonerTrainer
 from trl_lightreasoner.commands.cli import main
@@ -88,6 +90,30 @@ def test_the_best_is_kept_too(out, train, steps, tmp_path, monkeypatch):
     best = {"metric_for_best_model": "loss", "greater_is_better": True}  # which falls: the best one is the first
     train(Clock(3600), steps, eval_strategy="steps", eval_steps=1, max_steps=5, output_dir=out, **best)
     assert kept(tmp_path / "out") == [1, 4, 5]
+
+
+@pytest.mark.parametrize("always", [False, True], ids=["after the last", "always"])
+def test_a_checkpoint_stays_while_it_is_uploaded(always, tmp_path):
+    args, control = config(tmp_path), TrainerControl()
+    trainer = SimpleNamespace(push_in_progress=None)
+    checkpoints = timed_checkpoints.TimedCheckpoints(trainer)
+    checkpoints.on_train_begin(args, TrainerState(), control)
+
+    def save(update: int) -> list[int]:
+        (tmp_path / f"checkpoint-{update}").mkdir()
+        job = futures.Future()
+        if trainer.push_in_progress is None or trainer.push_in_progress.is_done():  # as `Trainer` does before
+            trainer.push_in_progress = PushInProgress([job])
+        elif always:
+            trainer.push_in_progress.jobs.append(job)
+        checkpoints.on_step_end(args, TrainerState(global_step=update), control)
+        checkpoints.on_save(args, TrainerState(global_step=update), control)
+        return kept(tmp_path)
+
+    assert [save(update) for update in (1, 2, 3, 4)][-1] == [1, 2, 3, 4]
+    for job in trainer.push_in_progress.jobs:
+        job.set_result(None)
+    assert [save(update) for update in (5, 6, 7)] == [[4, 5], [5, 6], [5, 6, 7]]
 
 
 def test_the_checkpoints_of_an_earlier_part_stay(train, tmp_path):

@@ -335,7 +335,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
         self.add_callback(self.skip_nonfinite_updates)
         self.add_callback(RememberTraining())
         if is_timed(args):
-            self.add_callback(TimedCheckpoints())
+            self.add_callback(TimedCheckpoints(self))
         if isinstance(model, PeftModel) and isinstance(model.base_model, AdaLoraModel):
             self.add_callback(AllocateRanks(self))
         self._source = name
