@@ -16,6 +16,8 @@ from trl_lightreasoner.commands.merge import MergeArguments
 from trl_lightreasoner.commands.merge import main as merge
 from trl_lightreasoner.models.loading import load_model
 
+from ..conftest import make_model
+
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
@@ -55,6 +57,21 @@ def test_what_is_saved_is_what_was_trained(peft_config, trainer, expert, tmp_pat
     made.save_model()  # which compares
     loaded = load_model(str(tmp_path / "out"))
     assert not torch.allclose(logits_of(loaded), logits_of(expert), rtol=0, atol=2e-4)
+    torch.testing.assert_close(logits_of(loaded), logits_of(made.model), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "trained", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"trainable_token_indices": [7, 330]}], ids=str
+)
+def test_embeddings_of_more_tokens_are_saved_as_they_were_trained(trained, is_tied, tokenizer, trainer, tmp_path):
+    make_model(tokenizer, tie_word_embeddings=is_tied).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(331)
+    made = trainer(model, processing_class=tokenizer, peft_config=LoraConfig(**LORA, **trained))
+    made.train()
+    made.save_model()  # which compares
+    loaded = load_model(str(tmp_path / "out"))
     torch.testing.assert_close(logits_of(loaded), logits_of(made.model), rtol=0, atol=5e-5)
 
 

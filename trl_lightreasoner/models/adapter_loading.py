@@ -115,7 +115,7 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
         if not getattr(adapted.active_peft_config, "rank_pattern", None) or adapted.peft_type != PeftType.ADALORA:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
             result = adapted.load_adapter(adapter, "default", key_mapping=key_mapping, **kwargs)
-            misfits["unexpected"] = _unknown(result.unexpected_keys, adapted)
+            misfits["unexpected"] = unknown_tensors(result.unexpected_keys, adapted)
     except UserWarning as warning:
         misfits["missing"] = set(re.findall(r"'(\S+)'", str(warning)))
     except RuntimeError as error:
@@ -134,8 +134,8 @@ def load_adapter(model: PreTrainedModel, adapter: str, is_trainable: bool = Fals
     return adapted
 
 
-def _unknown(names: list[str], adapted: "PeftModel") -> set[str]:
-    """Those of the unexpected tensors that the model does not have under another name."""
+def unknown_tensors(names: list[str], adapted: "PeftModel") -> set[str]:
+    """Those of the unexpected tensors of an adapter that the model does not have under another name."""
     modules = dict(adapted.named_modules())
     return {name for name in names if not (name.endswith(_SECOND_NAMES) and name.rpartition(".")[0] in modules)}
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, logging
 
+from ..models.adapter_loading import unknown_tensors
 from ..models.forward import divergence, evaluating, next_token_log_probs
 from ..models.loading import left_out, load_model, name_parts
 from ..models.weights import get_base_model, lies_beside
@@ -155,7 +156,8 @@ def _differing_tensor(model: PeftModel, folder: str) -> str | None:
             if not torch.allclose(trained[name], value, rtol=0, atol=0, equal_nan=True):
                 trained[name].copy_(value)
                 return f"{name!r} has different values"
-    return f"{result.unexpected_keys[0]!r} does not belong to the model" if result.unexpected_keys else None
+    unknown = unknown_tensors(result.unexpected_keys, model)
+    return f"{min(unknown)!r} does not belong to the model" if unknown else None
 
 
 def _differing_logits(model: PreTrainedModel | PeftModel, folder: str, ids: list[int], **kwargs: Any) -> str | None:
