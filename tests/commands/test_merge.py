@@ -428,7 +428,27 @@ def test_a_merge_that_is_not_finite_is_refused(adapter_path, base_path, expert, 
     with torch.no_grad():
         expert.model.layers[1].self_attn.v_proj.weight.fill_(float("inf"))
     expert.save_pretrained(base_path)
-    assert refused().startswith("PEFT cannot merge the adapter: NaNs detected in the merged weights.")
+    assert refused().startswith("In float32, the base model with the adapter gives NaN.")
+
+
+def test_a_weight_of_a_rare_token_that_overflows_is_refused(base_path, expert, refused):
+    with torch.no_grad():
+        expert.get_input_embeddings().weight[250] *= 1e7
+    expert.to(torch.bfloat16).save_pretrained(base_path)
+    message = refused("--dtype", "float16")
+    assert message.startswith("The merged weights contain NaN or infinity, first in 'model.embed_tokens.weight'.")
+
+
+@pytest.mark.parametrize("part", ["lm_head", "model.layers.0.mlp.down_proj"])
+def test_weights_that_overflow_in_float16_are_refused(part, base_path, adapter_path, expert, refused, tmp_path):
+    with torch.no_grad():
+        expert.get_submodule(part).weight.mul_(1e5)
+    expert.to(torch.bfloat16).save_pretrained(base_path)
+    assert refused("--dtype", "float16") == (
+        "In float16, the base model with the adapter gives NaN. Merge in another `--dtype`, such as bfloat16 or "
+        "float32, or check the base model's weights."
+    )
+    run_merge("--model", adapter_path, "--output_dir", tmp_path / "model")
 
 
 @pytest.mark.parametrize("change", [{"hidden_size": 16}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}], ids=str)

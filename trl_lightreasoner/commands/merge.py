@@ -132,6 +132,11 @@ def write_merged(base: str, adapter: "PeftConfig", args: MergeArguments, folder:
         adapted = load_fitting(model, args.model, args.model_revision)
         ids = list(range(min(_FEW_TOKENS, len(tokenizer))))
         expected = next_token_log_probs(adapted.eval(), ids)
+        if expected.isnan().any():  # nothing could be compared with it
+            raise ValueError(
+                f"In {str(model.dtype).removeprefix('torch.')}, the base model with the adapter gives NaN. Merge in "
+                "another `dtype`, such as bfloat16 or float32, or check the base model's weights."
+            )
         with adapted.disable_adapter():
             change = divergence(expected, next_token_log_probs(adapted, ids))
         tell("2/3 Merging and writing")

@@ -201,12 +201,20 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
     Merge an adapter into the weights of its model.
 
     Raises:
-        `ValueError`: If PEFT cannot merge it.
+        `ValueError`: If PEFT cannot merge it, or a weight is NaN or infinite, as of a base model that overflows in
+            float16.
     """
     try:
-        return adapted.merge_and_unload(safe_merge=True)
+        merged = adapted.merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError) as error:
         if not isinstance(error, NotImplementedError | ValueError) and "lora_bias" not in str(error):
             raise  # such as memory that has run out
         reason = str(error).rstrip(".")
         raise ValueError(f"PEFT cannot merge the adapter: {reason}. Load it with PEFT instead.") from error
+    broken = next((name for name, weight in merged.named_parameters() if not weight.isfinite().all()), None)
+    if broken is not None:
+        raise ValueError(
+            f"The merged weights contain NaN or infinity, first in {broken!r}. Merge in another `dtype`, such as "
+            "bfloat16 or float32, or check the base model's weights."
+        )
+    return merged
