@@ -594,6 +594,14 @@ def test_math_verify_that_is_not_installed_is_named(unloadable, questions, steps
 # From a file's rows
 
 
+@pytest.mark.parametrize(
+    ("question", "sentence"), [(" ", "is empty in its column"), (5, "must have text or messages in its column")]
+)
+def test_a_question_that_cannot_be_asked_is_refused(question, sentence):
+    with pytest.raises(ValueError, match=f"^Row 0 {sentence} 'question'"):
+        as_questions(Dataset.from_list([{"question": question, "answer": "4"}]), str)
+
+
 def test_questions_are_put_into_the_form_of_the_prompts():
     rows = Dataset.from_dict({"question": ["2+2?"], "answer": ["4"], "id": [7]})
     made = as_questions(rows, lambda question: f"Question: {question}\nAnswer:")

@@ -236,6 +236,21 @@ def read_gold(dataset: Dataset, column: str, name: str, numbers: list[int] | Non
     return gold
 
 
+def check_question(question: Any, row: str, column: str) -> None:
+    """
+    Refuse a question that cannot be asked. `row` is what messages call its row.
+
+    Raises:
+        `ValueError`: If it is blank, or neither text nor messages.
+    """
+    if not question or isinstance(question, str) and not question.strip():
+        raise ValueError(f"{row} is empty in its column {column!r}.")
+    if not isinstance(question, str | list):
+        raise ValueError(
+            f"{row} must have text or messages in its column {column!r}, got {shown_value(question)}. Convert it."
+        )
+
+
 def read_problems(
     dataset: Dataset, question_column: str, answer_column: str, numbers: list[int] | None = None
 ) -> Dataset:
@@ -259,13 +274,7 @@ def read_problems(
     rows = []
     pairs = zip(dataset[question_column], read_gold(dataset, answer_column, "the dataset", numbers), strict=True)
     for number, (question, references) in zip(numbers or range(len(dataset)), pairs, strict=True):
-        if not question or isinstance(question, str) and not question.strip():
-            raise ValueError(f"Row {number} of the dataset is empty in its column {question_column!r}.")
-        if not isinstance(question, str | list):
-            raise ValueError(
-                f"Row {number} of the dataset must have text or messages in its column {question_column!r}, got "
-                f"{shown_value(question)}. Convert it."
-            )
+        check_question(question, f"Row {number} of the dataset", question_column)
         rows.append({"question": question, "gold": references, "kind": "math", "tolerance": None, "unit": None})
     features = Features({**ROW_FEATURES, "question": dataset.features[question_column]})
     problems = Dataset.from_list(rows, features=features)

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, logging
 
 from ..contrast import NonFiniteLogitsError
 from ..evaluation.answering import Answering, grade_answers, plan_answers
-from ..evaluation.sets import read_answers, read_gold
+from ..evaluation.sets import check_question, read_answers, read_gold
 from ..evaluation.statistics import standard_error
 from ..generation.batches import batches_that_fit
 from ..generation.completions import GreedyDecoder
@@ -45,7 +45,7 @@ def as_questions(dataset: Dataset, make_prompt: Callable[[str], str | list[dict[
         make_prompt (`Callable`): From the text of a question to its prompt. Messages stay as they are.
 
     Raises:
-        `ValueError`: If a column is missing.
+        `ValueError`: If a column is missing, or a question is blank, or neither text nor messages.
     """
     column = "question" if "question" in dataset.column_names else "prompt"
     if column not in dataset.column_names or "answer" not in dataset.column_names:
@@ -54,6 +54,8 @@ def as_questions(dataset: Dataset, make_prompt: Callable[[str], str | list[dict[
             f"{', '.join(map(repr, dataset.column_names))}."
         )
     prompts = dataset[column][:]
+    for number, prompt in enumerate(prompts):
+        check_question(prompt, f"Row {number}", column)
     prompts = [make_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     questions = Dataset.from_dict({"prompt": prompts, "answer": read_answers(dataset, "answer")})
     beside = beside_messages(dataset)
