@@ -383,6 +383,25 @@ def test_an_adapter_reads_on_a_loaded_expert_and_leaves_it_as_it_was(
     assert all(torch.equal(before[name], tensor) for name, tensor in expert.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "changes", [{"bias": "all"}, {"init_lora_weights": "pissa"}, {"modules_to_save": ["lm_head"]}], ids=str
+)
+def test_an_adapter_that_would_stay_in_a_loaded_expert_is_read_apart(
+    changes, steps, expert, expert_path, tokenizer, tmp_path
+):
+    config = LoraConfig(target_modules=["q_proj"], **changes)
+    model = get_peft_model(Qwen2ForCausalLM.from_pretrained(expert_path), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    model.save_pretrained(tmp_path)
+    before = {name: tensor.clone() for name, tensor in expert.state_dict().items()}
+    add_trained(load_trajectories(steps, [0, 1]), sampling_metadata(steps), str(tmp_path), expert, tokenizer)
+    assert expert.state_dict().keys() == before.keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in expert.state_dict().items())
+
+
 def test_a_trained_model_that_is_named_must_be_readable(steps, tmp_path):
     make_tokenizer(290).save_pretrained(tmp_path / "other")
     make_model(make_tokenizer(290)).save_pretrained(tmp_path / "other")

@@ -222,6 +222,25 @@ def test_a_base_model_and_its_adapter_are_one_model(
     assert sampler.check(prompts, 2).is_of_expert
 
 
+@pytest.mark.parametrize(
+    "changes", [{"modules_to_save": ["mlp"]}, {"layer_replication": [(0, 1), (0, 1)]}, {"bias": "all"}], ids=str
+)
+def test_an_amateur_that_would_stay_in_the_expert_is_another_model(
+    changes, make_sampler, expert, expert_path, prompts, tmp_path
+):
+    before = {name: weight.clone() for name, weight in expert.state_dict().items()}
+    changed = get_peft_model(expert, LoraConfig(target_modules=["q_proj"], init_lora_weights=False, **changes))
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    changed.save_pretrained(tmp_path / "adapter")
+    sampler = make_sampler(expert_path, str(tmp_path / "adapter"))
+    sampler.check(prompts, 2)
+    after = sampler.expert.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_an_adapter_is_switched_off_on_a_model_that_is_given(make_sampler, adapter_path, expert, tokenizer, prompts):
     adapted = model_pair.load_model(adapter_path, dtype="float32", is_trainable=True)
     flags = [parameter.requires_grad for parameter in adapted.parameters()]

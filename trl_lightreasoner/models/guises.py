@@ -9,7 +9,7 @@ import torch
 
 from .adapter_loading import count_saved_embeddings, load_adapter_config
 from .loading import hub_kwargs
-from .weights import get_base_model, lies_beside
+from .weights import comes_off, get_base_model
 
 
 if TYPE_CHECKING:  # slow to import, and not needed without an adapter
@@ -114,7 +114,7 @@ def which_is_adapter(
     config, name = configs[adapter], (expert, amateur)[adapter]
     assert config is not None
     # An adapter that changes the base model's weights or embeddings needs two models
-    if not lies_beside(config) or config.bias != "none" or count_saved_embeddings(name, **repositories[adapter]):
+    if not comes_off(config) or count_saved_embeddings(name, **repositories[adapter]):
         return None
     revisions = (config.revision or "main", repositories[base].get("revision") or "main")
     alike = _settings(expert_kwargs) == _settings(amateur_kwargs) and revisions[0] == revisions[1]

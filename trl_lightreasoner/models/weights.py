@@ -88,6 +88,11 @@ def lies_beside(config: "PeftConfig") -> bool:
     return type(config) is LoraConfig and config.init_lora_weights in (True, False, "gaussian", "eva", "orthogonal")
 
 
+def comes_off(config: "PeftConfig") -> bool:
+    """Whether PEFT's `unload` gives the base model back as it was. Whole modules and replicated layers stay in it."""
+    return lies_beside(config) and leaves_base(config) and not (config.modules_to_save or config.layer_replication)
+
+
 def is_peft_model(model: Any) -> "TypeGuard[PeftModel]":
     """Whether it is a [`~peft.PeftModel`]. PEFT is not imported for this."""
     peft = sys.modules.get("peft")

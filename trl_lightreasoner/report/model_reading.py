@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..models.adapter_loading import count_saved_embeddings, load_adapter, load_adapter_config
 from ..models.forward import accepts_logits_to_keep, attention_backends, context_length, forward_at
 from ..models.loading import load_config, load_model, load_tokenizer
-from ..models.weights import get_base_model
+from ..models.weights import comes_off, get_base_model
 from ..sampling.model_pair import AMATEUR_SETTINGS
 from ..vocabulary import Vocabulary, model_vocabulary, shared_vocabulary
 from .shown_steps import ShownTrajectory
@@ -178,9 +178,10 @@ def add_trained(
 
 
 def _lies_on(trained: str, expert: PreTrainedModel) -> bool:
-    """Whether a model is an adapter that leaves the embeddings of a loaded expert as many as they are."""
+    """Whether a model is an adapter that a loaded expert can take on and off, with as many embeddings as it has."""
     rows = (None, expert.get_input_embeddings().weight.shape[0])
-    return load_adapter_config(trained) is not None and count_saved_embeddings(trained) in rows
+    config = load_adapter_config(trained)
+    return config is not None and comes_off(config) and count_saved_embeddings(trained) in rows
 
 
 def _read_with(
