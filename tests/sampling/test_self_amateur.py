@@ -502,6 +502,7 @@ CHANGED_BASES = {
     "biases": {"bias": "all"},
     "PiSSA": {"init_lora_weights": "pissa"},
     "OLoRA": {"init_lora_weights": "olora"},
+    "replicated layers": {"layer_replication": [(0, 1), (0, 1)]},
 }
 
 

@@ -13,7 +13,7 @@ from transformers import logging
 
 from .hub_access import find_file, from_cache_if_unreachable
 from .provenance import holds_weights, public_name, weights_tell
-from .weights import base_fingerprint, describe_model, is_peft_model, lies_beside, weight_fingerprint
+from .weights import base_fingerprint, describe_model, is_peft_model, leaves_base, lies_beside, weight_fingerprint
 
 
 if TYPE_CHECKING:  # slow to import, and not needed without an adapter
@@ -50,7 +50,7 @@ def describe_base(model: torch.nn.Module, weights: str | None = None) -> dict[st
 
 def _leaves_layers(config: "PeftConfig") -> bool:
     """Whether the base model's own tensors can be told from those of an adapter, and are as they were."""
-    return lies_beside(config) and config.bias == "none" and not config.layer_replication
+    return lies_beside(config) and leaves_base(config)
 
 
 def save_base(base: dict[str, Any] | None, folder: str) -> None:

@@ -76,9 +76,13 @@ def describe_model(model: torch.nn.Module, name: str | None = None) -> dict[str,
 
 
 def leaves_base(config: "PeftConfig") -> bool:
-    """Whether the base model says what it said before, once an adapter is off. Trained biases stay as they are."""
+    """
+    Whether the base model says what it said before, once an adapter is off. Trained biases and replicated layers stay
+    as they are.
+    """
     init = getattr(config, "init_lora_weights", True)
-    return init in (True, False, "gaussian", "eva", "orthogonal") and getattr(config, "bias", "none") == "none"
+    stays = getattr(config, "bias", "none") != "none" or getattr(config, "layer_replication", None)
+    return init in (True, False, "gaussian", "eva", "orthogonal") and not stays
 
 
 def lies_beside(config: "PeftConfig") -> bool:
@@ -89,8 +93,8 @@ def lies_beside(config: "PeftConfig") -> bool:
 
 
 def comes_off(config: "PeftConfig") -> bool:
-    """Whether PEFT's `unload` gives the base model back as it was. Whole modules and replicated layers stay in it."""
-    return lies_beside(config) and leaves_base(config) and not (config.modules_to_save or config.layer_replication)
+    """Whether PEFT's `unload` gives the base model back as it was. Whole modules that were trained stay in it."""
+    return lies_beside(config) and leaves_base(config) and not config.modules_to_save
 
 
 def is_peft_model(model: Any) -> "TypeGuard[PeftModel]":

@@ -93,8 +93,9 @@ def _check_switchable(config: "PeftConfig", what: str) -> None:
     if not leaves_base(config):
         raise ValueError(
             f"{what} needs an adapter that leaves the weights of its base model as they are, but this one changes "
-            "them (`bias`, or `init_lora_weights`), and they stay changed where it is off. Name the base model by its "
-            "id or path as the amateur, or use another adapter, such as LoRA with PEFT's defaults."
+            "them (`bias`, `init_lora_weights` or `layer_replication`), and they stay changed where it is off. Name "
+            "the base model by its id or path as the amateur, or use another adapter, such as LoRA with PEFT's "
+            "defaults."
         )
 
 
