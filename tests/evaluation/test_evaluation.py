@@ -294,6 +294,13 @@ def test_an_adapter_and_its_base_are_two_models(config, expert, expert_path, tmp
     assert made.results["baseline"]["adapter"] is None
 
 
+def test_an_adapter_and_the_base_in_its_memory_are_no_two_models(config, expert, tokenizer):
+    adapted = get_peft_model(expert, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    for pair in ((adapted, expert), (expert, adapted), (expert, expert)):
+        with pytest.raises(ValueError, match="^The model and the baseline are one model in memory, so both would"):
+            evaluate(pair[0], config(), pair[1], tokenizer, tokenizer)
+
+
 def test_memory_that_runs_out_halves_the_batch(config, expert_path, monkeypatch, caplog, tmp_path):
     expected = config(output_dir=str(tmp_path / "expected"))
     evaluate(expert_path, expected)

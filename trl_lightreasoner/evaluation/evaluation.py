@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, Value
 from huggingface_hub import EvalResult
@@ -26,6 +27,7 @@ from .. import __version__
 from ..config_checks import check_args
 from ..grading.verdicts import check_math_verify, start_grader
 from ..models.loading import hub_kwargs
+from ..models.weights import get_base_model
 from ..processes import Processes
 from ..steps.messages import say_unread
 from ..steps.prompt_format import load_prompt_format
@@ -167,7 +169,8 @@ def evaluate(
         [`Evaluation`]
 
     Raises:
-        `ValueError`: If a benchmark, a tokenizer or a setting is invalid, or `args.output_dir` holds another run.
+        `ValueError`: If a benchmark, a tokenizer or a setting is invalid, `args.output_dir` holds another run, or the
+            two are one model in memory.
         `ImportError`: If math-verify, or a requested bitsandbytes or vLLM, is not installed or does not work.
 
     Example:
@@ -181,6 +184,12 @@ def evaluate(
     ```
     """
     check_args(args, EvaluationConfig)
+    both = [get_base_model(each) for each in (model, baseline) if isinstance(each, torch.nn.Module)]
+    if len(both) == 2 and both[0] is both[1]:
+        raise ValueError(
+            "The model and the baseline are one model in memory, so both would answer alike, with the adapter that is "
+            "on it. Name the base model by its id or path as the baseline."
+        )
     start_grader()  # ready when the tokenizers are
     processes = Processes()  # which the warnings need
     args = _in_the_form_of_training(args, model)
