@@ -301,6 +301,15 @@ def test_an_adapter_and_the_base_in_its_memory_are_no_two_models(config, expert,
             evaluate(pair[0], config(), pair[1], tokenizer, tokenizer)
 
 
+def test_a_base_with_an_adapter_on_its_layers_is_not_evaluated_as_the_base(config, expert, expert_path, tokenizer):
+    adapted = get_peft_model(expert, LoraConfig(target_modules=["q_proj"]))
+    for pair, role in (((expert, None), "model"), ((expert_path, expert), "baseline")):
+        with pytest.raises(ValueError, match=f"^The {role} has an adapter on its layers, .* Pass the `PeftModel`"):
+            evaluate(pair[0], config(), pair[1], tokenizer, tokenizer)
+    with adapted.disable_adapter():
+        evaluate(expert, config(max_samples=1), None, tokenizer)
+
+
 def test_memory_that_runs_out_halves_the_batch(config, expert_path, monkeypatch, caplog, tmp_path):
     expected = config(output_dir=str(tmp_path / "expected"))
     evaluate(expert_path, expected)

@@ -222,6 +222,19 @@ def test_a_base_model_and_its_adapter_are_one_model(
     assert sampler.check(prompts, 2).is_of_expert
 
 
+def test_a_base_with_an_adapter_on_its_layers_is_neither_expert_nor_amateur(
+    make_sampler, expert, expert_path, amateur_path, tokenizer
+):
+    adapted = get_peft_model(expert, LoraConfig(target_modules=["q_proj"]))
+    tokenizers = (tokenizer, tokenizer)
+    roles = (("expert", (expert, amateur_path)), ("expert", (expert, None)), ("amateur", (expert_path, expert)))
+    for role, pair in roles:
+        with pytest.raises(ValueError, match=f"^The {role} has an adapter on its layers, .* Pass the `PeftModel`"):
+            make_sampler(*pair, tokenizers[: 1 if pair[1] is None else 2])
+    adapted.unload()
+    make_sampler(expert, amateur_path, tokenizers)
+
+
 @pytest.mark.parametrize(
     "changes", [{"modules_to_save": ["mlp"]}, {"layer_replication": [(0, 1), (0, 1)]}, {"bias": "all"}], ids=str
 )

@@ -27,7 +27,7 @@ from .. import __version__
 from ..config_checks import check_args
 from ..grading.verdicts import check_math_verify, start_grader
 from ..models.loading import hub_kwargs
-from ..models.weights import get_base_model
+from ..models.weights import check_bare, get_base_model
 from ..processes import Processes
 from ..steps.messages import say_unread
 from ..steps.prompt_format import load_prompt_format
@@ -169,8 +169,8 @@ def evaluate(
         [`Evaluation`]
 
     Raises:
-        `ValueError`: If a benchmark, a tokenizer or a setting is invalid, `args.output_dir` holds another run, or the
-            two are one model in memory.
+        `ValueError`: If a benchmark, a tokenizer or a setting is invalid, `args.output_dir` holds another run, the two
+            are one model in memory, or one has an adapter on its layers that it does not name.
         `ImportError`: If math-verify, or a requested bitsandbytes or vLLM, is not installed or does not work.
 
     Example:
@@ -190,6 +190,8 @@ def evaluate(
             "The model and the baseline are one model in memory, so both would answer alike, with the adapter that is "
             "on it. Name the base model by its id or path as the baseline."
         )
+    for name, each in (("model", model), ("baseline", baseline)):
+        check_bare(each, name)
     start_grader()  # ready when the tokenizers are
     processes = Processes()  # which the warnings need
     args = _in_the_form_of_training(args, model)

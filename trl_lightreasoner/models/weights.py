@@ -97,6 +97,27 @@ def comes_off(config: "PeftConfig") -> bool:
     return lies_beside(config) and leaves_base(config) and not config.modules_to_save
 
 
+def check_bare(model: Any, name: str) -> None:
+    """
+    Refuse a loaded model on whose layers `get_peft_model` has put an adapter, with which it answers in the base
+    model's name. `name` is what to call it.
+
+    Raises:
+        `ValueError`: If it is one, and the adapter is on.
+    """
+    if not isinstance(model, torch.nn.Module) or "peft" not in sys.modules or is_peft_model(model):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    is_told = getattr(model, "_hf_peft_config_loaded", False)  # by `add_adapter` of transformers
+    layers = [] if is_told else [each for each in model.modules() if isinstance(each, BaseTunerLayer)]
+    if any(not layer.disable_adapters for layer in layers):
+        raise ValueError(
+            f"The {name} has an adapter on its layers, where `get_peft_model` or a training has put it, so it would "
+            "answer with it. Pass the `PeftModel` to use the adapter, or load the model again to leave it out."
+        )
+
+
 def is_peft_model(model: Any) -> "TypeGuard[PeftModel]":
     """Whether it is a [`~peft.PeftModel`]. PEFT is not imported for this."""
     peft = sys.modules.get("peft")

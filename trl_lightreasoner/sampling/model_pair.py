@@ -12,7 +12,7 @@ from ..models.adapter_loading import load_adapter, load_adapter_config
 from ..models.forward import evaluating
 from ..models.guises import decoder_layers, is_same_model, skip_layers, switch_adapter, which_is_adapter
 from ..models.loading import hub_kwargs, load_model
-from ..models.weights import get_base_model, is_peft_model, leaves_base
+from ..models.weights import check_bare, get_base_model, is_peft_model, leaves_base
 from .contrastive_sampling_config import ContrastiveSamplingConfig
 
 
@@ -126,6 +126,9 @@ class ModelPair:
         skipped_layers: Sequence[int] = (),
         label_expert: str = "live",
     ):
+        for name, model, other in (("expert", expert, amateur), ("amateur", amateur, expert)):
+            if not (is_peft_model(other) and get_base_model(other) is model):  # whose adapter will be switched off
+                check_bare(model, name)
         self.expert, self.amateur, self.skipped_layers = expert, amateur, skipped_layers
         self.labels_are_of_base = label_expert == "base"
         self._kwargs = (expert_kwargs, amateur_kwargs)
