@@ -61,6 +61,11 @@ def test_an_expert_alone_is_its_own_amateur_without_a_tenth_of_its_layers(count,
     assert name_skipped_layers(args, config) == args
 
 
+def test_an_expert_of_one_layer_needs_an_amateur():
+    with pytest.raises(ValueError, match="the expert has a single layer. Name a weaker model as `amateur`"):
+        name_skipped_layers(ContrastiveSamplingConfig("steps"), GPT2Config(n_layer=1), is_own=True)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"amateur_skipped_layers": [1]}, {"amateur_system_prompt": ""}, {"amateur_prompt_template": "{question}!"}],

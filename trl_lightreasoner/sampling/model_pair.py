@@ -56,6 +56,10 @@ def name_skipped_layers(args: Any, config: PretrainedConfig, is_own: bool = Fals
     is_open = is_own and number is None and all(getattr(args, name) is None for name in AMATEUR_SETTINGS)
     if is_open:
         number = -(-count // 10)
+        if number == count:
+            raise ValueError(
+                "No amateur was given, and the expert has a single layer. Name a weaker model as `amateur`."
+            )
     if number is None:
         return args
     if number >= count:
