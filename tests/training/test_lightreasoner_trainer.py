@@ -848,6 +848,15 @@ def test_a_peft_model_with_a_peft_config_is_refused(expert, steps, tmp_path):
         LightReasonerTrainer(model, config(tmp_path), train_dataset=steps, peft_config=LoraConfig(**LORA))
 
 
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(**LORA)], ids=["all weights", "an adapter"])
+def test_a_base_model_that_still_has_an_adapter_on_its_layers_is_refused(peft_config, expert, steps, tmp_path):
+    adapted = get_peft_model(expert, LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="^The model has an adapter on its layers, .* call that model's `unload"):
+        LightReasonerTrainer(expert, config(tmp_path), train_dataset=steps, peft_config=peft_config)
+    bare = adapted.unload().requires_grad_(True)
+    LightReasonerTrainer(bare, config(tmp_path), train_dataset=steps, peft_config=peft_config)
+
+
 def test_a_peft_model_that_cannot_be_trained_is_refused(expert, expert_path, steps, tmp_path):
     get_peft_model(expert, LoraConfig(**LORA)).save_pretrained(tmp_path / "adapter")
     frozen = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(expert_path), str(tmp_path / "adapter"))

@@ -6,6 +6,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from trl_lightreasoner import DataCollatorForLightReasoner, LightReasonerTrainer
+from trl_lightreasoner.training import evaluating
 
 from .test_lightreasoner_trainer import naive_steps
 from .test_trainer_batches import LEARNING_RATE, config, flat, naive_losses
@@ -86,6 +87,15 @@ def test_an_update_whose_weights_are_all_0_changes_nothing(weighted, expert, tmp
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == 0
     assert torch.equal(flat(expert), before)
+
+
+@pytest.mark.parametrize(("weight", "is_said"), [(0.0, True), (1.0, False)])
+def test_a_stream_whose_weights_are_all_0_says_so(weight, is_said, weighted, expert, tmp_path, caplog):
+    rows = weighted.map(lambda row: {"step_weights": [weight] * len(row["step_weights"])})
+    evaluating.logger.warning_once.cache_clear()
+    args = config(tmp_path, max_steps=1)
+    LightReasonerTrainer(expert, args, train_dataset=rows.to_iterable_dataset()).train()
+    assert ("of the stream since the last log have weight 0" in caplog.text) == is_said
 
 
 def test_a_collator_that_leaves_the_weights_out_is_refused(weighted, expert, tmp_path):

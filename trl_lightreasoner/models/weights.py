@@ -113,8 +113,9 @@ def check_bare(model: Any, name: str) -> None:
     layers = [] if is_told else [each for each in model.modules() if isinstance(each, BaseTunerLayer)]
     if any(not layer.disable_adapters for layer in layers):
         raise ValueError(
-            f"The {name} has an adapter on its layers, where `get_peft_model` or a training has put it, so it would "
-            "answer with it. Pass the `PeftModel` to use the adapter, or load the model again to leave it out."
+            f"The {name} has an adapter on its layers, where `get_peft_model` or a training has put it, so it is no "
+            "longer the base model. Pass the `PeftModel` to use the adapter. To leave it out, call that model's "
+            "`unload()`, or load the base model again."
         )
 
 

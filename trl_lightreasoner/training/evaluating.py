@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
-from transformers import TrainerControl
+from transformers import TrainerControl, logging
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from ..contrast import ContrastiveLoss
@@ -19,6 +19,9 @@ from .base_trainer import _BaseTrainer
 from .data_collator import with_indices
 from .nonfinite_updates import SkipNonFiniteUpdates
 from .watching import DriftWarnings, adapter_off, divergence_at, is_expert_without_adapter
+
+
+logger = logging.get_logger(__name__)
 
 
 class EvaluatingTrainer(_BaseTrainer):
@@ -205,6 +208,11 @@ class EvaluatingTrainer(_BaseTrainer):
         if "loss" in logs:
             sums = self.accelerator.reduce(torch.cat([self._sums, self._seen, self._sft_sums]), "sum")
             entropy, agreement, weight, seen_steps, seen_tokens, sft_loss, sft_tokens = sums.tolist()
+            if not weight and seen_steps and isinstance(self.train_dataset, IterableDataset):  # not read before
+                logger.warning_once(
+                    "All kept steps of the stream since the last log have weight 0 in `step_weights`, so nothing was "
+                    "learned from them."
+                )
             logs["entropy"] = entropy / (weight or 1)
             logs["mean_token_accuracy"] = agreement / (weight or 1)
             logs["num_kept_steps"] = seen_steps

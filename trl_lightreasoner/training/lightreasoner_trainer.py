@@ -29,7 +29,7 @@ from ..models.adapter_loading import check_adapter
 from ..models.forward import accepts_logits_to_keep, attention_backends, forward_at, rope_switch
 from ..models.loading import hub_kwargs, load_model, load_tokenizer
 from ..models.provenance import warn_of_another_expert
-from ..models.weights import get_base_model, settle_4bit_layers
+from ..models.weights import check_bare, get_base_model, settle_4bit_layers
 from ..sampling.contrastive_sampling_config import ContrastiveSamplingConfig
 from ..steps.beta import resolve_beta
 from ..steps.dataset import SFT_COLUMNS, STEP_COLUMNS, printed_date
@@ -275,6 +275,7 @@ class LightReasonerTrainer(EvaluatingTrainer):
                     "You passed `model_init_kwargs` to the `LightReasonerConfig`, but your model is already "
                     "instantiated. The `model_init_kwargs` will be ignored."
                 )
+            check_bare(model, "model")
             settle_4bit_layers(model)
         weights = warn_of_another_expert(train_dataset, model, name)
         if not isinstance(model, PeftModel):
