@@ -115,10 +115,10 @@ def main(argv: list[str] | None = None) -> str:
         folder = args.output_dir / folder_of(name)
         try:
             lines.append(row(name, run_pipeline(RunConfig(str(folder), **{**settings, **amateur}))))
+            if name == SECOND and not (args.output_dir / "merged").exists():
+                merge.main(merge.MergeArguments(str(folder / "adapter"), str(args.output_dir / "merged")))
         except ValueError as error:
             lines.append(f"| {name} | | {error} | | | |")
-        if name == SECOND:
-            merge.main(merge.MergeArguments(str(folder / "adapter"), str(args.output_dir / "merged")))
         (args.output_dir / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     return "\n".join(lines)

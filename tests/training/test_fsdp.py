@@ -44,16 +44,13 @@ def split_on_a_cpu() -> None:
     torch.distributed.barrier = lambda *args, **kwargs: barrier()  # gloo takes no devices
 
 
-def train(rank: int, model: str, rows: str, folder: str, lora: dict | None, state_dict: str) -> None:
-    """Train and save; write the weights as this test gathers them, and what saving refused before and after damage."""
-    os.environ["FSDP_STATE_DICT_TYPE"] = state_dict
+def make_trainer(model: str, rows: str, folder: str, lora: dict | None, **settings) -> LightReasonerTrainer:
+    """A trainer on a CPU whose FSDP splits the weights. The first five rows are held out as well."""
     split_on_a_cpu()
-    made = LightReasonerTrainer(
+    return LightReasonerTrainer(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
         LightReasonerConfig(
             folder,
-            max_steps=2,
-            learning_rate=0.05,
             optim="sgd",
             report_to="none",
             save_strategy="no",
@@ -61,11 +58,20 @@ def train(rank: int, model: str, rows: str, folder: str, lora: dict | None, stat
             dataloader_pin_memory=False,
             disable_tqdm=True,
             per_device_train_batch_size=2,
+            per_device_eval_batch_size=3,
+            **settings,
         ),
         train_dataset=Dataset.from_parquet(rows),
+        eval_dataset=Dataset.from_parquet(rows).select(range(5)),
         processing_class=AutoTokenizer.from_pretrained(model),
         peft_config=lora and LoraConfig(task_type="CAUSAL_LM", **lora),
     )
+
+
+def train(rank: int, model: str, rows: str, folder: str, lora: dict | None, state_dict: str) -> None:
+    """Train and save; write the weights as this test gathers them, and what saving refused before and after damage."""
+    os.environ["FSDP_STATE_DICT_TYPE"] = state_dict
+    made = make_trainer(model, rows, folder, lora, max_steps=2, learning_rate=0.05)
     made.train()
     trained = {name: each for name, each in made.model.named_parameters() if each.requires_grad}
     assert all(isinstance(each, DTensor) for each in trained.values())
@@ -115,28 +121,8 @@ def test_the_files_hold_what_the_processes_trained_and_damage_is_refused(
 
 
 def train_and_evaluate(rank: int, model: str, rows: str, folder: str) -> None:
-    split_on_a_cpu()
-    made = LightReasonerTrainer(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        LightReasonerConfig(
-            folder,
-            beta=0.0,
-            max_steps=4,
-            learning_rate=0.5,
-            optim="sgd",
-            report_to="none",
-            save_strategy="no",
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            disable_tqdm=True,
-            per_device_train_batch_size=2,
-            per_device_eval_batch_size=3,
-        ),
-        train_dataset=Dataset.from_parquet(rows),
-        eval_dataset=Dataset.from_parquet(rows).select(range(5)),
-        processing_class=AutoTokenizer.from_pretrained(model),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"]),
-    )
+    lora = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+    made = make_trainer(model, rows, folder, lora, max_steps=4, learning_rate=0.5, beta=0.0)
     made.train()
     metrics = made.evaluate()
     made.save_model()

@@ -87,8 +87,9 @@ def check_own_amateur(args: ContrastiveSamplingConfig, *of_amateur: Any) -> None
     """
     if any(each is not None for each in (*of_amateur, args.amateur_model_init_kwargs)):
         raise ValueError(
-            "The amateur is the expert itself, which is loaded once, as the expert. Remove "
-            "`amateur_model_init_kwargs`, `amateur_processing_class` and `amateur_quantization_config`."
+            "The amateur is the expert itself, which is loaded once, as the expert. Remove what is set for loading an "
+            "amateur: `amateur_model_init_kwargs`, `amateur_processing_class`, `amateur_quantization_config`, or "
+            "`--amateur_load_in_4bit` and `--amateur_load_in_8bit` on the command line."
         )
 
 
